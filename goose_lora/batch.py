@@ -1,0 +1,83 @@
+"""What a rollout holds and how it is cut into microbatches."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass
+class Rollout:
+    """B replies of up to T tokens. Sequences are left-padded prompts followed by replies: L = P + T; all replies begin in one column.
+
+    ``response_mask`` is true where a reply's token counts, its end-of-text token included; everything after it is padding.
+    """
+
+    input_ids: Int[Tensor, "B L"]
+    attention_mask: Int[Tensor, "B L"]
+    response_mask: Bool[Tensor, "B T"]
+    ended: Bool[Tensor, " B"]
+
+    def __post_init__(self) -> None:
+        if self.input_ids.shape != self.attention_mask.shape or len(self.response_mask) != len(self.input_ids):
+            raise ValueError(
+                f"rollout: input_ids {tuple(self.input_ids.shape)}, attention_mask {tuple(self.attention_mask.shape)} and "
+                f"response_mask {tuple(self.response_mask.shape)} do not belong together"
+            )
+        if not self.response_mask.any(-1).all():
+            raise ValueError("rollout: a reply has no token that counts; drop it before this point")
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.input_ids.shape[1] - self.response_mask.shape[1]
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        return self.response_mask.sum(-1)
+
+    def response_ids(self) -> list[list[int]]:
+        """Token ids of each reply, padding left out."""
+        replies = self.input_ids[:, self.prompt_tokens :]
+        return [ids[mask].tolist() for ids, mask in zip(replies, self.response_mask, strict=True)]
+
+    def prompt_ids(self) -> list[list[int]]:
+        prompts, masks = self.input_ids[:, : self.prompt_tokens], self.attention_mask[:, : self.prompt_tokens].bool()
+        return [ids[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
+
+
+@dataclass
+class Experience:
+    """A rollout with what the update needs, all (B, T) and fp32, and the trunk's output (B, L, H) where it is reused."""
+
+    rollout: Rollout
+    logprobs: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"]
+    advantages: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]
+    trunk: Float[Tensor, "B L H"] | None = None
+
+    def microbatches(self, rows: int, per_step: int, *, mean_tokens: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
+        """One epoch's microbatches of ``rows`` rows in a fresh random order, ``per_step`` of them to each optimizer step.
+
+        Their ``num_tokens`` is the number of response tokens of the whole optimizer step, averaged over processes by ``mean_tokens``
+        since DistributedDataParallel averages gradients: with it, losses add up to the mean over tokens, however the rows are cut.
+        """
+        order = torch.randperm(len(self.rollout.input_ids), device="cpu").to(self.rollout.input_ids.device)
+        for step in order.split(rows * per_step):
+            num_tokens = mean_tokens(self.rollout.response_mask[step].sum())
+            for chosen in step.split(rows):
+                yield self._take(chosen) | {"num_tokens": num_tokens}
+
+    def _take(self, rows: Int[Tensor, " b"]) -> dict[str, Tensor]:
+        taken = {
+            "input_ids": self.rollout.input_ids[rows],
+            "attention_mask": self.rollout.attention_mask[rows],
+            "response_mask": self.rollout.response_mask[rows],
+            "old_logprobs": self.logprobs[rows],
+            "old_values": self.values[rows],
+            "advantages": self.advantages[rows],
+            "returns": self.returns[rows],
+        }
+        return taken if self.trunk is None else taken | {"trunk": self.trunk[rows]}

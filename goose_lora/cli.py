@@ -1,0 +1,118 @@
+"""From YAML and command line to dataclasses, and errors that end in one clear line."""
+
+import argparse
+import difflib
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def parse(*types: type, args: Sequence[str] | None = None) -> Any:
+    """One instance of each dataclass in ``types``, from ``--config FILE.yaml`` and ``--field value``, the command line winning.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest known one), a value of the wrong type, or a configuration file that is not there.
+    """
+    from trl import TrlParser
+
+    quiet_libraries()
+    args = list(sys.argv[1:] if args is None else args)
+    if "--config" in args:
+        index = args.index("--config") + 1
+        if index == len(args):
+            raise ValueError("--config needs a file: --config recipes/configs/demo_cpu/ppo.yaml")
+        if not Path(args[index]).is_file():
+            raise ValueError(f"--config {args[index]}: no such file. The shipped ones are in recipes/configs/.")
+        _check_keys(args[index], types)
+    parser: Any = TrlParser(types)  # type: ignore[arg-type]
+    parser.error = _raise  # argparse would print its usage of some 150 options and leave
+    *instances, unknown = parser.parse_args_and_config(args, return_remaining_strings=True, fail_with_unknown_args=False)
+    if unknown:
+        _unknown(next((word for word in unknown if word.startswith("--")), unknown[0]), types)
+    return instances[0] if len(instances) == 1 else tuple(instances)
+
+
+def _check_keys(path: str, types: Sequence[type]) -> None:
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file that can be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected lines of the form 'setting: value', found {type(config).__name__}.")
+    known = {f.name for t in types for f in fields(t) if f.init} | {"env"}
+    for key in config:
+        if key not in known:
+            _unknown(f"--{key}", types, where=f"{path}: ")
+
+
+def _unknown(option: str, types: Sequence[type], where: str = "") -> None:
+    name = option.lstrip("-").replace("-", "_")
+    known = [f.name for t in types for f in fields(t) if f.init]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "--help lists the settings."
+    raise ValueError(f"{where}unknown setting {name!r}. {hint}")
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def quiet_libraries() -> None:
+    """No telemetry, and no lines that tell the user nothing. Set HF_HUB_DISABLE_TELEMETRY=0 to send it."""
+    import logging
+
+    import huggingface_hub.constants
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") == "1":
+        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``main`` as a command: bad input ends in one line and exit code 2, Ctrl-C in one line and 130. ``--debug`` shows the traceback."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        debug = "--debug" in sys.argv
+        if debug:
+            sys.argv.remove("--debug")
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("\nStopped. What was saved is kept; the same command goes on from it or starts again.", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        except (ValueError, OSError, argparse.ArgumentError, ImportError) as error:
+            if debug:
+                traceback.print_exc()
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            if not debug:
+                print("(--debug shows where)", file=sys.stderr)
+            sys.exit(EXIT_BAD_INPUT)
+
+    return run
+
+
+def main() -> None:
+    """The ``goose-lora`` command."""
+    parser = argparse.ArgumentParser(prog="goose-lora", description="RLHF on one small machine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="run SFT, reward model, PPO and evaluation on the embedded model and data")
+    demo.add_argument("--output", default="runs/demo", help="folder of the run (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    from goose_lora.demo import run_demo
+
+    command(lambda: run_demo(Path(arguments.output), seed=arguments.seed))()

@@ -1,0 +1,348 @@
+"""How good a reward model or a policy is, as pure functions of numbers and texts, and how to print it in a terminal.
+
+`Numbers` is one finite value a sample, shape (N,): a list, array or tensor of any dtype and device, computed in float64. Unequal, empty or
+non-finite input is a ValueError everywhere: a nan averaged away would hide the reply that caused it.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import numbers
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+Numbers = Sequence[float] | np.ndarray | Tensor
+LENGTH_CORRELATION_LIMIT = 0.5  # above it, a quarter of the variance of the score is length
+SCORE_STD_FLOOR = 0.01  # logits; below it, sigmoid(score difference) is within 0.01 of 0.5 for nearly every pair
+CALIBRATION_ERROR_LIMIT = 0.1  # probability
+
+
+class Proportion(NamedTuple):
+    """A share in [0, 1] of `n` comparisons with its 95 % Wilson interval."""
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Estimate(NamedTuple):
+    """A mean of `n` values, in their unit, with its bootstrap interval."""
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def _vector(name: str, values: Numbers) -> np.ndarray:
+    array = np.asarray(values.detach().double().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}, expected (N,): one number a sample. For a (N, 1) score head use .squeeze(-1).")
+    if not array.size:
+        raise ValueError(f"{name} is empty; at least one value is needed.")
+    bad = np.flatnonzero(~np.isfinite(array))
+    if bad.size:
+        raise ValueError(f"{name}: {bad.size} of {array.size} values are not finite, first {array[bad[0]]} at index {bad[0]}; look there.")
+    return array
+
+
+def _paired(first_name: str, first: Numbers, second_name: str, second: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _vector(first_name, first), _vector(second_name, second)
+    if a.size != b.size:
+        raise ValueError(f"{first_name} has {a.size} values and {second_name} {b.size}; give one of each a sample, in the same order.")
+    return a, b
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}; it must be 1 or more.")
+
+
+def _tail(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is not between 0 and 1; for a 95 % interval use confidence=0.95.")
+    return (1 - confidence) / 2
+
+
+def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a binomial proportion: every p from which the observed share is at most z sqrt(p(1-p)/n) away.
+
+    Wilson 1927, JASA 22:209. Unlike the normal interval it stays in [0, 1] and has a width at 0 and at n successes. `successes` may be
+    fractional (ties count one half). Raises ValueError for n < 1, successes outside [0, n], confidence outside (0, 1)."""
+    _at_least_one(n=n)
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes={successes} is outside [0, n={n}].")
+    z, share = -NormalDist().inv_cdf(_tail(confidence)), successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # the share is inside, whatever the rounding
+
+
+def _share_above(a: np.ndarray, b: np.ndarray) -> Proportion:
+    wins = float((a > b).sum() + 0.5 * (a == b).sum())
+    return Proportion(wins / a.size, *wilson_interval(wins, a.size), a.size)
+
+
+def pairwise_accuracy(chosen: Numbers, rejected: Numbers) -> Proportion:
+    """Share of pairs, row i of both (N,) scores being one, whose chosen reply scores higher; a tie counts one half, so that a constant
+    score has exactly 0.5. Raises as the module says."""
+    return _share_above(*_paired("chosen", chosen, "rejected", rejected))
+
+
+def win_rate(scores_a: Numbers, scores_b: Numbers) -> Proportion:
+    """Share of N prompts on which a's reply scores higher than b's, a tie counting one half, so that win_rate(a, b) + win_rate(b, a) = 1.
+    Both (N,), in the order of the prompts. Raises as the module says."""
+    return _share_above(*_paired("scores_a", scores_a, "scores_b", scores_b))
+
+
+def _bootstrap_means(values: np.ndarray, random: np.random.Generator, resamples: int) -> np.ndarray:
+    return np.array([values[random.integers(values.size, size=values.size)].mean() for _ in range(resamples)])  # memory: one resample
+
+
+def mean_interval(values: Numbers, *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """Mean of (N,) values and its percentile bootstrap interval (Efron 1979, Annals of Statistics 7:1); the same seed, the same interval.
+    Equal values, or only one, give an interval without width. Raises as the module says, for confidence outside (0, 1), resamples < 1."""
+    x, tail = _vector("values", values), _tail(confidence)
+    _at_least_one(resamples=resamples)
+    low, high = np.quantile(_bootstrap_means(x, np.random.default_rng(seed), resamples), [tail, 1 - tail])
+    return Estimate(float(x.mean()), float(low), float(high), x.size)
+
+
+def _unit_deviations(x: np.ndarray) -> np.ndarray:
+    if x.min() == x.max():
+        return np.zeros_like(x)
+    x = x / np.abs(x).max()  # the squares below neither overflow nor vanish
+    x = x - x.mean()
+    return x / np.linalg.norm(x)
+
+
+def correlation(x: Numbers, y: Numbers) -> float:
+    """Pearson's correlation of (N,) x and y, in [-1, 1]. Where either is constant (one value included) it is undefined: 0.0 here, nan in
+    numpy. Raises as the module says."""
+    x, y = map(_unit_deviations, _paired("x", x, "y", y))
+    return float(np.clip(x @ y, -1.0, 1.0))
+
+
+def spearman(x: Numbers, y: Numbers) -> float:
+    """Spearman's rank correlation (1904): `correlation` of the ranks, ties sharing their mean rank; 0.0 for a constant, as there."""
+    return correlation(*map(_ranks, _paired("x", x, "y", y)))
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def _ngrams(texts: Sequence[str], n: int) -> list[list[tuple[str, ...]]]:
+    if isinstance(texts, str):
+        raise TypeError(f"texts is one string ({texts[:20]!r}), which would be read letter by letter; give a list of strings.")
+    _at_least_one(n=n)
+    return [list(zip(*(words[i:] for i in range(n)), strict=False)) for words in (text.lower().split() for text in texts)]
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Distinct n-grams over all texts divided by their total (Li et al. 2016, arXiv 1510.03055), in [0, 1]; 0.0 when there is no n-gram.
+
+    Lower-cased words, split at white space. Falls as texts grow in number or length. TypeError for a bare string, ValueError for n < 1."""
+    grams = [gram for row in _ngrams(texts, n) for gram in row]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(texts: Sequence[str], n: int = 3) -> float:
+    """Mean over the texts of 1 - distinct / total n-grams inside the text (seq-rep-n, Welleck et al. 2020, arXiv 1908.04319), in [0, 1).
+
+    Words as in `distinct_n`; a text shorter than n words counts as 0. Raises as `distinct_n`, and ValueError for no texts."""
+    _at_least_one(texts=len(texts))
+    return sum(1 - len(set(row)) / len(row) if row else 0.0 for row in _ngrams(texts, n)) / len(texts)
+
+
+def matched_length_difference(values_a: Numbers, lengths_a: Numbers, values_b: Numbers, lengths_b: Numbers, *, bins: int = 5,
+                              confidence: float = 0.95, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """Mean of a minus mean of b among replies of like length: is a better, or only longer? `n` is how many of a had a counterpart.
+
+    Subclassification (Cochran 1968, Biometrics 24:295): the pooled lengths are cut at their quantiles into at most `bins` strata; where a
+    and b both have members, the differences of means are averaged with the number of a's members as weight. A difference of length inside
+    a stratum stays. The interval is a percentile bootstrap inside the strata; a stratum's only member adds no width. values_a, lengths_a:
+    (N,); values_b, lengths_b: (M,), lengths in tokens. Raises as the module says, when no stratum holds both, for bins or resamples < 1."""
+    a, tokens_a = _paired("values_a", values_a, "lengths_a", lengths_a)
+    b, tokens_b = _paired("values_b", values_b, "lengths_b", lengths_b)
+    tail = _tail(confidence)
+    _at_least_one(bins=bins, resamples=resamples)
+    pooled = np.sort(np.concatenate([tokens_a, tokens_b]))
+    cuts = pooled[np.arange(1, bins) * pooled.size // bins]  # lengths themselves: np.quantile rounds beside them and splits equal ones
+    stratum_a, stratum_b = np.searchsorted(cuts, tokens_a, side="right"), np.searchsorted(cuts, tokens_b, side="right")
+    shared = np.intersect1d(stratum_a, stratum_b)
+    if not shared.size:
+        raise ValueError(f"no length stratum holds members of both: lengths of a are {tokens_a.min():g} to {tokens_a.max():g}, of b "
+                         f"{tokens_b.min():g} to {tokens_b.max():g}. Use fewer bins than {bins}, or compare replies of like length.")
+    random, covered = np.random.default_rng(seed), int(np.isin(stratum_a, shared).sum())
+    value, resampled = 0.0, np.zeros(resamples)
+    for stratum in shared:
+        in_a, in_b = a[stratum_a == stratum], b[stratum_b == stratum]
+        value += in_a.size / covered * (in_a.mean() - in_b.mean())
+        resampled += in_a.size / covered * (_bootstrap_means(in_a, random, resamples) - _bootstrap_means(in_b, random, resamples))
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Estimate(float(value), float(low), float(high), covered)
+
+
+def calibration(chosen_scores: Numbers, rejected_scores: Numbers, bins: int = 5) -> tuple[list[dict[str, float]], float]:
+    """Do (N,) score differences, in logits, mean what Bradley and Terry (1952) say? sigmoid(|difference|), the predicted probability that
+    the higher score is the chosen reply, against how often it is (a tie: one half), in `bins` equal parts of [0.5, 1].
+
+    Returns the occupied bins {"predicted", "observed", "n"} in rising order, and the expected calibration error (Guo et al. 2017, arXiv
+    1706.04599): |observed - predicted| weighted by n, biased upwards when bins hold few pairs. Raises as the module says, for bins < 1."""
+    chosen, rejected = _paired("chosen_scores", chosen_scores, "rejected_scores", rejected_scores)
+    _at_least_one(bins=bins)
+    predicted = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
+    observed = np.where(chosen == rejected, 0.5, chosen > rejected)
+    place = np.minimum((2 * bins * (predicted - 0.5)).astype(int), bins - 1)
+    rows = [{"predicted": float(predicted[place == i].mean()), "observed": float(observed[place == i].mean()),
+             "n": int((place == i).sum())} for i in np.unique(place)]
+    return rows, sum(row["n"] * abs(row["observed"] - row["predicted"]) for row in rows) / chosen.size
+
+
+@dataclass(frozen=True)
+class RewardVerdict:
+    """What a reward model is worth on held-out pairs. Scores, margins in logits; lengths in tokens; standard deviation with divisor N."""
+    accuracy: Proportion
+    accuracy_any_pair: Proportion | None  # on a second test set
+    length_correlation: float  # score against response length, chosen and rejected replies together
+    score_mean: float
+    score_std: float
+    margin_mean: float  # chosen minus rejected
+    calibration_error: float
+    n_pairs: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values; the three of the second test set are None where there was none."""
+        second = self.accuracy_any_pair
+        return {**asdict(self), "accuracy": self.accuracy.value, "accuracy_ci": [self.accuracy.low, self.accuracy.high],
+                "accuracy_any_pair": second and second.value, "accuracy_any_pair_ci": second and [second.low, second.high],
+                "n_any_pairs": second and second.n}
+
+    def lines(self) -> list[str]:
+        """One line a number: the number, the verdict, and what to do where it is bad."""
+        lines = [_accuracy_line("accuracy", self.accuracy, "do not run PPO on this reward model; more or cleaner pairs, more epochs, or a "
+                                "lower learning rate")]
+        if self.accuracy_any_pair:
+            lines.append(_accuracy_line("accuracy on any pair", self.accuracy_any_pair, "such pairs are not told apart; train on more"))
+        return lines + [f"{number}: {action if bad else 'ok'}" for number, bad, action in [
+            (f"correlation of score and length {self.length_correlation:+.2f}", abs(self.length_correlation) > LENGTH_CORRELATION_LIMIT,
+             f"PPO will learn length ({'longer' if self.length_correlation > 0 else 'shorter'} replies); balance lengths inside the pairs, "
+             "or add a length term to the reward"),
+            (f"score mean {self.score_mean:.3g}, standard deviation {self.score_std:.3g}, mean margin {self.margin_mean:.3g}",
+             self.score_std < SCORE_STD_FLOOR, "nearly one score for every reply; check that the score head was trained and loaded"),
+            (f"calibration error {self.calibration_error:.2f}", self.calibration_error > CALIBRATION_ERROR_LIMIT,
+             "the size of a score difference is not to be trusted; more pairs, and keep whiten_rewards on"),
+        ]]
+
+
+def _accuracy_line(name: str, accuracy: Proportion, at_chance: str) -> str:
+    text = f"{name} {accuracy.value:.2f} (95 % interval {accuracy.low:.2f} to {accuracy.high:.2f}, {accuracy.n} pairs)"
+    if accuracy.high < 0.5:
+        return f"{text} is below chance: do not run PPO on this reward model; chosen and rejected look swapped"
+    return f"{text} includes chance: {at_chance}" if accuracy.low <= 0.5 else f"{text}: ok"
+
+
+def reward_verdict(chosen: Numbers, rejected: Numbers, chosen_lengths: Numbers, rejected_lengths: Numbers,
+                   any_pair: tuple[Numbers, Numbers] | None = None) -> RewardVerdict:
+    """Verdict on (N,) held-out scores in logits and response lengths in tokens; `any_pair`: (chosen, rejected) scores of a second test set.
+    Raises as the module says."""
+    chosen, chosen_lengths = _paired("chosen", chosen, "chosen_lengths", chosen_lengths)
+    rejected, rejected_lengths = _paired("rejected", rejected, "rejected_lengths", rejected_lengths)
+    accuracy, scores = pairwise_accuracy(chosen, rejected), np.concatenate([chosen, rejected])
+    return RewardVerdict(
+        accuracy=accuracy, accuracy_any_pair=None if any_pair is None else pairwise_accuracy(*any_pair), n_pairs=accuracy.n,
+        length_correlation=correlation(scores, np.concatenate([chosen_lengths, rejected_lengths])),
+        score_mean=float(scores.mean()), score_std=float(scores.std()), margin_mean=float((chosen - rejected).mean()),
+        calibration_error=calibration(chosen, rejected)[1],
+    )
+
+
+def import_function(spec: str) -> Callable[..., object]:
+    """The callable named by "module:function" or "path/to/file.py:function".
+
+    Only that module is imported (a file is run anew at each call) and sys.path stays as it is. Raises ValueError for a malformed spec, a
+    module or file that does not exist, a name that is missing or cannot be called. What the module itself raises is passed on."""
+    def refusal(problem: str) -> ValueError:
+        return ValueError(f'{spec!r}: {problem}. Accepted: "module:function" or "path/to/file.py:function".')
+
+    source, colon, name = spec.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise refusal(f"{name!r} after the colon is not a function name" if colon else "there is no colon")
+    if source.endswith(".py"):
+        if not Path(source).is_file():
+            raise refusal(f"there is no file {source!r}")
+        key = "file_" + str(Path(source).resolve()).encode().hex()  # one name a path, whatever its characters
+        module_spec = importlib.util.spec_from_file_location(key, source)
+        assert module_spec and module_spec.loader  # None only for a suffix that Python does not know
+        module = sys.modules[key] = importlib.util.module_from_spec(module_spec)  # dataclasses and pickle look for it there
+        module_spec.loader.exec_module(module)
+    else:
+        if not all(part.isidentifier() for part in source.split(".")):
+            raise refusal(f"{source!r} is neither a module's name nor a .py file")
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            if not f"{source}.".startswith(f"{error.name}."):
+                raise  # the module exists; something it imports does not
+            raise refusal(f"there is no module {source!r} on sys.path") from error
+    try:
+        function = getattr(module, name)
+    except AttributeError:
+        near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=1)
+        raise refusal(f"{source!r} has no {name!r}" + (f"; the nearest name is {near[0]!r}" if near else "")) from None
+    if not callable(function):
+        raise refusal(f"{name!r} in {source!r} is not callable but of type {type(function).__name__}")
+    return function
+
+
+def _printable(text: str) -> str:
+    """What would move the cursor, colour the terminal or turn the writing direction, as backslash escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, numbers.Real) or isinstance(value, numbers.Integral):
+        return "-" if value is None else _printable(str(value))
+    return f"{value:.0f}" if 999.5 <= abs(float(value)) < 1e9 else f"{value:.3g}"  # .3g alone would write 1234.5 as 1.23e+03
+
+
+def table(rows: list[dict[str, object]], columns: list[str]) -> str:
+    """Aligned plain text: a header, a rule, a line a row. A column with a number in it stands right; floats have 3 significant digits
+    (whole from 1000 on), None or a missing key is "-", control characters are escaped. Raises ValueError for no columns."""
+    _at_least_one(columns=len(columns))
+    cells = [[_printable(name) for name in columns]] + [[_cell(row.get(name)) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    sides = [">" if any(isinstance(row.get(name), numbers.Real) for row in rows) else "<" for name in columns]
+    return "\n".join("  ".join(map("{:{}{}}".format, line, sides, widths)).rstrip() for line in cells)
+
+
+def side_by_side(prompts: Sequence[str], columns: dict[str, list[str]], *, width: int = 100, limit: int = 5) -> str:
+    """The first `limit` prompts, each with the replies of every column under their names, wrapped to `width` characters.
+
+    A text's line breaks stay, indented past the names so that no reply can pass for another; other control characters are escaped.
+    Raises ValueError for no prompts, a column of another length, limit < 1, a width too small for the names."""
+    _at_least_one(prompts=len(prompts), limit=limit)
+    for name, replies in columns.items():
+        if len(replies) != len(prompts):
+            raise ValueError(f"column {name!r} has {len(replies)} replies to {len(prompts)} prompts; give one a prompt, in the same order.")
+    margin = max(len(_printable(name)) for name in ["prompt", *columns]) + 2
+    if width < margin + 20:
+        raise ValueError(f"width={width} leaves {width - margin} characters beside the names; use width={margin + 20} or more.")
+    lines = []
+    for i, prompt in enumerate(prompts[:limit]):
+        lines.append(f"[{i + 1} of {len(prompts)}]".ljust(width, "-"))
+        for name, text in [("prompt", prompt), *((name, replies[i]) for name, replies in columns.items())]:
+            wrapped = [part for line in text.split("\n") for part in textwrap.wrap(_printable(line), width - margin) or [""]]
+            lines.append(f"{_printable(name)}: ".ljust(margin) + ("\n" + " " * margin).join(wrapped))
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""The quantized base and its tokenizer: the rules for padding, dtypes and quantization, in one place."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from goose_lora.trunk import decoder_layers
+
+logger = logging.getLogger(__name__)
+
+# Tokens that model families keep for padding or for nothing, best first.
+SPARE_TOKENS = ("<|endoftext|>", "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|reserved_special_token_0|>", "<unk>")
+# Byte 0xFF never occurs in UTF-8 text, so no text can contain its token: byte-level BPE writes it "ÿ", SentencePiece "<0xFF>".
+IMPOSSIBLE_BYTES = ("ÿ", "<0xFF>")
+
+
+@dataclass
+class ModelArguments:
+    """The base model, its quantization, and where LoRA goes: the same three lines in every stage's configuration."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the base, or 'embedded' for the small model of the demo."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base on the Hub."})
+    quantization: Literal["nf4", "int8", "none"] = field(
+        default="nf4", metadata={"help": "How the frozen base is kept: nf4 (4 bits), int8, or none (in dtype)."}
+    )
+    dtype: Literal["bfloat16", "float32"] = field(
+        default="bfloat16", metadata={"help": "Arithmetic of the base. Adapters, heads, log-probabilities and losses are fp32 always."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 ...; the model's default if unset."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scaling: alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "For SFT and reward model; PPO sets it to 0, or its ratios are noise."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the linear layers to adapt, or all-linear."}
+    )
+    lora_layers: str = field(default="all", metadata={"help": "all, or top-K: adapters in the K uppermost layers, so that the rest is shared."})
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1 or self.lora_alpha <= 0:
+            raise ValueError(f"lora_r={self.lora_r}, lora_alpha={self.lora_alpha}: both must be positive, for example 16 and 32.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: must be at least 0 and below 1.")
+        if isinstance(self.lora_target_modules, str):
+            self.lora_target_modules = [self.lora_target_modules]
+        top_layers(self.lora_layers, 10**6)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
+
+
+def top_layers(lora_layers: str, num_layers: int) -> list[int]:
+    """Indices of the layers that ``all`` or ``top-K`` names, lowest first.
+
+    Raises:
+        ValueError: any other text, or a K that the model does not have.
+    """
+    if lora_layers == "all":
+        return list(range(num_layers))
+    prefix, _, number = lora_layers.partition("-")
+    if prefix != "top" or not number.isdecimal() or int(number) == 0:
+        raise ValueError(f"lora_layers={lora_layers!r}: write all, or top-K with a number of layers, for example top-10.")
+    if int(number) > num_layers:
+        raise ValueError(f"lora_layers={lora_layers!r}: the model has {num_layers} layers. Write top-{num_layers} or less, or all.")
+    return list(range(num_layers - int(number), num_layers))
+
+
+def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, left-padding, with a pad token that no text uses."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code, padding_side="left"
+    )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{args.model_name_or_path}: the tokenizer has no EOS token, so replies cannot end. Set one in its tokenizer_config.json.")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = spare_token(tokenizer)
+    return tokenizer
+
+
+def spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token in the vocabulary that can serve as padding: not EOS, nor one that text contains. No embedding is added.
+
+    With pad = EOS, a sequence classifier does not see the final EOS (TRL#3750), and a reply that ended scores like one that was cut.
+
+    Raises:
+        ValueError: the vocabulary has no such token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in (*SPARE_TOKENS, *IMPOSSIBLE_BYTES):
+        if token in vocabulary and vocabulary[token] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            return token
+    raise ValueError("The tokenizer's pad token is its EOS, and no unused token was found. Set pad_token in its tokenizer_config.json.")
+
+
+def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
+    """The frozen base as a causal language model, in evaluation mode, on one device (never device_map="auto").
+
+    ``device`` and ``trust_remote_code`` may be given by keyword; the device is accelerate's by default.
+    """
+    return _load(AutoModelForCausalLM, args, tokenizer, **kwargs)
+
+
+def load_reward_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
+    """The same base as a sequence classifier with one output, for ``trl.RewardTrainer``."""
+    return _load(AutoModelForSequenceClassification, args, tokenizer, num_labels=1, **kwargs)
+
+
+def _load(
+    auto_class: Any, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | None = None, **kwargs: Any
+) -> Any:
+    if args.attn_implementation:
+        kwargs["attn_implementation"] = args.attn_implementation
+    model = auto_class.from_pretrained(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        dtype=args.torch_dtype,
+        device_map={"": device or PartialState().device},
+        quantization_config=quantization_config(args),
+        **kwargs,
+    )
+    keep_4bit_trainable_on_cpu(model)
+    model.requires_grad_(False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # Sampling filters that a model ships with would make sampled and computed log-probabilities differ.
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    return model.eval()
+
+
+def quantization_config(args: ModelArguments) -> BitsAndBytesConfig | None:
+    if args.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=args.torch_dtype
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if args.quantization == "int8" else None
+
+
+def keep_4bit_trainable_on_cpu(model: Any) -> None:
+    """Keep 4-bit layers in the form that has gradients.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first forward in evaluation mode, for good, into a form without
+    autograd: LoRA gradients are then missing or wrong, without an error. Repacking is only for speed.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def lora_config(args: ModelArguments, model: Any, task_type: str | None = "CAUSAL_LM", **kwargs: Any) -> LoraConfig:
+    """LoRA in the layers that ``lora_layers`` names; all-linear is written out, since PEFT refuses it together with layers."""
+    layers = decoder_layers(model)
+    chosen = top_layers(args.lora_layers, len(layers))
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=linear_names(layers) if args.lora_target_modules == ["all-linear"] else args.lora_target_modules,
+        layers_to_transform=None if len(chosen) == len(layers) else chosen,
+        task_type=task_type,
+        **kwargs,
+    )
+
+
+def linear_names(layers: nn.ModuleList) -> list[str]:
+    """Names of all linear layers inside the decoder layers: q_proj, c_attn, dense_h_to_4h ..., as PEFT's target_modules."""
+    linear = (nn.Linear, Conv1D)
+    return sorted({name.rpartition(".")[2] for name, module in layers[0].named_modules() if isinstance(module, linear)})
+
+
+def adapters_to_fp32(model: Any) -> None:
+    """Undo the bf16 cast that TRL's trainers give LoRA on a quantized base: in bf16, AdamW's small steps round to nothing."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> None:
+    """Check, before any model is loaded, that ``folder`` holds an adapter for this base.
+
+    Raises:
+        ValueError: no adapter there, or one that was trained on another base.
+    """
+    if folder is None:
+        return
+    path = Path(folder)
+    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (path / name).is_file()]
+    if missing:
+        raise ValueError(f"{setting}: {folder} has no {' and no '.join(missing)}. Give the output_dir of the stage that trains it, run to its end.")
+    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base and base != args.model_name_or_path and Path(base).name != Path(args.model_name_or_path).name:
+        raise ValueError(f"{setting}: {folder} was trained on {base}, not on {args.model_name_or_path}. All stages share one base.")

@@ -1,0 +1,90 @@
+"""Log-probabilities of given tokens from hidden states, without ever holding logits for all of them.
+
+The language-model head is frozen, so the gradient of one token's log-probability with respect to its hidden state,
+
+    d log p(y | h) / dh = (W_y - sum_v p_v W_v) / temperature,
+
+is a vector of the hidden size that does not depend on the rest of the loss. It is computed beside the log-probability, chunk by chunk,
+and kept in place of the logits: the two matrix products of a plain forward and backward, but H numbers a token instead of V.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_TOKENS = 512
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "N H"],
+    ids: Int[Tensor, " N"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy_gradient: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-probability of ``ids`` and entropy of the distribution (nats), in fp32, of softmax(softcap(hidden W' + bias) / temperature).
+
+    Equals log_softmax of the full logits and its gather (TRL, lm-human-preferences and CleanRL hold those logits). ``softcap`` is Gemma 2's
+    bound on logits, c * tanh(x / c) (arXiv:2408.00118, section 2). Gradients reach ``hidden`` alone; through the entropy only with
+    ``entropy_gradient``, which costs a third matrix product.
+
+    Raises:
+        ValueError: the head is trainable, where its gradient would silently be lost, or the temperature is not positive.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("token_logprobs: the language-model head is trainable, and would get no gradient. Freeze it: heads stay in the base.")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive; for greedy replies sample with do_sample=False instead")
+    return _FrozenHead.apply(hidden, weight, bias, ids, temperature, softcap, entropy_gradient, chunk_tokens)
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, temperature, softcap, entropy_gradient, chunk_tokens):
+        ctx.set_materialize_grads(False)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        entropies = torch.empty_like(logprobs)
+        of_logprob = torch.empty_like(hidden) if hidden.requires_grad else None
+        of_entropy = torch.empty_like(hidden) if hidden.requires_grad and entropy_gradient else None
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = F.linear(hidden[rows].to(weight.dtype), weight, bias).to(wide)
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+                bend = 1 - (logits / softcap).square()
+            else:
+                bend = None
+            log_p = torch.log_softmax(logits / temperature, dim=-1)
+            p = log_p.exp()
+            logprobs[rows] = log_p.gather(-1, ids[rows, None]).squeeze(-1)
+            entropies[rows] = -(p * log_p).sum(-1)
+
+            def slope(of_logits, rows=rows, bend=bend):
+                of_logits = of_logits if bend is None else of_logits * bend
+                return (of_logits.to(weight.dtype) @ weight).to(hidden.dtype) / temperature
+
+            if of_entropy is not None:
+                of_entropy[rows] = slope(-p * (log_p + entropies[rows, None]))
+            if of_logprob is not None:
+                one_hot_minus_p = p.neg_().scatter_add_(-1, ids[rows, None], torch.ones_like(p[:, :1]))
+                of_logprob[rows] = slope(one_hot_minus_p)
+        ctx.save_for_backward(of_logprob, of_entropy)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropies):
+        of_logprob, of_entropy = ctx.saved_tensors
+        grad = torch.zeros_like(of_logprob)
+        if grad_logprobs is not None:
+            grad = grad + grad_logprobs[:, None].to(grad.dtype) * of_logprob
+        if grad_entropies is not None and of_entropy is not None:
+            grad = grad + grad_entropies[:, None].to(grad.dtype) * of_entropy
+        return grad, *[None] * 7

@@ -1,0 +1,112 @@
+"""Settings of PPO: names that TRL's users know, checked when made."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+_SAVE_EVERY_ROLLOUTS = 10
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """One rollout is ``per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`` prompts on each process; each of
+    ``num_ppo_epochs`` passes over it makes ``num_mini_batches`` optimizer steps. ``max_steps``, ``logging_steps`` and ``save_steps`` count
+    optimizer steps, as everywhere in transformers.
+    """
+
+    # Rollout
+    num_rollouts: int | None = field(default=None, metadata={"help": "Length of the run in rollouts; sets max_steps."})
+    response_length: int = field(default=53, metadata={"help": "Most tokens of a reply."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; all log-probabilities are taken at it."})
+    max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out, and counted."})
+    local_rollout_forward_batch_size: int = field(default=64, metadata={"help": "Replies generated and scored at a time, on each process."})
+    sample_rows: int = field(default=4, metadata={"help": "Replies of each logged rollout written to samples.jsonl."})
+
+    # Reward
+    kl_coef: float = field(default=0.05, metadata={"help": "Price of a nat of KL to the reference."})
+    kl_estimator: Literal["k1", "k2", "k3"] = field(default="k1", metadata={"help": "Estimator of the KL in the reward."})
+    kl_target: float | None = field(default=None, metadata={"help": "Adapt kl_coef towards this KL (nats a reply); fixed if unset."})
+    kl_horizon: int = field(default=10000, metadata={"help": "Replies over which an adaptive kl_coef moves."})
+    normalize_scores: bool = field(default=True, metadata={"help": "Count scores in standard deviations over the reference's replies."})
+    score_calibration_prompts: int = field(default=192, metadata={"help": "Prompts answered before training to learn that scale."})
+    missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken off the score of a reply that did not end by itself."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1 in each rollout, their mean kept."})
+
+    # Update
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass."})
+    cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
+    critic: Literal["adapter", "shared"] = field(
+        default="adapter", metadata={"help": "adapter: the critic has its own, started from the reward adapter. shared: a head on the policy."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss."})
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "The critic moves at most this far a rollout; null: no bound."})
+    value_learning_rate: float | None = field(default=None, metadata={"help": "The critic's learning rate; learning_rate if unset."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy in the loss."})
+    reuse_trunk: bool = field(default=True, metadata={"help": "Run the layers below the adapters once a rollout; all passes use the output."})
+
+    # TrainingArguments with another default
+    learning_rate: float = field(default=1e-4, metadata={"help": "The policy's peak learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers."})
+    logging_steps: float | None = field(default=None, metadata={"help": "In optimizer steps; once a rollout if unset."})
+    save_steps: float | None = field(default=None, metadata={"help": "In optimizer steps, whole rollouts; every tenth rollout if unset."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: columns go to reward functions."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: it hides broken losses."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code from the model's repository. Off unless you asked."})
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        steps = self.steps_per_rollout
+        if self.num_rollouts is not None:
+            if self.max_steps not in (-1, self.num_rollouts * steps):
+                raise ValueError(
+                    f"max_steps={self.max_steps} and num_rollouts={self.num_rollouts} (of {steps} optimizer steps) contradict each other; set one."
+                )
+            self.max_steps = self.num_rollouts * steps
+        self.logging_steps = steps if self.logging_steps is None else self.logging_steps
+        self.save_steps = _SAVE_EVERY_ROLLOUTS * steps if self.save_steps is None else self.save_steps
+        super().__post_init__()
+        self._check_saving()
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps made on one rollout."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Prompts of one rollout on one process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    def _check_ranges(self) -> None:
+        at_least_one = ("response_length", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "max_prompt_tokens")
+        for name in (*at_least_one, "per_device_train_batch_size", "gradient_accumulation_steps"):
+            self._require(name, getattr(self, name) >= 1, "must be 1 or more")
+        for name in ("gamma", "lam"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1; 1 and 0.95 are usual")
+        for name in ("kl_coef", "vf_coef", "learning_rate", "entropy_coef"):
+            self._require(name, getattr(self, name) >= 0, "must not be negative")
+        self._require("temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy")
+        self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
+        self._require("cliprange_value", self.cliprange_value is None or self.cliprange_value > 0, "must be positive, or null for no bound")
+        self._require("kl_target", self.kl_target is None or self.kl_target > 0, "must be positive, or null for a fixed kl_coef")
+        self._require("remove_unused_columns", not self.remove_unused_columns, "reward functions get the data's columns; leave it false")
+        self._require("score_calibration_prompts", self.score_calibration_prompts >= 2, "a standard deviation needs two replies or more")
+
+    def _require(self, name: str, holds: bool, why: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)}: {why}.")
+
+    def _check_saving(self) -> None:
+        steps, every = self.steps_per_rollout, self.save_steps or 0
+        if str(self.save_strategy) not in ("steps", "SaveStrategy.STEPS") or every % steps == 0:
+            return
+        fits = max(1, round(every / steps)) * steps
+        raise ValueError(
+            f"save_steps={every:g} falls inside a rollout ({steps} optimizer steps each), and such a checkpoint cannot be resumed exactly. "
+            f"Use save_steps={fits}."
+        )

@@ -1,0 +1,353 @@
+"""PPO on a shared base, as a ``transformers.Trainer`` through its public hooks: loop, resume, logging and launchers are the library's."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from goose_lora import gates, ppo_math
+from goose_lora.batch import Experience, Rollout
+from goose_lora.callbacks import MetricsFile, RolloutState, append_line
+from goose_lora.data import RolloutBatches, left_pad
+from goose_lora.kl_control import AdaptiveKL, FixedKL
+from goose_lora.ppo_config import PPOConfig
+from goose_lora.rewards import ScoreScale, score_scale, token_rewards
+from goose_lora.sampling import generation_config, sample
+from goose_lora.shared_base import ADAPTERS, SharedBase
+
+logger = logging.getLogger(__name__)
+
+RewardFunction = Callable[..., Any]
+# Log-probabilities of one text in two batches: fp32 sums in another order, bf16 rounds what differs.
+STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+
+
+class PPOTrainer(Trainer):
+    """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
+
+    Args:
+        model: the shared base, with a critic, and with a reward adapter unless ``reward_function`` is given.
+        args: settings.
+        train_dataset: rows with ``input_ids``, from ``data.tokenize_prompts``; further columns go to the reward function.
+        processing_class: the base's tokenizer.
+        reward_function: scores in place of the reward adapter, with TRL's signature:
+            ``f(prompts=, completions=, completion_ids=, **columns) -> list[float]``.
+    """
+
+    args: PPOConfig
+    train_dataset: Dataset
+    processing_class: PreTrainedTokenizerBase
+    loss_is_scaled_for_ga = True  # compute_loss divides by the token count of the whole optimizer step
+
+    def __init__(
+        self,
+        model: SharedBase,
+        args: PPOConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        reward_function: RewardFunction | None = None,
+        **kwargs: Any,
+    ):
+        if reward_function is None and not model.has("reward"):
+            raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
+        if model.critic is None:
+            raise ValueError("PPO needs a critic: SharedBase.build(..., critic='adapter') or 'shared'.")
+        self.reward_function = reward_function
+        control = FixedKL(args.kl_coef) if args.kl_target is None else AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
+        self.rollout_state = RolloutState(control)
+        self.generation = generation_config(
+            response_tokens=args.response_length,
+            temperature=args.temperature,
+            eos_token_ids=[processing_class.eos_token_id],
+            pad_token_id=processing_class.pad_token_id,
+        )
+        super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
+        self.add_callback(self.rollout_state)
+        self.add_callback(MetricsFile())
+        self._microbatches: Iterator[dict[str, Tensor]] = iter(())
+        self._rollout_metrics: dict[str, list[float]] = defaultdict(list)
+        self._update_metrics: dict[str, Tensor | float] = defaultdict(float)
+        self._optimizer_steps_logged = 0
+        self._gates_open = False
+
+    @property
+    def shared(self) -> Any:
+        """The ``SharedBase`` inside what accelerate may have wrapped around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- Public hooks of Trainer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Policy and critic as two groups, each with its learning rate. Resuming leaves inactive adapters frozen: mark them first."""
+        if self.optimizer is None:
+            set_seed(self.args.seed, device_specific=True)  # or all processes would sample alike
+            self.shared.set_trainable(("policy", "value"))
+            gates.check_trainable(self.shared.named_parameters(), self._trainable_marks)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.shared)
+            value_rate = self.args.value_learning_rate
+            groups = [
+                {"params": self._parameters("policy"), "lr": self.args.learning_rate},
+                {"params": self._parameters("value"), "lr": self.args.learning_rate if value_rate is None else value_rate},
+            ]
+            self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **options)
+        return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Each batch of prompts once for every microbatch that is made of its rollout."""
+        repeat = self.args.steps_per_rollout * self.args.gradient_accumulation_steps
+        batches = RolloutBatches(
+            len(self.train_dataset),
+            self.args.rollout_batch_size,
+            repeat,
+            seed=self.args.seed,
+            num_processes=self.accelerator.num_processes,
+        )
+        rows: Any = self.train_dataset
+        return self.accelerator.prepare(DataLoader(rows, batch_sampler=batches, collate_fn=self._collate))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """A rollout where the last one is used up, then one microbatch of it."""
+        microbatch = next(self._microbatches, None)
+        if microbatch is None:
+            self._microbatches = self._roll_out(inputs)
+            microbatch = next(self._microbatches)
+        first = not self._gates_open and self.state.global_step == 0
+        with self._timed("update"):
+            loss = super().training_step(model, microbatch, num_items_in_batch)
+        if first:
+            gates.check_gradients(self.shared.named_parameters())
+        self._gates_open = True
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The clipped PPO loss, a mean over the response tokens of the optimizer step: microbatches and processes add up to it."""
+        args, mask, num_tokens = self.args, inputs["response_mask"], inputs["num_tokens"]
+        output = model(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            mask,
+            trunk=inputs.get("trunk"),
+            temperature=args.temperature,
+            entropy_gradient=args.entropy_coef > 0,
+        )
+        if not self._gates_open and self.state.global_step == 0:
+            gates.check_ratio(output.logprobs, inputs["old_logprobs"], mask, tolerance=self._tolerance)
+        policy_loss, policy_stats = ppo_math.policy_loss(
+            output.logprobs, inputs["old_logprobs"], inputs["advantages"], mask, cliprange=args.cliprange, num_tokens=num_tokens
+        )
+        value_loss, value_stats = ppo_math.value_loss(
+            self._scale.normalise(output.values),
+            inputs["old_values"],
+            inputs["returns"],
+            mask,
+            cliprange_value=args.cliprange_value,
+            num_tokens=num_tokens,
+        )
+        entropy = ppo_math.masked_mean(output.entropy, mask, num_tokens=num_tokens)
+        stats = {**policy_stats, **value_stats, "loss/policy": policy_loss, "loss/value": value_loss, "policy/entropy": entropy}
+        for name, value in stats.items():
+            self._update_metrics[name] = self._update_metrics[name] + value.detach()
+        return policy_loss + args.vf_coef * value_loss - args.entropy_coef * entropy
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what rollouts and updates since the last log have shown, averaged over processes."""
+        steps = self.state.global_step - self._optimizer_steps_logged
+        if steps > 0 and self._update_metrics:
+            update = {name: torch.as_tensor(total, device=self.args.device) / steps for name, total in self._update_metrics.items()}
+            rollout = {name: torch.tensor(sum(seen) / len(seen), device=self.args.device) for name, seen in self._rollout_metrics.items()}
+            mean = self.accelerator.reduce(rollout | update, reduction="mean")
+            logs.update({name: value.item() for name, value in mean.items()})
+            self._rollout_metrics.clear()
+            self._update_metrics.clear()
+            self._optimizer_steps_logged = self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- Rollouts ----
+
+    def _roll_out(self, prompts: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+        """Microbatches of all epochs of one rollout."""
+        args = self.args
+        if self.rollout_state.score_scale is None:
+            self._calibrate()
+        experience = self._experience(prompts)
+        count = self.accelerator.num_processes
+
+        def mean_tokens(tokens: Tensor) -> Tensor:
+            return self.accelerator.reduce(tokens, reduction="sum") / count
+
+        for _ in range(args.num_ppo_epochs):
+            yield from experience.microbatches(args.per_device_train_batch_size, args.gradient_accumulation_steps, mean_tokens=mean_tokens)
+
+    @torch.no_grad()
+    def _experience(self, prompts: dict[str, Any]) -> Experience:
+        args, control = self.args, self.rollout_state.kl_control
+        with self._timed("generate"):
+            rollout = self._sample(prompts["input_ids"], prompts["attention_mask"])
+        with self._timed("score"):
+            raw, logprobs, ref_logprobs, values, trunk = self._score(rollout, prompts["columns"])
+        mask = rollout.response_mask
+        kl = ppo_math.kl_per_token(logprobs, ref_logprobs, estimator=args.kl_estimator)
+        if self.state.global_step == 0:
+            gates.check_reference(kl, mask, tolerance=self._tolerance)
+
+        scores, values = self._scale.normalise(raw), torch.where(mask, self._scale.normalise(values), 0.0)
+        penalised = scores
+        if args.missing_eos_penalty is not None:
+            penalised = torch.where(rollout.ended, scores, scores - args.missing_eos_penalty)
+        rewards = token_rewards(penalised, kl, mask, kl_coef=control.coef)
+        if args.whiten_rewards:
+            rewards = ppo_math.whiten(rewards, mask, shift_mean=False, statistics=self._moments(rewards, mask))
+        advantages = ppo_math.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        returns = torch.where(mask, advantages + values, 0.0)
+        whitened = ppo_math.whiten(advantages, mask, statistics=self._moments(advantages, mask))
+
+        k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
+        shown = {
+            "objective/score": scores.mean(),
+            "objective/raw_score": raw.mean(),
+            "objective/kl": k1.sum(-1).mean(),
+            "objective/kl_k3": torch.where(mask, ppo_math.kl_per_token(logprobs, ref_logprobs, estimator="k3"), 0.0).sum(-1).mean(),
+            "objective/reward": rewards.sum(-1).mean(),
+            "objective/kl_coef": torch.tensor(control.coef),
+            "rollout/response_tokens": rollout.lengths.float().mean(),
+            "rollout/eos_rate": rollout.ended.float().mean(),
+            "value/explained_variance": ppo_math.explained_variance(values, returns, mask),
+            "value/mean": ppo_math.masked_mean(values, mask),
+        }
+        for name, value in shown.items():
+            self._rollout_metrics[name].append(value.item())
+        mean_kl: Any = self.accelerator.reduce(k1.sum(-1).mean(), reduction="mean")
+        control.update(mean_kl.item(), len(mask) * self.accelerator.num_processes)
+        self._write_samples(rollout, raw, k1.sum(-1))
+        return Experience(rollout, logprobs, values, whitened, returns, trunk)
+
+    def _sample(self, input_ids: Tensor, attention_mask: Tensor) -> Rollout:
+        """Replies in groups of ``local_rollout_forward_batch_size``, put together to one width."""
+        size = self.args.local_rollout_forward_batch_size
+        parts = [sample(self.shared, i, m, self.generation) for i, m in zip(input_ids.split(size), attention_mask.split(size), strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.input_ids.shape[1] for part in parts)
+
+        def joined(name: str, fill: Any) -> Tensor:
+            return torch.cat([_widen(getattr(part, name), width - part.input_ids.shape[1], fill) for part in parts])
+
+        pad = self.processing_class.pad_token_id
+        return Rollout(joined("input_ids", pad), joined("attention_mask", 0), joined("response_mask", False), torch.cat([p.ended for p in parts]))
+
+    def _score(self, rollout: Rollout, columns: dict[str, list]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Raw scores (B,), log-probabilities of policy and reference and raw values (B, T), trunk output; all by one sweep of small batches."""
+        shared, size = self.shared, self.args.local_rollout_forward_batch_size
+        parts = []
+        for ids, attention, mask in zip(
+            rollout.input_ids.split(size), rollout.attention_mask.split(size), rollout.response_mask.split(size), strict=True
+        ):
+            trunk = shared.trunk(ids, attention) if self.args.reuse_trunk else None
+            policy = shared(ids, attention, mask, trunk=trunk, temperature=self.args.temperature)
+            reference = shared.hidden("reference", ids, attention, trunk)
+            ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=self.args.temperature)
+            raw = shared.scores(ids, attention, trunk) if self.reward_function is None else torch.zeros(len(ids), device=ids.device)
+            parts.append((raw, policy.logprobs, ref_logprobs, policy.values, trunk))
+        raw, logprobs, ref_logprobs, values, trunks = zip(*parts, strict=True)
+        trunk = None if trunks[0] is None else torch.cat(trunks)
+        scores = torch.cat(raw) if self.reward_function is None else self._call_reward_function(rollout, columns)
+        return scores, torch.cat(logprobs), torch.cat(ref_logprobs), torch.cat(values), trunk
+
+    def _call_reward_function(self, rollout: Rollout, columns: dict[str, list]) -> Tensor:
+        assert self.reward_function is not None
+        ids = rollout.response_ids()
+        prompts = columns.get("prompt") or self.processing_class.batch_decode(rollout.prompt_ids())
+        completions = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        others = {name: column for name, column in columns.items() if name != "prompt"}
+        scores = torch.as_tensor(self.reward_function(prompts=prompts, completions=completions, completion_ids=ids, **others), dtype=torch.float32)
+        if scores.shape != (len(ids),) or not torch.isfinite(scores).all():
+            raise ValueError(
+                f"the reward function returned shape {tuple(scores.shape)} for {len(ids)} replies, {int((~torch.isfinite(scores)).sum())} of them "
+                "not finite. It must return one number a reply."
+            )
+        return scores.to(rollout.input_ids.device)
+
+    def _calibrate(self) -> None:
+        """Learn the scale of scores from replies of the untrained policy, which is the reference."""
+        if not self.args.normalize_scores:
+            self.rollout_state.score_scale = (0.0, 1.0)
+            return
+        count = -(-self.args.score_calibration_prompts // self.accelerator.num_processes)
+        generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
+        rows = torch.randint(len(self.train_dataset), (count,), generator=generator).tolist()
+        prompts = self._collate([self.train_dataset[row] for row in rows])
+        with torch.no_grad():
+            rollout = self._sample(prompts["input_ids"].to(self.args.device), prompts["attention_mask"].to(self.args.device))
+            if self.reward_function is not None:
+                raw = self._call_reward_function(rollout, prompts["columns"])
+            else:
+                size = self.args.local_rollout_forward_batch_size
+                batches = zip(rollout.input_ids.split(size), rollout.attention_mask.split(size), strict=True)
+                raw = torch.cat([self.shared.scores(ids, attention) for ids, attention in batches])
+        everywhere: Any = self.accelerator.gather(raw)
+        scale = score_scale(everywhere)
+        self.rollout_state.score_scale = (scale.mean, scale.std)
+        logger.info("scores of the reference: mean %.3f, standard deviation %.3f", scale.mean, scale.std)
+
+    # ---- Small things ----
+
+    @property
+    def _scale(self) -> ScoreScale:
+        return ScoreScale(*(self.rollout_state.score_scale or ScoreScale()))
+
+    @property
+    def _tolerance(self) -> float:
+        return STEP_ZERO_TOLERANCE.get(self.shared.get_base_model().get_output_embeddings().weight.dtype, 1e-5)
+
+    @property
+    def _trainable_marks(self) -> tuple[str, ...]:
+        return (f".{ADAPTERS['policy']}.", f".{ADAPTERS['value']}.")
+
+    def _parameters(self, role: str) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.shared.role_parameters(role)]
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        input_ids, attention_mask = left_pad([row["input_ids"] for row in rows], self.processing_class.pad_token_id)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "input_ids"}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "columns": columns}
+
+    def _moments(self, x: Tensor, mask: Tensor) -> ppo_math.Moments:
+        """Over the rollouts of all processes."""
+        own = torch.stack([torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in ppo_math.moments(x, mask)])
+        return ppo_math.merge_moments([ppo_math.Moments(*row) for row in self.accelerator.gather(own[None])])
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Seconds of a phase, summed over the optimizer steps of a log and divided by their number like all update figures."""
+        started = time.perf_counter()
+        yield
+        self._update_metrics[f"seconds/{phase}"] = self._update_metrics[f"seconds/{phase}"] + time.perf_counter() - started
+
+    def _write_samples(self, rollout: Rollout, scores: Tensor, kl: Tensor) -> None:
+        if not self.is_world_process_zero():
+            return
+        decode = self.processing_class.batch_decode
+        rows = self.args.sample_rows
+        texts = zip(decode(rollout.prompt_ids()[:rows]), decode(rollout.response_ids()[:rows], skip_special_tokens=True), strict=True)
+        for row, (prompt, reply) in enumerate(texts):
+            append_line(
+                Path(self.args.output_dir or ".") / "samples.jsonl",
+                {"step": self.state.global_step, "prompt": prompt, "reply": reply, "raw_score": scores[row].item(), "kl": kl[row].item()},
+            )
+
+
+def _widen(x: Tensor, columns: int, fill: int | bool) -> Tensor:
+    return torch.nn.functional.pad(x, (0, columns), value=fill)

@@ -1,0 +1,82 @@
+"""What a stage leaves behind to look at: figures as JSON, metrics as jsonl, the verdict, curves as PNG."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from goose_lora.evaluation import RewardVerdict
+
+_STARTED = time.monotonic()
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all: written beside its place, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def peak_rss_gb() -> float:
+    """Most memory this process ever had resident, in GB (10^9 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def write_stage(output_dir: str | None, stage: str, figures: Mapping[str, Any], log_history: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """``stage.json``, written last, tells that the stage is whole; ``metrics.jsonl`` holds its log, unless the trainer wrote it already."""
+    folder = Path(output_dir or ".")
+    if log_history is not None:
+        write_jsonl(folder / "metrics.jsonl", log_history)
+    seconds = round(time.monotonic() - _STARTED, 1)
+    write_json(folder / "stage.json", {"stage": stage, **figures, "seconds": seconds, "peak_rss_gb": round(peak_rss_gb(), 2)})
+
+
+def write_verdict(output_dir: str | None, verdict: RewardVerdict) -> None:
+    """Save the reward model's verdict as ``verdict.json`` and print it."""
+    write_json(Path(output_dir or ".") / "verdict.json", verdict.to_dict())
+    print("\nThe reward model on held-out pairs:")
+    for line in verdict.lines():
+        print(f"  {line}")
+
+
+def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Score, KL, critic loss and reply length over PPO steps, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        ("objective/score", "score (reward model, in SFT standard deviations)"),
+        ("objective/kl", "KL to the reference (nats a reply)"),
+        ("loss/value", "critic loss"),
+        ("rollout/response_tokens", "reply length (tokens)"),
+    ]
+    rows = [row for row in metrics if "objective/score" in row]
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, panels, strict=True):
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".", color="tab:blue")
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

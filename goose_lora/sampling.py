@@ -1,0 +1,60 @@
+"""Prompts to replies: batched, left-padded, sampled from the model's true distribution, cut at the first end-of-text token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import GenerationConfig
+
+from goose_lora.batch import Rollout
+from goose_lora.shared_base import Role, SharedBase
+
+
+def generation_config(
+    *, response_tokens: int, temperature: float, eos_token_ids: Sequence[Any], pad_token_id: Any, do_sample: bool = True
+) -> GenerationConfig:
+    """Settings under which the log-probabilities of a plain forward are those of sampling.
+
+    Every filter is off by name: what is left unset here, ``generate`` takes from the model's own generation_config, and a top_p or
+    repetition penalty from there makes the KL negative, without a word.
+    """
+    sampled = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    return GenerationConfig(
+        max_new_tokens=response_tokens,
+        do_sample=do_sample,
+        **(sampled if do_sample else {"temperature": 1.0, "top_k": 50, "top_p": 1.0}),
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        encoder_repetition_penalty=1.0,
+        min_length=0,
+        num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=pad_token_id,
+    )
+
+
+@torch.no_grad()
+def sample(
+    shared: SharedBase, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], config: GenerationConfig, *, role: Role = "policy"
+) -> Rollout:
+    """One reply to each left-padded prompt under ``role``."""
+    with shared.role(role, generating=True) as core, shared.autocast():
+        sequences = core.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+    mask, ended = response_mask(sequences[:, input_ids.shape[1] :], config.eos_token_id)
+    return Rollout(sequences, torch.cat([attention_mask, mask.long()], dim=1), mask, ended)
+
+
+def response_mask(
+    response_ids: Int[Tensor, "B T"], eos_token_ids: Sequence[int]
+) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, " B"]]:
+    """True up to and with each reply's first end-of-text token, and whether there is one.
+
+    A pad token inside a reply is a token like any other: TRL 0.12-1.12 takes it for the reply's end.
+    """
+    is_eos = torch.isin(response_ids, torch.tensor(list(eos_token_ids), device=response_ids.device))
+    ended_before = is_eos.cumsum(-1) - is_eos.long()
+    return ended_before == 0, is_eos.any(-1)

@@ -1,0 +1,369 @@
+"""One frozen base in memory, and the four models that adapters and small heads make of it.
+
+A role is an adapter. The policy lives under PEFT's name ``default``, because PEFT and Trainer write that adapter to the root of an output
+folder, where plain ``PeftModel.from_pretrained`` looks for it, and the others (``value``, ``reward``, ``reference``) to folders beside it.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import Tensor, nn
+
+from goose_lora.logprobs import token_logprobs
+from goose_lora.trunk import above, below, decoder_layers, lowest_layer
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["policy", "value", "reward", "reference", "base"]
+Critic = Literal["adapter", "shared"]
+ADAPTERS: dict[Role, str] = {"policy": "default", "value": "value", "reward": "reward", "reference": "reference"}
+
+
+class PolicyAndValue(NamedTuple):
+    """What one forward of policy and critic gives for each response token, in fp32: (B, T) each."""
+
+    logprobs: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"] | None
+
+
+class SharedBase(PeftModel):
+    """A causal language model whose weights serve as policy, critic, reward model and reference at once.
+
+    ``SharedBase.build`` makes one. Being a ``PeftModel``, it is saved and restored by ``Trainer`` as adapters only.
+    """
+
+    critic: Any
+    _role: Any
+    set_adapter: Any
+    add_adapter: Any
+    base_model: Any
+
+    @classmethod
+    def build(
+        cls,
+        base: Any,
+        policy: LoraConfig | str | Path,
+        *,
+        reward: str | Path | None = None,
+        critic: Critic | None = None,
+        value: LoraConfig | None = None,
+        reference: str | Path | None = None,
+    ) -> "SharedBase":
+        """Put the roles on ``base``, a causal language model of transformers, quantized or not.
+
+        Args:
+            policy: a fresh adapter's configuration, or the folder of a trained one (SFT).
+            reward: folder of the adapter and ``score`` head that ``trl.RewardTrainer`` saved, if there is a reward adapter.
+            critic: ``adapter`` for a value adapter with its own head, which starts as a copy of the reward adapter where there is one;
+                ``shared`` for a head on the policy's hidden states; None for no critic.
+            value: the value adapter's configuration where there is no reward adapter to copy; the policy's by default.
+            reference: ``copy`` for a frozen copy of the policy as it starts (the default where the policy is a trained adapter), ``base`` for
+                the base with all adapters off (the default where it is fresh), or the folder of an adapter.
+
+        Raises:
+            ValueError: an adapter for another base, without the head it needs, or with dropout left in it.
+        """
+        from_folder = not isinstance(policy, LoraConfig)
+        head = base.get_output_embeddings()
+        if reward is not None or critic is not None:
+            base.score = nn.Linear(head.weight.shape[1], 1, bias=False, dtype=torch.float32, device=head.weight.device)
+            nn.init.normal_(base.score.weight, std=1 / (head.weight.shape[1] + 1) ** 0.5)
+        config = _adapter_config(policy) if from_folder else copy.deepcopy(policy)
+        self = cls(base, config, adapter_name=ADAPTERS["policy"])
+        self._role = "policy"
+        if from_folder:
+            self.load_role("policy", policy)
+        reference = reference or ("copy" if from_folder else "base")
+        if reference == "copy":
+            self.add_adapter(ADAPTERS["reference"], copy.deepcopy(config))
+            self._copy_role("policy", "reference")
+        elif reference != "base":
+            self.add_adapter(ADAPTERS["reference"], _adapter_config(reference))
+            self.load_role("reference", reference)
+        if reward is not None:
+            self.add_adapter(ADAPTERS["reward"], _adapter_config(reward))
+            self.load_role("reward", reward)
+        self.critic = critic
+        if critic is not None:
+            self._add_critic(critic, value or config)
+        self._switch_to("policy")
+        self.set_trainable(("policy", "value"))
+        return self.eval()
+
+    def _add_critic(self, critic: Critic, config: LoraConfig) -> None:
+        has_reward = ADAPTERS["reward"] in self.peft_config
+        if critic == "shared":
+            config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
+        elif has_reward:
+            config = self.peft_config[ADAPTERS["reward"]]  # type: ignore[assignment]
+        config = copy.deepcopy(config)
+        config.modules_to_save = ["score"]
+        config.lora_dropout = 0.0
+        self.add_adapter(ADAPTERS["value"], config)
+        if critic == "adapter" and has_reward:
+            self._copy_role("reward", "value")
+        else:
+            nn.init.zeros_(self.score_head("value").weight)  # an unbiased start: no critic before the first update
+
+    # ---- Adapters: loading, copying, and which of them train ----
+
+    def load_role(self, role: Role, folder: str | Path) -> None:
+        """Load a saved adapter's weights, and its head if the role has one, into ``role``.
+
+        Raises:
+            ValueError: tensors that the role needs are missing in the folder, or the folder has some that fit nowhere.
+        """
+        weights = load_peft_weights(str(folder), device="cpu")
+        result = set_peft_model_state_dict(self, weights, adapter_name=ADAPTERS[role])
+        wanted = [key for key in result.missing_keys if f".{ADAPTERS[role]}." in f"{key}."]
+        if result.unexpected_keys or wanted:
+            raise ValueError(
+                f"{folder} does not fit the role {role} on this base: "
+                f"{len(wanted)} tensors missing{_first(wanted)}, {len(result.unexpected_keys)} not known{_first(result.unexpected_keys)}. "
+                "Use an adapter that was trained on this base model."
+            )
+        if role in ("value", "reward") and not any("score" in key for key in weights):
+            raise ValueError(
+                f"{folder} has no score head (looked for a tensor named *score.weight among {len(weights)}), so it cannot be a {role} model. "
+                "Train it with recipes/reward.py, or with trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
+            )
+
+    def _copy_role(self, source: Role, target: Role) -> None:
+        parameters = dict(self.role_parameters(source))
+        with torch.no_grad():
+            for name, parameter in self.role_parameters(target):
+                parameter.copy_(parameters[name.replace(f".{ADAPTERS[target]}.", f".{ADAPTERS[source]}.")])
+
+    def role_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of a role's adapter, its head included."""
+        return ((name, p) for name, p in self.named_parameters() if f".{ADAPTERS[role]}." in name)
+
+    def set_trainable(self, roles: Sequence[Role]) -> None:
+        """Let the parameters of ``roles`` train, and nothing else. PEFT freezes and unfreezes adapters as a side effect of switching."""
+        marks = tuple(f".{ADAPTERS[role]}." for role in roles)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(any(mark in name for mark in marks))
+
+    def has(self, role: Role) -> bool:
+        """Whether an adapter of its own stands for ``role``."""
+        return ADAPTERS.get(role) in self.peft_config
+
+    # ---- Roles ----
+
+    @contextmanager
+    def role(self, role: Role, *, generating: bool = False) -> Iterator[Any]:
+        """Inside, the base acts as ``role``; yields the transformers model. Afterwards everything is as it was, errors included.
+
+        Active adapter, every requires_grad, training mode and checkpointing are put back. ``generating`` also sets evaluation mode and
+        turns checkpointing off: with it on, ``generate`` loses its cache and its context (TF#36051).
+        """
+        if role not in ("reference", "base") and not self.has(role):
+            raise ValueError(f"this shared base has no {role} adapter, only {sorted(self.peft_config)}. Give SharedBase.build its folder.")
+        core: Any = self.get_base_model()
+        before = self._role
+        training = [(module, module.training) for module in self.modules()] if generating else []
+        checkpointing = [m for m in core.modules() if getattr(m, "gradient_checkpointing", False)] if generating else []
+        try:
+            self._switch_to(role)
+            if generating:
+                self.eval()
+                for module in checkpointing:
+                    module.gradient_checkpointing = False
+            yield core
+        finally:
+            self._switch_to(before)
+            for module, mode in training:
+                module.training = mode
+            for module in checkpointing:
+                module.gradient_checkpointing = True
+
+    def _switch_to(self, role: Role) -> None:
+        flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        if role == "base" or (role == "reference" and not self.has("reference")):
+            self.base_model.disable_adapter_layers()
+        else:
+            self.base_model.enable_adapter_layers()
+            # A head on the policy's states brings no adapter of its own.
+            adapter = "policy" if role == "value" and self.critic == "shared" else role
+            self.set_adapter(ADAPTERS[adapter], inference_mode=True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        self._role = role
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """As in transformers, but each recompute runs under the role of its own forward (PEFT#2832: else gradients are wrong, silently).
+
+        Raises:
+            ValueError: reentrant checkpointing, which has no such hook.
+        """
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True cannot tell the adapters of policy and critic apart. "
+                "Use gradient_checkpointing_kwargs: {use_reentrant: false}."
+            )
+        options.update(use_reentrant=False, context_fn=lambda: (nullcontext(), _InRole(self, self._role)))
+        core: Any = self.get_base_model()
+        core.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+
+    # ---- The four views ----
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return decoder_layers(self.get_base_model())
+
+    def trunk_depth(self) -> int:
+        """How many of the lowest layers no adapter changes: they are the same for all roles, and their output can be reused."""
+        layers = self.layers
+        outside = [name for name, _ in self.named_parameters() if _is_adapter(name) and ".score." not in name]
+        inside = {id(p) for p in layers.parameters()}
+        if any(id(dict(self.named_parameters())[name]) not in inside for name in outside):
+            return 0  # an adapter on the embeddings or the head
+        return min(lowest_layer(layers, adapter) for adapter in self.peft_config)
+
+    @torch.no_grad()
+    def trunk(self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"] | None:
+        """Output of the layers that all roles share, or None if there are none."""
+        depth = self.trunk_depth()
+        if depth == 0:
+            return None
+        with below(self.layers, depth) as output:
+            self._decode(self.get_base_model(), input_ids, attention_mask)
+        return output[0]
+
+    def hidden(
+        self, role: Role, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"], trunk: Float[Tensor, "B L H"] | None = None
+    ) -> Float[Tensor, "B L H"]:
+        """Last hidden states under ``role``, resumed from ``trunk`` if given. Padding may stand on either side."""
+        resumed = nullcontext() if trunk is None else above(self.layers, self.trunk_depth(), trunk)
+        with self.role(role) as core, resumed:
+            return self._decode(core, input_ids, attention_mask)
+
+    def _decode(self, core: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # GPT-2's learned positions count padding unless told otherwise (TRL#6800).
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        decoder = getattr(core, core.base_model_prefix)
+        with self.autocast():
+            output = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        return output.last_hidden_state
+
+    def autocast(self) -> Any:
+        """bf16 matrix products with fp32 adapters, for rollout and update alike; nothing for an fp32 base."""
+        core: Any = self.get_base_model()
+        weight = core.get_output_embeddings().weight
+        enabled = weight.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(weight.device.type, dtype=weight.dtype if enabled else torch.bfloat16, enabled=enabled)
+
+    def score_head(self, role: Role) -> nn.Linear:
+        """The linear head of ``value`` or ``reward``: (1, H), fp32, without bias."""
+        core: Any = self.get_base_model()
+        return core.score.modules_to_save[ADAPTERS[role]]
+
+    def apply_head(self, role: Role, hidden: Float[Tensor, "*s H"]) -> Float[Tensor, "*s"]:
+        """Scalar of each state under the role's head, in fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = self.score_head(role)
+            return head(hidden.to(head.weight.dtype)).squeeze(-1)
+
+    def logprobs(
+        self,
+        hidden: Float[Tensor, "B L H"],
+        input_ids: Int[Tensor, "B L"],
+        response_mask: Bool[Tensor, "B T"],
+        *,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Log-probabilities of the last T tokens and entropies (nats), zero outside ``response_mask``; only masked positions meet the head."""
+        core: Any = self.get_base_model()
+        head, tokens = core.get_output_embeddings(), response_mask.shape[1]
+        logprobs, entropies = token_logprobs(
+            hidden[:, -tokens - 1 : -1][response_mask],
+            input_ids[:, -tokens:][response_mask],
+            head.weight,
+            head.bias,
+            temperature=temperature,
+            softcap=core.config.get_text_config().to_dict().get("final_logit_softcapping"),
+            entropy_gradient=entropy_gradient,
+        )
+        zeros = torch.zeros(response_mask.shape, dtype=logprobs.dtype, device=logprobs.device)
+        return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropies)
+
+    def values(self, hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """V of the state before each of the last T tokens, zero outside ``response_mask``."""
+        values = self.apply_head("value", hidden[:, -response_mask.shape[1] - 1 : -1])
+        return torch.where(response_mask, values, 0.0)
+
+    def scores(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        trunk: Float[Tensor, "B L H"] | None = None,
+    ) -> Float[Tensor, " B"]:
+        """The reward model's score of each row, read at its last counted token: what the SEQ_CLS model of RewardTrainer gives."""
+        hidden = self.hidden("reward", input_ids, attention_mask, trunk)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (attention_mask * positions).argmax(-1)
+        return self.apply_head("reward", hidden[torch.arange(len(last), device=last.device), last])
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        response_mask: Bool[Tensor, "B T"],
+        trunk: Float[Tensor, "B L H"] | None = None,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+    ) -> PolicyAndValue:
+        """Policy and critic in one call, which is what DistributedDataParallel must see: one forward, then one backward."""
+        hidden = self.hidden("policy", input_ids, attention_mask, trunk)
+        logprobs, entropy = self.logprobs(hidden, input_ids, response_mask, temperature=temperature, entropy_gradient=entropy_gradient)
+        if self.critic is None:
+            return PolicyAndValue(logprobs, entropy, None)
+        if self.critic == "adapter":
+            hidden = self.hidden("value", input_ids, attention_mask, trunk)
+        return PolicyAndValue(logprobs, entropy, self.values(hidden, response_mask))
+
+
+class _InRole:
+    """A context that can be entered more than once: a backward with retain_graph recomputes again."""
+
+    def __init__(self, shared: SharedBase, role: Role):
+        self.enter: Callable = lambda: shared.role(role)
+        self.open: list = []
+
+    def __enter__(self) -> None:
+        self.open.append(self.enter())
+        self.open[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.open.pop().__exit__(*error)
+
+
+def _adapter_config(folder: str | Path) -> LoraConfig:
+    config = LoraConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder}: a {config.peft_type} adapter; the roles of a shared base are LoRA adapters.")
+    if config.lora_dropout:
+        logger.warning("%s: lora_dropout %g is set to 0 in PPO, where dropout would make the ratios noise.", folder, config.lora_dropout)
+        config.lora_dropout = 0.0
+    config.inference_mode = False
+    return config
+
+
+def _is_adapter(name: str) -> bool:
+    return any(f".{adapter}." in name for adapter in ADAPTERS.values())
+
+
+def _first(keys: Sequence[str]) -> str:
+    return f" (such as {keys[0]})" if keys else ""

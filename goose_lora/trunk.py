@@ -1,0 +1,85 @@
+"""The layers below the lowest adapter: run once, resumed above as often as needed.
+
+With adapters in the top layers only, everything below computes the same for policy, critic, reference and reward model, and in every
+PPO epoch. The model's own forward runs both halves: layers that are not wanted pass their input through, so masks, rotary
+embeddings, per-layer attention types and final norms stay the library's.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of decoder layers of a transformers causal language model.
+
+    Raises:
+        ValueError: the model has no such list, or several that could be it.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    # A mixture-of-experts model may have as many experts as layers: the outermost list is the one that holds the layers.
+    found.sort(key=lambda item: item[0].count("."))
+    if not found or (len(found) > 1 and found[0][0].count(".") == found[1][0].count(".")):
+        names = [name for name, _ in found]
+        raise ValueError(
+            f"{type(model).__name__}: looked for one list of {count} decoder layers and found {names or 'none'}. "
+            "Supported are decoder-only models of transformers (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi-3 ...)."
+        )
+    return found[0][1]
+
+
+def lowest_layer(layers: nn.ModuleList, adapter: str) -> int:
+    """Index of the lowest layer that ``adapter`` changes; the number of layers if it changes none of them."""
+    for index, layer in enumerate(layers):
+        if any(f".{adapter}." in f"{name}." for name, _ in layer.named_parameters()):
+            return index
+    return len(layers)
+
+
+@contextmanager
+def _replaced(layers: list[nn.Module], forwards: list) -> Iterator[None]:
+    """Give each layer another ``forward``, and put the old one back, whatever happens."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _pass_through(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return hidden_states
+
+
+@contextmanager
+def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
+    """Inside, a forward of the model runs only ``layers[:depth]``; the list that is yielded receives their output (B, L, H)."""
+    output: list[Any] = []
+    hook = layers[depth - 1].register_forward_hook(lambda module, args, out: output.append(out))
+    try:
+        upper = list(layers[depth:])
+        with _replaced(upper, [_pass_through] * len(upper)):
+            yield output
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def above(layers: nn.ModuleList, depth: int, hidden_states: Tensor) -> Iterator[None]:
+    """Inside, a forward of the model starts at ``layers[depth]`` from ``hidden_states`` (B, L, H), what ``below`` gave.
+
+    The stored states enter as the output of layer ``depth - 1``. That way the first layer that trains receives them as an ordinary
+    argument, which gradient checkpointing keeps for its recompute; a hook would be gone by then.
+    """
+    lower = list(layers[:depth])
+    with _replaced(lower, [_pass_through] * (depth - 1) + [lambda *args, **kwargs: hidden_states]):
+        yield
+

@@ -1,0 +1,29 @@
+"""What every test needs before it imports anything: one thread, no network, and shapes checked."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# Before the first import of the module: the hook adds the checks of shapes to its functions as it is loaded.
+jaxtyping.install_import_hook("goose_lora.ppo_math", "beartype.beartype")
+
+# No database: with derandomize nothing is replayed from it.
+settings.register_profile("dev", max_examples=25, derandomize=True, deadline=None, database=None)
+settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
