@@ -25,7 +25,7 @@ from goose_lora.trunk import decoder_layers
 logger = logging.getLogger(__name__)
 
 # Tokens that model families keep for padding or for nothing, best first.
-SPARE_TOKENS = ("<|endoftext|>", "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|reserved_special_token_0|>", "<unk>")
+SPARE_TOKENS = ("<|endoftext|>", "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|reserved_special_token_0|>")
 # Byte 0xFF never occurs in UTF-8 text, so no text can contain its token: byte-level BPE writes it "ÿ", SentencePiece "<0xFF>".
 IMPOSSIBLE_BYTES = ("ÿ", "<0xFF>")
 
@@ -135,19 +135,24 @@ def _load(
         **kwargs,
     )
     keep_4bit_trainable_on_cpu(model)
+    keep_8bit_alike_on_cpu(model)
     model.requires_grad_(False)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # Sampling filters that a model ships with would make sampled and computed log-probabilities differ.
-    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**tokens)
     return model.eval()
 
 
 def quantization_config(args: ModelArguments) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings. int8 goes without its outlier columns: which they are is decided over the whole batch, padding included, so that
+    a row's log-probabilities would depend on its batch-mates (by up to 2.9 nats on SmolLM2-135M), and with them PPO's ratios.
+    """
     if args.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=args.torch_dtype
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if args.quantization == "int8" else None
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) if args.quantization == "int8" else None
 
 
 def keep_4bit_trainable_on_cpu(model: Any) -> None:
@@ -159,6 +164,18 @@ def keep_4bit_trainable_on_cpu(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+
+
+def keep_8bit_alike_on_cpu(model: Any) -> None:
+    """Compute 8-bit layers in evaluation mode as in training mode.
+
+    On a CPU, bitsandbytes 0.50 multiplies by dequantized weights in training mode, and rounds activations to int8 too in evaluation mode:
+    log-probabilities of rollout and update differ by 0.2 nats. The state of a layer, which its forward tells the mode, stays in training.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":
+            state = type(module.state)
+            module.state.__class__ = type(state.__name__, (state,), {"is_training": property(lambda self: True, lambda self, mode: None)})
 
 
 def lora_config(args: ModelArguments, model: Any, task_type: str | None = "CAUSAL_LM", **kwargs: Any) -> LoraConfig:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3"]
-TokenCount = int | Int[Tensor, ""]
+TokenCount = int | float | Int[Tensor, ""] | Float[Tensor, ""]
 
 
 class Moments(NamedTuple):
@@ -209,8 +209,8 @@ def kl_per_token(
     and never negative, but of large variance where the reference has mass that the policy lost. They are for the reward; as a loss only k2
     has the gradient of the KL in expectation (that of k1 is 0). There is no mask: padding stays junk.
 
-    OpenAI, CleanRL and TRL 0.12 have k1, TRL 1.12 k1 and k3; k3 goes by expm1 here, since exp(-d) - 1 rounds to 0 for small d in fp32.
-    Raises ValueError for an unknown estimator.
+    OpenAI, CleanRL and TRL 0.12 have k1, TRL 1.12 k1 and k3; k3 goes by expm1 here, since exp(-d) - 1 + d is rounding noise in fp32 for
+    |d| < 3e-4. Raises ValueError for an unknown estimator.
     """
     difference = _upcast(logprobs) - _upcast(ref_logprobs)
     if estimator == "k1":
@@ -244,16 +244,14 @@ def entropy(logits: Float[Tensor, "*shape V"]) -> Float[Tensor, "*shape"]:
     return -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
 
 
-def gather_logprobs(
-    logits: Float[Tensor, "*shape V"], ids: Int[Tensor, "*shape"], *, temperature: float = 1.0
-) -> Float[Tensor, "*shape"]:
+def gather_logprobs(logits: Float[Tensor, "*shape V"], ids: Int[Tensor, "*shape"], *, temperature: float = 1.0) -> Float[Tensor, "*shape"]:
     """log softmax(logits / temperature) at ``ids``, in nats: the log-probability under the distribution that was sampled from.
 
     ``ids`` in padding must be valid tokens too (not -100). TRL and CleanRL's summarize/ppo.py divide by temperature + 1e-7, and in the
     model's dtype, of which bf16 has three digits; OpenAI has no epsilon either. Raises ValueError unless the temperature is positive.
     """
     if not temperature > 0:
-        raise ValueError(f"temperature={temperature} gives no distribution. Use a positive one; 1.0 is the model's own, also after greedy.")
+        raise ValueError(f"temperature={temperature} gives no distribution. Use a positive one; 1.0 is the model's own.")
     return (_upcast(logits) / temperature).log_softmax(-1).gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
 
 
@@ -273,9 +271,7 @@ def explained_variance(
     return torch.where(is_constant, 0.0, 1 - unexplained / total)
 
 
-def pairwise_loss(
-    chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"], margin: Float[Tensor, "B"] | None = None
-) -> Float[Tensor, ""]:
+def pairwise_loss(chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"], margin: Float[Tensor, "B"] | None = None) -> Float[Tensor, ""]:
     """Bradley-Terry: -log sigmoid(chosen - rejected - margin), a mean over pairs (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
     The margin is that of Llama 2 (arXiv:2307.09288, eq. 2). In nats; log 2 for a model that knows nothing. Finite at any difference,

@@ -78,7 +78,7 @@ class PPOTrainer(Trainer):
         self._microbatches: Iterator[dict[str, Tensor]] = iter(())
         self._rollout_metrics: dict[str, list[float]] = defaultdict(list)
         self._update_metrics: dict[str, Tensor | float] = defaultdict(float)
-        self._optimizer_steps_logged = 0
+        self._microbatches_done = 0  # since the last log
         self._gates_open = False
 
     @property
@@ -128,6 +128,7 @@ class PPOTrainer(Trainer):
         if first:
             gates.check_gradients(self.shared.named_parameters())
         self._gates_open = True
+        self._microbatches_done += 1
         return loss
 
     def compute_loss(
@@ -164,15 +165,15 @@ class PPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what rollouts and updates since the last log have shown, averaged over processes."""
-        steps = self.state.global_step - self._optimizer_steps_logged
-        if steps > 0 and self._update_metrics:
+        steps = self._microbatches_done / self.args.gradient_accumulation_steps
+        if steps > 0:
             update = {name: torch.as_tensor(total, device=self.args.device) / steps for name, total in self._update_metrics.items()}
             rollout = {name: torch.tensor(sum(seen) / len(seen), device=self.args.device) for name, seen in self._rollout_metrics.items()}
             mean = self.accelerator.reduce(rollout | update, reduction="mean")
             logs.update({name: value.item() for name, value in mean.items()})
             self._rollout_metrics.clear()
             self._update_metrics.clear()
-            self._optimizer_steps_logged = self.state.global_step
+            self._microbatches_done = 0
         super().log(logs, start_time)
 
     # ---- Rollouts ----

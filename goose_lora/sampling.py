@@ -1,6 +1,7 @@
 """Prompts to replies: batched, left-padded, sampled from the model's true distribution, cut at the first end-of-text token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ def generation_config(
 ) -> GenerationConfig:
     """Settings under which the log-probabilities of a plain forward are those of sampling.
 
-    Every filter is off by name: what is left unset here, ``generate`` takes from the model's own generation_config, and a top_p or
-    repetition penalty from there makes the KL negative, without a word.
+    Common filters are off by name, since ``generate`` has defaults of its own (top_k = 50).
     """
     sampled = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     return GenerationConfig(
@@ -42,10 +42,21 @@ def sample(
     shared: SharedBase, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], config: GenerationConfig, *, role: Role = "policy"
 ) -> Rollout:
     """One reply to each left-padded prompt under ``role``."""
-    with shared.role(role, generating=True) as core, shared.autocast():
+    with shared.role(role, generating=True) as core, _nothing_shipped(core), shared.autocast():
         sequences = core.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     mask, ended = response_mask(sequences[:, input_ids.shape[1] :], config.eos_token_id)
     return Rollout(sequences, torch.cat([attention_mask, mask.long()], dim=1), mask, ended)
+
+
+@contextmanager
+def _nothing_shipped(model: Any) -> Iterator[None]:
+    """What a configuration leaves unset, ``generate`` takes from the one that the model came with, and a repetition penalty or a list of
+    suppressed tokens from there makes the KL negative, without a word."""
+    shipped, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
 
 
 def response_mask(

@@ -59,7 +59,7 @@ class SharedBase(PeftModel):
         value: LoraConfig | None = None,
         reference: str | Path | None = None,
     ) -> "SharedBase":
-        """Put the roles on ``base``, a causal language model of transformers, quantized or not.
+        """Put the roles on ``base``, a causal language model of transformers, quantized or not. All dropout is set to 0, the base's too.
 
         Args:
             policy: a fresh adapter's configuration, or the folder of a trained one (SFT).
@@ -71,14 +71,15 @@ class SharedBase(PeftModel):
                 the base with all adapters off (the default where it is fresh), or the folder of an adapter.
 
         Raises:
-            ValueError: an adapter for another base, without the head it needs, or with dropout left in it.
+            ValueError: an adapter for another base, or without the head it needs.
         """
         from_folder = not isinstance(policy, LoraConfig)
         head = base.get_output_embeddings()
         if reward is not None or critic is not None:
             base.score = nn.Linear(head.weight.shape[1], 1, bias=False, dtype=torch.float32, device=head.weight.device)
             nn.init.normal_(base.score.weight, std=1 / (head.weight.shape[1] + 1) ** 0.5)
-        config = _adapter_config(policy) if from_folder else copy.deepcopy(policy)
+        config = _adapter_config(policy) if from_folder else _without_lora_dropout(copy.deepcopy(policy), "the policy's LoraConfig")
+        _switch_off_dropout(base)
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
         self._role = "policy"
         if from_folder:
@@ -121,21 +122,28 @@ class SharedBase(PeftModel):
         """Load a saved adapter's weights, and its head if the role has one, into ``role``.
 
         Raises:
-            ValueError: tensors that the role needs are missing in the folder, or the folder has some that fit nowhere.
+            ValueError: tensors that the role needs are missing in the folder, or the folder has some that fit nowhere or have another size.
         """
         weights = load_peft_weights(str(folder), device="cpu")
-        result = set_peft_model_state_dict(self, weights, adapter_name=ADAPTERS[role])
-        wanted = [key for key in result.missing_keys if f".{ADAPTERS[role]}." in f"{key}."]
+        if role in ("value", "reward") and not any(key.endswith("score.weight") for key in weights):
+            raise ValueError(
+                f"{folder} has no score head (looked for a tensor named *score.weight among {len(weights)}), so it cannot be a {role} model. "
+                "Train it with recipes/reward.py, or with trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
+            )
+        try:
+            result = set_peft_model_state_dict(self, weights, adapter_name=ADAPTERS[role])
+        except RuntimeError as error:  # torch lists the tensors of another size, one a line
+            sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+            raise ValueError(
+                f"{folder} does not fit the role {role} on this base: {len(sizes)} tensors of another size{_first(sizes)} "
+                "Use an adapter that was trained on this base model."
+            ) from error
+        wanted = [key for key in result.missing_keys if _belongs_to(key, ADAPTERS[role])]
         if result.unexpected_keys or wanted:
             raise ValueError(
                 f"{folder} does not fit the role {role} on this base: "
                 f"{len(wanted)} tensors missing{_first(wanted)}, {len(result.unexpected_keys)} not known{_first(result.unexpected_keys)}. "
                 "Use an adapter that was trained on this base model."
-            )
-        if role in ("value", "reward") and not any("score" in key for key in weights):
-            raise ValueError(
-                f"{folder} has no score head (looked for a tensor named *score.weight among {len(weights)}), so it cannot be a {role} model. "
-                "Train it with recipes/reward.py, or with trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
             )
 
     def _copy_role(self, source: Role, target: Role) -> None:
@@ -146,13 +154,13 @@ class SharedBase(PeftModel):
 
     def role_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of a role's adapter, its head included."""
-        return ((name, p) for name, p in self.named_parameters() if f".{ADAPTERS[role]}." in name)
+        return ((name, p) for name, p in self.named_parameters() if _belongs_to(name, ADAPTERS[role]))
 
     def set_trainable(self, roles: Sequence[Role]) -> None:
         """Let the parameters of ``roles`` train, and nothing else. PEFT freezes and unfreezes adapters as a side effect of switching."""
-        marks = tuple(f".{ADAPTERS[role]}." for role in roles)
+        adapters = [ADAPTERS[role] for role in roles]
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(any(mark in name for mark in marks))
+            parameter.requires_grad_(_belongs_to(name, *adapters))
 
     def has(self, role: Role) -> bool:
         """Whether an adapter of its own stands for ``role``."""
@@ -216,6 +224,10 @@ class SharedBase(PeftModel):
         core: Any = self.get_base_model()
         core.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """transformers' older name for the same; PEFT would pass it on to the base, which knows no roles."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     # ---- The four views ----
 
     @property
@@ -225,9 +237,9 @@ class SharedBase(PeftModel):
     def trunk_depth(self) -> int:
         """How many of the lowest layers no adapter changes: they are the same for all roles, and their output can be reused."""
         layers = self.layers
-        outside = [name for name, _ in self.named_parameters() if _is_adapter(name) and ".score." not in name]
-        inside = {id(p) for p in layers.parameters()}
-        if any(id(dict(self.named_parameters())[name]) not in inside for name in outside):
+        inside = {id(parameter) for parameter in layers.parameters()}
+        adapted = [p for name, p in self.named_parameters() if _belongs_to(name, *ADAPTERS.values()) and ".score." not in name]
+        if any(id(parameter) not in inside for parameter in adapted):
             return 0  # an adapter on the embeddings or the head
         return min(lowest_layer(layers, adapter) for adapter in self.peft_config)
 
@@ -354,15 +366,32 @@ def _adapter_config(folder: str | Path) -> LoraConfig:
     config = LoraConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder}: a {config.peft_type} adapter; the roles of a shared base are LoRA adapters.")
-    if config.lora_dropout:
-        logger.warning("%s: lora_dropout %g is set to 0 in PPO, where dropout would make the ratios noise.", folder, config.lora_dropout)
-        config.lora_dropout = 0.0
     config.inference_mode = False
+    return _without_lora_dropout(config, str(folder))
+
+
+def _without_lora_dropout(config: LoraConfig, name: str) -> LoraConfig:
+    if config.lora_dropout:
+        logger.warning("%s: lora_dropout %g is set to 0 in PPO, where dropout would make the ratios noise.", name, config.lora_dropout)
+        config.lora_dropout = 0.0
     return config
 
 
-def _is_adapter(name: str) -> bool:
-    return any(f".{adapter}." in name for adapter in ADAPTERS.values())
+def _switch_off_dropout(base: nn.Module) -> None:
+    """Models keep it as Dropout modules, or as plain numbers such as attention_dropout; GPT-2 and OPT come with 0.1."""
+    found = set()
+    for module in base.modules():
+        for name in ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]:
+            if isinstance(getattr(module, name), float) and getattr(module, name) > 0:
+                found.add(getattr(module, name))
+                setattr(module, name, 0.0)
+    if found:
+        logger.warning("the base's own dropout (%s) is set to 0 in PPO.", ", ".join(f"{p:g}" for p in sorted(found)))
+
+
+def _belongs_to(name: str, *adapters: str) -> bool:
+    # An embedding's adapter ends in its name: lora_embedding_A.default.
+    return any(f".{adapter}." in f"{name}." for adapter in adapters)
 
 
 def _first(keys: Sequence[str]) -> str:

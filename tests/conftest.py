@@ -27,3 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama and its tokenizer; tests read it and leave it as it is."""
+    import tiny
+
+    return tiny.save_base(tmp_path_factory.mktemp("tiny") / "base")

@@ -1,7 +1,7 @@
 """Tiny models, a tiny tokenizer and tiny data, built in code: what the tests of the core and of the recipes run on.
 
-Dimensions are odd or prime where the architecture allows, so that a transposed or wrongly broadcast tensor does not fit. Weights are large, so
-that attention, padding and adapters show in the output.
+Dimensions are odd or prime where the architecture allows, so that a transposed or wrongly broadcast tensor does not fit. Weights are
+large, so that attention, padding and adapters show in the output.
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from goose_lora.loading import ModelArguments, lora_config
 from goose_lora.shared_base import ADAPTERS, SharedBase
+
+# bitsandbytes compiles its CPU kernels at first use: 24 s on a machine that has not cached them, for nothing at this size.
+torch._dynamo.config.disable = True
 
 PAD, BOS, EOS, UNK = range(4)
 LAYERS, VOCABULARY, HIDDEN = 5, 61, 33
@@ -103,13 +107,14 @@ def lora(model: nn.Module, *, layers: str = "all", task_type: str | None = "CAUS
 
 
 def randomise(model: nn.Module, adapter: str = "default", *, std: float = 0.3, seed: int = 1) -> None:
-    """Give an adapter, which starts as zero, an effect: normal numbers in its B matrices, and in its head if it has one."""
+    """Give an adapter, whose B starts as zero, an effect: normal numbers of ``std`` in B and in its head, if it has one."""
     generator = torch.Generator().manual_seed(seed)
     changed = 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if f".{adapter}." in name and ("lora_B" in name or ".score." in name):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            if f".{adapter}." in f"{name}.":
+                scale = parameter.shape[1] ** -0.5 if "lora_A" in name else std
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
                 changed += 1
     assert changed, f"no adapter {adapter}"
 

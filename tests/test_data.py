@@ -1,0 +1,107 @@
+"""Rows from files, prompts from rows, and which process rolls out which prompt."""
+
+import logging
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from goose_lora.data import RolloutBatches, left_pad, load_rows, require_columns, tokenize_prompts
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_every_file_kind_gives_the_same_rows(kind, tmp_path):
+    rows = Dataset.from_list(tiny.prompts(3))
+    path = str(tmp_path / f"rows.{kind}")
+    {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(kind, rows.to_json)(path)
+    assert list(load_rows(path)) == tiny.prompts(3)
+
+
+def test_max_rows_takes_the_first_ones(tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", tiny.prompts(5))
+    assert list(load_rows(path, max_rows=2)) == tiny.prompts(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("missing.jsonl", None, "no such file"), ("empty.jsonl", "", "the file is empty"), ("rows.xml", "<a/>", "cannot read this kind of file")],
+)
+def test_a_file_that_cannot_be_read_says_why(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_missing_columns_name_those_found_and_those_accepted():
+    rows = Dataset.from_list([{"question": "a", "answer": "b"}])
+    with pytest.raises(ValueError, match=r"has the columns question, answer; needed are text or prompt\+completion"):
+        require_columns(rows, "file", ["text"], ["prompt", "completion"])
+
+
+def test_text_prompts_get_no_special_tokens_and_keep_their_columns():
+    rows = Dataset.from_list([{"prompt": "ba be", "answer": 7}])
+    (row,) = tokenize_prompts(rows, tiny.tokenizer(), name="rows", max_prompt_tokens=5)
+    assert row["input_ids"] == [4, 5]
+    assert row["answer"] == 7
+
+
+def test_chat_prompts_go_through_the_template_once():
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "ba"}, {"role": "assistant", "content": "be"}]}])
+    tokenizer = tiny.tokenizer()
+    (row,) = tokenize_prompts(rows, tokenizer, name="rows", max_prompt_tokens=9)
+    want = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    assert row["input_ids"] == want
+
+
+def test_chat_prompts_without_a_template_are_refused():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenize_prompts(Dataset.from_list([{"prompt": [{"role": "user", "content": "ba"}]}]), tokenizer, name="rows", max_prompt_tokens=9)
+
+
+def test_long_and_empty_prompts_are_left_out_and_counted(caplog):
+    rows = Dataset.from_list([{"prompt": "ba be bi"}, {"prompt": ""}, {"prompt": "ba"}])
+    with caplog.at_level(logging.WARNING):
+        kept = tokenize_prompts(rows, tiny.tokenizer(), name="rows", max_prompt_tokens=2)
+    assert [row["prompt"] for row in kept] == ["ba"]
+    assert "2 of 3 prompts left out" in caplog.text
+
+
+def test_no_prompt_left_is_an_error():
+    with pytest.raises(ValueError, match="no prompt has between 1 and max_prompt_tokens=1 tokens"):
+        tokenize_prompts(Dataset.from_list([{"prompt": "ba be"}]), tiny.tokenizer(), name="rows", max_prompt_tokens=1)
+
+
+def test_left_pad_puts_padding_on_the_left_and_masks_it():
+    ids, mask = left_pad([[5, 6, 7], [8]], 0)
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def dealt(batches, process, num_processes):
+    """What accelerate gives to one process: batches dealt in turn."""
+    return list(batches)[process::num_processes]
+
+
+def test_each_process_gets_every_one_of_its_batches_repeat_times_in_a_row_and_shares_none():
+    batches = RolloutBatches(25, 3, 4, seed=1, num_processes=2)
+    own = [dealt(batches, process, 2) for process in (0, 1)]
+    assert len(own[0]) == len(own[1]) == 16
+    for rows in own:
+        for start in range(0, 16, 4):
+            assert all(batch == rows[start] for batch in rows[start : start + 4])
+    seen = [{row for batch in rows for row in batch} for rows in own]
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == 24
+
+
+def test_another_epoch_deals_in_another_order_and_the_same_epoch_in_the_same():
+    batches = RolloutBatches(20, 4, 1, seed=1)
+    first = list(batches)
+    assert list(batches) == first and len(first) == len(batches)
+    batches.set_epoch(1)
+    assert list(batches) != first
+
+

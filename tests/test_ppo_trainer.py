@@ -1,0 +1,263 @@
+"""PPOTrainer on tiny models: what it optimises, that it learns on every kind of base, and that nothing depends on how work is cut."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer
+
+from goose_lora import gates
+from goose_lora.data import left_pad
+from goose_lora.loading import load_base, load_tokenizer
+from goose_lora.ppo_config import PPOConfig
+from goose_lora.ppo_trainer import PPOTrainer
+from goose_lora.report import read_jsonl
+from goose_lora.sampling import generation_config, sample
+from goose_lora.shared_base import SharedBase
+import tiny
+
+
+def even_share(completion_ids, **columns):
+    """A toy reward: the share of even tokens."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def prompt_rows(count=64):
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(2, 6, (count,), generator=generator).tolist()
+    return Dataset.from_list([{"input_ids": torch.randint(4, tiny.VOCABULARY, (n,), generator=generator).tolist()} for n in lengths])
+
+
+def config(folder, **changes):
+    settings = {
+        "num_rollouts": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "response_length": 6,
+        "learning_rate": 1e-2,
+        "local_rollout_forward_batch_size": 16,
+        "score_calibration_prompts": 16,
+        "kl_coef": 0.02,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 0,
+    }
+    return PPOConfig(output_dir=str(folder), **settings | changes)
+
+
+def trainer(folder, *, shared=None, reward=even_share, rows=None, callbacks=None, **changes):
+    if shared is None:
+        shared = tiny.shared(tiny.base(), layers="top-2", critic="adapter", reference="copy")
+        tiny.randomise(shared, "default", std=0.0)
+        shared._copy_role("policy", "reference")
+    rows = prompt_rows() if rows is None else rows
+    return PPOTrainer(shared, config(folder, **changes), rows, tiny.tokenizer(), reward_function=reward, callbacks=callbacks)
+
+
+def trained_parameters(shared):
+    return {name: p.detach().clone() for name, p in shared.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_ppo_raises_a_toy_reward_on_every_kind_of_base(quantization, tmp_path):
+    folder = tiny.save_base(tmp_path / "base", hidden_size=66, head_dim=22, intermediate_size=64)
+    gains = []
+    for seed in range(3):
+        arguments = tiny.arguments(folder, quantization=quantization, lora_layers="top-2")
+        tokenizer = load_tokenizer(arguments)
+        base = load_base(arguments, tokenizer)
+        shared = SharedBase.build(base, tiny.lora_config(arguments, base), critic="adapter")
+        ppo = trainer(tmp_path / f"run{seed}", shared=shared, num_rollouts=10, per_device_train_batch_size=16, num_ppo_epochs=4, seed=seed)
+        rows = [row["input_ids"] for row in prompt_rows()] * 2
+
+        def mean_reward(shared=shared, ppo=ppo, rows=rows):
+            torch.manual_seed(99)
+            return sum(even_share(sample(shared, *left_pad(rows, tiny.PAD), ppo.generation).response_ids())) / len(rows)
+
+        before = mean_reward()
+        ppo.train()
+        gains.append(mean_reward() - before)
+    gains = torch.tensor(gains)
+    t = gains.mean() / (gains.std() / 3**0.5)
+    assert gains.min() > 0.05, f"every seed must gain: {gains.tolist()}"
+    assert t > 2.92, f"one-sided paired t-test, 2 degrees of freedom, 5 %: t={t:.2f}, gains {gains.tolist()}"
+
+
+def test_base_reward_and_reference_do_not_move_and_policy_and_critic_do(tmp_path):
+    ppo = trainer(tmp_path)
+    before = {name: p.detach().clone() for name, p in ppo.shared.named_parameters()}
+    ppo.train()
+    moved = {name for name, p in ppo.shared.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".default." in name or ".value." in name}
+
+
+@pytest.mark.parametrize(("rows", "accumulation"), [(2, 4), (1, 8)])
+def test_cutting_the_minibatch_otherwise_gives_the_same_parameters(rows, accumulation, tmp_path):
+    """4 x 2, 2 x 4 and 1 x 8 (rows x accumulation): means of microbatch means would not."""
+    results = []
+    for name, cut in (("whole", (4, 2)), ("cut", (rows, accumulation))):
+        ppo = trainer(
+            tmp_path / name, num_rollouts=1, per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1], optim="sgd", learning_rate=0.1
+        )
+        ppo.train()
+        results.append(trained_parameters(ppo.shared))
+    for name, parameter in results[0].items():
+        torch.testing.assert_close(results[1][name], parameter, rtol=1e-4, atol=1e-6)  # fp32 sums in another order over four steps
+
+
+def test_reusing_the_trunk_changes_nothing(tmp_path):
+    results = []
+    for reuse in (True, False):
+        ppo = trainer(tmp_path / str(reuse), reuse_trunk=reuse)
+        assert ppo.shared.trunk_depth() == tiny.LAYERS - 2
+        ppo.train()
+        results.append(trained_parameters(ppo.shared))
+    for name, parameter in results[0].items():
+        # One sweep computes the trunk for 16 rows at a time and the update needs 4 of them: fp32 sums in another order.
+        torch.testing.assert_close(results[1][name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_changes_nothing(tmp_path):
+    results = []
+    for checkpointing in (True, False):
+        ppo = trainer(tmp_path / str(checkpointing), num_rollouts=1, gradient_checkpointing=checkpointing)
+        ppo.train()
+        results.append(trained_parameters(ppo.shared))
+    for name, parameter in results[0].items():
+        torch.testing.assert_close(results[1][name], parameter, rtol=1e-5, atol=1e-6)
+
+
+def test_the_policy_is_the_root_of_the_output_and_loads_with_plain_peft(tmp_path):
+    ppo = trainer(tmp_path)
+    ppo.train()
+    ppo.save_model()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"value", "reference"}
+    plain = PeftModel.from_pretrained(tiny.base(), str(tmp_path)).eval()
+    ids, mask = tiny.batch()
+    greedy = generation_config(response_tokens=8, temperature=1.0, eos_token_ids=[tiny.EOS], pad_token_id=tiny.PAD, do_sample=False)
+    want = plain.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    assert torch.equal(sample(ppo.shared, ids, mask, greedy).input_ids, want)
+
+
+def test_metrics_and_samples_are_written_once_a_rollout(tmp_path):
+    ppo = trainer(tmp_path, num_rollouts=3, sample_rows=2)
+    ppo.train()
+    rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if "objective/score" in row]
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert rows[0]["objective/kl"] == 0 and rows[1]["objective/kl"] != 0
+    assert all(0 <= row["rollout/eos_rate"] <= 1 and row["seconds/update"] > 0 for row in rows)
+    assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [0, 0, 4, 4, 8, 8]
+
+
+def test_normalised_scores_have_the_references_mean_and_spread(tmp_path):
+    ppo = trainer(tmp_path, score_calibration_prompts=64)
+    ppo.train()
+    mean, std = ppo.rollout_state.score_scale
+    row = next(row for row in read_jsonl(tmp_path / "metrics.jsonl") if "objective/score" in row)
+    assert row["objective/score"] == pytest.approx((row["objective/raw_score"] - mean) / std, abs=1e-5)
+
+
+def test_resuming_at_a_rollouts_end_is_exact(tmp_path):
+    straight = trainer(tmp_path / "straight", num_rollouts=4, save_strategy="steps", save_steps=8, kl_target=1.0, kl_horizon=50)
+    straight.train()
+    resumed = trainer(tmp_path / "resumed", num_rollouts=4, save_strategy="steps", save_steps=8, kl_target=1.0, kl_horizon=50)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-8"))
+    want, got = trained_parameters(straight.shared), trained_parameters(resumed.shared)
+    assert want.keys() == got.keys()
+    for name, parameter in want.items():
+        assert torch.equal(got[name], parameter), name
+
+    def logged(folder):
+        rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "objective/score" in row and row["step"] > 8]
+        return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
+
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
+
+
+def test_no_pickle_is_left_in_a_checkpoint_but_what_trainer_needs_to_resume(tmp_path):
+    trainer(tmp_path, num_rollouts=2, save_strategy="steps", save_steps=4).train()
+    files = {path.name for path in (tmp_path / "checkpoint-8").iterdir()}
+    assert "training_args.bin" not in files
+    assert json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["stateful_callbacks"]["RolloutState"]
+
+
+def test_a_save_inside_a_rollout_is_refused_with_the_nearest_that_fits(tmp_path):
+    with pytest.raises(ValueError, match=r"save_steps=6 falls inside a rollout .* Use save_steps=8"):
+        config(tmp_path, save_strategy="steps", save_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("gamma", 1.5), ("temperature", 0), ("cliprange", 0), ("response_length", 0), ("kl_coef", -1), ("kl_target", 0)]
+)
+def test_an_impossible_number_is_refused_by_name(setting, value, tmp_path):
+    with pytest.raises(ValueError, match=f"^{setting}={value}"):
+        config(tmp_path, **{setting: value})
+
+
+def test_rollouts_and_max_steps_that_contradict_each_other_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="contradict"):
+        config(tmp_path, num_rollouts=2, max_steps=3)
+
+
+def test_too_few_prompts_for_a_rollout_say_what_to_lower(tmp_path):
+    with pytest.raises(ValueError, match="10 prompts do not fill one rollout of 16"):
+        trainer(tmp_path, rows=prompt_rows(10)).train()
+
+
+def test_a_reward_function_with_the_wrong_number_of_scores_says_so(tmp_path):
+    with pytest.raises(ValueError, match="one number a reply"):
+        trainer(tmp_path, reward=lambda **columns: [1.0]).train()
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_run(tmp_path):
+    shared = tiny.shared(tiny.base(), critic="adapter")  # a policy with an effect, and the bare base as reference
+    with pytest.raises(gates.GateError, match="KL at step 0 is not 0"):
+        trainer(tmp_path, shared=shared).train()
+
+
+def test_dropout_in_the_update_stops_the_run(tmp_path):
+    base = tiny.base("gpt2")
+    shared = SharedBase.build(base, tiny.lora(base), critic="adapter")
+    base.transformer.h[0].mlp.dropout.p = 0.5  # after build, which turns all of it off
+    with pytest.raises(gates.GateError, match=r"ratio of the first minibatch is not 1.*dropout"):
+        trainer(tmp_path, shared=shared).train()
+
+
+def test_a_trainable_set_that_drifted_is_named():
+    model = torch.nn.ModuleDict({"default": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)})
+    model["default"].requires_grad_(False)
+    with pytest.raises(gates.GateError, match=r"2 tensors .* frozen .*2 others train"):
+        gates.check_trainable([(f"x.{name}", p) for name, p in model.named_parameters()], (".default.",))
+
+
+def test_a_missing_gradient_is_named():
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.grad = torch.full((2, 2), float("nan"))
+    with pytest.raises(gates.GateError, match=r"1 trainable tensors have no gradient \(bias\) and 1 one that is not finite \(weight\)"):
+        gates.check_gradients(layer.named_parameters())
+
+
+def test_the_overridden_hooks_are_public_and_have_trainers_signatures():
+    own = {name for name, value in vars(PPOTrainer).items() if inspect.isfunction(value)} & set(dir(Trainer))
+    hooks = {"create_optimizer", "get_train_dataloader", "training_step", "compute_loss", "log"}
+    assert own - {"__init__"} == hooks
+    for name in hooks:
+        assert list(inspect.signature(getattr(PPOTrainer, name)).parameters) == list(inspect.signature(getattr(Trainer, name)).parameters)
+
+
+def test_the_critic_that_shares_the_policys_states_learns_too(tmp_path):
+    base = tiny.base()
+    shared = SharedBase.build(base, tiny.lora(base, layers="top-2"), critic="shared")
+    ppo = trainer(tmp_path, shared=shared, num_rollouts=6, value_learning_rate=3e-2)
+    ppo.train()
+    assert [name for name, _ in ppo.shared.role_parameters("value")] == ["base_model.model.score.modules_to_save.value.weight"]
+    errors = [row["value/error"] for row in read_jsonl(Path(tmp_path) / "metrics.jsonl") if "value/error" in row]
+    assert errors[-1] < errors[0]
