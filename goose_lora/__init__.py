@@ -1,0 +1,27 @@
+"""RLHF on one small machine: SFT, reward model and PPO as LoRA adapters on one shared quantized base."""
+
+import importlib
+from typing import Any
+
+# Loaded when first used, so that `import goose_lora.ppo_math` needs torch alone.
+_HOMES = {
+    "SharedBase": "shared_base",
+    "PPOConfig": "ppo_config",
+    "PPOTrainer": "ppo_trainer",
+    "Agent": "instruct",
+    "PairwiseLoss": "instruct",
+    "RLHFConfig": "instruct",
+    "RLHFTrainer": "instruct",
+    "RewardModel": "instruct",
+    "create_reference_model": "instruct",
+}
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'goose_lora' has no attribute {name!r}; it has {', '.join(_HOMES)}")
+    return getattr(importlib.import_module(f"goose_lora.{_HOMES[name]}"), name)

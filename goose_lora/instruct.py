@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from goose_lora import ppo_math
 from goose_lora.batch import Rollout
-from goose_lora.loading import keep_4bit_trainable_on_cpu, linear_names
+from goose_lora.loading import keep_4bit_trainable_on_cpu, keep_8bit_alike_on_cpu, linear_names
 from goose_lora.rewards import token_rewards
 from goose_lora.sampling import generation_config, response_mask, sample
 from goose_lora.shared_base import Critic, Role, SharedBase
@@ -43,6 +43,7 @@ class Agent(nn.Module):
             raise ValueError(f"replies of {type(model).__name__} cannot end. Set model.generation_config.eos_token_id before Agent(model).")
         self.temperature = temperature
         keep_4bit_trainable_on_cpu(model)
+        keep_8bit_alike_on_cpu(model)
         everywhere = LoraConfig(r=16, lora_alpha=32, target_modules=linear_names(decoder_layers(model)), task_type="CAUSAL_LM")
         self.shared = SharedBase.build(model, policy or everywhere, critic=critic)
         self.eval()

@@ -52,6 +52,7 @@ def main(args: list[str] | None = None) -> None:
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     prompts = tokenize_prompts(rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens)
+    prompt_ids = list(prompts["input_ids"])
     base = load_base(model_args, tokenizer, trust_remote_code=config.trust_remote_code)
     shared = SharedBase.build(base, config.policy_adapter, reward=config.reward_adapter, reference=config.sft_adapter or "base")
     sampling = generation_config(
@@ -63,7 +64,7 @@ def main(args: list[str] | None = None) -> None:
     )
 
     def replies(role: Role, seed: int, label: str) -> Replies:
-        return answer(shared, role, prompts["input_ids"], tokenizer, sampling, batch_size=config.batch_size, seed=seed, label=label)
+        return answer(shared, role, prompt_ids, tokenizer, sampling, batch_size=config.batch_size, seed=seed, label=label)
 
     roles: dict[str, Role] = {"base": "base", "sft": "reference", "ppo": "policy"} if config.sft_adapter else {"base": "base", "ppo": "policy"}
     named = {name: replies(role, config.seed, name) for name, role in roles.items()}
@@ -71,7 +72,7 @@ def main(args: list[str] | None = None) -> None:
     if config.best_of:
         tries = [named[reference], *(replies("reference", config.seed + i, f"{reference} {i + 1}") for i in range(1, config.best_of))]
         named[f"{reference} best of {config.best_of}"] = best_of(tries)
-    texts = tokenizer.batch_decode(prompts["input_ids"])
+    texts = tokenizer.batch_decode(prompt_ids)
     if judge:
         judge_all(named, texts, judge)
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -18,7 +19,6 @@ from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.report import read_jsonl
 from goose_lora.sampling import generation_config, sample
 from goose_lora.shared_base import SharedBase
-import tiny
 
 
 def even_share(completion_ids, **columns):

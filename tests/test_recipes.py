@@ -1,0 +1,185 @@
+"""The recipes, run whole on the tiny base: what they write, and that each stage takes what the one before it left."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from goose_lora import cli
+from goose_lora.data import DataArguments
+from goose_lora.loading import ModelArguments
+from goose_lora.ppo_config import PPOConfig
+from goose_lora.report import read_json, read_jsonl
+from goose_lora.sampling import generation_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def options(**settings):
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """All four stages on a tiny nf4 base, and the folder that holds them."""
+    folder = tmp_path_factory.mktemp("run")
+    base = tiny.save_base(folder / "base", hidden_size=66, head_dim=22, intermediate_size=64)
+    data = {name: tiny.write_rows(folder / f"{name}.jsonl", getattr(tiny, name)(24)) for name in ("texts", "preferences", "prompts")}
+    model = {"model_name_or_path": base, "quantization": "nf4", "lora_r": 3, "lora_alpha": 6, "lora_layers": "top-2"}
+    train = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 8, "max_steps": 4, "save_strategy": "no"}
+    train |= {"learning_rate": 1e-2, "gradient_checkpointing": False}
+    recipe("sft").main(options(**model, **train, dataset_name=data["texts"], output_dir=folder / "sft"))
+    recipe("reward").main(
+        options(
+            **(model | train | {"max_steps": 12}),
+            dataset_name=data["preferences"],
+            eval_dataset_name=data["preferences"],
+            output_dir=folder / "reward",
+        )
+    )
+    del train["max_steps"], train["gradient_checkpointing"]
+    ppo = {"num_rollouts": 2, "num_ppo_epochs": 2, "response_length": 5, "score_calibration_prompts": 24}
+    roles = {"policy_adapter": folder / "sft", "reward_adapter": folder / "reward"}
+    recipe("ppo").main(options(**model, **train, **ppo, **roles, dataset_name=data["prompts"], output_dir=folder / "ppo"))
+    recipe("evaluate").main(
+        options(
+            model_name_or_path=base,
+            quantization="nf4",
+            dataset_name=data["prompts"],
+            output_dir=folder / "evaluation",
+            policy_adapter=folder / "ppo",
+            sft_adapter=folder / "sft",
+            reward_adapter=folder / "reward",
+            judge=f"{__file__}:count_good",
+            best_of=2,
+            response_length=5,
+        )
+    )
+    return folder
+
+
+def count_good(prompts, completions, **columns):
+    return [float(completion.split().count("good")) for completion in completions]
+
+
+def test_the_reward_models_verdict_is_saved_and_it_learned_what_it_was_shown(run):
+    verdict = read_json(run / "reward" / "verdict.json")
+    assert verdict["accuracy"] > 0.9 and verdict["accuracy_ci"][0] > 0.5 and verdict["n_pairs"] == 24
+    assert {"length_correlation", "score_mean", "score_std"} <= verdict.keys()
+
+
+def test_adapters_stay_fp32_on_a_quantized_base(run):
+    for stage in ("sft", "reward", "ppo"):
+        assert {tensor.dtype for tensor in load_file(run / stage / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_the_reward_head_is_in_the_adapter(run):
+    assert any(name.endswith("score.weight") for name in load_file(run / "reward" / "adapter_model.safetensors"))
+
+
+def test_ppo_writes_policy_roles_metrics_samples_and_curves(run):
+    names = {path.name for path in (run / "ppo").iterdir()}
+    assert {"adapter_model.safetensors", "value", "reward", "reference", "metrics.jsonl", "samples.jsonl", "curves.png", "stage.json"} <= names
+    assert (run / "ppo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len([row for row in read_jsonl(run / "ppo" / "metrics.jsonl") if "objective/score" in row]) == 2
+
+
+def test_the_reference_is_the_sft_adapter_and_the_reward_role_is_what_reward_saved(run):
+    for role, stage in (("reference", "sft"), ("reward", "reward")):
+        saved, kept = (load_file(folder / "adapter_model.safetensors") for folder in (run / stage, run / "ppo" / role))
+        assert saved.keys() == kept.keys()
+        assert all(torch.equal(saved[name], kept[name]) for name in saved)
+
+
+def test_evaluation_compares_base_sft_ppo_and_best_of(run):
+    evaluation = read_json(run / "evaluation" / "evaluation.json")
+    assert list(evaluation["figures"]) == ["base", "sft", "ppo", "sft best of 2"]
+    figures = evaluation["figures"]
+    assert figures["sft"]["kl"] == 0 and figures["ppo"]["kl"] != 0
+    assert figures["sft best of 2"]["score"] >= figures["sft"]["score"]
+    replies = read_jsonl(run / "evaluation" / "replies.jsonl")
+    judged = count_good([], [row["ppo"] for row in replies])
+    assert figures["ppo"]["judge"] == pytest.approx(sum(judged) / len(judged))
+
+
+def test_the_final_adapter_gives_the_shared_bases_greedy_replies_in_plain_peft(run):
+    from goose_lora.loading import load_base, load_tokenizer
+    from goose_lora.sampling import sample
+    from goose_lora.shared_base import SharedBase
+
+    arguments = ModelArguments(str(run / "base"), quantization="nf4")
+    tokenizer = load_tokenizer(arguments)
+    ids, mask = tiny.batch()
+    greedy = generation_config(response_tokens=8, temperature=1.0, eos_token_ids=[tiny.EOS], pad_token_id=tiny.PAD, do_sample=False)
+    shared = SharedBase.build(load_base(arguments, tokenizer), run / "ppo", reward=run / "reward", critic="adapter")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = PeftModel.from_pretrained(load_base(arguments, tokenizer), run / "ppo").eval()
+        want = plain.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    assert torch.equal(sample(shared, ids, mask, greedy).input_ids, want)
+
+
+def test_a_recipe_runs_under_accelerate_launch(run):
+    output, rewards = run / "launched", run / "my_rewards.py"
+    rewards.write_text("def count_letters(completions, **columns):\n    return [float(len(text)) for text in completions]\n")
+    command = options(model_name_or_path=run / "base", quantization="none", dtype="float32", lora_r=3, lora_layers="top-2")
+    command += options(dataset_name=run / "prompts.jsonl", output_dir=output, num_rollouts=1, num_ppo_epochs=1, response_length=4)
+    command += options(reward_function=f"{rewards}:count_letters", per_device_train_batch_size=8, score_calibration_prompts=24)
+    command += options(use_cpu=True, report_to="tensorboard", save_strategy="no")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(ROOT / "recipes" / "ppo.py")]
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=240, env=os.environ | {"TORCH_COMPILE_DISABLE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (output / "adapter_model.safetensors").is_file()
+    assert list(output.rglob("events.out.tfevents*")), "report_to=tensorboard wrote nothing"
+
+
+def test_an_adapter_that_is_not_there_is_an_error_before_the_model_loads(tmp_path):
+    arguments = options(model_name_or_path="no/such/model", dataset_name="x.jsonl", output_dir=tmp_path, reward_adapter=tmp_path)
+    with pytest.raises(ValueError, match=r"reward_adapter: .* has no adapter_config.json"):
+        recipe("ppo").main([*arguments, "--use_cpu", "True"])
+
+
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_configuration_parses_with_its_recipes_own_parser(path):
+    from trl import RewardConfig, SFTConfig
+
+    types = {
+        "sft": (SFTConfig, ModelArguments, DataArguments),
+        "reward": (RewardConfig, ModelArguments, recipe("reward").RewardArguments),
+        "ppo": (PPOConfig, ModelArguments, DataArguments, recipe("ppo").RoleArguments),
+        "evaluate": (recipe("evaluate").EvaluationArguments, ModelArguments, DataArguments),
+    }[path.stem]
+    on_cpu = [] if path.stem == "evaluate" or "use_cpu" in path.read_text() else ["--use_cpu", "True"]
+    parsed = cli.parse(*types, args=["--config", str(path), *on_cpu])
+    settings = yaml.safe_load(path.read_text())
+    assert any(instance.__dict__.get("model_name_or_path") == settings["model_name_or_path"] for instance in parsed)
+
+
+def test_every_command_in_the_readme_names_files_and_targets_that_exist():
+    text = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    targets, files = re.findall(r"`?make (\w+)`?", text), re.findall(r"recipes/[\w/]+\.(?:py|yaml)", text)
+    assert {"demo", "test"} <= set(targets) and files
+    assert all(f"\n{target}:" in makefile for target in targets)
+    assert all((ROOT / file).is_file() for file in files)
+
+
