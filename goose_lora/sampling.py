@@ -42,7 +42,7 @@ def sample(
     shared: SharedBase, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], config: GenerationConfig, *, role: Role = "policy"
 ) -> Rollout:
     """One reply to each left-padded prompt under ``role``."""
-    with shared.role(role, generating=True) as core, _nothing_shipped(core), shared.autocast():
+    with shared.role(role, generating=True) as core, _nothing_shipped(core), _contiguous_head(core), shared.autocast():
         sequences = core.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     mask, ended = response_mask(sequences[:, input_ids.shape[1] :], config.eos_token_id)
     return Rollout(sequences, torch.cat([attention_mask, mask.long()], dim=1), mask, ended)
@@ -57,6 +57,17 @@ def _nothing_shipped(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = shipped
+
+
+@contextmanager
+def _contiguous_head(model: Any) -> Iterator[None]:
+    """Give the language-model head whole rows. After the prompt it gets a slice, for which torch's CPU matmul in bf16 copies the head's weight
+    once for every row: 3.6 GB and a third of the time of a rollout of 64 prompts on SmolLM2-135M."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def response_mask(

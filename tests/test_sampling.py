@@ -179,3 +179,15 @@ def test_the_mask_is_true_up_to_the_first_end(rows, ends):
                 break
         assert mask[row].tolist() == counted + [False] * (5 - len(counted))
         assert ended[row].item() == (not ends.isdisjoint(tokens))
+
+
+def test_the_head_gets_whole_rows_and_the_hook_that_sees_to_it_is_gone_afterwards():
+    shared = tiny.shared(tiny.base())
+    head = shared.get_base_model().get_output_embeddings()
+    seen = []
+    hook = head.register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
+    ids, mask = tiny.batch()
+    sample(shared, ids, mask, generation_config(response_tokens=3, temperature=1.0, eos_token_ids=[tiny.EOS], pad_token_id=tiny.PAD))
+    hook.remove()
+    assert seen and all(seen)
+    assert not head._forward_pre_hooks
