@@ -13,12 +13,14 @@ class Rollout:
     """B replies of up to T tokens. Sequences are left-padded prompts followed by replies: L = P + T; all replies begin in one column.
 
     ``response_mask`` is true where a reply's token counts, its end-of-text token included; everything after it is padding.
+    ``sampling_logprobs`` are those of the moment of sampling, to be compared with what the update computes.
     """
 
     input_ids: Int[Tensor, "B L"]
     attention_mask: Int[Tensor, "B L"]
     response_mask: Bool[Tensor, "B T"]
     ended: Bool[Tensor, " B"]
+    sampling_logprobs: Float[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.attention_mask.shape or len(self.response_mask) != len(self.input_ids):
@@ -49,7 +51,8 @@ class Rollout:
 
 @dataclass
 class Experience:
-    """A rollout with what the update needs, all (B, T) and fp32, and the trunk's output (B, L, H) where it is reused."""
+    """A rollout with what the update needs, all (B, T) and fp32; the trunk's output (B, L, H) where it is reused, and the states that the
+    critic's head reads (B, T, H) where they are frozen."""
 
     rollout: Rollout
     logprobs: Float[Tensor, "B T"]
@@ -57,6 +60,7 @@ class Experience:
     advantages: Float[Tensor, "B T"]
     returns: Float[Tensor, "B T"]
     trunk: Float[Tensor, "B L H"] | None = None
+    features: Float[Tensor, "B T H"] | None = None
 
     def microbatches(self, rows: int, per_step: int, *, mean_tokens: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
         """One epoch's microbatches of ``rows`` rows in a fresh random order, ``per_step`` of them to each optimizer step.
@@ -80,4 +84,10 @@ class Experience:
             "advantages": self.advantages[rows],
             "returns": self.returns[rows],
         }
-        return taken if self.trunk is None else taken | {"trunk": self.trunk[rows]}
+        frozen = {"trunk": self.trunk, "features": self.features}
+        return taken | {name: states[rows] for name, states in frozen.items() if states is not None}
+
+
+def last_counted(mask: Int[Tensor, "B L"]) -> Int[Tensor, " B"]:
+    """Place of the last column that counts in each row, on whichever side the padding stands."""
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)

@@ -1,6 +1,7 @@
 """From YAML and command line to dataclasses, and errors that end in one clear line."""
 
 import argparse
+import ctypes
 import difflib
 import functools
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def parse(*types: type, args: Sequence[str] | None = None) -> Any:
@@ -24,6 +26,7 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
     from trl import TrlParser
 
     quiet_libraries()
+    keep_freed_memory()
     args = list(sys.argv[1:] if args is None else args)
     if "--config" in args:
         index = args.index("--config") + 1
@@ -78,6 +81,22 @@ def quiet_libraries() -> None:
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def keep_freed_memory() -> None:
+    """On Linux without a GPU, let the process keep memory that it frees. Large tensors are otherwise returned to the system and faulted in
+    again page by page each time they are made: a third of the time of fine-tuning on a CPU.
+    """
+    import torch
+
+    if not sys.platform.startswith("linux") or torch.cuda.is_available():
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # a C library without it, such as musl
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def command(main: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,12 +26,17 @@ def check_trainable(named: Iterable[tuple[str, nn.Parameter]], marks: Sequence[s
 
 
 def check_ratio(logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, tolerance: float) -> None:
-    """Before the first update, new over old probability is 1 at every token."""
-    gap = torch.where(mask, logprobs - old_logprobs, 0.0).abs().max().item()
-    if not gap <= tolerance:
+    """Before the first update, new over old probability is 1: within ``tolerance`` on average, within ten times that at every token.
+
+    Rounding has a long tail where many tokens are compared; what breaks the ratio (dropout, padding) moves the mean.
+    """
+    gaps = (logprobs - old_logprobs).abs()[mask]
+    mean, largest = gaps.mean().item(), gaps.max().item()
+    if not (mean <= tolerance and largest <= 10 * tolerance):
         raise GateError(
-            f"the ratio of the first minibatch is not 1: log-probabilities differ by up to {gap:.3g} (allowed {tolerance:g}) between rollout and "
-            "update although nothing was updated. Causes: dropout, a changed temperature, or padding that reaches the attention."
+            f"the ratio of the first minibatch is not 1: log-probabilities differ by {mean:.3g} on average and by up to {largest:.3g} (allowed "
+            f"{tolerance:g} and {10 * tolerance:g}) between rollout and update although nothing was updated. "
+            "Causes: dropout, a changed temperature, or padding that reaches the attention."
         )
 
 

@@ -21,6 +21,10 @@ class PPOConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; all log-probabilities are taken at it."})
     max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out, and counted."})
     local_rollout_forward_batch_size: int = field(default=64, metadata={"help": "Replies generated and scored at a time, on each process."})
+    rollout_weights: Literal["auto", "shared", "dense"] = field(
+        default="auto",
+        metadata={"help": "dense: generate with an unquantized merged copy, faster but larger. auto: where half of the free memory holds it."},
+    )
     sample_rows: int = field(default=4, metadata={"help": "Replies of each logged rollout written to samples.jsonl."})
 
     # Reward
@@ -37,8 +41,9 @@ class PPOConfig(TrainingArguments):
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass."})
     cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
-    critic: Literal["adapter", "shared"] = field(
-        default="adapter", metadata={"help": "adapter: the critic has its own, started from the reward adapter. shared: a head on the policy."}
+    critic: Literal["adapter", "shared", "reward_features"] = field(
+        default="adapter",
+        metadata={"help": "adapter: its own, started from the reward adapter. shared: a head on the policy. reward_features: on the reward adapter."},
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss."})
     cliprange_value: float | None = field(default=0.2, metadata={"help": "The critic moves at most this far a rollout; null: no bound."})

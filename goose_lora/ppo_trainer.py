@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,22 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from goose_lora import gates, ppo_math
+from goose_lora.adapters import ADAPTERS
 from goose_lora.batch import Experience, Rollout
 from goose_lora.callbacks import MetricsFile, RolloutState, append_line
 from goose_lora.data import RolloutBatches, left_pad
+from goose_lora.dense import dense_copy
 from goose_lora.kl_control import AdaptiveKL, FixedKL
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.rewards import ScoreScale, score_scale, token_rewards
 from goose_lora.sampling import generation_config, sample
-from goose_lora.shared_base import ADAPTERS, SharedBase
+from goose_lora.shared_base import SharedBase, before_response
 
 logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 # Log-probabilities of one text in two batches: fp32 sums in another order, bf16 rounds what differs.
-STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
 class PPOTrainer(Trainer):
@@ -62,7 +64,7 @@ class PPOTrainer(Trainer):
         if reward_function is None and not model.has("reward"):
             raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
         if model.critic is None:
-            raise ValueError("PPO needs a critic: SharedBase.build(..., critic='adapter') or 'shared'.")
+            raise ValueError("PPO needs a critic: SharedBase.build(..., critic='adapter'), 'shared' or 'reward_features'.")
         self.reward_function = reward_function
         control = FixedKL(args.kl_coef) if args.kl_target is None else AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.rollout_state = RolloutState(control)
@@ -80,6 +82,7 @@ class PPOTrainer(Trainer):
         self._update_metrics: dict[str, Tensor | float] = defaultdict(float)
         self._microbatches_done = 0  # since the last log
         self._gates_open = False
+        self._dense = dense_copy(model, args.rollout_weights)
 
     @property
     def shared(self) -> Any:
@@ -141,6 +144,7 @@ class PPOTrainer(Trainer):
             inputs["attention_mask"],
             mask,
             trunk=inputs.get("trunk"),
+            features=inputs.get("features"),
             temperature=args.temperature,
             entropy_gradient=args.entropy_coef > 0,
         )
@@ -198,7 +202,7 @@ class PPOTrainer(Trainer):
         with self._timed("generate"):
             rollout = self._sample(prompts["input_ids"], prompts["attention_mask"])
         with self._timed("score"):
-            raw, logprobs, ref_logprobs, values, trunk = self._score(rollout, prompts["columns"])
+            raw, logprobs, ref_logprobs, values, trunk, features = self._score(rollout, prompts["columns"])
         mask = rollout.response_mask
         kl = ppo_math.kl_per_token(logprobs, ref_logprobs, estimator=args.kl_estimator)
         if self.state.global_step == 0:
@@ -225,6 +229,7 @@ class PPOTrainer(Trainer):
             "objective/kl_coef": torch.tensor(control.coef),
             "rollout/response_tokens": rollout.lengths.float().mean(),
             "rollout/eos_rate": rollout.ended.float().mean(),
+            "rollout/sampling_gap": ppo_math.masked_mean((rollout.sampling_logprobs - logprobs).abs(), mask),
             "value/explained_variance": ppo_math.explained_variance(values, returns, mask),
             "value/mean": ppo_math.masked_mean(values, mask),
         }
@@ -233,12 +238,15 @@ class PPOTrainer(Trainer):
         mean_kl: Any = self.accelerator.reduce(k1.sum(-1).mean(), reduction="mean")
         control.update(mean_kl.item(), len(mask) * self.accelerator.num_processes)
         self._write_samples(rollout, raw, k1.sum(-1))
-        return Experience(rollout, logprobs, values, whitened, returns, trunk)
+        return Experience(rollout, logprobs, values, whitened, returns, trunk, features)
 
     def _sample(self, input_ids: Tensor, attention_mask: Tensor) -> Rollout:
         """Replies in groups of ``local_rollout_forward_batch_size``, put together to one width."""
         size = self.args.local_rollout_forward_batch_size
-        parts = [sample(self.shared, i, m, self.generation) for i, m in zip(input_ids.split(size), attention_mask.split(size), strict=True)]
+        if self._dense is not None:
+            self._dense.become("policy")
+        groups = zip(input_ids.split(size), attention_mask.split(size), strict=True)
+        parts = [sample(self.shared, ids, mask, self.generation, dense=self._dense) for ids, mask in groups]
         if len(parts) == 1:
             return parts[0]
         width = max(part.input_ids.shape[1] for part in parts)
@@ -246,26 +254,32 @@ class PPOTrainer(Trainer):
         def joined(name: str, fill: Any) -> Tensor:
             return torch.cat([_widen(getattr(part, name), width - part.input_ids.shape[1], fill) for part in parts])
 
-        pad = self.processing_class.pad_token_id
-        return Rollout(joined("input_ids", pad), joined("attention_mask", 0), joined("response_mask", False), torch.cat([p.ended for p in parts]))
+        fills = {"input_ids": self.processing_class.pad_token_id, "attention_mask": 0, "response_mask": False, "sampling_logprobs": 0.0}
+        return Rollout(**{name: joined(name, fill) for name, fill in fills.items()}, ended=torch.cat([p.ended for p in parts]))
 
-    def _score(self, rollout: Rollout, columns: dict[str, list]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Raw scores (B,), log-probabilities of policy and reference and raw values (B, T), trunk output; all by one sweep of small batches."""
-        shared, size = self.shared, self.args.local_rollout_forward_batch_size
+    def _score(self, rollout: Rollout, columns: dict[str, list]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Raw scores (B,), log-probabilities of policy and reference and raw values (B, T), trunk output and critic's features; all by one
+        sweep of small batches."""
+        shared, temperature = self.shared, self.args.temperature
+        by_adapter, on_features = self.reward_function is None, shared.critic == "reward_features"
         parts = []
-        for ids, attention, mask in zip(
-            rollout.input_ids.split(size), rollout.attention_mask.split(size), rollout.response_mask.split(size), strict=True
-        ):
+        for ids, attention, mask, ended in self._groups(rollout):
             trunk = shared.trunk(ids, attention) if self.args.reuse_trunk else None
-            policy = shared(ids, attention, mask, trunk=trunk, temperature=self.args.temperature)
+            judged = shared.hidden("reward", ids, attention, trunk) if by_adapter or on_features else None
+            features = before_response(judged, mask).clone() if on_features else None
+            policy = shared(ids, attention, mask, trunk=trunk, features=features, temperature=temperature)
             reference = shared.hidden("reference", ids, attention, trunk)
-            ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=self.args.temperature)
-            raw = shared.scores(ids, attention, trunk) if self.reward_function is None else torch.zeros(len(ids), device=ids.device)
-            parts.append((raw, policy.logprobs, ref_logprobs, policy.values, trunk))
-        raw, logprobs, ref_logprobs, values, trunks = zip(*parts, strict=True)
-        trunk = None if trunks[0] is None else torch.cat(trunks)
-        scores = torch.cat(raw) if self.reward_function is None else self._call_reward_function(rollout, columns)
-        return scores, torch.cat(logprobs), torch.cat(ref_logprobs), torch.cat(values), trunk
+            ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=temperature)
+            raw = shared.read_scores(judged, attention, ended) if by_adapter else None
+            parts.append((raw, policy.logprobs, ref_logprobs, policy.values, trunk, features))
+        raw, logprobs, ref_logprobs, values, trunk, features = (_together(column) for column in zip(*parts, strict=True))
+        scores = raw if by_adapter else self._call_reward_function(rollout, columns)
+        return scores, logprobs, ref_logprobs, values, trunk, features  # type: ignore[return-value]
+
+    def _groups(self, rollout: Rollout) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        size = self.args.local_rollout_forward_batch_size
+        fields = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, rollout.ended)
+        return zip(*(field.split(size) for field in fields), strict=True)
 
     def _call_reward_function(self, rollout: Rollout, columns: dict[str, list]) -> Tensor:
         assert self.reward_function is not None
@@ -295,9 +309,7 @@ class PPOTrainer(Trainer):
             if self.reward_function is not None:
                 raw = self._call_reward_function(rollout, prompts["columns"])
             else:
-                size = self.args.local_rollout_forward_batch_size
-                batches = zip(rollout.input_ids.split(size), rollout.attention_mask.split(size), strict=True)
-                raw = torch.cat([self.shared.scores(ids, attention) for ids, attention in batches])
+                raw = torch.cat([self.shared.scores(ids, attention, ended=ended) for ids, attention, _, ended in self._groups(rollout)])
         everywhere: Any = self.accelerator.gather(raw)
         scale = score_scale(everywhere)
         self.rollout_state.score_scale = (scale.mean, scale.std)
@@ -352,3 +364,7 @@ class PPOTrainer(Trainer):
 
 def _widen(x: Tensor, columns: int, fill: int | bool) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns), value=fill)
+
+
+def _together(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat([part for part in parts if part is not None])

@@ -10,9 +10,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goose_lora import evaluation
+from goose_lora.adapters import Role
 from goose_lora.data import left_pad
+from goose_lora.dense import DenseCopy
 from goose_lora.sampling import sample
-from goose_lora.shared_base import Role, SharedBase
+from goose_lora.shared_base import SharedBase
 
 Judge = Callable[..., Any]
 
@@ -40,15 +42,18 @@ def answer(
     batch_size: int,
     seed: int = 0,
     label: str = "",
+    dense: DenseCopy | None = None,
 ) -> Replies:
     """Answer all prompts (token ids) under ``role``, score the replies if there is a reward adapter, and measure their KL to the reference."""
     torch.manual_seed(seed)
+    if dense is not None:
+        dense.become(role)
     replies = Replies()
     core: Any = shared.get_base_model()
     device = core.get_output_embeddings().weight.device
     for start in tqdm(range(0, len(prompts), batch_size), desc=label or role):
         ids, mask = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, device)
-        rollout = sample(shared, ids, mask, config, role=role)
+        rollout = sample(shared, ids, mask, config, role=role, dense=dense)
         ids, mask, counted = rollout.input_ids, rollout.attention_mask, rollout.response_mask
         trunk = shared.trunk(ids, mask)
 
@@ -60,7 +65,7 @@ def answer(
         replies.lengths += rollout.lengths.tolist()
         replies.ended += rollout.ended.tolist()
         if shared.has("reward"):
-            replies.scores += shared.scores(ids, mask, trunk).tolist()
+            replies.scores += shared.scores(ids, mask, trunk, rollout.ended).tolist()
     return replies
 
 

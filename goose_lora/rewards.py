@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from goose_lora.batch import last_counted
+
 
 @torch.no_grad()
 def score_pairs(trainer: Any, name: str) -> tuple[list[float], list[float], list[int], list[int]]:
@@ -56,6 +58,4 @@ def token_rewards(
     TRL 0.12-1.12 puts the score on the padding after the end-of-text token, whose value enters the estimate.
     """
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * positions).argmax(-1)
-    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
+    return rewards.scatter_add(1, last_counted(mask.long())[:, None], scores[:, None].to(rewards.dtype))

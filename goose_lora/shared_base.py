@@ -18,14 +18,15 @@ from peft.utils import load_peft_weights
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
+from goose_lora import adapters
+from goose_lora.adapters import ADAPTERS, Role, adapter_config, belongs_to, first
+from goose_lora.batch import last_counted
 from goose_lora.logprobs import token_logprobs
 from goose_lora.trunk import above, below, decoder_layers, lowest_layer
 
 logger = logging.getLogger(__name__)
 
-Role = Literal["policy", "value", "reward", "reference", "base"]
-Critic = Literal["adapter", "shared"]
-ADAPTERS: dict[Role, str] = {"policy": "default", "value": "value", "reward": "reward", "reference": "reference"}
+Critic = Literal["adapter", "shared", "reward_features"]
 
 
 class PolicyAndValue(NamedTuple):
@@ -43,6 +44,7 @@ class SharedBase(PeftModel):
     """
 
     critic: Any
+    reads_eos: bool
     _role: Any
     set_adapter: Any
     add_adapter: Any
@@ -65,21 +67,24 @@ class SharedBase(PeftModel):
             policy: a fresh adapter's configuration, or the folder of a trained one (SFT).
             reward: folder of the adapter and ``score`` head that ``trl.RewardTrainer`` saved, if there is a reward adapter.
             critic: ``adapter`` for a value adapter with its own head, which starts as a copy of the reward adapter where there is one;
-                ``shared`` for a head on the policy's hidden states; None for no critic.
+                ``shared`` for a head on the policy's hidden states; ``reward_features`` for a head on the frozen reward adapter's, which scoring
+                computes anyway, started as a copy of the reward head; None for no critic.
             value: the value adapter's configuration where there is no reward adapter to copy; the policy's by default.
             reference: ``copy`` for a frozen copy of the policy as it starts (the default where the policy is a trained adapter), ``base`` for
                 the base with all adapters off (the default where it is fresh), or the folder of an adapter.
 
         Raises:
-            ValueError: an adapter for another base, or without the head it needs.
+            ValueError: an adapter for another base, or without the head it needs; ``reward_features`` without a reward adapter.
         """
+        if critic == "reward_features" and reward is None:
+            raise ValueError("critic: reward_features reads the reward adapter's states, and there is no reward adapter. Use adapter or shared.")
         from_folder = not isinstance(policy, LoraConfig)
         head = base.get_output_embeddings()
         if reward is not None or critic is not None:
             base.score = nn.Linear(head.weight.shape[1], 1, bias=False, dtype=torch.float32, device=head.weight.device)
             nn.init.normal_(base.score.weight, std=1 / (head.weight.shape[1] + 1) ** 0.5)
-        config = _adapter_config(policy) if from_folder else _without_lora_dropout(copy.deepcopy(policy), "the policy's LoraConfig")
-        _switch_off_dropout(base)
+        config = adapter_config(policy) if from_folder else adapters.without_lora_dropout(copy.deepcopy(policy), "the policy's LoraConfig")
+        adapters.switch_off_dropout(base)
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
         self._role = "policy"
         if from_folder:
@@ -89,11 +94,13 @@ class SharedBase(PeftModel):
             self.add_adapter(ADAPTERS["reference"], copy.deepcopy(config))
             self._copy_role("policy", "reference")
         elif reference != "base":
-            self.add_adapter(ADAPTERS["reference"], _adapter_config(reference))
+            self.add_adapter(ADAPTERS["reference"], adapter_config(reference))
             self.load_role("reference", reference)
+        self.reads_eos = True
         if reward is not None:
-            self.add_adapter(ADAPTERS["reward"], _adapter_config(reward))
+            self.add_adapter(ADAPTERS["reward"], adapter_config(reward))
             self.load_role("reward", reward)
+            self.reads_eos = adapters.read_lineage(reward).get("append_eos", True)
         self.critic = critic
         if critic is not None:
             self._add_critic(critic, value or config)
@@ -103,7 +110,7 @@ class SharedBase(PeftModel):
 
     def _add_critic(self, critic: Critic, config: LoraConfig) -> None:
         has_reward = ADAPTERS["reward"] in self.peft_config
-        if critic == "shared":
+        if critic in ("shared", "reward_features"):
             config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
         elif has_reward:
             config = self.peft_config[ADAPTERS["reward"]]  # type: ignore[assignment]
@@ -111,7 +118,7 @@ class SharedBase(PeftModel):
         config.modules_to_save = ["score"]
         config.lora_dropout = 0.0
         self.add_adapter(ADAPTERS["value"], config)
-        if critic == "adapter" and has_reward:
+        if critic != "shared" and has_reward:
             self._copy_role("reward", "value")
         else:
             nn.init.zeros_(self.score_head("value").weight)  # an unbiased start: no critic before the first update
@@ -135,14 +142,14 @@ class SharedBase(PeftModel):
         except RuntimeError as error:  # torch lists the tensors of another size, one a line
             sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
             raise ValueError(
-                f"{folder} does not fit the role {role} on this base: {len(sizes)} tensors of another size{_first(sizes)} "
+                f"{folder} does not fit the role {role} on this base: {len(sizes)} tensors of another size{first(sizes)} "
                 "Use an adapter that was trained on this base model."
             ) from error
-        wanted = [key for key in result.missing_keys if _belongs_to(key, ADAPTERS[role])]
+        wanted = [key for key in result.missing_keys if belongs_to(key, ADAPTERS[role])]
         if result.unexpected_keys or wanted:
             raise ValueError(
                 f"{folder} does not fit the role {role} on this base: "
-                f"{len(wanted)} tensors missing{_first(wanted)}, {len(result.unexpected_keys)} not known{_first(result.unexpected_keys)}. "
+                f"{len(wanted)} tensors missing{first(wanted)}, {len(result.unexpected_keys)} not known{first(result.unexpected_keys)}. "
                 "Use an adapter that was trained on this base model."
             )
 
@@ -154,13 +161,13 @@ class SharedBase(PeftModel):
 
     def role_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of a role's adapter, its head included."""
-        return ((name, p) for name, p in self.named_parameters() if _belongs_to(name, ADAPTERS[role]))
+        return ((name, p) for name, p in self.named_parameters() if belongs_to(name, ADAPTERS[role]))
 
     def set_trainable(self, roles: Sequence[Role]) -> None:
         """Let the parameters of ``roles`` train, and nothing else. PEFT freezes and unfreezes adapters as a side effect of switching."""
         adapters = [ADAPTERS[role] for role in roles]
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(_belongs_to(name, *adapters))
+            parameter.requires_grad_(belongs_to(name, *adapters))
 
     def has(self, role: Role) -> bool:
         """Whether an adapter of its own stands for ``role``."""
@@ -201,12 +208,22 @@ class SharedBase(PeftModel):
             self.base_model.disable_adapter_layers()
         else:
             self.base_model.enable_adapter_layers()
-            # A head on the policy's states brings no adapter of its own.
-            adapter = "policy" if role == "value" and self.critic == "shared" else role
-            self.set_adapter(ADAPTERS[adapter], inference_mode=True)
+            self.set_adapter(ADAPTERS[self._value_states if role == "value" else role], inference_mode=True)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         self._role = role
+
+    @property
+    def _value_states(self) -> Role:
+        """The role whose hidden states the critic's head reads: a head alone brings no adapter of its own."""
+        heads: dict[str, Role] = {"shared": "policy", "reward_features": "reward"}
+        return heads.get(self.critic, "value")
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; the reward adapter's folder keeps the note of what it was trained to read."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.has("reward"):
+            adapters.write_lineage(Path(save_directory) / ADAPTERS["reward"], append_eos=self.reads_eos)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """As in transformers, but each recompute runs under the role of its own forward (PEFT#2832: else gradients are wrong, silently).
@@ -238,7 +255,7 @@ class SharedBase(PeftModel):
         """How many of the lowest layers no adapter changes: they are the same for all roles, and their output can be reused."""
         layers = self.layers
         inside = {id(parameter) for parameter in layers.parameters()}
-        adapted = [p for name, p in self.named_parameters() if _belongs_to(name, *ADAPTERS.values()) and ".score." not in name]
+        adapted = [p for name, p in self.named_parameters() if belongs_to(name, *ADAPTERS.values()) and ".score." not in name]
         if any(id(parameter) not in inside for parameter in adapted):
             return 0  # an adapter on the embeddings or the head
         return min(lowest_layer(layers, adapter) for adapter in self.peft_config)
@@ -300,7 +317,7 @@ class SharedBase(PeftModel):
         core: Any = self.get_base_model()
         head, tokens = core.get_output_embeddings(), response_mask.shape[1]
         logprobs, entropies = token_logprobs(
-            hidden[:, -tokens - 1 : -1][response_mask],
+            before_response(hidden, response_mask)[response_mask],
             input_ids[:, -tokens:][response_mask],
             head.weight,
             head.bias,
@@ -313,7 +330,7 @@ class SharedBase(PeftModel):
 
     def values(self, hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """V of the state before each of the last T tokens, zero outside ``response_mask``."""
-        values = self.apply_head("value", hidden[:, -response_mask.shape[1] - 1 : -1])
+        values = self.apply_head("value", before_response(hidden, response_mask))
         return torch.where(response_mask, values, 0.0)
 
     def scores(
@@ -321,11 +338,21 @@ class SharedBase(PeftModel):
         input_ids: Int[Tensor, "B L"],
         attention_mask: Int[Tensor, "B L"],
         trunk: Float[Tensor, "B L H"] | None = None,
+        ended: Bool[Tensor, " B"] | None = None,
     ) -> Float[Tensor, " B"]:
-        """The reward model's score of each row, read at its last counted token: what the SEQ_CLS model of RewardTrainer gives."""
-        hidden = self.hidden("reward", input_ids, attention_mask, trunk)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (attention_mask * positions).argmax(-1)
+        """The reward model's score of each row, read at its last counted token: what the SEQ_CLS model of RewardTrainer gives.
+
+        ``ended`` tells which rows close with an end-of-text token; a reward model that was trained without it reads the token before.
+        """
+        return self.read_scores(self.hidden("reward", input_ids, attention_mask, trunk), attention_mask, ended)
+
+    def read_scores(
+        self, hidden: Float[Tensor, "B L H"], attention_mask: Int[Tensor, "B L"], ended: Bool[Tensor, " B"] | None = None
+    ) -> Float[Tensor, " B"]:
+        """``scores``, given the hidden states under ``reward``."""
+        last = last_counted(attention_mask)
+        if ended is not None and not self.reads_eos:
+            last = last - ended.long()
         return self.apply_head("reward", hidden[torch.arange(len(last), device=last.device), last])
 
     def forward(
@@ -334,15 +361,21 @@ class SharedBase(PeftModel):
         attention_mask: Int[Tensor, "B L"],
         response_mask: Bool[Tensor, "B T"],
         trunk: Float[Tensor, "B L H"] | None = None,
+        features: Float[Tensor, "B T H"] | None = None,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
     ) -> PolicyAndValue:
-        """Policy and critic in one call, which is what DistributedDataParallel must see: one forward, then one backward."""
+        """Policy and critic in one call, which is what DistributedDataParallel must see: one forward, then one backward.
+
+        ``features``: the reward adapter's states before each response token, for a critic on ``reward_features``; computed where not given.
+        """
         hidden = self.hidden("policy", input_ids, attention_mask, trunk)
         logprobs, entropy = self.logprobs(hidden, input_ids, response_mask, temperature=temperature, entropy_gradient=entropy_gradient)
         if self.critic is None:
             return PolicyAndValue(logprobs, entropy, None)
-        if self.critic == "adapter":
+        if features is not None:
+            return PolicyAndValue(logprobs, entropy, torch.where(response_mask, self.apply_head("value", features), 0.0))
+        if self.critic != "shared":
             hidden = self.hidden("value", input_ids, attention_mask, trunk)
         return PolicyAndValue(logprobs, entropy, self.values(hidden, response_mask))
 
@@ -362,37 +395,6 @@ class _InRole:
         self.open.pop().__exit__(*error)
 
 
-def _adapter_config(folder: str | Path) -> LoraConfig:
-    config = LoraConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder}: a {config.peft_type} adapter; the roles of a shared base are LoRA adapters.")
-    config.inference_mode = False
-    return _without_lora_dropout(config, str(folder))
-
-
-def _without_lora_dropout(config: LoraConfig, name: str) -> LoraConfig:
-    if config.lora_dropout:
-        logger.warning("%s: lora_dropout %g is set to 0 in PPO, where dropout would make the ratios noise.", name, config.lora_dropout)
-        config.lora_dropout = 0.0
-    return config
-
-
-def _switch_off_dropout(base: nn.Module) -> None:
-    """Models keep it as Dropout modules, or as plain numbers such as attention_dropout; GPT-2 and OPT come with 0.1."""
-    found = set()
-    for module in base.modules():
-        for name in ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]:
-            if isinstance(getattr(module, name), float) and getattr(module, name) > 0:
-                found.add(getattr(module, name))
-                setattr(module, name, 0.0)
-    if found:
-        logger.warning("the base's own dropout (%s) is set to 0 in PPO.", ", ".join(f"{p:g}" for p in sorted(found)))
-
-
-def _belongs_to(name: str, *adapters: str) -> bool:
-    # An embedding's adapter ends in its name: lora_embedding_A.default.
-    return any(f".{adapter}." in f"{name}." for adapter in adapters)
-
-
-def _first(keys: Sequence[str]) -> str:
-    return f" (such as {keys[0]})" if keys else ""
+def before_response(hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
+    """States from which each of the last T tokens was chosen."""
+    return hidden[:, -response_mask.shape[1] - 1 : -1]

@@ -9,13 +9,15 @@ Prints a table and samples, and writes evaluation.json and replies.jsonl to outp
 from dataclasses import dataclass, field
 
 from goose_lora import cli, demo
+from goose_lora.adapters import Role
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts
+from goose_lora.dense import RolloutWeights, dense_copy
 from goose_lora.evaluation import import_function, side_by_side, table
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, require_adapter
 from goose_lora.replies import Replies, answer, best_of, judge_all, summary
 from goose_lora.report import write_json, write_jsonl, write_stage
 from goose_lora.sampling import generation_config
-from goose_lora.shared_base import Role, SharedBase
+from goose_lora.shared_base import SharedBase
 
 COLUMNS = ["score", "judge", "kl", "tokens", "ended", "distinct_2", "score_win_rate", "judge_win_rate", "judge_gain_at_equal_length"]
 
@@ -35,6 +37,7 @@ class EvaluationArguments:
     max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 for greedy replies."})
     batch_size: int = field(default=64, metadata={"help": "Replies at a time."})
+    rollout_weights: RolloutWeights = field(default="auto", metadata={"help": "As in recipes/ppo.py."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code from the model's repository."})
 
@@ -63,8 +66,10 @@ def main(args: list[str] | None = None) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
 
+    dense = dense_copy(shared, config.rollout_weights)
+
     def replies(role: Role, seed: int, label: str) -> Replies:
-        return answer(shared, role, prompt_ids, tokenizer, sampling, batch_size=config.batch_size, seed=seed, label=label)
+        return answer(shared, role, prompt_ids, tokenizer, sampling, batch_size=config.batch_size, seed=seed, label=label, dense=dense)
 
     roles: dict[str, Role] = {"base": "base", "sft": "reference", "ppo": "policy"} if config.sft_adapter else {"base": "base", "ppo": "policy"}
     named = {name: replies(role, config.seed, name) for name, role in roles.items()}

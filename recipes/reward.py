@@ -12,7 +12,8 @@ from typing import Any
 from trl import RewardConfig, RewardTrainer
 
 from goose_lora import cli, demo
-from goose_lora.data import DataArguments, load_rows, require_columns
+from goose_lora.adapters import write_lineage
+from goose_lora.data import DataArguments, load_rows, require_columns, tokenize_pairs_without_end
 from goose_lora.evaluation import reward_verdict
 from goose_lora.loading import ModelArguments, adapters_to_fp32, load_reward_base, load_tokenizer, lora_config
 from goose_lora.report import write_stage, write_verdict
@@ -25,6 +26,7 @@ class RewardArguments(DataArguments):
 
     any_pairs_name: str | None = field(default=None, metadata={"help": "More held-out pairs, of another kind, for the verdict only."})
     use_margin: bool = field(default=True, metadata={"help": "Use the data's margin column in the loss where there is one."})
+    append_eos: bool = field(default=True, metadata={"help": "End each text with the end-of-text token, as TRL does; false: PPO hides it too."})
 
 
 def main(args: list[str] | None = None) -> None:
@@ -41,6 +43,10 @@ def main(args: list[str] | None = None) -> None:
             rows[key] = dataset.remove_columns("margin")
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
+    if not data_args.append_eos:
+        rows = {
+            key: tokenize_pairs_without_end(dataset, tokenizer, name=str(names[key]), max_length=config.max_length) for key, dataset in rows.items()
+        }
     base = load_reward_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     trainer = RewardTrainer(
         model=base,
@@ -53,6 +59,7 @@ def main(args: list[str] | None = None) -> None:
     adapters_to_fp32(trainer.model)
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
+    write_lineage(config.output_dir, append_eos=data_args.append_eos)
 
     held_out = score_pairs(trainer, "eval")
     verdict = reward_verdict(*held_out, any_pair=score_pairs(trainer, "any")[:2] if "any" in rows else None)

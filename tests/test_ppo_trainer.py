@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from transformers import Trainer
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer
 
 from goose_lora import gates
 from goose_lora.data import left_pad
@@ -261,3 +261,58 @@ def test_the_critic_that_shares_the_policys_states_learns_too(tmp_path):
     assert [name for name, _ in ppo.shared.role_parameters("value")] == ["base_model.model.score.modules_to_save.value.weight"]
     errors = [row["value/error"] for row in read_jsonl(Path(tmp_path) / "metrics.jsonl") if "value/error" in row]
     assert errors[-1] < errors[0]
+
+
+def with_reward_adapter(folder, **roles):
+    """A shared base whose reward adapter is random, and whose policy is its own reference."""
+    base = tiny.base()
+    judge = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"], num_labels=1))
+    adapter = get_peft_model(judge, tiny.lora(base, layers="top-2", task_type="SEQ_CLS"))
+    tiny.randomise(adapter, std=0.1)
+    adapter.save_pretrained(folder)
+    return SharedBase.build(base, tiny.lora(base, layers="top-2"), reward=folder, **roles)
+
+
+def test_a_critic_on_reward_features_learns_and_the_reward_model_stays(tmp_path):
+    shared = with_reward_adapter(tmp_path / "reward", critic="reward_features")
+    before = {name: parameter.clone() for name, parameter in shared.role_parameters("reward")}
+    ppo = trainer(tmp_path / "run", shared=shared, reward=None, num_rollouts=6, value_learning_rate=3e-2)
+    ppo.train()
+    rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "value/error" in row]
+    assert rows[-1]["value/error"] < rows[0]["value/error"]
+    assert rows[-1]["objective/score"] > rows[0]["objective/score"] + 0.2
+    assert all(torch.equal(parameter, before[name]) for name, parameter in ppo.shared.role_parameters("reward"))
+
+
+def test_features_kept_from_scoring_give_the_update_of_features_computed_anew(tmp_path, monkeypatch):
+    ends = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        ppo = trainer(tmp_path / str(keep), shared=with_reward_adapter(tmp_path / f"reward{keep}", critic="reward_features"), reward=None)
+        if not keep:
+            score = ppo._score
+            monkeypatch.setattr(ppo, "_score", lambda *args, score=score: (*score(*args)[:5], None))
+        ppo.train()
+        ends.append(trained_parameters(ppo.shared))
+    assert ends[0].keys() == ends[1].keys()
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["shared", "dense"])
+def test_rollouts_tell_how_far_their_probabilities_are_from_the_updates(weights, tmp_path):
+    trainer(tmp_path, rollout_weights=weights).train()
+    gaps = [row["rollout/sampling_gap"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "rollout/sampling_gap" in row]
+    assert len(gaps) == 2 and all(0 <= gap < 1e-5 for gap in gaps), gaps
+
+
+def test_the_ratio_gate_allows_rounding_and_no_drift():
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    old = torch.zeros(3, 5)
+    one = old.clone()
+    one[1, 2] = 0.4
+    gates.check_ratio(one, old, mask, tolerance=0.05)
+    for broken in (one * 2, old + 0.06, torch.where(one > 0, float("nan"), 0.0)):
+        with pytest.raises(gates.GateError, match="ratio of the first minibatch is not 1"):
+            gates.check_ratio(broken, old, mask, tolerance=0.05)
+    gates.check_ratio(torch.where(mask, old, 9.0), old, mask & (torch.arange(5) < 4), tolerance=0.05)

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from goose_lora.loading import load_base, load_tokenizer
-from goose_lora.sampling import generation_config, response_mask, sample
+from goose_lora.sampling import Chooser, generation_config, response_mask, sample
 
 FILTERS = {
     "top_p": 0.3,
@@ -73,22 +73,19 @@ def test_a_greedy_rollout_amid_training_is_that_of_a_freshly_loaded_model(archit
     ("architecture", "quantization"), [(name, "none") for name in tiny.ARCHITECTURES] + [("llama", "nf4"), ("llama", "int8")]
 )
 @torch.no_grad()
-def test_log_probabilities_are_those_that_tokens_were_drawn_with(architecture, quantization, tiny_base):
+def test_log_probabilities_are_those_that_tokens_were_drawn_with(architecture, quantization, tiny_base, monkeypatch):
     args = tiny.arguments(tiny_base, quantization=quantization)
     shared = tiny.shared(tiny.base(architecture) if quantization == "none" else load_base(args, load_tokenizer(args)))
     tiny.randomise(shared, std=0.1)  # with more, rounding alone comes to 2e-5
     ids, mask = prompts()
-    settings = config()
-    settings.update(output_scores=True, return_dict_in_generate=True)
-    torch.manual_seed(0)
-    with shared.role("policy", generating=True) as core:
-        drawn = core.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    torch.manual_seed(0)
+    logits = []
+    choose = Chooser.__call__
+    monkeypatch.setattr(Chooser, "__call__", lambda self, ids, given: logits.append(given.clone()) or choose(self, ids, given))
     rollout = sample(shared, ids, mask, config())
-    assert torch.equal(rollout.input_ids, drawn.sequences)
-    scores = torch.stack(drawn.scores, dim=1)
-    assert torch.isfinite(scores).all(), "a filter removed tokens"
-    want = scores.log_softmax(-1).gather(-1, rollout.input_ids[:, 7:, None]).squeeze(-1)
+    given = torch.stack(logits[: rollout.response_mask.shape[1]], dim=1)
+    assert torch.isfinite(given).all(), "a filter removed tokens"
+    want = (given / 0.7).log_softmax(-1).gather(-1, rollout.input_ids[:, 7:, None]).squeeze(-1)
+    torch.testing.assert_close(rollout.sampling_logprobs, torch.where(rollout.response_mask, want, 0.0), rtol=0, atol=1e-5)
     shared.train()  # as in the update
     hidden = shared.hidden("policy", rollout.input_ids, rollout.attention_mask)
     got, _ = shared.logprobs(hidden, rollout.input_ids, rollout.response_mask, temperature=0.7)
@@ -124,6 +121,31 @@ def test_the_filters_of_this_test_would_show():
     plain = draw(top_k=0)
     powerful = ["top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "temperature", "bad_words_ids", "sequence_bias"]
     assert [name for name in powerful if not torch.equal(plain, draw(**{"top_k": 0, name: FILTERS[name]}))] == powerful
+
+
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(7, 1.0), (256, 0.5), (600, 2.0), (768, 1.0)])
+def test_tokens_are_drawn_with_their_probabilities(vocabulary, temperature):
+    """Pearson's chi-square against softmax(logits / T), over vocabularies of less than a block, of whole blocks and of a part."""
+    torch.manual_seed(3)
+    logits = torch.randn(vocabulary) * 2
+    logits[5] = -1e30  # never
+    draws = torch.cat([Chooser(temperature)(None, logits.repeat(4000, 1)).argmax(-1) for _ in range(20)])
+    want = (logits.double() / temperature).softmax(-1) * len(draws)
+    got = draws.bincount(minlength=vocabulary).double()
+    assert got[5] == 0
+    usual = want >= 5
+    squares = ((got - want).square() / want)[usual]
+    assert abs(squares.sum() - len(squares)) < 4.5 * (2 * len(squares)) ** 0.5
+    rare = want[~usual].sum()
+    assert abs(got[~usual].sum() - rare) < 5 * rare.sqrt() + 1
+    assert torch.equal(Chooser(None)(None, logits.repeat(2, 1)).argmax(-1), logits.argmax().repeat(2))
+
+
+def test_broken_logits_are_named_and_no_token_is_drawn_from_them():
+    logits = torch.zeros(3, 9)
+    logits[1, 4] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite in 1 of 3 rows"):
+        Chooser(1.0)(None, logits)
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import RewardConfig, RewardTrainer
 
 from goose_lora import loading
+from goose_lora.adapters import ADAPTERS, write_lineage
 from goose_lora.loading import load_base, load_reward_base, load_tokenizer, lora_config
 from goose_lora.sampling import generation_config, sample
-from goose_lora.shared_base import ADAPTERS, SharedBase
+from goose_lora.shared_base import SharedBase, before_response
 
 ALL = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 CRITICS = pytest.mark.parametrize("critic", ["adapter", "shared"])
@@ -281,6 +282,51 @@ def test_a_critic_started_from_the_reward_adapter_gives_its_numbers(architecture
         assert parameter.requires_grad and not twin.requires_grad
 
 
+@torch.no_grad()
+def test_a_critic_on_reward_features_is_a_copy_of_the_reward_head_on_the_same_states(tmp_path):
+    base = tiny.base()
+    shared = SharedBase.build(base, tiny.lora(base), reward=save_reward(classifier(), tmp_path), critic="reward_features")
+    ids, mask = tiny.batch()
+    response = tiny.response_mask((5, 5, 5))
+    values = shared(ids, mask, response).values
+    close(values[:, -1], shared.scores(ids[:, :-1], mask[:, :-1]))
+    assert [name for name, _ in shared.role_parameters("value")] == ["base_model.model.score.modules_to_save.value.weight"]
+    shared.score_head("value").weight.mul_(2)
+    close(shared(ids, mask, response).values, 2 * values)  # its own copy: the reward model stays
+    close(shared.values(shared.hidden("value", ids, mask), response), 2 * values)
+    features = before_response(shared.hidden("reward", ids, mask), response)
+    close(shared(ids, mask, response, features=features).values, 2 * values)
+
+
+def test_a_critic_on_reward_features_trains_its_head_alone(tmp_path):
+    base = tiny.base()
+    shared = SharedBase.build(base, tiny.lora(base), reward=save_reward(classifier(), tmp_path), critic="reward_features")
+    shared(*tiny.batch(), tiny.response_mask()).values.square().sum().backward()
+    assert [name for name, p in shared.named_parameters() if p.grad is not None] == ["base_model.model.score.modules_to_save.value.weight"]
+
+
+def test_a_critic_on_reward_features_needs_a_reward_adapter():
+    base = tiny.base()
+    with pytest.raises(ValueError, match="reward_features reads the reward adapter's states"):
+        SharedBase.build(base, tiny.lora(base), critic="reward_features")
+
+
+@torch.no_grad()
+def test_a_reward_model_that_never_saw_the_end_token_reads_the_one_before_and_another_reads_the_end(tmp_path):
+    folder = save_reward(classifier(), tmp_path / "reward")
+    ids, mask = tiny.batch()
+    ended = torch.tensor([True, False, True])
+    with_end = SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=folder)
+    whole, cut = with_end.scores(ids, mask, ended=ended), with_end.scores(ids[:, :-1], mask[:, :-1])
+    close(whole, with_end.scores(ids, mask))
+    write_lineage(folder, append_eos=False)
+    without = SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=folder)
+    close(without.scores(ids, mask, ended=ended), torch.where(ended, cut, whole))
+    assert (whole - cut).abs().min() > 0.01
+    without.save_pretrained(tmp_path / "out")
+    assert not SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=tmp_path / "out" / "reward").reads_eos
+
+
 @CRITICS
 def test_a_critic_without_a_reward_adapter_starts_at_zero(critic):
     base = tiny.base()
@@ -532,7 +578,7 @@ def test_a_row_depends_neither_on_batch_mates_nor_on_padding(architecture, quant
         ones = torch.ones_like(own)
         alone = shared(own, ones, torch.ones(1, after, dtype=torch.bool))
         for name in ("logprobs", "entropy", "values"):
-            close(getattr(together, name)[row, :after], getattr(alone, name)[0])
+            close(getattr(together, name)[row, :after], getattr(alone, name)[0], 2e-5)
         close(scores[row], shared.scores(own, ones)[0])
         for padding in ((0, 6), (6, 0), (2, 3)):  # on the right, on the left, on both sides
             padded, padded_mask = (torch.nn.functional.pad(x, padding, value=fill) for x, fill in ((own, tiny.PAD), (ones, 0)))

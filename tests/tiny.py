@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from goose_lora.adapters import ADAPTERS
 from goose_lora.loading import ModelArguments, lora_config
-from goose_lora.shared_base import ADAPTERS, SharedBase
+from goose_lora.shared_base import SharedBase
 
 # bitsandbytes compiles its CPU kernels at first use: 24 s on a machine that has not cached them, for nothing at this size.
 torch._dynamo.config.disable = True
