@@ -275,12 +275,14 @@ def with_reward_adapter(folder, **roles):
 
 def test_a_critic_on_reward_features_learns_and_the_reward_model_stays(tmp_path):
     shared = with_reward_adapter(tmp_path / "reward", critic="reward_features")
+    torch.nn.init.zeros_(shared.score_head("value").weight)
     before = {name: parameter.clone() for name, parameter in shared.role_parameters("reward")}
-    ppo = trainer(tmp_path / "run", shared=shared, reward=None, num_rollouts=6, value_learning_rate=3e-2)
+    still = {"learning_rate": 0.0, "value_learning_rate": 3e-2}  # the policy stands, so that the critic has one thing to learn
+    ppo = trainer(tmp_path / "run", shared=shared, reward=None, num_rollouts=4, per_device_train_batch_size=16, **still)
     ppo.train()
     rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "value/error" in row]
-    assert rows[-1]["value/error"] < rows[0]["value/error"]
-    assert rows[-1]["objective/score"] > rows[0]["objective/score"] + 0.2
+    assert rows[-1]["value/error"] < 0.8 * rows[0]["value/error"]
+    assert rows[-1]["value/explained_variance"] > 0.2 > abs(rows[0]["value/explained_variance"])
     assert all(torch.equal(parameter, before[name]) for name, parameter in ppo.shared.role_parameters("reward"))
 
 
