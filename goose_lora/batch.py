@@ -51,14 +51,17 @@ class Rollout:
 
 @dataclass
 class Experience:
-    """A rollout with what the update needs, all (B, T) and fp32; the trunk's output (B, L, H) where it is reused, and the states that the
-    critic's head reads (B, T, H) where they are frozen."""
+    """A rollout with what the update needs, all (B, T) and fp32; values and returns where there is a critic.
+
+    Besides, the trunk's output (B, L, H) where it is reused, and the states that the critic's head reads (B, T, H) where they are frozen.
+    """
 
     rollout: Rollout
     logprobs: Float[Tensor, "B T"]
-    values: Float[Tensor, "B T"]
+    ref_logprobs: Float[Tensor, "B T"]
     advantages: Float[Tensor, "B T"]
-    returns: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"] | None = None
+    returns: Float[Tensor, "B T"] | None = None
     trunk: Float[Tensor, "B L H"] | None = None
     features: Float[Tensor, "B T H"] | None = None
 
@@ -75,17 +78,19 @@ class Experience:
                 yield self._take(chosen) | {"num_tokens": num_tokens}
 
     def _take(self, rows: Int[Tensor, " b"]) -> dict[str, Tensor]:
-        taken = {
-            "input_ids": self.rollout.input_ids[rows],
-            "attention_mask": self.rollout.attention_mask[rows],
-            "response_mask": self.rollout.response_mask[rows],
-            "old_logprobs": self.logprobs[rows],
-            "old_values": self.values[rows],
-            "advantages": self.advantages[rows],
-            "returns": self.returns[rows],
+        everything = {
+            "input_ids": self.rollout.input_ids,
+            "attention_mask": self.rollout.attention_mask,
+            "response_mask": self.rollout.response_mask,
+            "old_logprobs": self.logprobs,
+            "ref_logprobs": self.ref_logprobs,
+            "advantages": self.advantages,
+            "old_values": self.values,
+            "returns": self.returns,
+            "trunk": self.trunk,
+            "features": self.features,
         }
-        frozen = {"trunk": self.trunk, "features": self.features}
-        return taken | {name: states[rows] for name, states in frozen.items() if states is not None}
+        return {name: x[rows] for name, x in everything.items() if x is not None}
 
 
 def last_counted(mask: Int[Tensor, "B L"]) -> Int[Tensor, " B"]:

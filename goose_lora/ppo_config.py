@@ -10,9 +10,9 @@ _SAVE_EVERY_ROLLOUTS = 10
 
 @dataclass
 class PPOConfig(TrainingArguments):
-    """One rollout is ``per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`` prompts on each process; each of
-    ``num_ppo_epochs`` passes over it makes ``num_mini_batches`` optimizer steps. ``max_steps``, ``logging_steps`` and ``save_steps`` count
-    optimizer steps, as everywhere in transformers.
+    """One rollout is ``per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`` replies on each process, to that many
+    prompts or, with ``num_generations``, to so many times fewer. Each of ``num_ppo_epochs`` passes over it makes ``num_mini_batches``
+    optimizer steps. ``max_steps``, ``logging_steps`` and ``save_steps`` count optimizer steps, as everywhere in transformers.
     """
 
     # Rollout
@@ -30,6 +30,10 @@ class PPOConfig(TrainingArguments):
     # Reward
     kl_coef: float = field(default=0.05, metadata={"help": "Price of a nat of KL to the reference."})
     kl_estimator: Literal["k1", "k2", "k3"] = field(default="k1", metadata={"help": "Estimator of the KL in the reward."})
+    kl_location: Literal["reward", "loss"] = field(
+        default="reward", metadata={"help": "Charge the KL as part of each token's reward, or as a term of the loss (k2 or k3)."}
+    )
+    max_kl: float | None = field(default=None, metadata={"help": "Stop the run at a rollout whose KL (nats a reply) is above this."})
     kl_target: float | None = field(default=None, metadata={"help": "Adapt kl_coef towards this KL (nats a reply); fixed if unset."})
     kl_horizon: int = field(default=10000, metadata={"help": "Replies over which an adaptive kl_coef moves."})
     normalize_scores: bool = field(default=True, metadata={"help": "Count scores in standard deviations over the reference's replies."})
@@ -38,9 +42,14 @@ class PPOConfig(TrainingArguments):
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1 in each rollout, their mean kept."})
 
     # Update
+    advantage_estimator: Literal["gae", "rloo", "grpo"] = field(
+        default="gae", metadata={"help": "gae: PPO with a critic. rloo, grpo: replies to one prompt are compared; no critic is loaded."}
+    )
+    num_generations: int = field(default=1, metadata={"help": "Replies to each prompt of a rollout; 2 or more for rloo and grpo."})
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass."})
     cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
+    ratio_threshold: float | None = field(default=10.0, metadata={"help": "A microbatch whose mean ratio is above this is skipped; null: never."})
     critic: Literal["adapter", "shared", "reward_features"] = field(
         default="adapter",
         metadata={"help": "adapter: its own, started from the reward adapter. shared: a head on the policy. reward_features: on the reward adapter."},
@@ -83,8 +92,13 @@ class PPOConfig(TrainingArguments):
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property
+    def needs_critic(self) -> bool:
+        """Whether advantages are taken against a learned value."""
+        return self.advantage_estimator == "gae"
+
+    @property
     def rollout_batch_size(self) -> int:
-        """Prompts of one rollout on one process."""
+        """Replies of one rollout on one process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
 
     def _check_ranges(self) -> None:
@@ -98,6 +112,13 @@ class PPOConfig(TrainingArguments):
         self._require("temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy")
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
         self._require("cliprange_value", self.cliprange_value is None or self.cliprange_value > 0, "must be positive, or null for no bound")
+        self._require("max_kl", self.max_kl is None or self.max_kl > 0, "must be positive, or null for no bound")
+        self._require("ratio_threshold", self.ratio_threshold is None or self.ratio_threshold > 1, "must be above 1, or null for no bound")
+        in_loss = self.kl_location == "loss" and self.kl_estimator == "k1"
+        self._require("kl_estimator", not in_loss, "in the loss k1 has no gradient on average; use k2 or k3 with kl_location=loss")
+        self._require("num_generations", self.num_generations >= (1 if self.needs_critic else 2), "rloo and grpo compare 2 or more replies a prompt")
+        whole = self.rollout_batch_size % max(1, self.num_generations) == 0
+        self._require("num_generations", whole, f"must divide the {self.rollout_batch_size} replies of a rollout")
         self._require("kl_target", self.kl_target is None or self.kl_target > 0, "must be positive, or null for a fixed kl_coef")
         self._require("remove_unused_columns", not self.remove_unused_columns, "reward functions get the data's columns; leave it false")
         self._require("score_calibration_prompts", self.score_calibration_prompts >= 2, "a standard deviation needs two replies or more")

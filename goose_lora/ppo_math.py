@@ -132,6 +132,35 @@ def gae(
     return _select(advantages, mask)
 
 
+def leave_one_out(returns: Float[Tensor, "B"], group_size: int) -> Float[Tensor, "B"]:
+    """Each reply's return less the mean return of the other replies to the same prompt: RLOO (Ahmadian et al. 2024, arXiv:2402.14740, eq. 8).
+
+    Replies to one prompt stand together: B is a multiple of ``group_size``. As in TRL's RLOOTrainer. Raises ValueError for groups of one.
+    """
+    groups = _groups(_upcast(returns), group_size)
+    others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def group_normalised(returns: Float[Tensor, "B"], group_size: int, *, eps: float = 1e-4) -> Float[Tensor, "B"]:
+    """Each reply's return less its group's mean, over its group's standard deviation: GRPO (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+
+    The deviation is the sample's (n - 1) plus ``eps``, as in TRL's GRPOTrainer: a group whose replies score alike teaches nothing. Raises
+    ValueError for groups of one.
+    """
+    groups = _groups(_upcast(returns), group_size)
+    return ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + eps)).flatten()
+
+
+def _groups(returns: Float[Tensor, "B"], group_size: int) -> Float[Tensor, "P G"]:
+    if group_size < 2 or len(returns) % group_size:
+        raise ValueError(
+            f"{len(returns)} returns in groups of {group_size}: replies are compared with others to the same prompt, so a group is 2 or more, "
+            "and all are of one size. Set num_generations to 2 or more."
+        )
+    return returns.view(-1, group_size)
+
+
 def policy_loss(
     logprobs: Float[Tensor, "*shape"],
     old_logprobs: Float[Tensor, "*shape"],

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,19 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from goose_lora import gates, ppo_math
-from goose_lora.adapters import ADAPTERS
+from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.batch import Experience, Rollout
 from goose_lora.callbacks import MetricsFile, RolloutState, append_line
 from goose_lora.data import RolloutBatches, left_pad
-from goose_lora.dense import dense_copy
 from goose_lora.kl_control import AdaptiveKL, FixedKL
 from goose_lora.ppo_config import PPOConfig
-from goose_lora.rewards import ScoreScale, score_scale, token_rewards
-from goose_lora.sampling import generation_config, sample
-from goose_lora.shared_base import SharedBase, before_response
+from goose_lora.rewards import RewardMix, RewardSource, ScoreScale, score_scale, token_rewards
+from goose_lora.rollouts import Rollouts
+from goose_lora.sampling import generation_config
+from goose_lora.shared_base import SharedBase
 
 logger = logging.getLogger(__name__)
 
-RewardFunction = Callable[..., Any]
 # Log-probabilities of one text in two batches: fp32 sums in another order, bf16 rounds what differs.
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
@@ -38,12 +37,12 @@ class PPOTrainer(Trainer):
     """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
 
     Args:
-        model: the shared base, with a critic, and with a reward adapter unless ``reward_function`` is given.
+        model: the shared base, with a critic where ``advantage_estimator`` is gae, and with a reward adapter unless ``reward_function`` is given.
         args: settings.
         train_dataset: rows with ``input_ids``, from ``data.tokenize_prompts``; further columns go to the reward function.
         processing_class: the base's tokenizer.
-        reward_function: scores in place of the reward adapter, with TRL's signature:
-            ``f(prompts=, completions=, completion_ids=, **columns) -> list[float]``.
+        reward_function: scores in place of the reward adapter; or several in a list, ``"adapter"`` among them where it has a part. See RewardMix.
+        reward_weights: one to each of them; 1 if not given.
     """
 
     args: PPOConfig
@@ -58,22 +57,19 @@ class PPOTrainer(Trainer):
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
         *,
-        reward_function: RewardFunction | None = None,
+        reward_function: RewardSource | Sequence[RewardSource] | None = None,
+        reward_weights: Sequence[float] | None = None,
         **kwargs: Any,
     ):
-        if reward_function is None and not model.has("reward"):
+        sources: Any = "adapter" if reward_function is None else reward_function
+        reward = RewardMix(list(sources) if isinstance(sources, (list, tuple)) else [sources], reward_weights)
+        if reward.needs_adapter and not model.has("reward"):
             raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
-        if model.critic is None:
-            raise ValueError("PPO needs a critic: SharedBase.build(..., critic='adapter'), 'shared' or 'reward_features'.")
-        self.reward_function = reward_function
+        if args.needs_critic != (model.critic is not None):
+            wanted = "SharedBase.build(..., critic=args.critic)" if args.needs_critic else "critic=None: replies are compared with one another"
+            raise ValueError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
         control = FixedKL(args.kl_coef) if args.kl_target is None else AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.rollout_state = RolloutState(control)
-        self.generation = generation_config(
-            response_tokens=args.response_length,
-            temperature=args.temperature,
-            eos_token_ids=[processing_class.eos_token_id],
-            pad_token_id=processing_class.pad_token_id,
-        )
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
         self.add_callback(self.rollout_state)
         self.add_callback(MetricsFile())
@@ -82,7 +78,21 @@ class PPOTrainer(Trainer):
         self._update_metrics: dict[str, Tensor | float] = defaultdict(float)
         self._microbatches_done = 0  # since the last log
         self._gates_open = False
-        self._dense = dense_copy(model, args.rollout_weights)
+        generation = generation_config(
+            response_tokens=args.response_length,
+            temperature=args.temperature,
+            eos_token_ids=[processing_class.eos_token_id],
+            pad_token_id=processing_class.pad_token_id,
+        )
+        self.rollouts = Rollouts(
+            model,
+            processing_class,
+            generation,
+            batch_size=args.local_rollout_forward_batch_size,
+            weights=args.rollout_weights,
+            reuse_trunk=args.reuse_trunk,
+            reward=reward,
+        )
 
     @property
     def shared(self) -> Any:
@@ -95,23 +105,21 @@ class PPOTrainer(Trainer):
         """Policy and critic as two groups, each with its learning rate. Resuming leaves inactive adapters frozen: mark them first."""
         if self.optimizer is None:
             set_seed(self.args.seed, device_specific=True)  # or all processes would sample alike
-            self.shared.set_trainable(("policy", "value"))
+            self.shared.set_trainable(self._training_roles)
             gates.check_trainable(self.shared.named_parameters(), self._trainable_marks)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.shared)
-            value_rate = self.args.value_learning_rate
-            groups = [
-                {"params": self._parameters("policy"), "lr": self.args.learning_rate},
-                {"params": self._parameters("value"), "lr": self.args.learning_rate if value_rate is None else value_rate},
-            ]
+            value_rate = self.args.learning_rate if self.args.value_learning_rate is None else self.args.value_learning_rate
+            rates = zip(self._training_roles, (self.args.learning_rate, value_rate), strict=False)
+            groups = [{"params": [p for _, p in self.shared.role_parameters(role)], "lr": rate} for role, rate in rates]
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        """Each batch of prompts once for every microbatch that is made of its rollout."""
+        """Each batch of prompts once for every microbatch that is made of its rollout. A rollout has ``num_generations`` replies to each."""
         repeat = self.args.steps_per_rollout * self.args.gradient_accumulation_steps
         batches = RolloutBatches(
             len(self.train_dataset),
-            self.args.rollout_batch_size,
+            self.args.rollout_batch_size // self.args.num_generations,
             repeat,
             seed=self.args.seed,
             num_processes=self.accelerator.num_processes,
@@ -150,22 +158,37 @@ class PPOTrainer(Trainer):
         )
         if not self._gates_open and self.state.global_step == 0:
             gates.check_ratio(output.logprobs, inputs["old_logprobs"], mask, tolerance=self._tolerance)
-        policy_loss, policy_stats = ppo_math.policy_loss(
+        if args.ratio_threshold is not None:
+            ratio = ppo_math.masked_mean((output.logprobs - inputs["old_logprobs"]).exp(), mask).detach()
+            skipped = ratio > args.ratio_threshold
+            self._update_metrics["policy/skipped"] = self._update_metrics["policy/skipped"] + skipped.float() / args.gradient_accumulation_steps
+            if skipped:
+                # Not a bare 0: DistributedDataParallel waits for a backward pass.
+                return 0.0 * torch.stack([x.sum() for x in (output.logprobs, output.values) if x is not None]).sum()
+        policy_loss, stats = ppo_math.policy_loss(
             output.logprobs, inputs["old_logprobs"], inputs["advantages"], mask, cliprange=args.cliprange, num_tokens=num_tokens
         )
-        value_loss, value_stats = ppo_math.value_loss(
-            self._scale.normalise(output.values),
-            inputs["old_values"],
-            inputs["returns"],
-            mask,
-            cliprange_value=args.cliprange_value,
-            num_tokens=num_tokens,
-        )
         entropy = ppo_math.masked_mean(output.entropy, mask, num_tokens=num_tokens)
-        stats = {**policy_stats, **value_stats, "loss/policy": policy_loss, "loss/value": value_loss, "policy/entropy": entropy}
+        loss = policy_loss - args.entropy_coef * entropy
+        stats |= {"loss/policy": policy_loss, "policy/entropy": entropy}
+        if output.values is not None:
+            value_loss, value_stats = ppo_math.value_loss(
+                self._scale.normalise(output.values),
+                inputs["old_values"],
+                inputs["returns"],
+                mask,
+                cliprange_value=args.cliprange_value,
+                num_tokens=num_tokens,
+            )
+            loss = loss + args.vf_coef * value_loss
+            stats |= value_stats | {"loss/value": value_loss}
+        if args.kl_location == "loss":
+            kl = ppo_math.kl_per_token(output.logprobs, inputs["ref_logprobs"], estimator=args.kl_estimator)
+            stats["loss/kl"] = ppo_math.masked_mean(kl, mask, num_tokens=num_tokens)
+            loss = loss + self.rollout_state.kl_control.coef * stats["loss/kl"]
         for name, value in stats.items():
             self._update_metrics[name] = self._update_metrics[name] + value.detach()
-        return policy_loss + args.vf_coef * value_loss - args.entropy_coef * entropy
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what rollouts and updates since the last log have shown, averaged over processes."""
@@ -187,7 +210,7 @@ class PPOTrainer(Trainer):
         args = self.args
         if self.rollout_state.score_scale is None:
             self._calibrate()
-        experience = self._experience(prompts)
+        experience = self._experience(self._repeated(prompts))
         count = self.accelerator.num_processes
 
         def mean_tokens(tokens: Tensor) -> Tensor:
@@ -196,104 +219,80 @@ class PPOTrainer(Trainer):
         for _ in range(args.num_ppo_epochs):
             yield from experience.microbatches(args.per_device_train_batch_size, args.gradient_accumulation_steps, mean_tokens=mean_tokens)
 
+    def _repeated(self, prompts: dict[str, Any]) -> dict[str, Any]:
+        """Each prompt ``num_generations`` times, in a row."""
+        count = self.args.num_generations
+        columns = {name: [value for value in column for _ in range(count)] for name, column in prompts["columns"].items()}
+        return {name: prompts[name].repeat_interleave(count, dim=0) for name in ("input_ids", "attention_mask")} | {"columns": columns}
+
     @torch.no_grad()
     def _experience(self, prompts: dict[str, Any]) -> Experience:
         args, control = self.args, self.rollout_state.kl_control
         with self._timed("generate"):
-            rollout = self._sample(prompts["input_ids"], prompts["attention_mask"])
+            rollout = self.rollouts.generate(prompts["input_ids"], prompts["attention_mask"])
         with self._timed("score"):
-            raw, logprobs, ref_logprobs, values, trunk, features = self._score(rollout, prompts["columns"])
+            seen = self.rollouts.evaluate(rollout, prompts["columns"])
         mask = rollout.response_mask
-        kl = ppo_math.kl_per_token(logprobs, ref_logprobs, estimator=args.kl_estimator)
+        kl = ppo_math.kl_per_token(seen.logprobs, seen.ref_logprobs, estimator=args.kl_estimator)
         if self.state.global_step == 0:
             gates.check_reference(kl, mask, tolerance=self._tolerance)
 
-        scores, values = self._scale.normalise(raw), torch.where(mask, self._scale.normalise(values), 0.0)
+        scores = self._scale.normalise(seen.scores)
         penalised = scores
         if args.missing_eos_penalty is not None:
             penalised = torch.where(rollout.ended, scores, scores - args.missing_eos_penalty)
-        rewards = token_rewards(penalised, kl, mask, kl_coef=control.coef)
-        if args.whiten_rewards:
-            rewards = ppo_math.whiten(rewards, mask, shift_mean=False, statistics=self._moments(rewards, mask))
-        advantages = ppo_math.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
-        returns = torch.where(mask, advantages + values, 0.0)
-        whitened = ppo_math.whiten(advantages, mask, statistics=self._moments(advantages, mask))
+        rewards = token_rewards(penalised, kl, mask, kl_coef=control.coef if args.kl_location == "reward" else 0.0)
+        values = None if seen.values is None else torch.where(mask, self._scale.normalise(seen.values), 0.0)
+        advantages, returns = self._advantages(rewards, values, mask)
 
-        k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
+        k1 = torch.where(mask, seen.logprobs - seen.ref_logprobs, 0.0)
+        k3 = torch.where(mask, ppo_math.kl_per_token(seen.logprobs, seen.ref_logprobs, estimator="k3"), 0.0)
+        assert rollout.sampling_logprobs is not None
         shown = {
             "objective/score": scores.mean(),
-            "objective/raw_score": raw.mean(),
+            "objective/raw_score": seen.scores.mean(),
             "objective/kl": k1.sum(-1).mean(),
-            "objective/kl_k3": torch.where(mask, ppo_math.kl_per_token(logprobs, ref_logprobs, estimator="k3"), 0.0).sum(-1).mean(),
+            "objective/kl_k3": k3.sum(-1).mean(),
             "objective/reward": rewards.sum(-1).mean(),
             "objective/kl_coef": torch.tensor(control.coef),
             "rollout/response_tokens": rollout.lengths.float().mean(),
             "rollout/eos_rate": rollout.ended.float().mean(),
-            "rollout/sampling_gap": ppo_math.masked_mean((rollout.sampling_logprobs - logprobs).abs(), mask),
-            "value/explained_variance": ppo_math.explained_variance(values, returns, mask),
-            "value/mean": ppo_math.masked_mean(values, mask),
+            "rollout/sampling_gap": ppo_math.masked_mean((rollout.sampling_logprobs - seen.logprobs).abs(), mask),
         }
+        if values is not None and returns is not None:
+            shown["value/explained_variance"] = ppo_math.explained_variance(values, returns, mask)
+            shown["value/mean"] = ppo_math.masked_mean(values, mask)
+        if len(seen.scores_by_source) > 1:
+            shown |= {f"reward/{name}": values.nanmean() for name, values in seen.scores_by_source.items()}
         for name, value in shown.items():
             self._rollout_metrics[name].append(value.item())
         mean_kl: Any = self.accelerator.reduce(k1.sum(-1).mean(), reduction="mean")
         control.update(mean_kl.item(), len(mask) * self.accelerator.num_processes)
-        self._write_samples(rollout, raw, k1.sum(-1))
-        return Experience(rollout, logprobs, values, whitened, returns, trunk, features)
+        self._stop_above_max_kl(mean_kl.item())
+        self._write_samples(rollout, seen.scores, k1.sum(-1))
+        return Experience(rollout, seen.logprobs, seen.ref_logprobs, advantages, values, returns, seen.trunk, seen.features)
 
-    def _sample(self, input_ids: Tensor, attention_mask: Tensor) -> Rollout:
-        """Replies in groups of ``local_rollout_forward_batch_size``, put together to one width."""
-        size = self.args.local_rollout_forward_batch_size
-        if self._dense is not None:
-            self._dense.become("policy")
-        groups = zip(input_ids.split(size), attention_mask.split(size), strict=True)
-        parts = [sample(self.shared, ids, mask, self.generation, dense=self._dense) for ids, mask in groups]
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.input_ids.shape[1] for part in parts)
+    def _advantages(self, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Advantages (B, T), and what the critic is to learn (B, T) where there is one."""
+        args = self.args
+        if values is None:
+            compare = ppo_math.leave_one_out if args.advantage_estimator == "rloo" else ppo_math.group_normalised
+            return torch.where(mask, compare(rewards.sum(-1), args.num_generations)[:, None], 0.0), None
+        if args.whiten_rewards:
+            rewards = ppo_math.whiten(rewards, mask, shift_mean=False, statistics=self._moments(rewards, mask))
+        advantages = ppo_math.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        whitened = ppo_math.whiten(advantages, mask, statistics=self._moments(advantages, mask))
+        return whitened, torch.where(mask, advantages + values, 0.0)
 
-        def joined(name: str, fill: Any) -> Tensor:
-            return torch.cat([_widen(getattr(part, name), width - part.input_ids.shape[1], fill) for part in parts])
-
-        fills = {"input_ids": self.processing_class.pad_token_id, "attention_mask": 0, "response_mask": False, "sampling_logprobs": 0.0}
-        return Rollout(**{name: joined(name, fill) for name, fill in fills.items()}, ended=torch.cat([p.ended for p in parts]))
-
-    def _score(self, rollout: Rollout, columns: dict[str, list]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Raw scores (B,), log-probabilities of policy and reference and raw values (B, T), trunk output and critic's features; all by one
-        sweep of small batches."""
-        shared, temperature = self.shared, self.args.temperature
-        by_adapter, on_features = self.reward_function is None, shared.critic == "reward_features"
-        parts = []
-        for ids, attention, mask, ended in self._groups(rollout):
-            trunk = shared.trunk(ids, attention) if self.args.reuse_trunk else None
-            judged = shared.hidden("reward", ids, attention, trunk) if by_adapter or on_features else None
-            features = before_response(judged, mask).clone() if on_features else None
-            policy = shared(ids, attention, mask, trunk=trunk, features=features, temperature=temperature)
-            reference = shared.hidden("reference", ids, attention, trunk)
-            ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=temperature)
-            raw = shared.read_scores(judged, attention, ended) if by_adapter else None
-            parts.append((raw, policy.logprobs, ref_logprobs, policy.values, trunk, features))
-        raw, logprobs, ref_logprobs, values, trunk, features = (_together(column) for column in zip(*parts, strict=True))
-        scores = raw if by_adapter else self._call_reward_function(rollout, columns)
-        return scores, logprobs, ref_logprobs, values, trunk, features  # type: ignore[return-value]
-
-    def _groups(self, rollout: Rollout) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        size = self.args.local_rollout_forward_batch_size
-        fields = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, rollout.ended)
-        return zip(*(field.split(size) for field in fields), strict=True)
-
-    def _call_reward_function(self, rollout: Rollout, columns: dict[str, list]) -> Tensor:
-        assert self.reward_function is not None
-        ids = rollout.response_ids()
-        prompts = columns.get("prompt") or self.processing_class.batch_decode(rollout.prompt_ids())
-        completions = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        others = {name: column for name, column in columns.items() if name != "prompt"}
-        scores = torch.as_tensor(self.reward_function(prompts=prompts, completions=completions, completion_ids=ids, **others), dtype=torch.float32)
-        if scores.shape != (len(ids),) or not torch.isfinite(scores).all():
-            raise ValueError(
-                f"the reward function returned shape {tuple(scores.shape)} for {len(ids)} replies, {int((~torch.isfinite(scores)).sum())} of them "
-                "not finite. It must return one number a reply."
+    def _stop_above_max_kl(self, kl: float) -> None:
+        if self.args.max_kl is not None and kl > self.args.max_kl:
+            self.control.should_training_stop = True
+            logger.warning(
+                "stopped at step %d: the KL is %.3g nats a reply, above max_kl=%g. Raise kl_coef, or lower learning_rate or num_ppo_epochs.",
+                self.state.global_step,
+                kl,
+                self.args.max_kl,
             )
-        return scores.to(rollout.input_ids.device)
 
     def _calibrate(self) -> None:
         """Learn the scale of scores from replies of the untrained policy, which is the reference."""
@@ -304,12 +303,8 @@ class PPOTrainer(Trainer):
         generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
         rows = torch.randint(len(self.train_dataset), (count,), generator=generator).tolist()
         prompts = self._collate([self.train_dataset[row] for row in rows])
-        with torch.no_grad():
-            rollout = self._sample(prompts["input_ids"].to(self.args.device), prompts["attention_mask"].to(self.args.device))
-            if self.reward_function is not None:
-                raw = self._call_reward_function(rollout, prompts["columns"])
-            else:
-                raw = torch.cat([self.shared.scores(ids, attention, ended=ended) for ids, attention, _, ended in self._groups(rollout)])
+        rollout = self.rollouts.generate(prompts["input_ids"].to(self.args.device), prompts["attention_mask"].to(self.args.device))
+        raw = self.rollouts.scores(rollout, prompts["columns"])
         everywhere: Any = self.accelerator.gather(raw)
         scale = score_scale(everywhere)
         self.rollout_state.score_scale = (scale.mean, scale.std)
@@ -326,11 +321,12 @@ class PPOTrainer(Trainer):
         return STEP_ZERO_TOLERANCE.get(self.shared.get_base_model().get_output_embeddings().weight.dtype, 1e-5)
 
     @property
-    def _trainable_marks(self) -> tuple[str, ...]:
-        return (f".{ADAPTERS['policy']}.", f".{ADAPTERS['value']}.")
+    def _training_roles(self) -> tuple[Role, ...]:
+        return ("policy", "value") if self.args.needs_critic else ("policy",)
 
-    def _parameters(self, role: str) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self.shared.role_parameters(role)]
+    @property
+    def _trainable_marks(self) -> tuple[str, ...]:
+        return tuple(f".{ADAPTERS[role]}." for role in self._training_roles)
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         input_ids, attention_mask = left_pad([row["input_ids"] for row in rows], self.processing_class.pad_token_id)
@@ -360,11 +356,3 @@ class PPOTrainer(Trainer):
                 Path(self.args.output_dir or ".") / "samples.jsonl",
                 {"step": self.state.global_step, "prompt": prompt, "reply": reply, "raw_score": scores[row].item(), "kl": kl[row].item()},
             )
-
-
-def _widen(x: Tensor, columns: int, fill: int | bool) -> Tensor:
-    return torch.nn.functional.pad(x, (0, columns), value=fill)
-
-
-def _together(parts: Sequence[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat([part for part in parts if part is not None])

@@ -59,6 +59,24 @@ def write_verdict(output_dir: str | None, verdict: RewardVerdict) -> None:
         print(f"  {line}")
 
 
+def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
+    """Look at the verdict beside a reward adapter before anything is trained on its scores. One of other origin has none, and passes.
+
+    Raises:
+        ValueError: its interval on held-out pairs includes 0.5, so that it may know nothing, and ``force`` is not set.
+    """
+    path = Path(reward_folder) / "verdict.json"
+    if force or not path.is_file():
+        return
+    verdict = read_json(path)
+    low, high = verdict["accuracy_ci"]
+    if low <= 0.5:
+        raise ValueError(
+            f"{path}: the reward model is right on {verdict['accuracy']:.2f} of {verdict['n_pairs']} held-out pairs ({low:.2f} to {high:.2f}), "
+            "which may be chance, and PPO would learn that. Train it longer or on more pairs, judge it on more, or set force: true."
+        )
+
+
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Score, KL, critic loss and reply length over PPO steps, as one PNG."""
     import matplotlib

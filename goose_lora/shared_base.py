@@ -142,7 +142,7 @@ class SharedBase(PeftModel):
         except RuntimeError as error:  # torch lists the tensors of another size, one a line
             sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
             raise ValueError(
-                f"{folder} does not fit the role {role} on this base: {len(sizes)} tensors of another size{first(sizes)} "
+                f"{folder} does not fit the role {role} on this base: {len(sizes)} tensors of another size{first(sizes)}. "
                 "Use an adapter that was trained on this base model."
             ) from error
         wanted = [key for key in result.missing_keys if belongs_to(key, ADAPTERS[role])]

@@ -16,7 +16,7 @@ from goose_lora.export import save_policy
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config, require_adapter
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
-from goose_lora.report import plot_curves, read_jsonl, write_stage
+from goose_lora.report import plot_curves, read_jsonl, require_verdict, write_stage
 from goose_lora.shared_base import SharedBase
 
 
@@ -26,25 +26,32 @@ class RoleArguments:
 
     policy_adapter: str | None = field(default=None, metadata={"help": "Folder of the SFT adapter; a fresh adapter on the base if unset."})
     reward_adapter: str | None = field(default=None, metadata={"help": "Folder of the reward adapter that recipes/reward.py saved."})
-    reward_function: str | None = field(default=None, metadata={"help": "module:function to score replies with in place of the reward adapter."})
+    force: bool = field(default=False, metadata={"help": "Use a reward model whose verdict says that it may know nothing."})
+    reward_function: list[str] | None = field(
+        default=None, metadata={"help": "module:function to score replies in place of the reward adapter; or several, 'adapter' among them."}
+    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One to each reward_function; 1 if unset."})
 
 
 def main(args: list[str] | None = None) -> None:
     config, model_args, data_args, roles = cli.parse(PPOConfig, ModelArguments, DataArguments, RoleArguments, args=args)
-    if roles.reward_adapter is None and roles.reward_function is None:
+    named = [roles.reward_function] if isinstance(roles.reward_function, str) else roles.reward_function or ["adapter"]
+    if roles.reward_adapter is None and "adapter" in named:
         raise ValueError("nothing scores the replies: set reward_adapter to the output of recipes/reward.py, or reward_function to module:function.")
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)
-    function = import_function(roles.reward_function) if roles.reward_function else None
+    functions: list = [name if name == "adapter" else import_function(name) for name in named]
     require_adapter("policy_adapter", roles.policy_adapter, model_args)
     require_adapter("reward_adapter", roles.reward_adapter, model_args)
+    if roles.reward_adapter is not None:
+        require_verdict(roles.reward_adapter, force=roles.force)
     rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows)
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     prompts = tokenize_prompts(rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     policy = roles.policy_adapter or lora_config(model_args, base)
-    shared = SharedBase.build(base, policy, reward=roles.reward_adapter, critic=config.critic)
-    trainer = PPOTrainer(shared, config, prompts, tokenizer, reward_function=function)
+    shared = SharedBase.build(base, policy, reward=roles.reward_adapter, critic=config.critic if config.needs_critic else None)
+    trainer = PPOTrainer(shared, config, prompts, tokenizer, reward_function=functions, reward_weights=roles.reward_weights)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
 
     if trainer.is_world_process_zero():

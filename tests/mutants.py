@@ -53,6 +53,17 @@ MUTANTS = [
      "td_error + gamma * lam * advantage_ahead"),
     (MATH, "torch.where(mask[:, t], values[:, t], value_ahead)", "values[:, t]"),
     (MATH, "return _select(advantages, mask)", "return advantages"),
+    # groups
+    (MATH, "(groups.sum(-1, keepdim=True) - groups) / (group_size - 1)", "groups.mean(-1, keepdim=True)"),
+    (MATH, "(groups.sum(-1, keepdim=True) - groups) / (group_size - 1)", "(groups.sum() - groups) / (group_size - 1)"),
+    (MATH, "return (groups - others).flatten()", "return (others - groups).flatten()"),
+    (MATH, "return (groups - others).flatten()", "return (groups - others).T.flatten()"),
+    (MATH, "groups = _groups(_upcast(returns), group_size)", "groups = _groups(returns, group_size)"),
+    (MATH, "groups.std(-1, keepdim=True) + eps", "groups.std(-1, keepdim=True, correction=0) + eps"),
+    (MATH, "groups.std(-1, keepdim=True) + eps", "groups.std() + eps"),
+    (MATH, "groups.std(-1, keepdim=True) + eps", "groups.std(-1, keepdim=True)"),
+    (MATH, "if group_size < 2 or", "if group_size < 1 or"),
+    (MATH, "if group_size < 2 or len(returns) % group_size:", "if group_size < 2:"),
     # policy loss
     (MATH, "_select(logprobs, mask) - _select(old_logprobs, mask).detach()", "_upcast(logprobs - old_logprobs.detach())"),
     (MATH, "log_ratio = _select(logprobs, mask)", "log_ratio = -_select(logprobs, mask)"),

@@ -5,7 +5,7 @@ Python floats, one token at a time, sums over lists: no tensors, no running stat
 """
 
 import math
-from statistics import fmean, pvariance
+from statistics import fmean, pvariance, stdev
 
 
 def tokens(mask, *tensors):
@@ -82,3 +82,22 @@ def entropy(logits):
 def pairwise_loss(chosen, rejected, margin):
     """-log of the probability that chosen is preferred: 1 / (1 + exp(-difference))."""
     return fmean(math.log1p(math.exp(r + m - c)) for c, r, m in zip(chosen, rejected, margin, strict=True))
+
+
+def leave_one_out(returns, group_size):
+    """Each return less the mean of the others of its group, the others listed one by one."""
+    found = []
+    for i, own in enumerate(returns):
+        start = i // group_size * group_size
+        found.append(own - fmean(returns[k] for k in range(start, start + group_size) if k != i))
+    return found
+
+
+def group_normalised(returns, group_size, eps):
+    """How many of its group's standard deviations (n - 1) each return is above its group's mean."""
+    found = []
+    for i, own in enumerate(returns):
+        start = i // group_size * group_size
+        group = returns[start : start + group_size]
+        found.append((own - fmean(group)) / (stdev(group) + eps))
+    return found

@@ -36,3 +36,10 @@ def pairs(draw):
     """Scores (chosen, rejected, margin) of some pairs."""
     count = draw(st.integers(1, 5))
     return tuple(_tensor(draw, count) for _ in range(3))
+
+
+@st.composite
+def groups(draw):
+    """(returns, group_size): one to four groups of two to five returns."""
+    size = draw(st.integers(2, 5))
+    return _tensor(draw, size * draw(st.integers(1, 4))), size

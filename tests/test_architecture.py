@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dense": {"adapters", "shared_base"},
     "sampling": {"adapters", "batch", "dense", "shared_base"},
     "replies": {"adapters", "data", "dense", "evaluation", "sampling", "shared_base"},
-    "ppo_trainer": {"adapters", "batch", "callbacks", "data", "dense", "gates", "kl_control"}
-    | {"ppo_config", "ppo_math", "rewards", "sampling", "shared_base"},
+    "rollouts": {"batch", "dense", "rewards", "sampling", "shared_base"},
+    "ppo_trainer": {"adapters", "batch", "callbacks", "data", "gates", "kl_control"}
+    | {"ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "export": {"shared_base"},
     "report": {"evaluation"},

@@ -647,3 +647,35 @@ def test_importing_ppo_math_pulls_in_no_training_library():
     code = "import sys, goose_lora.ppo_math; print(*sorted({'transformers', 'peft', 'trl', 'accelerate', 'datasets'} & set(sys.modules)))"
     root = pathlib.Path(ppo_math.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+# groups of replies to one prompt
+
+
+@given(strategies.groups())
+def test_leave_one_out_is_the_return_less_the_mean_of_the_others(drawn):
+    returns, size = drawn
+    got = ppo_math.leave_one_out(returns, size)
+    close(got, torch.tensor(reference.leave_one_out(returns.tolist(), size), dtype=torch.float64))
+    close(got.view(-1, size).sum(-1), torch.zeros(len(returns) // size, dtype=torch.float64))
+
+
+@given(strategies.groups())
+def test_group_normalised_counts_in_the_groups_deviations(drawn):
+    returns, size = drawn
+    got = ppo_math.group_normalised(returns, size, eps=1e-4)
+    close(got, torch.tensor(reference.group_normalised(returns.tolist(), size, 1e-4), dtype=torch.float64), atol=1e-6, rtol=1e-6)
+
+
+def test_groups_by_hand():
+    returns = torch.tensor([1.0, 3.0, 10.0, 10.0])
+    close(ppo_math.leave_one_out(returns, 2), torch.tensor([-2.0, 2.0, 0.0, 0.0]))
+    close(ppo_math.group_normalised(returns, 2), torch.tensor([-1.0, 1.0, 0.0, 0.0]) / (2**0.5 + 1e-4))
+    assert ppo_math.leave_one_out(returns.bfloat16(), 4).dtype == torch.float32 == ppo_math.group_normalised(returns.bfloat16(), 4).dtype
+
+
+@pytest.mark.parametrize(("count", "size"), [(4, 1), (4, 3), (4, 0)])
+@pytest.mark.parametrize("function", [ppo_math.leave_one_out, ppo_math.group_normalised])
+def test_groups_of_one_or_of_unequal_size_are_refused(function, count, size):
+    with pytest.raises(ValueError, match=f"4 returns in groups of {size}.*num_generations"):
+        function(torch.ones(count), size)

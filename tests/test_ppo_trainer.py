@@ -196,10 +196,18 @@ def test_a_save_inside_a_rollout_is_refused_with_the_nearest_that_fits(tmp_path)
 
 @pytest.mark.parametrize(
     ("setting", "value"), [("gamma", 1.5), ("temperature", 0), ("cliprange", 0), ("response_length", 0), ("kl_coef", -1), ("kl_target", 0)]
+    + [("max_kl", 0), ("ratio_threshold", 1.0), ("num_generations", 3)],
 )
 def test_an_impossible_number_is_refused_by_name(setting, value, tmp_path):
     with pytest.raises(ValueError, match=f"^{setting}={value}"):
         config(tmp_path, **{setting: value})
+
+
+def test_settings_that_do_not_go_together_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="kl_estimator=k1: in the loss k1 has no gradient"):
+        config(tmp_path, kl_location="loss")
+    with pytest.raises(ValueError, match="num_generations=1: rloo and grpo compare 2 or more"):
+        config(tmp_path, advantage_estimator="grpo")
 
 
 def test_rollouts_and_max_steps_that_contradict_each_other_are_refused(tmp_path):
@@ -213,7 +221,7 @@ def test_too_few_prompts_for_a_rollout_say_what_to_lower(tmp_path):
 
 
 def test_a_reward_function_with_the_wrong_number_of_scores_says_so(tmp_path):
-    with pytest.raises(ValueError, match="one number a reply"):
+    with pytest.raises(ValueError, match=r"returned 1 numbers for 16 replies. It must return one number"):
         trainer(tmp_path, reward=lambda **columns: [1.0]).train()
 
 
@@ -292,8 +300,8 @@ def test_features_kept_from_scoring_give_the_update_of_features_computed_anew(tm
         torch.manual_seed(0)
         ppo = trainer(tmp_path / str(keep), shared=with_reward_adapter(tmp_path / f"reward{keep}", critic="reward_features"), reward=None)
         if not keep:
-            score = ppo._score
-            monkeypatch.setattr(ppo, "_score", lambda *args, score=score: (*score(*args)[:5], None))
+            evaluate = ppo.rollouts.evaluate
+            monkeypatch.setattr(ppo.rollouts, "evaluate", lambda *args, evaluate=evaluate: evaluate(*args)._replace(features=None))
         ppo.train()
         ends.append(trained_parameters(ppo.shared))
     assert ends[0].keys() == ends[1].keys()
@@ -318,3 +326,100 @@ def test_the_ratio_gate_allows_rounding_and_no_drift():
         with pytest.raises(gates.GateError, match="ratio of the first minibatch is not 1"):
             gates.check_ratio(broken, old, mask, tolerance=0.05)
     gates.check_ratio(torch.where(mask, old, 9.0), old, mask & (torch.arange(5) < 4), tolerance=0.05)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_replies_compared_with_one_another_raise_a_toy_reward_without_a_critic(estimator, tmp_path):
+    shared = SharedBase.build(base := tiny.base(), tiny.lora(base, layers="top-2"))
+    settings = {"advantage_estimator": estimator, "num_generations": 4, "num_rollouts": 12, "per_device_train_batch_size": 16, "num_ppo_epochs": 3}
+    ppo = trainer(tmp_path, shared=shared, **settings)
+    ppo.train()
+    scores = [row["objective/score"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "objective/score" in row]
+    assert scores[-1] > scores[0] + 0.5, scores
+    assert not ppo.shared.has("value")
+    assert not any("value/" in name for row in read_jsonl(tmp_path / "metrics.jsonl") for name in row)
+
+
+def test_each_prompt_is_answered_num_generations_times_in_a_row(tmp_path, monkeypatch):
+    seen = []
+
+    def watch(prompts, completions, completion_ids, id):
+        seen.append((prompts, id))
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    shared = SharedBase.build(base := tiny.base(), tiny.lora(base, layers="top-2"))
+    rows = prompt_rows().add_column("id", list(range(64)))
+    trainer(tmp_path, shared=shared, rows=rows, reward=watch, advantage_estimator="rloo", num_generations=4, num_rollouts=3).train()
+    prompts, ids = seen[1]  # the first are for the scale of scores
+    assert len(ids) == 16 and all(len(set(group)) == 1 for group in zip(ids[::4], ids[1::4], ids[2::4], ids[3::4], strict=True))
+    assert len(set(ids)) == 4 and prompts[0] == prompts[3] != prompts[4]
+    assert set(seen[1][1]).isdisjoint(seen[2][1]), "each rollout has prompts of its own"
+
+
+def test_the_advantages_of_a_group_are_its_returns_against_the_others(tmp_path):
+    shared = SharedBase.build(base := tiny.base(), tiny.lora(base, layers="top-2"))
+    ppo = trainer(tmp_path, shared=shared, advantage_estimator="rloo", num_generations=2)
+    mask = tiny.response_mask((3, 2, 3, 1))
+    rewards = torch.where(mask, torch.tensor([[1.0], [2.0], [3.0], [4.0]]), 0.0)
+    advantages, returns = ppo._advantages(rewards, None, mask)
+    assert returns is None
+    assert advantages.tolist() == [[-1.0] * 3, [1.0, 1.0, 0.0], [5.0] * 3, [-5.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("estimator", "critic"), [("gae", None), ("rloo", "shared"), ("grpo", "adapter")])
+def test_a_critic_too_many_or_too_few_is_named(estimator, critic, tmp_path):
+    shared = SharedBase.build(base := tiny.base(), tiny.lora(base), critic=critic)
+    with pytest.raises(ValueError, match=f"advantage_estimator={estimator} goes with"):
+        trainer(tmp_path, shared=shared, advantage_estimator=estimator, num_generations=2)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_as_a_loss_holds_the_policy_back_and_leaves_the_rewards_alone(estimator, tmp_path):
+    kls = {}
+    for coef in (0.0, 1.0):
+        folder = tmp_path / str(coef)
+        trainer(folder, kl_location="loss", kl_estimator=estimator, kl_coef=coef, num_rollouts=6, per_device_train_batch_size=16).train()
+        rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "objective/kl" in row]
+        kls[coef] = rows[-1]["objective/kl_k3"]
+        assert all(row["objective/reward"] == pytest.approx(row["objective/score"], abs=1e-5) for row in rows)
+        assert rows[-1]["loss/kl"] > 0
+    assert kls[1.0] < 0.5 * kls[0.0], kls
+
+
+def test_a_run_stops_at_a_kl_above_max_kl_and_says_what_to_change(tmp_path, caplog):
+    ppo = trainer(tmp_path, kl_coef=0.0, max_kl=0.2, num_rollouts=30, learning_rate=3e-2)
+    ppo.train()
+    kls = [row["objective/kl"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "objective/kl" in row]
+    assert ppo.state.global_step < ppo.args.max_steps
+    assert all(kl <= 0.2 for kl in kls[:-1]) and len(kls) < 30
+    assert "above max_kl=0.2. Raise kl_coef" in caplog.text
+
+
+def test_a_minibatch_whose_ratio_has_left_all_bounds_moves_nothing(tmp_path):
+    ppo = trainer(tmp_path)
+    ppo.create_optimizer()
+    ids, mask = tiny.batch()
+    response = tiny.response_mask()
+    output = ppo.shared(ids, mask, response)
+    batch = {"input_ids": ids, "attention_mask": mask, "response_mask": response, "num_tokens": response.sum()}
+    batch |= {name: torch.where(response, x, 0.0).detach() for name, x in (("advantages", torch.ones(3, 5)), ("returns", output.values))}
+    batch |= {"old_values": output.values.detach(), "ref_logprobs": output.logprobs.detach()}
+    ppo._gates_open = True
+    for shift, moves in ((0.0, True), (2.0, True), (3.0, False), (1000.0, False)):
+        ppo.shared.zero_grad()
+        loss = ppo.compute_loss(ppo.shared, batch | {"old_logprobs": torch.where(response, output.logprobs - shift, 0.0).detach()})
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in ppo.shared.parameters() if p.grad is not None])
+        assert torch.isfinite(loss) and torch.isfinite(gradients).all()
+        assert moves or (gradients == 0).all(), shift
+    assert ppo._update_metrics["policy/skipped"] * ppo.args.gradient_accumulation_steps == 2
+
+
+def test_the_reward_adapter_and_functions_add_up_and_are_logged_one_by_one(tmp_path):
+    shared = with_reward_adapter(tmp_path / "reward", critic="adapter")
+    sources = {"reward_function": ["adapter", even_share], "reward_weights": [1, 3]}
+    PPOTrainer(shared, config(tmp_path / "run", normalize_scores=False), prompt_rows(), tiny.tokenizer(), **sources).train()
+    rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "objective/raw_score" in row]
+    for row in rows:
+        assert row["objective/raw_score"] == pytest.approx(row["reward/adapter"] + 3 * row["reward/even_share"], abs=1e-5)
+        assert 0 <= row["reward/even_share"] <= 1 and row["reward/adapter"] != 0

@@ -31,3 +31,16 @@ def test_curves_are_a_picture_of_the_rollouts(tmp_path):
     names = ("objective/score", "objective/kl", "loss/value", "rollout/response_tokens")
     report.plot_curves([{"step": step, **dict.fromkeys(names, step / 2)} for step in (4, 8)] + [{"step": 8, "train_loss": 1}], tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reward_model_that_may_know_nothing_is_refused_unless_forced(tmp_path):
+    def save(low, high):
+        report.write_json(tmp_path / "verdict.json", {"accuracy": 0.55, "accuracy_ci": [low, high], "n_pairs": 80})
+
+    report.require_verdict(tmp_path, force=False)  # none there: of other origin
+    save(0.51, 0.62)
+    report.require_verdict(tmp_path, force=False)
+    save(0.44, 0.66)
+    with pytest.raises(ValueError, match=r"right on 0.55 of 80 held-out pairs \(0.44 to 0.66\), which may be chance.*force: true"):
+        report.require_verdict(tmp_path, force=False)
+    report.require_verdict(tmp_path, force=True)
