@@ -125,13 +125,37 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
 def main() -> None:
     """The ``goose-lora`` command."""
+    command(_main)()
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(prog="goose-lora", description="RLHF on one small machine.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="run SFT, reward model, PPO and evaluation on the embedded model and data")
     demo.add_argument("--output", default="runs/demo", help="folder of the run (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)
+    doctor = commands.add_parser("doctor", help="say what the metrics of a PPO run mean, and what to do")
+    doctor.add_argument("run", help="folder of the run, or its metrics.jsonl")
     arguments = parser.parse_args()
+    COMMANDS[arguments.command](arguments)
 
+
+def _demo(arguments: argparse.Namespace) -> None:
     from goose_lora.demo import run_demo
 
-    command(lambda: run_demo(Path(arguments.output), seed=arguments.seed))()
+    run_demo(Path(arguments.output), seed=arguments.seed)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from goose_lora.diagnosis import diagnose
+    from goose_lora.report import read_jsonl
+
+    path = Path(arguments.run)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Give the output_dir of a run of recipes/ppo.py.")
+    for finding in diagnose(read_jsonl(path)):
+        print(finding)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"demo": _demo, "doctor": _doctor}

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"batch"},
     "ppo_config": set(),
     "evaluation": set(),
+    "diagnosis": set(),
     "__init__": set(),
     # one base, and what is made with it
     "callbacks": {"kl_control"},
@@ -40,12 +41,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"shared_base"},
     "report": {"evaluation"},
     # the command line
-    "cli": {"demo"},
+    "cli": {"demo", "diagnosis", "report"},
     "demo": {"cli", "evaluation", "export", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
-RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "evaluation", "export", "loading", "report", "shared_base"} | {
+RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "loading", "report", "shared_base"} | {
     "ppo_config", "ppo_trainer", "replies", "rewards", "sampling"
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import reference
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import JUNK, pairs, ragged, two_logits
+from strategies import JUNK, groups, pairs, ragged, two_logits
 
 from goose_lora import ppo_math
 from goose_lora.ppo_math import (
@@ -652,7 +652,7 @@ def test_importing_ppo_math_pulls_in_no_training_library():
 # groups of replies to one prompt
 
 
-@given(strategies.groups())
+@given(groups())
 def test_leave_one_out_is_the_return_less_the_mean_of_the_others(drawn):
     returns, size = drawn
     got = ppo_math.leave_one_out(returns, size)
@@ -660,7 +660,7 @@ def test_leave_one_out_is_the_return_less_the_mean_of_the_others(drawn):
     close(got.view(-1, size).sum(-1), torch.zeros(len(returns) // size, dtype=torch.float64))
 
 
-@given(strategies.groups())
+@given(groups())
 def test_group_normalised_counts_in_the_groups_deviations(drawn):
     returns, size = drawn
     got = ppo_math.group_normalised(returns, size, eps=1e-4)
