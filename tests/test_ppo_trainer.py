@@ -80,7 +80,7 @@ def test_ppo_raises_a_toy_reward_on_every_kind_of_base(quantization, tmp_path):
 
         def mean_reward(shared=shared, ppo=ppo, rows=rows):
             torch.manual_seed(99)
-            return sum(even_share(sample(shared, *left_pad(rows, tiny.PAD), ppo.generation).response_ids())) / len(rows)
+            return sum(even_share(sample(shared, *left_pad(rows, tiny.PAD), ppo.rollouts.generation).response_ids())) / len(rows)
 
         before = mean_reward()
         ppo.train()
