@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,3 +62,18 @@ def belongs_to(name: str, *adapters: str) -> bool:
 
 def first(keys: Sequence[str]) -> str:
     return f" (such as {keys[0]})" if keys else ""
+
+
+class Reentrant:
+    """Enters a fresh context of ``make`` at each entry: a backward with retain_graph recomputes again."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self.make = make
+        self.open: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.open.append(self.make())
+        self.open[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.open.pop().__exit__(*error)

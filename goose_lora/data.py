@@ -115,6 +115,23 @@ def tokenize_pairs_without_end(rows: Dataset, tokenizer: PreTrainedTokenizerBase
     return kept
 
 
+def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int) -> Dataset:
+    """Rows with ``text`` to rows with ``input_ids``: the text and the end-of-text token, cut at ``max_length``; empty texts are left out.
+
+    Raises:
+        ValueError: no ``text`` column, or no text left.
+    """
+    require_columns(rows, name, ["text"])
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id][:max_length]}
+
+    rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
+    if len(rows) == 0:
+        raise ValueError(f"{name}: no row has any text.")
+    return rows.map(encode, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
+
+
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: Any, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Token lists to ``input_ids`` and ``attention_mask``, both (B, P) int64, padded on the left to the longest."""
     width = max(len(prompt) for prompt in prompts)

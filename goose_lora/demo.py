@@ -288,10 +288,9 @@ def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
         del options["sft_adapter"]
     for name, folder in options.items():
         command += [f"--{name}", str(output / folder)]
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", **os.environ}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--mixed_precision", "no"]
-    launch += ["--num_machines", "1", "--dynamo_backend", "no", "--cpu"]
-    done = subprocess.run([*launch, *command, "--seed", str(seed)], env=environment)
+    # One process on the CPU needs no launcher, whose own traceback would be the answer to Ctrl-C.
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", **os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, *command, "--seed", str(seed)], env=environment)
     if done.returncode == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if done.returncode != 0:

@@ -60,6 +60,8 @@ class PPOConfig(TrainingArguments):
     gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
     lam: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy in the loss."})
+    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the loss on pretraining text (PPO-ptx); needs ptx_dataset_name."})
+    ptx_batch_size: int = field(default=4, metadata={"help": "Pretraining texts a microbatch."})
     reuse_trunk: bool = field(default=True, metadata={"help": "Run the layers below the adapters once a rollout; all passes use the output."})
 
     # TrainingArguments with another default
@@ -103,11 +105,12 @@ class PPOConfig(TrainingArguments):
 
     def _check_ranges(self) -> None:
         at_least_one = ("response_length", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "max_prompt_tokens")
+        at_least_one += ("ptx_batch_size",)
         for name in (*at_least_one, "per_device_train_batch_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
         for name in ("gamma", "lam"):
             self._require(name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1; 1 and 0.95 are usual")
-        for name in ("kl_coef", "vf_coef", "learning_rate", "entropy_coef"):
+        for name in ("kl_coef", "vf_coef", "learning_rate", "entropy_coef", "ptx_coef"):
             self._require(name, getattr(self, name) >= 0, "must not be negative")
         self._require("temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy")
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")

@@ -43,6 +43,7 @@ class PPOTrainer(Trainer):
         processing_class: the base's tokenizer.
         reward_function: scores in place of the reward adapter; or several in a list, ``"adapter"`` among them where it has a part. See RewardMix.
         reward_weights: one to each of them; 1 if not given.
+        ptx_dataset: rows with ``input_ids`` of pretraining text, from ``data.tokenize_texts``, for ``ptx_coef``.
     """
 
     args: PPOConfig
@@ -59,6 +60,7 @@ class PPOTrainer(Trainer):
         *,
         reward_function: RewardSource | Sequence[RewardSource] | None = None,
         reward_weights: Sequence[float] | None = None,
+        ptx_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
         sources: Any = "adapter" if reward_function is None else reward_function
@@ -68,6 +70,9 @@ class PPOTrainer(Trainer):
         if args.needs_critic != (model.critic is not None):
             wanted = "SharedBase.build(..., critic=args.critic)" if args.needs_critic else "critic=None: replies are compared with one another"
             raise ValueError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
+        if (args.ptx_coef > 0) != (ptx_dataset is not None):
+            raise ValueError(f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set ptx_dataset_name too")
+        self.ptx_dataset = ptx_dataset
         control = FixedKL(args.kl_coef) if args.kl_target is None else AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.rollout_state = RolloutState(control)
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
@@ -155,6 +160,7 @@ class PPOTrainer(Trainer):
             features=inputs.get("features"),
             temperature=args.temperature,
             entropy_gradient=args.entropy_coef > 0,
+            ptx=self._pretraining_texts(),
         )
         if not self._gates_open and self.state.global_step == 0:
             gates.check_ratio(output.logprobs, inputs["old_logprobs"], mask, tolerance=self._tolerance)
@@ -182,6 +188,9 @@ class PPOTrainer(Trainer):
             )
             loss = loss + args.vf_coef * value_loss
             stats |= value_stats | {"loss/value": value_loss}
+        if output.ptx_loss is not None:
+            stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
+            loss = loss + args.ptx_coef * stats["loss/ptx"]
         if args.kl_location == "loss":
             kl = ppo_math.kl_per_token(output.logprobs, inputs["ref_logprobs"], estimator=args.kl_estimator)
             stats["loss/kl"] = ppo_math.masked_mean(kl, mask, num_tokens=num_tokens)
@@ -189,6 +198,15 @@ class PPOTrainer(Trainer):
         for name, value in stats.items():
             self._update_metrics[name] = self._update_metrics[name] + value.detach()
         return loss
+
+    def _pretraining_texts(self) -> tuple[Tensor, Tensor] | None:
+        """Those of this microbatch: which they are follows from step and process alone, so that a resumed run takes the same."""
+        if self.ptx_dataset is None:
+            return None
+        place = self.state.global_step * self.args.gradient_accumulation_steps + self._microbatches_done % self.args.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(hash((self.args.seed, place, self.accelerator.process_index)) % 2**63)
+        rows = torch.randint(len(self.ptx_dataset), (self.args.ptx_batch_size,), generator=generator).tolist()
+        return left_pad([self.ptx_dataset[row]["input_ids"] for row in rows], self.processing_class.pad_token_id, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what rollouts and updates since the last log have shown, averaged over processes."""

@@ -6,7 +6,7 @@ folder, where plain ``PeftModel.from_pretrained`` looks for it, and the others (
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,11 +30,12 @@ Critic = Literal["adapter", "shared", "reward_features"]
 
 
 class PolicyAndValue(NamedTuple):
-    """What one forward of policy and critic gives for each response token, in fp32: (B, T) each."""
+    """What one forward of policy and critic gives for each response token, in fp32: (B, T) each; and the policy's loss on pretraining text."""
 
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     values: Float[Tensor, "B T"] | None
+    ptx_loss: Float[Tensor, ""] | None = None
 
 
 class SharedBase(PeftModel):
@@ -237,7 +238,7 @@ class SharedBase(PeftModel):
                 "gradient checkpointing with use_reentrant=True cannot tell the adapters of policy and critic apart. "
                 "Use gradient_checkpointing_kwargs: {use_reentrant: false}."
             )
-        options.update(use_reentrant=False, context_fn=lambda: (nullcontext(), _InRole(self, self._role)))
+        options.update(use_reentrant=False, context_fn=lambda: (nullcontext(), adapters.Reentrant(lambda role=self._role: self.role(role))))
         core: Any = self.get_base_model()
         core.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
 
@@ -364,35 +365,29 @@ class SharedBase(PeftModel):
         features: Float[Tensor, "B T H"] | None = None,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
+        ptx: tuple[Int[Tensor, "P N"], Int[Tensor, "P N"]] | None = None,
     ) -> PolicyAndValue:
         """Policy and critic in one call, which is what DistributedDataParallel must see: one forward, then one backward.
 
         ``features``: the reward adapter's states before each response token, for a critic on ``reward_features``; computed where not given.
+        ``ptx``: pretraining texts and their attention mask; their mean negative log-likelihood a token is PPO-ptx's term.
         """
+        ptx_loss = None if ptx is None else self.negative_log_likelihood(*ptx)
         hidden = self.hidden("policy", input_ids, attention_mask, trunk)
         logprobs, entropy = self.logprobs(hidden, input_ids, response_mask, temperature=temperature, entropy_gradient=entropy_gradient)
         if self.critic is None:
-            return PolicyAndValue(logprobs, entropy, None)
+            return PolicyAndValue(logprobs, entropy, None, ptx_loss)
         if features is not None:
-            return PolicyAndValue(logprobs, entropy, torch.where(response_mask, self.apply_head("value", features), 0.0))
+            return PolicyAndValue(logprobs, entropy, torch.where(response_mask, self.apply_head("value", features), 0.0), ptx_loss)
         if self.critic != "shared":
             hidden = self.hidden("value", input_ids, attention_mask, trunk)
-        return PolicyAndValue(logprobs, entropy, self.values(hidden, response_mask))
+        return PolicyAndValue(logprobs, entropy, self.values(hidden, response_mask), ptx_loss)
 
-
-class _InRole:
-    """A context that can be entered more than once: a backward with retain_graph recomputes again."""
-
-    def __init__(self, shared: SharedBase, role: Role):
-        self.enter: Callable = lambda: shared.role(role)
-        self.open: list = []
-
-    def __enter__(self) -> None:
-        self.open.append(self.enter())
-        self.open[-1].__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.open.pop().__exit__(*error)
+    def negative_log_likelihood(self, input_ids: Int[Tensor, "P N"], attention_mask: Int[Tensor, "P N"]) -> Float[Tensor, ""]:
+        """Of whole texts under the policy: nats a token, the first token of each left out. Only the policy gets a gradient."""
+        predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
+        logprobs, _ = self.logprobs(self.hidden("policy", input_ids, attention_mask), input_ids, predicted)
+        return -logprobs.sum() / predicted.sum()
 
 
 def before_response(hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T H"]:

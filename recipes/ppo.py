@@ -10,7 +10,7 @@ to folders beside it, metrics.jsonl and samples.jsonl.
 from dataclasses import dataclass, field
 
 from goose_lora import cli, demo
-from goose_lora.data import DataArguments, load_rows, tokenize_prompts
+from goose_lora.data import DataArguments, load_rows, tokenize_prompts, tokenize_texts
 from goose_lora.diagnosis import diagnose
 from goose_lora.evaluation import import_function
 from goose_lora.export import save_policy
@@ -26,6 +26,8 @@ class RoleArguments:
     """Where the roles come from."""
 
     policy_adapter: str | None = field(default=None, metadata={"help": "Folder of the SFT adapter; a fresh adapter on the base if unset."})
+    ptx_dataset_name: str | None = field(default=None, metadata={"help": "Rows with text for PPO-ptx, weighted by ptx_coef."})
+    ptx_max_length: int = field(default=512, metadata={"help": "Longer pretraining texts are cut."})
     reward_adapter: str | None = field(default=None, metadata={"help": "Folder of the reward adapter that recipes/reward.py saved."})
     force: bool = field(default=False, metadata={"help": "Use a reward model whose verdict says that it may know nothing."})
     reward_function: list[str] | None = field(
@@ -49,10 +51,15 @@ def main(args: list[str] | None = None) -> None:
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     prompts = tokenize_prompts(rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens)
+    ptx = None
+    if roles.ptx_dataset_name is not None:
+        texts = load_rows(demo.resolve(roles.ptx_dataset_name), data_args.dataset_split)
+        ptx = tokenize_texts(texts, tokenizer, name=roles.ptx_dataset_name, max_length=roles.ptx_max_length)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     policy = roles.policy_adapter or lora_config(model_args, base)
     shared = SharedBase.build(base, policy, reward=roles.reward_adapter, critic=config.critic if config.needs_critic else None)
-    trainer = PPOTrainer(shared, config, prompts, tokenizer, reward_function=functions, reward_weights=roles.reward_weights)
+    rewards = {"reward_function": functions, "reward_weights": roles.reward_weights}
+    trainer = PPOTrainer(shared, config, prompts, tokenizer, **rewards, ptx_dataset=ptx)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
 
     if trainer.is_world_process_zero():

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from datasets import Dataset
 
-from goose_lora.data import RolloutBatches, left_pad, load_rows, require_columns, tokenize_pairs_without_end, tokenize_prompts
+from goose_lora.data import RolloutBatches, left_pad, load_rows, require_columns, tokenize_pairs_without_end, tokenize_prompts, tokenize_texts
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -122,6 +122,17 @@ def test_long_pairs_without_an_end_are_left_out_and_counted(caplog):
     assert "my.jsonl: 1 of 2 pairs left out" in caplog.text
     with pytest.raises(ValueError, match="no pair has at most max_length=1"):
         tokenize_pairs_without_end(rows, tiny.tokenizer(), name="my.jsonl", max_length=1)
+
+
+def test_texts_end_with_the_end_token_and_are_cut():
+    rows = Dataset.from_list([{"text": "ba be bi", "id": 1}, {"text": "good", "id": 2}])
+    tokenizer = tiny.tokenizer()
+    whole = tokenize_texts(rows, tokenizer, name="x", max_length=9)
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in whole["input_ids"]] == [["<s>", "ba", "be", "bi", "</s>"], ["<s>", "good", "</s>"]]
+    assert whole.column_names == ["input_ids"]
+    assert [len(ids) for ids in tokenize_texts(rows, tokenizer, name="x", max_length=4)["input_ids"]] == [4, 3]
+    with pytest.raises(ValueError, match="needed are text"):
+        tokenize_texts(rows.remove_columns("text"), tokenizer, name="x", max_length=9)
 
 
 def test_chat_pairs_keep_the_end_of_their_template():

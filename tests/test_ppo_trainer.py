@@ -423,3 +423,46 @@ def test_the_reward_adapter_and_functions_add_up_and_are_logged_one_by_one(tmp_p
     for row in rows:
         assert row["objective/raw_score"] == pytest.approx(row["reward/adapter"] + 3 * row["reward/even_share"], abs=1e-5)
         assert 0 <= row["reward/even_share"] <= 1 and row["reward/adapter"] != 0
+
+
+def pretraining_texts():
+    generator = torch.Generator().manual_seed(8)
+    return Dataset.from_list([{"input_ids": torch.randint(4, 20, (9,), generator=generator).tolist()} for _ in range(12)])
+
+
+def with_texts(folder, coef, **changes):
+    shared = SharedBase.build(base := tiny.base(), tiny.lora(base, layers="top-2"), critic="shared")
+    settings = config(folder, ptx_coef=coef, ptx_batch_size=5, num_rollouts=6, learning_rate=3e-2, **changes)
+    texts = pretraining_texts() if coef else None
+    return PPOTrainer(shared, settings, prompt_rows(), tiny.tokenizer(), reward_function=even_share, ptx_dataset=texts)
+
+
+def test_pretraining_text_stays_likely_with_ppo_ptx(tmp_path):
+    ids, mask = left_pad(list(pretraining_texts()["input_ids"]), tiny.PAD)
+    likelihood = {}
+    for coef in (0.0, 1.0):
+        ppo = with_texts(tmp_path / str(coef), coef)
+        with torch.no_grad():
+            likelihood["before"] = ppo.shared.negative_log_likelihood(ids, mask).item()
+        ppo.train()
+        with torch.no_grad():
+            likelihood[coef] = ppo.shared.negative_log_likelihood(ids, mask).item()
+    assert likelihood[1.0] < likelihood["before"] - 0.3 and likelihood[1.0] < likelihood[0.0] - 0.3, likelihood
+    rows = [row for row in read_jsonl(tmp_path / "1.0" / "metrics.jsonl") if "loss/ptx" in row]
+    assert len(rows) == 6 and rows[-1]["loss/ptx"] < rows[0]["loss/ptx"]
+
+
+def test_the_texts_of_a_step_follow_from_the_step(tmp_path):
+    ppo, again = (with_texts(tmp_path / name, 1.0) for name in ("a", "b"))
+    first = ppo._pretraining_texts()[0]
+    assert torch.equal(first, again._pretraining_texts()[0]) and first.shape == (5, 9)
+    ppo.state.global_step = again.state.global_step = 3
+    assert torch.equal(ppo._pretraining_texts()[0], again._pretraining_texts()[0])
+    assert not torch.equal(ppo._pretraining_texts()[0], first)
+    ppo._microbatches_done = 1
+    assert not torch.equal(ppo._pretraining_texts()[0], again._pretraining_texts()[0])
+
+
+def test_ppo_ptx_needs_both_a_weight_and_text(tmp_path):
+    with pytest.raises(ValueError, match=r"ptx_coef=0.5: PPO-ptx needs a weight above 0 and pretraining text"):
+        trainer(tmp_path, ptx_coef=0.5)

@@ -209,6 +209,24 @@ def test_the_root_of_a_saved_folder_is_the_policy_for_plain_peft_without_a_head(
         assert want and all(torch.equal(parameter, want[name]) for name, parameter in again.role_parameters(role))
 
 
+@ALL
+def test_the_likelihood_of_a_text_is_that_of_the_policy_model_and_trains_the_policy_alone(architecture):
+    base = tiny.base(architecture)
+    shared = tiny.shared(base, critic="adapter")
+    ids, mask = tiny.batch()
+    loss = shared(ids, mask, tiny.response_mask(), ptx=(ids, mask)).ptx_loss
+    losses, counts = [], []
+    for row, counted in zip(ids, mask.bool(), strict=True):
+        own = row[counted][None]
+        with shared.role("policy") as core:
+            losses.append(core(input_ids=own, labels=own).loss.detach() * (own.shape[1] - 1))
+        counts.append(own.shape[1] - 1)
+    close(loss.detach(), torch.stack(losses).sum() / sum(counts), 2e-5)
+    loss.backward()
+    assert {name for name, p in shared.named_parameters() if p.grad is not None and p.grad.any()} <= {n for n, _ in shared.role_parameters("policy")}
+    assert any(p.grad is not None and p.grad.any() for _, p in shared.role_parameters("policy"))
+
+
 # Reward and value
 
 
@@ -440,7 +458,7 @@ def test_training_mode_changes_no_number(architecture, critic, caplog):
     data = (*tiny.batch(), tiny.response_mask())
     want = shared.eval()(*data)
     got = shared.train()(*data)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got[:3], want[:3], strict=True))
 
 
 @QUANTIZATIONS
@@ -450,7 +468,7 @@ def test_training_mode_changes_no_number_on_a_quantized_base(quantization, packa
     data = (*tiny.batch(tuple(range(3, 35))), tiny.response_mask((3,) * 32))
     with torch.no_grad():
         want = shared.eval()(*data)
-    for mine, theirs in zip(shared.train()(*data), want, strict=True):
+    for mine, theirs in zip(shared.train()(*data)[:3], want[:3], strict=True):
         close(mine, theirs)
 
 
@@ -714,7 +732,7 @@ def test_a_folder_is_loaded_from_the_models_own_dtype_into_fp32(tiny_base, tmp_p
     shared = tiny.shared(base, reward=save_reward(classifier(), tmp_path), critic="adapter")
     assert {parameter.dtype for role in ("policy", "value", "reward") for _, parameter in shared.role_parameters(role)} == {torch.float32}
     output = shared(*tiny.batch(), tiny.response_mask())
-    assert {tensor.dtype for tensor in output} == {torch.float32}
+    assert {tensor.dtype for tensor in output[:3]} == {torch.float32}
     assert shared.scores(*tiny.batch()).dtype == torch.float32
     got = gradients(shared, lambda: joint_loss(shared, *tiny.batch(), tiny.response_mask()))
     assert {gradient.dtype for gradient in got.values()} == {torch.float32}
