@@ -90,7 +90,8 @@ class Agent(nn.Module):
     def evaluate(self, rollout: Rollout, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the replies' own tokens, entropies, and values of the states before them: (B, T) each."""
         ids, attention, mask = rollout.input_ids, rollout.attention_mask, rollout.response_mask
-        return self.shared(ids, attention, mask, temperature=self.temperature, entropy_gradient=entropy_gradient)
+        output = self.shared(ids, attention, mask, temperature=self.temperature, entropy_gradient=entropy_gradient)
+        return output.logprobs, output.entropy, output.values
 
 
 class ReferenceModel(nn.Module):
