@@ -78,22 +78,23 @@ def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Score, KL, critic loss and reply length over PPO steps, as one PNG."""
+    """Score, KL, critic loss (entropy where there is no critic) and reply length over PPO steps, as one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in metrics if "objective/score" in row]
     panels = [
         ("objective/score", "score (reward model, in SFT standard deviations)"),
         ("objective/kl", "KL to the reference (nats a reply)"),
-        ("loss/value", "critic loss"),
+        ("loss/value", "critic loss") if any("loss/value" in row for row in rows) else ("policy/entropy", "entropy (nats a token)"),
         ("rollout/response_tokens", "reply length (tokens)"),
     ]
-    rows = [row for row in metrics if "objective/score" in row]
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for axis, (name, title) in zip(axes.flat, panels, strict=True):
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".", color="tab:blue")
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot([step for step, _ in points], [value for _, value in points], marker=".", color="tab:blue")
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -141,11 +141,12 @@ def test_a_recipe_runs_under_accelerate_launch(run):
     command = options(model_name_or_path=run / "base", quantization="none", dtype="float32", lora_r=3, lora_layers="top-2")
     command += options(dataset_name=run / "prompts.jsonl", output_dir=output, num_rollouts=1, num_ppo_epochs=1, response_length=4)
     command += options(reward_function=f"{rewards}:count_letters", per_device_train_batch_size=8, score_calibration_prompts=24)
-    command += options(use_cpu=True, report_to="tensorboard", save_strategy="no")
+    command += options(use_cpu=True, report_to="tensorboard", save_strategy="no", advantage_estimator="rloo", num_generations=2)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(ROOT / "recipes" / "ppo.py")]
     done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=240, env=os.environ | {"TORCH_COMPILE_DISABLE": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (output / "adapter_model.safetensors").is_file()
+    assert (output / "adapter_model.safetensors").is_file() and not (output / "value").exists()
+    assert (output / "stage.json").is_file() and (output / "curves.png").is_file()
     assert list(output.rglob("events.out.tfevents*")), "report_to=tensorboard wrote nothing"
 
 
