@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig
+from peft import LoraConfig, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 
 logger = logging.getLogger(__name__)
 
-Role = Literal["policy", "value", "reward", "reference", "base"]
-ADAPTERS: dict[Role, str] = {"policy": "default", "value": "value", "reward": "reward", "reference": "reference"}
+Role = Literal["policy", "value", "reward", "reference", "ema", "base"]
+ADAPTERS: dict[Role, str] = {"policy": "default", "value": "value", "reward": "reward", "reference": "reference", "ema": "ema"}
+Critic = Literal["adapter", "shared", "reward_features"]
+CriticInit = Literal["reward", "policy", "zero"]
 LINEAGE = "goose_lora.json"
 
 
@@ -26,6 +29,50 @@ def write_lineage(folder: str | Path | None, **facts: Any) -> None:
     """Note ``facts`` beside an adapter."""
     path = Path(folder or ".") / LINEAGE
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(model: Any, role: Role, folder: str | Path) -> None:
+    """Weights of a saved adapter, and its head if the role has one, into ``role`` of a PeftModel; raises as ``SharedBase.load_role``."""
+    weights = load_peft_weights(str(folder), device="cpu")
+    if role in ("value", "reward") and not any(key.endswith("score.weight") for key in weights):
+        raise ValueError(
+            f"{folder} has no score head (looked for a tensor named *score.weight among {len(weights)}), so it cannot be a {role} model. "
+            "Train it with recipes/reward.py, or with trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
+        )
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=ADAPTERS[role])
+    except RuntimeError as error:  # torch lists the tensors of another size, one a line
+        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        raise ValueError(
+            f"{folder} does not fit the role {role} on this base: {len(sizes)} tensors of another size{first(sizes)}. "
+            "Use an adapter that was trained on this base model."
+        ) from error
+    wanted = [key for key in result.missing_keys if belongs_to(key, ADAPTERS[role])]
+    if result.unexpected_keys or wanted:
+        raise ValueError(
+            f"{folder} does not fit the role {role} on this base: "
+            f"{len(wanted)} tensors missing{first(wanted)}, {len(result.unexpected_keys)} not known{first(result.unexpected_keys)}. "
+            "Use an adapter that was trained on this base model."
+        )
+
+
+def check_critic(critic: Critic | None, critic_init: CriticInit | None, *, has_reward: bool) -> CriticInit:
+    """What the critic starts from.
+
+    Raises:
+        ValueError: it cannot start so, or has nothing to read.
+    """
+    if critic == "reward_features" and not has_reward:
+        raise ValueError("critic: reward_features reads the reward adapter's states, and there is no reward adapter. Use adapter or shared.")
+    possible = {"adapter": ["reward", "policy", "zero"], "shared": ["zero"], "reward_features": ["reward", "zero"], None: ["zero"]}[critic]
+    if not has_reward:
+        possible = [start for start in possible if start != "reward"]
+    if critic_init is None:
+        return "reward" if "reward" in possible else "zero"
+    if critic_init not in possible:
+        without = "" if has_reward else " without a reward adapter"
+        raise ValueError(f"critic_init: {critic_init} does not go with critic: {critic}{without}. Possible: {', '.join(possible)}, or leave it out.")
+    return critic_init
 
 
 def adapter_config(folder: str | Path) -> LoraConfig:

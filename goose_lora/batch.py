@@ -12,8 +12,9 @@ from torch import Tensor
 class Rollout:
     """B replies of up to T tokens. Sequences are left-padded prompts followed by replies: L = P + T; all replies begin in one column.
 
-    ``response_mask`` is true where a reply's token counts, its end-of-text token included; everything after it is padding.
-    ``sampling_logprobs`` are those of the moment of sampling, to be compared with what the update computes.
+    ``response_mask`` is true where a reply's token counts, the one that ends it included; everything after it is padding. A reply may have
+    holes: tokens between its own that others wrote (a user, a tool), which are attended to and not trained on. ``ended`` tells which replies
+    ended by themselves. ``sampling_logprobs`` are those of the moment of sampling, to be compared with what the update computes.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -39,6 +40,11 @@ class Rollout:
     def lengths(self) -> Int[Tensor, " B"]:
         return self.response_mask.sum(-1)
 
+    def closes_with(self, token_id: int | None) -> Bool[Tensor, " B"]:
+        """Whether each reply's last counted token is ``token_id``."""
+        last = last_counted(self.response_mask.long()) + self.prompt_tokens
+        return self.input_ids.gather(1, last[:, None]).squeeze(1) == token_id
+
     def response_ids(self) -> list[list[int]]:
         """Token ids of each reply, padding left out."""
         replies = self.input_ids[:, self.prompt_tokens :]
@@ -53,7 +59,8 @@ class Rollout:
 class Experience:
     """A rollout with what the update needs, all (B, T) and fp32; values and returns where there is a critic.
 
-    Besides, the trunk's output (B, L, H) where it is reused, and the states that the critic's head reads (B, T, H) where they are frozen.
+    Besides, the trunk's output (B, L, H) where it is reused, the states that the critic's head reads (B, T, H) where they are frozen, and the
+    reference's (B, T, H) where the exact KL to it is part of the loss.
     """
 
     rollout: Rollout
@@ -64,6 +71,7 @@ class Experience:
     returns: Float[Tensor, "B T"] | None = None
     trunk: Float[Tensor, "B L H"] | None = None
     features: Float[Tensor, "B T H"] | None = None
+    ref_hidden: Float[Tensor, "B T H"] | None = None
 
     def microbatches(self, rows: int, per_step: int, *, mean_tokens: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
         """One epoch's microbatches of ``rows`` rows in a fresh random order, ``per_step`` of them to each optimizer step.
@@ -89,6 +97,7 @@ class Experience:
             "returns": self.returns,
             "trunk": self.trunk,
             "features": self.features,
+            "ref_hidden": self.ref_hidden,
         }
         return {name: x[rows] for name, x in everything.items() if x is not None}
 

@@ -1,6 +1,8 @@
 """State that belongs in checkpoints, and files that a run writes as it goes."""
 
 import json
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +10,62 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from goose_lora.kl_control import AdaptiveKL, FixedKL
+from goose_lora.shared_base import SharedBase
+
+logger = logging.getLogger(__name__)
 
 TRAINING_ARGUMENTS_PICKLE = "training_args.bin"
 
 
 class RolloutState(TrainerCallback, ExportableState):
-    """What PPO must remember between rollouts: the KL coefficient and the scale of scores. Saved inside ``trainer_state.json``."""
+    """What PPO remembers between rollouts: KL coefficient, scale of scores, evaluations without a gain. Saved in ``trainer_state.json``."""
 
     def __init__(self, kl_control: FixedKL | AdaptiveKL):
         self.kl_control = kl_control
-        self.score_scale: tuple[float, float] | None = None
+        self.score_scale: tuple[float, ...] | None = None  # mean, standard deviation
+        self.score_moments: tuple[float, ...] | None = None  # count, mean, variance of all scores so far
+        self.best_objective: float | None = None
+        self.evaluations_without_gain = 0
+
+    REMEMBERED = ("score_scale", "score_moments", "best_objective", "evaluations_without_gain")
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"kl_control_state": self.kl_control.state_dict(), "score_scale": self.score_scale}}
+        remembered = {name: getattr(self, name) for name in self.REMEMBERED}
+        return {"args": {}, "attributes": {"kl_control_state": self.kl_control.state_dict(), **remembered}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         callbacks: Any = state.stateful_callbacks or {}
         saved = callbacks.get(type(self).__name__)
         if state.global_step > 0 and isinstance(saved, dict):
             self.kl_control.load_state_dict(saved["attributes"]["kl_control_state"])
-            scale = saved["attributes"]["score_scale"]
-            self.score_scale = None if scale is None else (scale[0], scale[1])
+            for name in self.REMEMBERED:
+                value = saved["attributes"][name]
+                setattr(self, name, tuple(value) if isinstance(value, list) else value)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Stop after ``early_stopping_patience`` evaluations without a better objective."""
+        objective = (metrics or {}).get("eval_objective", -math.inf)
+        gained = self.best_objective is None or objective > self.best_objective
+        self.best_objective = objective if gained else self.best_objective
+        self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
+        patience = args.early_stopping_patience  # type: ignore[attr-defined]
+        if patience is not None and self.evaluations_without_gain >= patience:
+            control.should_training_stop = True
+            logger.warning(
+                "stopped at step %d: eval_objective has not been above %.3f for %d evaluations.", state.global_step, self.best_objective, patience
+            )
+
+
+class PolicyAverage(TrainerCallback):
+    """Moves the role ``ema`` towards the policy after each optimizer step. It is an adapter, so checkpoints carry it."""
+
+    def __init__(self, shared: SharedBase, decay: float):
+        self.shared, self.decay = shared, decay
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.shared.update_average(self.decay)
 
 
 class MetricsFile(TrainerCallback):

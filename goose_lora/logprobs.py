@@ -43,6 +43,59 @@ def token_logprobs(
     return _FrozenHead.apply(hidden, weight, bias, ids, temperature, softcap, entropy_gradient, chunk_tokens)
 
 
+def token_kl(
+    hidden: Float[Tensor, "N H"],
+    ref_hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Float[Tensor, " N"]:
+    """KL(policy || reference) of the next token, sum_v p_v (log p_v - log q_v), in nats and fp32: exact where k1, k2 and k3 are samples.
+
+    Gradients reach ``hidden`` alone: d KL / d logit_v = p_v (log p_v - log q_v - KL), taken beside the value like that of ``token_logprobs``.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    return _FrozenHeadKL.apply(hidden, ref_hidden.detach(), weight, bias, temperature, softcap, chunk_tokens)
+
+
+class _FrozenHeadKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, ref_hidden, weight, bias, temperature, softcap, chunk_tokens):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        kl = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        slope = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            (log_p, bend), (log_q, _) = (_log_softmax(states[rows], weight, bias, temperature, softcap, wide) for states in (hidden, ref_hidden))
+            p = log_p.exp()
+            difference = log_p.sub_(log_q)
+            kl[rows] = torch.linalg.vecdot(p, difference)
+            if slope is not None:
+                of_logits = p.mul_(difference.sub_(kl[rows, None]))
+                of_logits = of_logits if bend is None else of_logits.mul_(bend)
+                slope[rows] = (of_logits.to(weight.dtype) @ weight).to(hidden.dtype) / temperature
+        ctx.save_for_backward(slope)
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return grad[:, None].to(slope.dtype) * slope, *[None] * 6
+
+
+def _log_softmax(hidden, weight, bias, temperature, softcap, wide):
+    logits = F.linear(hidden.to(weight.dtype), weight, bias).to(wide)
+    bend = _soften(logits, softcap) if softcap else None
+    return logits.div_(temperature).log_softmax(-1), bend
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, temperature, softcap, entropy_gradient, chunk_tokens):

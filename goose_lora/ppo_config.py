@@ -21,6 +21,8 @@ class PPOConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; all log-probabilities are taken at it."})
     max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out, and counted."})
     local_rollout_forward_batch_size: int = field(default=64, metadata={"help": "Replies generated and scored at a time, on each process."})
+    stop_token_ids: list[int] | None = field(default=None, metadata={"help": "Tokens that end a reply, besides the end-of-text token."})
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "Texts that end a reply; they stay part of it."})
     rollout_weights: Literal["auto", "shared", "dense"] = field(
         default="auto",
         metadata={"help": "dense: generate with an unquantized merged copy, faster but larger. auto: where half of the free memory holds it."},
@@ -29,15 +31,22 @@ class PPOConfig(TrainingArguments):
 
     # Reward
     kl_coef: float = field(default=0.05, metadata={"help": "Price of a nat of KL to the reference."})
-    kl_estimator: Literal["k1", "k2", "k3"] = field(default="k1", metadata={"help": "Estimator of the KL in the reward."})
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = field(
+        default="k1", metadata={"help": "Estimator of the KL that is charged; exact sums over the vocabulary, at the price of one more head."}
+    )
     kl_location: Literal["reward", "loss"] = field(
-        default="reward", metadata={"help": "Charge the KL as part of each token's reward, or as a term of the loss (k2 or k3)."}
+        default="reward", metadata={"help": "Charge the KL as part of each token's reward, or as a term of the loss (not k1)."}
     )
     max_kl: float | None = field(default=None, metadata={"help": "Stop the run at a rollout whose KL (nats a reply) is above this."})
     kl_target: float | None = field(default=None, metadata={"help": "Adapt kl_coef towards this KL (nats a reply); fixed if unset."})
     kl_horizon: int = field(default=10000, metadata={"help": "Replies over which an adaptive kl_coef moves."})
-    normalize_scores: bool = field(default=True, metadata={"help": "Count scores in standard deviations over the reference's replies."})
-    score_calibration_prompts: int = field(default=192, metadata={"help": "Prompts answered before training to learn that scale."})
+    score_normalization: Literal["reference", "running", "none"] = field(
+        default="reference",
+        metadata={"help": "Count scores in standard deviations over the reference's replies, or over all replies so far; or take them as they are."},
+    )
+    score_calibration_prompts: int = field(default=192, metadata={"help": "Prompts answered before training to learn the reference's scale."})
+    score_clip: float | None = field(default=None, metadata={"help": "Bound on a score's size, after normalisation; null: none."})
+    length_penalty: float = field(default=0.0, metadata={"help": "Taken off the score for each token of a reply; negative pays for length."})
     missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken off the score of a reply that did not end by itself."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1 in each rollout, their mean kept."})
 
@@ -49,20 +58,33 @@ class PPOConfig(TrainingArguments):
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass."})
     cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
-    ratio_threshold: float | None = field(default=10.0, metadata={"help": "A microbatch whose mean ratio is above this is skipped; null: never."})
+    ratio_threshold: float | None = field(
+        default=10.0, metadata={"help": "A microbatch whose mean ratio is above this, or below 1/this, is skipped; null: never."}
+    )
     critic: Literal["adapter", "shared", "reward_features"] = field(
         default="adapter",
         metadata={"help": "adapter: its own, started from the reward adapter. shared: a head on the policy. reward_features: on the reward adapter."},
     )
+    critic_init: Literal["reward", "policy", "zero"] | None = field(
+        default=None, metadata={"help": "What the critic starts from; the reward adapter where there is one if unset. policy, zero: head of 0."}
+    )
+    critic_warmup_rollouts: int = field(default=0, metadata={"help": "First rollouts in which the critic alone learns."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss."})
     cliprange_value: float | None = field(default=0.2, metadata={"help": "The critic moves at most this far a rollout; null: no bound."})
     value_learning_rate: float | None = field(default=None, metadata={"help": "The critic's learning rate; learning_rate if unset."})
+    value_lr_scheduler_type: str | None = field(default=None, metadata={"help": "The critic's schedule; lr_scheduler_type if unset."})
+    value_warmup_steps: int = field(default=0, metadata={"help": "Warm-up steps of the critic's learning rate."})
     gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
     lam: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy in the loss."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Keep a moving average of the policy in ema/; 0.992 is InstructGPT's."})
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the loss on pretraining text (PPO-ptx); needs ptx_dataset_name."})
     ptx_batch_size: int = field(default=4, metadata={"help": "Pretraining texts a microbatch."})
     reuse_trunk: bool = field(default=True, metadata={"help": "Run the layers below the adapters once a rollout; all passes use the output."})
+
+    # Evaluation: eval_strategy, eval_steps and load_best_model_at_end are those of transformers
+    num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts that an evaluation answers, the same ones each time."})
+    early_stopping_patience: int | None = field(default=None, metadata={"help": "Stop after so many evaluations without a better eval_objective."})
 
     # TrainingArguments with another default
     learning_rate: float = field(default=1e-4, metadata={"help": "The policy's peak learning rate."})
@@ -70,6 +92,7 @@ class PPOConfig(TrainingArguments):
     logging_steps: float | None = field(default=None, metadata={"help": "In optimizer steps; once a rollout if unset."})
     save_steps: float | None = field(default=None, metadata={"help": "In optimizer steps, whole rollouts; every tenth rollout if unset."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    eval_steps: float | None = field(default=None, metadata={"help": "In optimizer steps, whole rollouts; as save_steps if unset."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: columns go to reward functions."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: it hides broken losses."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code from the model's repository. Off unless you asked."})
@@ -85,8 +108,15 @@ class PPOConfig(TrainingArguments):
             self.max_steps = self.num_rollouts * steps
         self.logging_steps = steps if self.logging_steps is None else self.logging_steps
         self.save_steps = _SAVE_EVERY_ROLLOUTS * steps if self.save_steps is None else self.save_steps
+        self.eval_steps = self.save_steps if self.eval_steps is None else self.eval_steps
+        if self.load_best_model_at_end or self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "eval_objective"
+            self.greater_is_better = True if self.greater_is_better is None else self.greater_is_better
         super().__post_init__()
-        self._check_saving()
+        self._check_whole_rollouts("save_steps", self.save_strategy, "cannot be resumed exactly")
+        self._check_whole_rollouts("eval_steps", self.eval_strategy, "has no checkpoint of its own")
+        no_evaluation = self.early_stopping_patience is not None and str(self.eval_strategy) in ("no", "IntervalStrategy.NO")
+        self._require("early_stopping_patience", not no_evaluation, "nothing is evaluated; set eval_strategy: steps and eval_dataset_name")
 
     @property
     def steps_per_rollout(self) -> int:
@@ -105,7 +135,7 @@ class PPOConfig(TrainingArguments):
 
     def _check_ranges(self) -> None:
         at_least_one = ("response_length", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "max_prompt_tokens")
-        at_least_one += ("ptx_batch_size",)
+        at_least_one += ("ptx_batch_size", "num_eval_prompts")
         for name in (*at_least_one, "per_device_train_batch_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
         for name in ("gamma", "lam"):
@@ -115,6 +145,12 @@ class PPOConfig(TrainingArguments):
         self._require("temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy")
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
         self._require("cliprange_value", self.cliprange_value is None or self.cliprange_value > 0, "must be positive, or null for no bound")
+        self._require("score_clip", self.score_clip is None or self.score_clip > 0, "must be positive, or null for no bound")
+        self._require("critic_warmup_rollouts", self.critic_warmup_rollouts >= 0, "must not be negative")
+        self._require("critic_warmup_rollouts", self.needs_critic or not self.critic_warmup_rollouts, "rloo and grpo have no critic to warm up")
+        self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "must lie between 0 and 1; 0.992 is InstructGPT's")
+        self._require("early_stopping_patience", (self.early_stopping_patience or 1) >= 1, "must be 1 or more, or null for no early stop")
+        self._require("stop_strings", all(self.stop_strings or []), "an empty text would end every reply at once")
         self._require("max_kl", self.max_kl is None or self.max_kl > 0, "must be positive, or null for no bound")
         self._require("ratio_threshold", self.ratio_threshold is None or self.ratio_threshold > 1, "must be above 1, or null for no bound")
         in_loss = self.kl_location == "loss" and self.kl_estimator == "k1"
@@ -130,12 +166,9 @@ class PPOConfig(TrainingArguments):
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)}: {why}.")
 
-    def _check_saving(self) -> None:
-        steps, every = self.steps_per_rollout, self.save_steps or 0
-        if str(self.save_strategy) not in ("steps", "SaveStrategy.STEPS") or every % steps == 0:
+    def _check_whole_rollouts(self, name: str, strategy: object, why: str) -> None:
+        steps, every = self.steps_per_rollout, getattr(self, name) or 0
+        if str(getattr(strategy, "value", strategy)) != "steps" or every % steps == 0:
             return
         fits = max(1, round(every / steps)) * steps
-        raise ValueError(
-            f"save_steps={every:g} falls inside a rollout ({steps} optimizer steps each), and such a checkpoint cannot be resumed exactly. "
-            f"Use save_steps={fits}."
-        )
+        raise ValueError(f"{name}={every:g} falls inside a rollout ({steps} optimizer steps each), and such a checkpoint {why}. Use {name}={fits}.")

@@ -18,13 +18,17 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from goose_lora import gates, ppo_math
 from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.batch import Experience, Rollout
-from goose_lora.callbacks import MetricsFile, RolloutState, append_line
+from goose_lora.callbacks import MetricsFile, PolicyAverage, RolloutState, append_line
 from goose_lora.data import RolloutBatches, left_pad
+from goose_lora.evaluating import evaluate_prompts
+from goose_lora.experience import ExperienceMaker
 from goose_lora.kl_control import AdaptiveKL, FixedKL
+from goose_lora.own_loop import UserLoop
 from goose_lora.ppo_config import PPOConfig
-from goose_lora.rewards import RewardMix, RewardSource, ScoreScale, score_scale, token_rewards
+from goose_lora.rewards import RewardMix, RewardSource, Scores
 from goose_lora.rollouts import Rollouts
 from goose_lora.sampling import generation_config
+from goose_lora.schedules import factor, policy_and_critic
 from goose_lora.shared_base import SharedBase
 
 logger = logging.getLogger(__name__)
@@ -33,17 +37,19 @@ logger = logging.getLogger(__name__)
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(UserLoop, Trainer):
     """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
 
     Args:
         model: the shared base, with a critic where ``advantage_estimator`` is gae, and with a reward adapter unless ``reward_function`` is given.
         args: settings.
-        train_dataset: rows with ``input_ids``, from ``data.tokenize_prompts``; further columns go to the reward function.
+        train_dataset: rows with ``input_ids``, from ``data.tokenize_prompts``; further columns go to the reward function. None for a loop of
+            one's own by ``generate`` and ``step``.
         processing_class: the base's tokenizer.
         reward_function: scores in place of the reward adapter; or several in a list, ``"adapter"`` among them where it has a part. See RewardMix.
         reward_weights: one to each of them; 1 if not given.
         ptx_dataset: rows with ``input_ids`` of pretraining text, from ``data.tokenize_texts``, for ``ptx_coef``.
+        eval_dataset (by keyword, as in Trainer): held-out prompts like ``train_dataset``, for ``eval_strategy``.
     """
 
     args: PPOConfig
@@ -55,7 +61,7 @@ class PPOTrainer(Trainer):
         self,
         model: SharedBase,
         args: PPOConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | None,
         processing_class: PreTrainedTokenizerBase,
         *,
         reward_function: RewardSource | Sequence[RewardSource] | None = None,
@@ -70,23 +76,31 @@ class PPOTrainer(Trainer):
         if args.needs_critic != (model.critic is not None):
             wanted = "SharedBase.build(..., critic=args.critic)" if args.needs_critic else "critic=None: replies are compared with one another"
             raise ValueError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
+        if args.ema_decay is not None and not model.has("ema"):
+            raise ValueError(f"ema_decay={args.ema_decay:g} needs a place for the average: SharedBase.build(..., average=True).")
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError(f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set ptx_dataset_name too")
         self.ptx_dataset = ptx_dataset
         control = FixedKL(args.kl_coef) if args.kl_target is None else AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.rollout_state = RolloutState(control)
+        if train_dataset is None:  # a loop of one's own: one batch of rows, which nobody reads, for each rollout
+            rollouts = args.rollout_batch_size // args.num_generations * args.world_size
+            train_dataset = Dataset.from_dict({"input_ids": [[processing_class.eos_token_id]] * rollouts})
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
         self.add_callback(self.rollout_state)
         self.add_callback(MetricsFile())
+        if args.ema_decay is not None:
+            self.add_callback(PolicyAverage(model, args.ema_decay))
         self._microbatches: Iterator[dict[str, Tensor]] = iter(())
         self._rollout_metrics: dict[str, list[float]] = defaultdict(list)
         self._update_metrics: dict[str, Tensor | float] = defaultdict(float)
         self._microbatches_done = 0  # since the last log
         self._gates_open = False
+        self._rollout_is_fresh = False
         generation = generation_config(
             response_tokens=args.response_length,
             temperature=args.temperature,
-            eos_token_ids=[processing_class.eos_token_id],
+            eos_token_ids=[processing_class.eos_token_id, *(args.stop_token_ids or [])],
             pad_token_id=processing_class.pad_token_id,
         )
         self.rollouts = Rollouts(
@@ -97,7 +111,11 @@ class PPOTrainer(Trainer):
             weights=args.rollout_weights,
             reuse_trunk=args.reuse_trunk,
             reward=reward,
+            stop_strings=args.stop_strings,
+            exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
         )
+        self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=model.values_are_scores)
+        self.last_figures: dict[str, float] = {}  # of the last rollout
 
     @property
     def shared(self) -> Any:
@@ -118,6 +136,22 @@ class PPOTrainer(Trainer):
             groups = [{"params": [p for _, p in self.shared.role_parameters(role)], "lr": rate} for role, rate in rates]
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The library's, unless policy and critic go by different ones."""
+        args = self.args
+        if not (args.needs_critic and (args.value_lr_scheduler_type or args.value_warmup_steps or args.critic_warmup_rollouts)):
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            still = args.critic_warmup_rollouts * args.steps_per_rollout
+            moving = num_training_steps - still
+            options: Any = args.lr_scheduler_kwargs
+            policy = factor(args.lr_scheduler_type, warmup_steps=args.get_warmup_steps(moving), training_steps=moving, options=options)
+            name = args.value_lr_scheduler_type or args.lr_scheduler_type
+            critic = factor(name, warmup_steps=args.value_warmup_steps, training_steps=num_training_steps, options=options)
+            self.lr_scheduler = policy_and_critic(optimizer or self.optimizer, policy, critic, still_steps=still)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader:
         """Each batch of prompts once for every microbatch that is made of its rollout. A rollout has ``num_generations`` replies to each."""
@@ -158,15 +192,20 @@ class PPOTrainer(Trainer):
             mask,
             trunk=inputs.get("trunk"),
             features=inputs.get("features"),
+            ref_hidden=inputs.get("ref_hidden"),
             temperature=args.temperature,
             entropy_gradient=args.entropy_coef > 0,
             ptx=self._pretraining_texts(),
         )
-        if not self._gates_open and self.state.global_step == 0:
-            gates.check_ratio(output.logprobs, inputs["old_logprobs"], mask, tolerance=self._tolerance)
+        if self._rollout_is_fresh:
+            self._rollout_is_fresh = False
+            if not self._gates_open and self.state.global_step == 0:
+                gates.check_ratio(output.logprobs, inputs["old_logprobs"], mask, tolerance=self._tolerance)
+            gap = ppo_math.masked_mean((output.logprobs.detach() - inputs["old_logprobs"]).abs(), mask)
+            self._rollout_metrics["policy/first_ratio_gap"].append(gap.item())
         if args.ratio_threshold is not None:
             ratio = ppo_math.masked_mean((output.logprobs - inputs["old_logprobs"]).exp(), mask).detach()
-            skipped = ratio > args.ratio_threshold
+            skipped = (ratio > args.ratio_threshold) | (ratio < 1 / args.ratio_threshold)
             self._update_metrics["policy/skipped"] = self._update_metrics["policy/skipped"] + skipped.float() / args.gradient_accumulation_steps
             if skipped:
                 # Not a bare 0: DistributedDataParallel waits for a backward pass.
@@ -175,11 +214,22 @@ class PPOTrainer(Trainer):
             output.logprobs, inputs["old_logprobs"], inputs["advantages"], mask, cliprange=args.cliprange, num_tokens=num_tokens
         )
         entropy = ppo_math.masked_mean(output.entropy, mask, num_tokens=num_tokens)
-        loss = policy_loss - args.entropy_coef * entropy
         stats |= {"loss/policy": policy_loss, "policy/entropy": entropy}
+        loss = policy_loss - args.entropy_coef * entropy
+        if args.kl_location == "loss":
+            kl = output.kl
+            if kl is None:
+                kl = ppo_math.kl_per_token(output.logprobs, inputs["ref_logprobs"], estimator=args.kl_estimator)  # type: ignore[arg-type]
+            stats["loss/kl"] = ppo_math.masked_mean(kl, mask, num_tokens=num_tokens)
+            loss = loss + self.rollout_state.kl_control.coef * stats["loss/kl"]
+        if output.ptx_loss is not None:
+            stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
+            loss = loss + args.ptx_coef * stats["loss/ptx"]
+        if self._critic_warms_up:
+            loss = 0.0 * loss  # the policy's gradients are 0, so that its optimizer state stays empty too
         if output.values is not None:
             value_loss, value_stats = ppo_math.value_loss(
-                self._scale.normalise(output.values),
+                self.experiences.values(output.values),
                 inputs["old_values"],
                 inputs["returns"],
                 mask,
@@ -188,13 +238,6 @@ class PPOTrainer(Trainer):
             )
             loss = loss + args.vf_coef * value_loss
             stats |= value_stats | {"loss/value": value_loss}
-        if output.ptx_loss is not None:
-            stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
-            loss = loss + args.ptx_coef * stats["loss/ptx"]
-        if args.kl_location == "loss":
-            kl = ppo_math.kl_per_token(output.logprobs, inputs["ref_logprobs"], estimator=args.kl_estimator)
-            stats["loss/kl"] = ppo_math.masked_mean(kl, mask, num_tokens=num_tokens)
-            loss = loss + self.rollout_state.kl_control.coef * stats["loss/kl"]
         for name, value in stats.items():
             self._update_metrics[name] = self._update_metrics[name] + value.detach()
         return loss
@@ -211,7 +254,7 @@ class PPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what rollouts and updates since the last log have shown, averaged over processes."""
         steps = self._microbatches_done / self.args.gradient_accumulation_steps
-        if steps > 0:
+        if steps > 0 and not any(name.startswith("eval_") for name in logs):
             update = {name: torch.as_tensor(total, device=self.args.device) / steps for name, total in self._update_metrics.items()}
             rollout = {name: torch.tensor(sum(seen) / len(seen), device=self.args.device) for name, seen in self._rollout_metrics.items()}
             mean = self.accelerator.reduce(rollout | update, reduction="mean")
@@ -221,14 +264,38 @@ class PPOTrainer(Trainer):
             self._microbatches_done = 0
         super().log(logs, start_time)
 
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Answer the first ``num_eval_prompts`` held-out prompts, sampled and greedy, and score the replies.
+
+        ``eval_objective`` is the sampled replies' score less ``kl_coef`` (that of the settings, also where it adapts) times their KL, and what
+        the best checkpoint and early stopping go by. Training draws the random numbers that it would have drawn without.
+        """
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = rows.select(range(min(self.args.num_eval_prompts, len(rows))))
+        if self.rollout_state.score_scale is None:
+            self._calibrate()
+        figures = evaluate_prompts(self.rollouts, self.experiences, rows, self._collate, seed=self.args.seed)
+        objective = figures["score"] - self.args.kl_coef * figures["kl"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (figures | {"objective": objective}).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     # ---- Rollouts ----
 
     def _roll_out(self, prompts: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
         """Microbatches of all epochs of one rollout."""
         args = self.args
-        if self.rollout_state.score_scale is None:
-            self._calibrate()
-        experience = self._experience(self._repeated(prompts))
+        if self._own_loop is not None:
+            experience = self._experience(*self._own_loop.take())
+        else:
+            if self.rollout_state.score_scale is None:
+                self._calibrate()
+            prompts = self._repeated(prompts)
+            with self._timed("generate"):
+                rollout = self.rollouts.generate(prompts["input_ids"], prompts["attention_mask"])
+            experience = self._experience(rollout, columns=prompts["columns"])
+        self._rollout_is_fresh = True
         count = self.accelerator.num_processes
 
         def mean_tokens(tokens: Tensor) -> Tensor:
@@ -244,63 +311,25 @@ class PPOTrainer(Trainer):
         return {name: prompts[name].repeat_interleave(count, dim=0) for name in ("input_ids", "attention_mask")} | {"columns": columns}
 
     @torch.no_grad()
-    def _experience(self, prompts: dict[str, Any]) -> Experience:
-        args, control = self.args, self.rollout_state.kl_control
-        with self._timed("generate"):
-            rollout = self.rollouts.generate(prompts["input_ids"], prompts["attention_mask"])
+    def _experience(self, rollout: Rollout, scores: Scores | None = None, columns: dict[str, list] | None = None) -> Experience:
+        """What the update needs of a rollout; scored by the trainer's own sources of reward if no scores are given."""
+        control = self.rollout_state.kl_control
         with self._timed("score"):
-            seen = self.rollouts.evaluate(rollout, prompts["columns"])
-        mask = rollout.response_mask
-        kl = ppo_math.kl_per_token(seen.logprobs, seen.ref_logprobs, estimator=args.kl_estimator)
+            seen = self.rollouts.evaluate(rollout)
+            scores = self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
         if self.state.global_step == 0:
-            gates.check_reference(kl, mask, tolerance=self._tolerance)
-
-        scores = self._scale.normalise(seen.scores)
-        penalised = scores
-        if args.missing_eos_penalty is not None:
-            penalised = torch.where(rollout.ended, scores, scores - args.missing_eos_penalty)
-        rewards = token_rewards(penalised, kl, mask, kl_coef=control.coef if args.kl_location == "reward" else 0.0)
-        values = None if seen.values is None else torch.where(mask, self._scale.normalise(seen.values), 0.0)
-        advantages, returns = self._advantages(rewards, values, mask)
-
-        k1 = torch.where(mask, seen.logprobs - seen.ref_logprobs, 0.0)
-        k3 = torch.where(mask, ppo_math.kl_per_token(seen.logprobs, seen.ref_logprobs, estimator="k3"), 0.0)
-        assert rollout.sampling_logprobs is not None
-        shown = {
-            "objective/score": scores.mean(),
-            "objective/raw_score": seen.scores.mean(),
-            "objective/kl": k1.sum(-1).mean(),
-            "objective/kl_k3": k3.sum(-1).mean(),
-            "objective/reward": rewards.sum(-1).mean(),
-            "objective/kl_coef": torch.tensor(control.coef),
-            "rollout/response_tokens": rollout.lengths.float().mean(),
-            "rollout/eos_rate": rollout.ended.float().mean(),
-            "rollout/sampling_gap": ppo_math.masked_mean((rollout.sampling_logprobs - seen.logprobs).abs(), mask),
-        }
-        if values is not None and returns is not None:
-            shown["value/explained_variance"] = ppo_math.explained_variance(values, returns, mask)
-            shown["value/mean"] = ppo_math.masked_mean(values, mask)
-        if len(seen.scores_by_source) > 1:
-            shown |= {f"reward/{name}": values.nanmean() for name, values in seen.scores_by_source.items()}
-        for name, value in shown.items():
-            self._rollout_metrics[name].append(value.item())
-        mean_kl: Any = self.accelerator.reduce(k1.sum(-1).mean(), reduction="mean")
-        control.update(mean_kl.item(), len(mask) * self.accelerator.num_processes)
-        self._stop_above_max_kl(mean_kl.item())
-        self._write_samples(rollout, seen.scores, k1.sum(-1))
-        return Experience(rollout, seen.logprobs, seen.ref_logprobs, advantages, values, returns, seen.trunk, seen.features)
-
-    def _advantages(self, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Advantages (B, T), and what the critic is to learn (B, T) where there is one."""
-        args = self.args
-        if values is None:
-            compare = ppo_math.leave_one_out if args.advantage_estimator == "rloo" else ppo_math.group_normalised
-            return torch.where(mask, compare(rewards.sum(-1), args.num_generations)[:, None], 0.0), None
-        if args.whiten_rewards:
-            rewards = ppo_math.whiten(rewards, mask, shift_mean=False, statistics=self._moments(rewards, mask))
-        advantages = ppo_math.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
-        whitened = ppo_math.whiten(advantages, mask, statistics=self._moments(advantages, mask))
-        return whitened, torch.where(mask, advantages + values, 0.0)
+            gates.check_reference(seen.logprobs - seen.ref_logprobs, rollout.response_mask, tolerance=self._tolerance)
+        experience, shown = self.experiences.make(rollout, seen, scores)
+        self.last_figures = {name: value.item() for name, value in shown.items()}
+        for name, value in self.last_figures.items():
+            self._rollout_metrics[name].append(value)
+        kl: Any = self.accelerator.reduce(shown["objective/kl"], reduction="mean")
+        if not self._critic_warms_up:
+            control.update(kl.item(), len(rollout.ended) * self.accelerator.num_processes)
+        self._stop_above_max_kl(kl.item())
+        k1 = torch.where(rollout.response_mask, seen.logprobs - seen.ref_logprobs, 0.0)
+        self._write_samples(rollout, scores.total, k1.sum(-1))
+        return experience
 
     def _stop_above_max_kl(self, kl: float) -> None:
         if self.args.max_kl is not None and kl > self.args.max_kl:
@@ -314,25 +343,21 @@ class PPOTrainer(Trainer):
 
     def _calibrate(self) -> None:
         """Learn the scale of scores from replies of the untrained policy, which is the reference."""
-        if not self.args.normalize_scores:
-            self.rollout_state.score_scale = (0.0, 1.0)
+        if self.args.score_normalization != "reference":
             return
         count = -(-self.args.score_calibration_prompts // self.accelerator.num_processes)
         generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
         rows = torch.randint(len(self.train_dataset), (count,), generator=generator).tolist()
         prompts = self._collate([self.train_dataset[row] for row in rows])
         rollout = self.rollouts.generate(prompts["input_ids"].to(self.args.device), prompts["attention_mask"].to(self.args.device))
-        raw = self.rollouts.scores(rollout, prompts["columns"])
-        everywhere: Any = self.accelerator.gather(raw)
-        scale = score_scale(everywhere)
-        self.rollout_state.score_scale = (scale.mean, scale.std)
-        logger.info("scores of the reference: mean %.3f, standard deviation %.3f", scale.mean, scale.std)
+        self.experiences.learn_scale(self.rollouts.scores(rollout, prompts["columns"]).total)
+        logger.info("scores of the reference: mean %.3f, standard deviation %.3f", *self.experiences.scale)
 
     # ---- Small things ----
 
     @property
-    def _scale(self) -> ScoreScale:
-        return ScoreScale(*(self.rollout_state.score_scale or ScoreScale()))
+    def _critic_warms_up(self) -> bool:
+        return self.state.global_step < self.args.critic_warmup_rollouts * self.args.steps_per_rollout
 
     @property
     def _tolerance(self) -> float:
@@ -350,11 +375,6 @@ class PPOTrainer(Trainer):
         input_ids, attention_mask = left_pad([row["input_ids"] for row in rows], self.processing_class.pad_token_id)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "input_ids"}
         return {"input_ids": input_ids, "attention_mask": attention_mask, "columns": columns}
-
-    def _moments(self, x: Tensor, mask: Tensor) -> ppo_math.Moments:
-        """Over the rollouts of all processes."""
-        own = torch.stack([torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in ppo_math.moments(x, mask)])
-        return ppo_math.merge_moments([ppo_math.Moments(*row) for row in self.accelerator.gather(own[None])])
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -19,7 +19,8 @@ class RewardMix:
     """The weighted sum of what several sources say of each reply: the reward adapter (``"adapter"``) and Python functions.
 
     A function has TRL's signature, plain or async, ``f(prompts=, completions=, completion_ids=, **columns) -> list[float | None]``: one
-    number a reply, None where it has nothing to say. Columns are those of the prompts' dataset.
+    number a reply, None where it has nothing to say; or one list a reply, with a number for each of its tokens. Columns are those of the
+    prompts' dataset.
 
     Raises:
         ValueError: no source, or not one weight to each.
@@ -37,29 +38,48 @@ class RewardMix:
     def needs_adapter(self) -> bool:
         return "adapter" in self.sources
 
-    def __call__(self, by_adapter: Float[Tensor, " B"] | None, **replies: Any) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:
-        """The sum, and each source's own scores before weighting, NaN where it said None.
+    def __call__(self, by_adapter: Float[Tensor, " B"] | None, **replies: Any) -> "Scores":
+        """What the sources say, weighted and added.
 
         Args:
             by_adapter: the reward adapter's scores, where it is a source.
             replies: ``prompts, completions, completion_ids`` and columns, for the functions.
 
         Raises:
-            ValueError: a function that did not give one finite number or None a reply, or a reply of which no source said anything.
+            ValueError: a function that did not give one finite number, one list of them (a number a token) or None a reply, or a reply of
+                which no source said anything.
         """
-        count = len(replies["completion_ids"])
+        ids = replies["completion_ids"]
         said = asyncio.run(_ask_all([source for source in self.sources if source != "adapter"], replies))
         answers = iter(said)
-        columns = []
-        for name, source in zip(self.names, self.sources, strict=True):
-            columns.append(by_adapter if source == "adapter" else _numbers(next(answers), count, name))
-        device = None if by_adapter is None else by_adapter.device
+        device = torch.device("cpu") if by_adapter is None else by_adapter.device
+        columns, by_token = [], None
+        for name, weight, source in zip(self.names, self.weights, self.sources, strict=True):
+            if source == "adapter":
+                columns.append(by_adapter)
+                continue
+            scores, tokens = _read_answer(next(answers), [len(reply) for reply in ids], name)
+            columns.append(scores.to(device))
+            if tokens is not None:
+                by_token = weight * tokens.to(device) + (0.0 if by_token is None else by_token)
         scores = torch.stack([torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns])
         silent = scores.isnan().all(0)
         if silent.any():
-            raise ValueError(f"no source of reward said anything of {int(silent.sum())} of {count} replies: each returned None there.")
+            raise ValueError(f"no source of reward said anything of {int(silent.sum())} of {len(ids)} replies: each returned None there.")
         weights = torch.tensor(self.weights, device=device)[:, None]
-        return (weights * scores).nansum(0), dict(zip(self.names, scores, strict=True))
+        return Scores((weights * scores).nansum(0), dict(zip(self.names, scores, strict=True)), by_token)
+
+
+class Scores(NamedTuple):
+    """Raw scores (B,), before any normalisation.
+
+    ``by_source`` has each source's own, before weighting, NaN where it said None. ``by_token`` is the weighted part of the scores that was
+    given token by token: N numbers for the N counted tokens of all replies, one reply after the other; their sum is in ``total``.
+    """
+
+    total: Float[Tensor, " B"]
+    by_source: dict[str, Float[Tensor, " B"]]
+    by_token: Float[Tensor, " N"] | None = None
 
 
 async def _ask_all(functions: Sequence[RewardFunction], replies: dict[str, Any]) -> list[Any]:
@@ -69,18 +89,40 @@ async def _ask_all(functions: Sequence[RewardFunction], replies: dict[str, Any])
     return [next(done) if inspect.isawaitable(answer) else answer for answer in answers]
 
 
-def _numbers(answer: Any, count: int, name: str) -> Tensor:
+def _read_answer(answer: Any, lengths: Sequence[int], name: str) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"] | None]:
+    """A function's answer as one score a reply, NaN for None, and as one number a token where it gave lists."""
     listed = answer.tolist() if isinstance(answer, Tensor) else list(answer) if isinstance(answer, Sequence) else None
-    if listed is None or len(listed) != count:
+    if listed is None or len(listed) != len(lengths):
         what = type(answer).__name__ if listed is None else f"{len(listed)} numbers"
-        raise ValueError(f"the reward function {name} returned {what} for {count} replies. It must return one number (or None) a reply.")
+        raise ValueError(f"the reward function {name} returned {what} for {len(lengths)} replies. It must return one number (or None) a reply.")
+    listed = [item.tolist() if isinstance(item, Tensor) else item for item in listed]
+    tokens = [list(item) if isinstance(item, (list, tuple)) else None for item in listed]
+    for row, (item, length) in enumerate(zip(tokens, lengths, strict=True)):
+        if item is not None and len(item) != length:
+            raise ValueError(f"the reward function {name} returned {len(item)} numbers for the {length} tokens of reply {row}; give one a token.")
+    if all(item is None for item in tokens):
+        return _numbers(listed, name), None
+    # Beside lists, a number belongs to a reply's last token, and None to nothing.
+    spread = [
+        item if item is not None else [0.0] * (length - 1) + [0.0 if whole is None else whole]
+        for item, whole, length in zip(tokens, listed, lengths, strict=True)
+    ]
+    flat = _numbers([number for item in spread for number in item], name)
+    if flat.isnan().any():
+        raise ValueError(f"the reward function {name} returned None for a token; give each token a number, 0 where there is nothing to say.")
+    sums = torch.stack([part.sum() for part in flat.split(list(lengths))])
+    said_nothing = torch.tensor([item is None for item in listed])
+    return sums.masked_fill(said_nothing, float("nan")), flat
+
+
+def _numbers(listed: Sequence[Any], name: str) -> Float[Tensor, " N"]:
     try:
         numbers = torch.tensor([float("nan") if number is None else float(number) for number in listed])
     except (TypeError, ValueError) as error:
         raise ValueError(f"the reward function {name} returned something that is no number: {error}") from error
     broken = [index for index, number in enumerate(listed) if number is not None and not numbers[index].isfinite()]
     if broken:
-        raise ValueError(f"the reward function {name} returned {listed[broken[0]]} for reply {broken[0]}, {len(broken)} of {count} not finite.")
+        raise ValueError(f"the reward function {name} returned {listed[broken[0]]} for reply {broken[0]}, {len(broken)} of {len(listed)} not finite.")
     return numbers
 
 
@@ -102,7 +144,7 @@ def score_pairs(trainer: Any, name: str) -> tuple[list[float], list[float], list
 
 
 class ScoreScale(NamedTuple):
-    """Mean and standard deviation of raw scores over the reference's own replies; normalised scores are counted in them."""
+    """Mean and standard deviation of raw scores; normalised scores are counted in them."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -126,11 +168,21 @@ def score_scale(raw: Float[Tensor, " N"]) -> ScoreScale:
 
 
 def token_rewards(
-    scores: Float[Tensor, " B"], kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, kl_coef: float
+    scores: Float[Tensor, " B"],
+    kl: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    kl_coef: float,
+    by_token: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """-kl_coef * KL at every token, and the reply's score at its last counted one (Ouyang et al. 2022, arXiv:2203.02155, eq. 2; Ziegler et al. 2019).
 
-    TRL 0.12-1.12 puts the score on the padding after the end-of-text token, whose value enters the estimate.
+    ``by_token`` is the part of the score that belongs to single tokens, in the units of ``scores``; the last token gets what is left of it, so
+    that a reply's rewards always sum to its score and KL. TRL 0.12-1.12 puts the score on the padding after the end-of-text token, whose value
+    enters the estimate.
     """
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
+    if by_token is not None:
+        by_token = torch.where(mask, by_token, 0.0)
+        rewards, scores = rewards + by_token, scores - by_token.sum(-1)
     return rewards.scatter_add(1, last_counted(mask.long())[:, None], scores[:, None].to(rewards.dtype))

@@ -1,7 +1,8 @@
 """Replies to a batch of prompts, and one sweep over them for all that the roles have to say: scores, log-probabilities, values."""
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -10,21 +11,26 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from goose_lora.batch import Rollout
 from goose_lora.dense import RolloutWeights, dense_copy
-from goose_lora.rewards import RewardMix
+from goose_lora.rewards import RewardMix, Scores
 from goose_lora.sampling import sample
 from goose_lora.shared_base import SharedBase, before_response
+from goose_lora.stopping import StopStrings
 
 
 class Evaluated(NamedTuple):
-    """What the roles say of a rollout, before any normalisation."""
+    """What the roles say of a rollout, before any normalisation; parts that nobody needs are None.
 
-    scores: Float[Tensor, " B"]
-    scores_by_source: dict[str, Float[Tensor, " B"]]
+    ``kl`` is the exact one, ``ref_hidden`` the reference's states for a loss on it. ``by_adapter`` has the reward adapter's scores.
+    """
+
+    by_adapter: Float[Tensor, " B"] | None
     logprobs: Float[Tensor, "B T"]
     ref_logprobs: Float[Tensor, "B T"]
+    kl: Float[Tensor, "B T"] | None
     values: Float[Tensor, "B T"] | None
     trunk: Float[Tensor, "B L H"] | None
     features: Float[Tensor, "B T H"] | None
+    ref_hidden: Float[Tensor, "B T H"] | None
 
 
 class Rollouts:
@@ -32,7 +38,9 @@ class Rollouts:
 
     Args:
         reward: what scores the replies.
+        stop_strings: texts that end a reply, besides the tokens of ``generation``.
         reuse_trunk: run the layers that the roles share once.
+        exact_kl: sum the KL over the vocabulary; for a loss, the reference's states are kept too.
     """
 
     def __init__(
@@ -44,19 +52,26 @@ class Rollouts:
         batch_size: int,
         weights: RolloutWeights = "auto",
         reward: RewardMix,
+        stop_strings: Sequence[str] | None = None,
         reuse_trunk: bool = True,
+        exact_kl: Literal["reward", "loss"] | None = None,
     ):
         self.shared, self.tokenizer, self.generation = shared, tokenizer, generation
         self.batch_size, self.reuse_trunk, self.reward = batch_size, reuse_trunk, reward
+        self.stop_strings, self.exact_kl = stop_strings, exact_kl
         self.dense = dense_copy(shared, weights)
 
     @torch.no_grad()
-    def generate(self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"]) -> Rollout:
+    def generate(self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], *, greedy: bool = False) -> Rollout:
         """One reply to each left-padded prompt, by the policy as it is now; all put together to one width."""
         if self.dense is not None:
             self.dense.become("policy")
+        config = self.generation
+        if greedy:
+            config = copy.deepcopy(config)
+            config.do_sample = False
         groups = zip(input_ids.split(self.batch_size), attention_mask.split(self.batch_size), strict=True)
-        parts = [sample(self.shared, ids, mask, self.generation, dense=self.dense) for ids, mask in groups]
+        parts = [sample(self.shared, ids, mask, config, dense=self.dense, stop=self._stop(ids.shape[1])) for ids, mask in groups]
         if len(parts) == 1:
             return parts[0]
         width = max(part.input_ids.shape[1] for part in parts)
@@ -68,37 +83,33 @@ class Rollouts:
         fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "response_mask": False, "sampling_logprobs": 0.0}
         return Rollout(**{name: joined(name, fill) for name, fill in fills.items()}, ended=torch.cat([p.ended for p in parts]))
 
+    def _stop(self, prompt_tokens: int) -> StopStrings | None:
+        return StopStrings(self.tokenizer, self.stop_strings, prompt_tokens) if self.stop_strings else None
+
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout, columns: dict[str, list]) -> Evaluated:
+    def evaluate(self, rollout: Rollout) -> Evaluated:
         """All roles in one sweep, a group of replies at a time, so that each group's shared layers are run once."""
         shared, temperature = self.shared, self.generation.temperature
         on_features = shared.critic == "reward_features"
         parts = []
-        for ids, attention, mask, ended in self._groups(rollout):
+        for ids, attention, mask, closed in self._groups(rollout):
             trunk = shared.trunk(ids, attention) if self.reuse_trunk else None
             judged: Any = shared.hidden("reward", ids, attention, trunk) if on_features or self.reward.needs_adapter else None
             features = before_response(judged, mask).clone() if on_features else None
-            policy = shared(ids, attention, mask, trunk=trunk, features=features, temperature=temperature)
             reference = shared.hidden("reference", ids, attention, trunk)
             ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=temperature)
-            scores = shared.read_scores(judged, attention, ended) if self.reward.needs_adapter else None
-            parts.append((scores, policy.logprobs, ref_logprobs, policy.values, trunk, features))
-        by_adapter, *others = (_together(column) for column in zip(*parts, strict=True))
-        return Evaluated(*self._reward(by_adapter, rollout, columns), *others)  # type: ignore[arg-type]
+            ref_hidden = before_response(reference, mask).clone() if self.exact_kl else None
+            policy = shared(ids, attention, mask, trunk=trunk, features=features, ref_hidden=ref_hidden, temperature=temperature)
+            scores = shared.read_scores(judged, attention, closed) if self.reward.needs_adapter else None
+            kept = ref_hidden if self.exact_kl == "loss" else None
+            parts.append((scores, policy.logprobs, ref_logprobs, policy.kl, policy.values, trunk, features, kept))
+        return Evaluated(*(_together(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def scores(self, rollout: Rollout, columns: dict[str, list]) -> Float[Tensor, " B"]:
-        """Raw scores alone."""
-        by_adapter = None
-        if self.reward.needs_adapter:
-            by_adapter = torch.cat([self.shared.scores(ids, attention, ended=ended) for ids, attention, _, ended in self._groups(rollout)])
-        return self._reward(by_adapter, rollout, columns)[0]
-
-    def _groups(self, rollout: Rollout) -> Iterator[tuple[Tensor, ...]]:
-        fields = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, rollout.ended)
-        return zip(*(field.split(self.batch_size) for field in fields), strict=True)
-
-    def _reward(self, by_adapter: Tensor | None, rollout: Rollout, columns: dict[str, list]) -> tuple[Tensor, dict[str, Tensor]]:
+    def scores(self, rollout: Rollout, columns: dict[str, list], by_adapter: Float[Tensor, " B"] | None = None) -> Scores:
+        """Raw scores from all sources; the reward adapter's are computed unless ``evaluate`` has given them already."""
+        if self.reward.needs_adapter and by_adapter is None:
+            by_adapter = torch.cat([self.shared.scores(ids, attention, ended=closed) for ids, attention, _, closed in self._groups(rollout)])
         ids = rollout.response_ids()
         replies = columns | {
             "prompts": columns.get("prompt") or self.tokenizer.batch_decode(rollout.prompt_ids()),
@@ -106,8 +117,15 @@ class Rollouts:
             "completion_ids": ids,
         }
         replies.pop("prompt", None)
-        scores, by_source = self.reward(by_adapter, **replies)
-        return scores.to(rollout.input_ids.device), by_source
+        total, by_source, by_token = self.reward(by_adapter, **replies)
+        device = rollout.input_ids.device
+        return Scores(total.to(device), by_source, None if by_token is None else by_token.to(device))
+
+    def _groups(self, rollout: Rollout) -> Iterator[tuple[Tensor, ...]]:
+        """Ids, attention mask, response mask, and which replies close with the end-of-text token: a reward model may not have read it."""
+        closed = rollout.closes_with(self.tokenizer.eos_token_id)
+        fields = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, closed)
+        return zip(*(field.split(self.batch_size) for field in fields), strict=True)
 
 
 def _together(parts: Sequence[Tensor | None]) -> Tensor | None:

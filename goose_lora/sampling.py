@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from goose_lora.adapters import Role
 from goose_lora.batch import Rollout
 from goose_lora.dense import DenseCopy
 from goose_lora.shared_base import SharedBase
+from goose_lora.stopping import StopStrings
 
 
 def generation_config(
@@ -49,17 +50,27 @@ def sample(
     *,
     role: Role = "policy",
     dense: DenseCopy | None = None,
+    stop: StopStrings | None = None,
 ) -> Rollout:
-    """One reply to each left-padded prompt under ``role``; by ``dense`` if given, which must have become that role."""
+    """One reply to each left-padded prompt under ``role``; by ``dense`` if given, which must have become that role.
+
+    ``stop`` ends replies at a text, besides the end-of-text tokens of ``config``; it serves one call.
+    """
     chooser = Chooser(config.temperature if config.do_sample else None)
     settings = copy.deepcopy(config)
     settings.update(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, typical_p=None, epsilon_cutoff=None, eta_cutoff=None)
     acting = nullcontext(dense.model) if dense else shared.role(role, generating=True)
     with acting as model, _nothing_shipped(model), _contiguous_head(model), shared.autocast():
         sequences = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, logits_processor=LogitsProcessorList([chooser])
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([chooser]),
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
         )
     mask, ended = response_mask(sequences[:, input_ids.shape[1] :], config.eos_token_id)
+    if stop:
+        mask, ended = stop.cut(mask, ended)
     return Rollout(sequences, torch.cat([attention_mask, mask.long()], dim=1), mask, ended, torch.where(mask, chooser.logprobs(mask.shape[1]), 0.0))
 
 

@@ -9,24 +9,21 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import LoraConfig, PeftModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from goose_lora import adapters
-from goose_lora.adapters import ADAPTERS, Role, adapter_config, belongs_to, first
+from goose_lora.adapters import ADAPTERS, Critic, CriticInit, Role, adapter_config, belongs_to
 from goose_lora.batch import last_counted
-from goose_lora.logprobs import token_logprobs
+from goose_lora.logprobs import token_kl, token_logprobs
 from goose_lora.trunk import above, below, decoder_layers, lowest_layer
 
 logger = logging.getLogger(__name__)
-
-Critic = Literal["adapter", "shared", "reward_features"]
 
 
 class PolicyAndValue(NamedTuple):
@@ -35,6 +32,7 @@ class PolicyAndValue(NamedTuple):
     logprobs: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     values: Float[Tensor, "B T"] | None
+    kl: Float[Tensor, "B T"] | None = None
     ptx_loss: Float[Tensor, ""] | None = None
 
 
@@ -46,6 +44,7 @@ class SharedBase(PeftModel):
 
     critic: Any
     reads_eos: bool
+    values_are_scores: bool
     _role: Any
     set_adapter: Any
     add_adapter: Any
@@ -59,26 +58,30 @@ class SharedBase(PeftModel):
         *,
         reward: str | Path | None = None,
         critic: Critic | None = None,
+        critic_init: CriticInit | None = None,
         value: LoraConfig | None = None,
         reference: str | Path | None = None,
+        average: bool = False,
     ) -> "SharedBase":
         """Put the roles on ``base``, a causal language model of transformers, quantized or not. All dropout is set to 0, the base's too.
 
         Args:
             policy: a fresh adapter's configuration, or the folder of a trained one (SFT).
             reward: folder of the adapter and ``score`` head that ``trl.RewardTrainer`` saved, if there is a reward adapter.
-            critic: ``adapter`` for a value adapter with its own head, which starts as a copy of the reward adapter where there is one;
-                ``shared`` for a head on the policy's hidden states; ``reward_features`` for a head on the frozen reward adapter's, which scoring
-                computes anyway, started as a copy of the reward head; None for no critic.
-            value: the value adapter's configuration where there is no reward adapter to copy; the policy's by default.
+            critic: ``adapter`` for a value adapter with its own head; ``shared`` for a head on the policy's hidden states; ``reward_features`` for
+                a head on the frozen reward adapter's, which scoring computes anyway; None for no critic.
+            critic_init: ``reward`` for a copy of the reward adapter and head (of the head alone with ``reward_features``), the default where there
+                is one to copy; ``policy`` for a copy of the policy adapter, with a head of 0; ``zero`` for a fresh adapter and a head of 0.
+            value: the value adapter's configuration where it copies none; the reward adapter's or the policy's by default.
             reference: ``copy`` for a frozen copy of the policy as it starts (the default where the policy is a trained adapter), ``base`` for
                 the base with all adapters off (the default where it is fresh), or the folder of an adapter.
+            average: add a frozen copy of the policy as the role ``ema``, for a moving average.
 
         Raises:
-            ValueError: an adapter for another base, or without the head it needs; ``reward_features`` without a reward adapter.
+            ValueError: an adapter for another base, or without the head it needs; a critic that cannot start as ``critic_init`` says;
+                ``reward_features`` without a reward adapter.
         """
-        if critic == "reward_features" and reward is None:
-            raise ValueError("critic: reward_features reads the reward adapter's states, and there is no reward adapter. Use adapter or shared.")
+        critic_init = adapters.check_critic(critic, critic_init, has_reward=reward is not None)
         from_folder = not isinstance(policy, LoraConfig)
         head = base.get_output_embeddings()
         if reward is not None or critic is not None:
@@ -97,31 +100,35 @@ class SharedBase(PeftModel):
         elif reference != "base":
             self.add_adapter(ADAPTERS["reference"], adapter_config(reference))
             self.load_role("reference", reference)
+        if average:
+            self.add_adapter(ADAPTERS["ema"], copy.deepcopy(config))
+            self._copy_role("policy", "ema")
         self.reads_eos = True
         if reward is not None:
             self.add_adapter(ADAPTERS["reward"], adapter_config(reward))
             self.load_role("reward", reward)
             self.reads_eos = adapters.read_lineage(reward).get("append_eos", True)
         self.critic = critic
+        self.values_are_scores = critic is not None and critic_init == "reward"
         if critic is not None:
-            self._add_critic(critic, value or config)
+            self._add_critic(critic, critic_init, value or config)
         self._switch_to("policy")
         self.set_trainable(("policy", "value"))
         return self.eval()
 
-    def _add_critic(self, critic: Critic, config: LoraConfig) -> None:
-        has_reward = ADAPTERS["reward"] in self.peft_config
-        if critic in ("shared", "reward_features"):
+    def _add_critic(self, critic: Critic, critic_init: CriticInit, config: LoraConfig) -> None:
+        source: Role = "policy" if critic_init == "policy" else "reward"
+        if critic != "adapter":
             config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
-        elif has_reward:
-            config = self.peft_config[ADAPTERS["reward"]]  # type: ignore[assignment]
+        elif self.has(source):
+            config = self.peft_config[ADAPTERS[source]]  # type: ignore[assignment]
         config = copy.deepcopy(config)
         config.modules_to_save = ["score"]
         config.lora_dropout = 0.0
         self.add_adapter(ADAPTERS["value"], config)
-        if critic != "shared" and has_reward:
-            self._copy_role("reward", "value")
-        else:
+        if critic_init != "zero":
+            self._copy_role(source, "value")
+        if critic_init != "reward":
             nn.init.zeros_(self.score_head("value").weight)  # an unbiased start: no critic before the first update
 
     # ---- Adapters: loading, copying, and which of them train ----
@@ -132,33 +139,22 @@ class SharedBase(PeftModel):
         Raises:
             ValueError: tensors that the role needs are missing in the folder, or the folder has some that fit nowhere or have another size.
         """
-        weights = load_peft_weights(str(folder), device="cpu")
-        if role in ("value", "reward") and not any(key.endswith("score.weight") for key in weights):
-            raise ValueError(
-                f"{folder} has no score head (looked for a tensor named *score.weight among {len(weights)}), so it cannot be a {role} model. "
-                "Train it with recipes/reward.py, or with trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
-            )
-        try:
-            result = set_peft_model_state_dict(self, weights, adapter_name=ADAPTERS[role])
-        except RuntimeError as error:  # torch lists the tensors of another size, one a line
-            sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-            raise ValueError(
-                f"{folder} does not fit the role {role} on this base: {len(sizes)} tensors of another size{first(sizes)}. "
-                "Use an adapter that was trained on this base model."
-            ) from error
-        wanted = [key for key in result.missing_keys if belongs_to(key, ADAPTERS[role])]
-        if result.unexpected_keys or wanted:
-            raise ValueError(
-                f"{folder} does not fit the role {role} on this base: "
-                f"{len(wanted)} tensors missing{first(wanted)}, {len(result.unexpected_keys)} not known{first(result.unexpected_keys)}. "
-                "Use an adapter that was trained on this base model."
-            )
+        adapters.load_weights(self, role, folder)
 
     def _copy_role(self, source: Role, target: Role) -> None:
         parameters = dict(self.role_parameters(source))
         with torch.no_grad():
             for name, parameter in self.role_parameters(target):
-                parameter.copy_(parameters[name.replace(f".{ADAPTERS[target]}.", f".{ADAPTERS[source]}.")])
+                twin = parameters.get(name.replace(f".{ADAPTERS[target]}.", f".{ADAPTERS[source]}."))
+                if twin is not None:  # the policy has no head to copy
+                    parameter.copy_(twin)
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Move the role ``ema`` towards the policy: ema <- decay * ema + (1 - decay) * policy, factor by factor of LoRA."""
+        policy = dict(self.role_parameters("policy"))
+        for name, parameter in self.role_parameters("ema"):
+            parameter.lerp_(policy[name.replace(f".{ADAPTERS['ema']}.", f".{ADAPTERS['policy']}.")], 1 - decay)
 
     def role_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of a role's adapter, its head included."""
@@ -323,11 +319,27 @@ class SharedBase(PeftModel):
             head.weight,
             head.bias,
             temperature=temperature,
-            softcap=core.config.get_text_config().to_dict().get("final_logit_softcapping"),
+            softcap=self._final_softcap,
             entropy_gradient=entropy_gradient,
         )
         zeros = torch.zeros(response_mask.shape, dtype=logprobs.dtype, device=logprobs.device)
         return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropies)
+
+    def exact_kl(
+        self, hidden: Float[Tensor, "B T H"], ref_hidden: Float[Tensor, "B T H"], response_mask: Bool[Tensor, "B T"], *, temperature: float = 1.0
+    ) -> Float[Tensor, "B T"]:
+        """KL(policy || reference) of each next token over the whole vocabulary (nats), zero outside ``response_mask``; gradient to ``hidden``."""
+        core: Any = self.get_base_model()
+        head = core.get_output_embeddings()
+        kl = token_kl(
+            hidden[response_mask], ref_hidden[response_mask], head.weight, head.bias, temperature=temperature, softcap=self._final_softcap
+        )
+        return torch.zeros(response_mask.shape, dtype=kl.dtype, device=kl.device).masked_scatter(response_mask, kl)
+
+    @property
+    def _final_softcap(self) -> float | None:
+        core: Any = self.get_base_model()
+        return core.config.get_text_config().to_dict().get("final_logit_softcapping")
 
     def values(self, hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """V of the state before each of the last T tokens, zero outside ``response_mask``."""
@@ -363,6 +375,7 @@ class SharedBase(PeftModel):
         response_mask: Bool[Tensor, "B T"],
         trunk: Float[Tensor, "B L H"] | None = None,
         features: Float[Tensor, "B T H"] | None = None,
+        ref_hidden: Float[Tensor, "B T H"] | None = None,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
         ptx: tuple[Int[Tensor, "P N"], Int[Tensor, "P N"]] | None = None,
@@ -370,18 +383,20 @@ class SharedBase(PeftModel):
         """Policy and critic in one call, which is what DistributedDataParallel must see: one forward, then one backward.
 
         ``features``: the reward adapter's states before each response token, for a critic on ``reward_features``; computed where not given.
+        ``ref_hidden``: the reference's states before each response token, for the exact KL to it.
         ``ptx``: pretraining texts and their attention mask; their mean negative log-likelihood a token is PPO-ptx's term.
         """
         ptx_loss = None if ptx is None else self.negative_log_likelihood(*ptx)
         hidden = self.hidden("policy", input_ids, attention_mask, trunk)
         logprobs, entropy = self.logprobs(hidden, input_ids, response_mask, temperature=temperature, entropy_gradient=entropy_gradient)
+        kl = None if ref_hidden is None else self.exact_kl(before_response(hidden, response_mask), ref_hidden, response_mask, temperature=temperature)
         if self.critic is None:
-            return PolicyAndValue(logprobs, entropy, None, ptx_loss)
-        if features is not None:
-            return PolicyAndValue(logprobs, entropy, torch.where(response_mask, self.apply_head("value", features), 0.0), ptx_loss)
-        if self.critic != "shared":
-            hidden = self.hidden("value", input_ids, attention_mask, trunk)
-        return PolicyAndValue(logprobs, entropy, self.values(hidden, response_mask), ptx_loss)
+            values = None
+        elif features is not None:
+            values = torch.where(response_mask, self.apply_head("value", features), 0.0)
+        else:
+            values = self.values(hidden if self.critic == "shared" else self.hidden("value", input_ids, attention_mask, trunk), response_mask)
+        return PolicyAndValue(logprobs, entropy, values, kl, ptx_loss)
 
     def negative_log_likelihood(self, input_ids: Int[Tensor, "P N"], attention_mask: Int[Tensor, "P N"]) -> Float[Tensor, ""]:
         """Of whole texts under the policy: nats a token, the first token of each left out. Only the policy gets a gradient."""

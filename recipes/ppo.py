@@ -57,7 +57,14 @@ def main(args: list[str] | None = None) -> None:
         ptx = tokenize_texts(texts, tokenizer, name=roles.ptx_dataset_name, max_length=roles.ptx_max_length)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     policy = roles.policy_adapter or lora_config(model_args, base)
-    shared = SharedBase.build(base, policy, reward=roles.reward_adapter, critic=config.critic if config.needs_critic else None)
+    shared = SharedBase.build(
+        base,
+        policy,
+        reward=roles.reward_adapter,
+        critic=config.critic if config.needs_critic else None,
+        critic_init=config.critic_init,
+        average=config.ema_decay is not None,
+    )
     rewards = {"reward_function": functions, "reward_weights": roles.reward_weights}
     trainer = PPOTrainer(shared, config, prompts, tokenizer, **rewards, ptx_dataset=ptx)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

@@ -255,7 +255,7 @@ def test_a_missing_gradient_is_named():
 
 def test_the_overridden_hooks_are_public_and_have_trainers_signatures():
     own = {name for name, value in vars(PPOTrainer).items() if inspect.isfunction(value)} & set(dir(Trainer))
-    hooks = {"create_optimizer", "get_train_dataloader", "training_step", "compute_loss", "log"}
+    hooks = {"create_optimizer", "create_scheduler", "get_train_dataloader", "training_step", "compute_loss", "log", "evaluate"}
     assert own - {"__init__"} == hooks
     for name in hooks:
         assert list(inspect.signature(getattr(PPOTrainer, name)).parameters) == list(inspect.signature(getattr(Trainer, name)).parameters)
@@ -361,7 +361,7 @@ def test_the_advantages_of_a_group_are_its_returns_against_the_others(tmp_path):
     ppo = trainer(tmp_path, shared=shared, advantage_estimator="rloo", num_generations=2)
     mask = tiny.response_mask((3, 2, 3, 1))
     rewards = torch.where(mask, torch.tensor([[1.0], [2.0], [3.0], [4.0]]), 0.0)
-    advantages, returns = ppo._advantages(rewards, None, mask)
+    advantages, returns = ppo.experiences.advantages(rewards, None, mask)
     assert returns is None
     assert advantages.tolist() == [[-1.0] * 3, [1.0, 1.0, 0.0], [5.0] * 3, [-5.0, 0.0, 0.0]]
 
@@ -418,7 +418,7 @@ def test_a_minibatch_whose_ratio_has_left_all_bounds_moves_nothing(tmp_path):
 def test_the_reward_adapter_and_functions_add_up_and_are_logged_one_by_one(tmp_path):
     shared = with_reward_adapter(tmp_path / "reward", critic="adapter")
     sources = {"reward_function": ["adapter", even_share], "reward_weights": [1, 3]}
-    PPOTrainer(shared, config(tmp_path / "run", normalize_scores=False), prompt_rows(), tiny.tokenizer(), **sources).train()
+    PPOTrainer(shared, config(tmp_path / "run", score_normalization="none"), prompt_rows(), tiny.tokenizer(), **sources).train()
     rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "objective/raw_score" in row]
     for row in rows:
         assert row["objective/raw_score"] == pytest.approx(row["reward/adapter"] + 3 * row["reward/even_share"], abs=1e-5)

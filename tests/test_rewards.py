@@ -25,7 +25,7 @@ async def slow(completions, **columns):
 
 def test_sources_are_weighted_and_added_and_kept_apart():
     mix = RewardMix(["adapter", length, label], [1.0, -0.5, 2.0])
-    scores, by_source = mix(torch.tensor([1.0, 2.0, 3.0]), **REPLIES)
+    scores, by_source, _ = mix(torch.tensor([1.0, 2.0, 3.0]), **REPLIES)
     assert mix.needs_adapter
     assert scores.tolist() == [1 - 0.5 + 2 * 6, 2 - 1 + 2 * 8, 3 - 1.5 + 2 * 10]
     assert {name: column.tolist() for name, column in by_source.items()} == {"adapter": [1, 2, 3], "length": [1, 2, 3], "label": [6, 8, 10]}
@@ -33,12 +33,12 @@ def test_sources_are_weighted_and_added_and_kept_apart():
 
 def test_weights_are_one_unless_given_and_the_adapter_is_asked_only_where_it_is_named():
     mix = RewardMix([length, length])
-    scores, by_source = mix(None, **REPLIES)
+    scores, by_source, _ = mix(None, **REPLIES)
     assert not mix.needs_adapter and scores.tolist() == [2, 4, 6] and list(by_source) == ["length_0", "length_1"]
 
 
 def test_none_has_no_say_and_async_functions_are_awaited_together():
-    scores, by_source = RewardMix([slow, length, slow])(None, **REPLIES)
+    scores, by_source, _ = RewardMix([slow, length, slow])(None, **REPLIES)
     assert scores.tolist() == [21, 2, 63]
     assert by_source["slow_0"].isnan().tolist() == [False, True, False]
     with pytest.raises(ValueError, match="no source of reward said anything of 1 of 3 replies"):

@@ -1,0 +1,140 @@
+"""PPO's modes on the demo, several seeds: what each ends at, and what it costs.
+
+    python benchmarks/modes.py --output runs/modes [--modes reward_features rloo ...] [--seeds 0 1 2] [--dtype float32]
+
+Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is the demo's PPO stage with the settings below,
+then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds are of the process of the PPO stage, so that other work on the machine
+does not enter. What is finished is not run again; several calls may share the output folder. Prints a table, mean and range over the seeds.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = {"num_generations": 4}
+MODES: dict[str, dict[str, object]] = {
+    "reward_features": {},
+    "adapter": {"critic": "adapter"},
+    "shared": {"critic": "shared"},
+    "rloo": {"advantage_estimator": "rloo", **GROUPS},
+    "grpo": {"advantage_estimator": "grpo", **GROUPS},
+    "kl_adaptive": {"kl_target": 6, "kl_horizon": 640},
+    "kl_k2_in_loss": {"kl_location": "loss", "kl_estimator": "k2"},
+    "kl_k3_in_loss": {"kl_location": "loss", "kl_estimator": "k3"},
+    "kl_k3_in_reward": {"kl_estimator": "k3"},
+    "ptx": {"ptx_coef": 0.1, "ptx_dataset_name": "embedded/sft", "ptx_batch_size": 8},
+}
+
+
+def run(command: list[str], log: Path) -> float:
+    """CPU seconds of a command, whose output goes to ``log``; stops everything if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_USE_CPU": "true"}
+    with open(log, "w", encoding="utf-8") as file:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\nended with exit code {done.returncode}; see {log}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def recipe(name: str, folder: Path, seed: int, dtype: str, **settings: object) -> float:
+    settings |= {"dtype": dtype} | ({} if name == "ppo" else {"bf16": dtype == "bfloat16"})
+    config = f"recipes/configs/demo_cpu/{name}.yaml"
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return run([f"recipes/{name}.py", "--config", config, "--output_dir", str(folder), "--seed", str(seed), *options], folder.with_suffix(".log"))
+
+
+def stages(seed_folder: Path, seed: int, dtype: str) -> dict[str, object]:
+    """The two stages before PPO, and the settings that point at them."""
+    for name in ("sft", "reward"):
+        if not (seed_folder / name / "stage.json").is_file():
+            recipe(name, seed_folder / name, seed, dtype)
+    return {"policy_adapter": seed_folder / "sft", "reward_adapter": seed_folder / "reward"}
+
+
+def judge(seed_folder: Path, folder: Path, seed: int, dtype: str, which: str = "ppo") -> dict[str, float]:
+    """Figures of one policy on the held-out prompts; 'sft' in ``which`` judges the reference."""
+    target = folder / f"judged_{which}.json"
+    if not target.is_file():
+        inner = "import sys; sys.path.insert(0, 'benchmarks'); import modes; "
+        inner += f"modes.judge_here({str(seed_folder)!r}, {str(folder)!r}, {seed}, {dtype!r}, {which!r})"
+        run(["-c", inner], folder / f"judged_{which}.log")
+    return json.loads(target.read_text(encoding="utf-8"))
+
+
+def judge_here(seed_folder: str, folder: str, seed: int, dtype: Any, which: str) -> None:
+    from goose_lora import cli, demo
+    from goose_lora.data import load_rows, tokenize_prompts
+    from goose_lora.dense import dense_copy
+    from goose_lora.loading import ModelArguments, load_base, load_tokenizer
+    from goose_lora.replies import answer, judge_all, summary
+    from goose_lora.report import write_json
+    from goose_lora.sampling import generation_config
+    from goose_lora.shared_base import SharedBase
+
+    cli.quiet_libraries()
+    cli.keep_freed_memory()
+    model = ModelArguments(demo.resolve("embedded"), dtype=dtype)
+    tokenizer = load_tokenizer(model)
+    rows = load_rows(demo.resolve("embedded/prompts-test"), max_rows=200)
+    prompts = list(tokenize_prompts(rows, tokenizer, name="prompts-test", max_prompt_tokens=512)["input_ids"])
+    policy = {"ppo": folder, "ema": f"{folder}/ema", "sft": f"{seed_folder}/sft"}[which]
+    shared = SharedBase.build(load_base(model, tokenizer), policy, reward=f"{seed_folder}/reward", reference=f"{seed_folder}/sft")
+    sampling = generation_config(
+        response_tokens=24, temperature=1.0, eos_token_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id
+    )
+    named = {"it": answer(shared, "policy", prompts, tokenizer, sampling, batch_size=100, seed=seed, dense=dense_copy(shared, "auto"))}
+    judge_all(named, tokenizer.batch_decode(prompts), demo.vader)
+    write_json(f"{folder}/judged_{which}.json", summary(named, against="it")["it"])
+
+
+def table(output: Path, modes: list[str]) -> str:
+    """A line a mode: mean over the seeds that are there, and the range."""
+    def cell(values: list[float], digits: int = 2) -> str:
+        return f"{fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})" if values else "-"
+
+    lines = ["| mode | seeds | VADER | score | KL | distinct-2 | tokens | ended | CPU seconds |", "|---|---|---|---|---|---|---|---|---|"]
+    for mode in modes:
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob(f"seed*/{mode}/mode.json"))]
+        names = ("judge", "score", "kl", "distinct_2", "tokens", "ended", "cpu_seconds")
+        columns = {name: [row[name] for row in rows if name in row] for name in names}
+        digits = {"judge": 3, "distinct_2": 3, "kl": 1, "tokens": 1, "cpu_seconds": 0}
+        lines.append(f"| {mode} | {len(rows)} | " + " | ".join(cell(values, digits.get(name, 2)) for name, values in columns.items()) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "modes")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    arguments = parser.parse_args()
+    dtype = arguments.dtype
+    for mode in arguments.modes:
+        for seed in arguments.seeds:
+            seed_folder = arguments.output.resolve() / f"seed{seed}"
+            folder = seed_folder / mode
+            if (folder / "mode.json").is_file():
+                continue
+            start = stages(seed_folder, seed, dtype)
+            seconds = recipe("ppo", folder, seed, dtype, **start, **MODES[mode])
+            figures = judge(seed_folder, folder, seed, dtype)
+            if (folder / "ema").is_dir():
+                figures |= {f"ema_{name}": value for name, value in judge(seed_folder, folder, seed, dtype, "ema").items()}
+            (folder / "mode.json").write_text(json.dumps(figures | {"cpu_seconds": seconds, "settings": MODES[mode]}, indent=2), encoding="utf-8")
+            print(f"{mode}, seed {seed}: VADER {figures['judge']:.3f}, KL {figures['kl']:.1f}, {seconds:.0f} CPU seconds", flush=True)
+    print(table(arguments.output.resolve(), list(MODES)))
+
+
+if __name__ == "__main__":
+    main()
