@@ -106,10 +106,13 @@ def _read(name: str, split: str) -> Dataset:
             raise ValueError(f"{name}: no such file.")
         if Path(name).stat().st_size == 0:
             raise ValueError(f"{name}: the file is empty.")
+        if suffix != ".parquet":
+            _check_encoding(Path(name))
         try:
             rows = load_dataset(READERS[suffix], data_files=name, split="train")
-        except (DatasetGenerationError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name}: {what_is_broken(Path(name)) or error.__cause__ or error}") from error
+        except (DatasetGenerationError, ValueError) as error:
+            broken = _broken_json(Path(name)) if READERS[suffix] == "json" else None
+            raise ValueError(f"{name}: {broken or error.__cause__ or error}") from error
     elif Path(name).exists():
         raise ValueError(f"{name}: cannot read this kind of file. Use {', '.join(READERS)} or the name of a Hub dataset.")
     else:
@@ -119,30 +122,35 @@ def _read(name: str, split: str) -> Dataset:
     return rows
 
 
-def what_is_broken(path: Path) -> str | None:
-    """The first line of a text file that is not UTF-8, or not JSON in a file of JSON; None if it is something else."""
-    if path.suffix.lower() == ".parquet":
-        return None
-    whole = path.suffix.lower() == ".json" and path.read_bytes().lstrip().startswith(b"[")
+def _check_encoding(path: Path) -> None:
+    """Raise ValueError, naming the line, unless a file of text is UTF-8: the reader of JSON would notice only when the row is used."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8, at byte {error.start + 1} of it (0x{line[error.start]:02x}). Save the file as UTF-8."
-            if path.suffix.lower() == ".csv" or whole or not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                return f"line {number} is not JSON: {error.msg} at character {error.colno}. Each line must be one object."
-            if not isinstance(row, dict):
-                return f"line {number} is a JSON {type(row).__name__}; each line must be one object, with columns as keys."
-    if whole:
+                place = f"line {number} is not UTF-8, at byte {error.start + 1} of it (0x{line[error.start]:02x})"
+                raise ValueError(f"{path}: {place}. Save the file as UTF-8.") from error
+
+
+def _broken_json(path: Path) -> str | None:
+    """The first line that is not JSON, of a file that is one list or one object a line; None if all are."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
         try:
-            json.loads(path.read_text(encoding="utf-8-sig"))
+            json.loads(text)
         except json.JSONDecodeError as error:
             return f"line {error.lineno} is not JSON: {error.msg} at character {error.colno}."
+        return None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            return f"line {number} is not JSON: {error.msg} at character {error.colno}. Each line must be one object."
+        if not isinstance(row, dict):
+            return f"line {number} is a JSON {type(row).__name__}; each line must be one object, with columns as keys."
     return None
 
 
@@ -159,8 +167,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None
 
 
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a prompt. A text is taken as it is, without special tokens; messages go through the chat template once, up to the
-    assistant's turn."""
+    """Tokens of a prompt, up to where the reply begins: a text as it is, without special tokens; messages through the chat template, once."""
     if isinstance(prompt, str):
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
     encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)

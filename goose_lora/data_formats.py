@@ -4,7 +4,7 @@ A row that is malformed is an error with its number, counted from 1; one that is
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from datasets import Dataset
@@ -78,8 +78,7 @@ def take(rows: Dataset, stage: Stage, name: str) -> Taken:
     kind, kind_from = _kind_of_rows(rows, format.columns[0], name)
     dropped: dict[str, list[int]] = defaultdict(list)
     kept = []
-    read: Iterable[Any] = rows.select_columns(columns)
-    for number, row in enumerate(read, 1):
+    for number, row in _numbered(rows, columns):
         try:
             reason = reason_to_drop(row, format, stage, kind)
         except _OtherKind as error:
@@ -218,10 +217,13 @@ def _kind_of(value: Any, column: str) -> Kind:
     raise ValueError(f"{column} is {type(value).__name__}; expected text or a list of chat messages.")
 
 
+def _numbered(rows: Dataset, columns: list[str]) -> Iterator[tuple[int, Any]]:
+    yield from enumerate(rows.select_columns(columns), 1)
+
+
 def _kind_of_rows(rows: Dataset, column: str, name: str) -> tuple[Kind, int]:
     """The kind of the first row that has something in ``column``, and its number."""
-    read: Iterable[Any] = rows.select_columns([column])
-    for number, row in enumerate(read, 1):
+    for number, row in _numbered(rows, [column]):
         if row[column] is not None:
             try:
                 return _kind_of(row[column], column), number
