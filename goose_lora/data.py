@@ -166,10 +166,17 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None
         raise ValueError(f"{name}: the rows are chat messages, but the tokenizer has no chat template. Use a chat model, or text.")
 
 
+def begins_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # type: ignore[index]
+
+
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a prompt, up to where the reply begins: a text as it is, without special tokens; messages through the chat template, once."""
+    """Tokens of a prompt, up to where the reply begins. A text begins with BOS where the tokenizer begins texts so, as in SFT and the reward
+    model, but never with two, and has no other special token; messages go through the chat template, once."""
     if isinstance(prompt, str):
-        return tokenizer(prompt, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+        bos: Any = tokenizer.bos_token_id
+        ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return [bos, *ids] if ids and ids[0] != bos and begins_texts_with_bos(tokenizer) else ids
     encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
     return encoded["input_ids"]
 

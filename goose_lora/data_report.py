@@ -3,13 +3,13 @@
 import math
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any, NamedTuple, get_args
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from goose_lora.data import load_rows, prompt_ids, require_chat_template
+from goose_lora.data import begins_texts_with_bos, load_rows, prompt_ids, require_chat_template
 from goose_lora.data_formats import (
     CONVERSATIONS,
     FORMATS,
@@ -69,7 +69,7 @@ def describe(
     if encoder is not None and taken.kind == "chat":
         require_chat_template(encoder, dataset)
     cut = max_length if stage == "sft" else None
-    parts = [row_parts(row, taken, stage, encoder, cut=cut) for row in taken.rows]
+    parts = [row_parts(row, taken, stage, encoder, cut=cut) for row in _rows(taken)]
     numbers = _kept_numbers(len(rows), taken.dropped)
     too_long = {place for place, row in enumerate(parts) if max_length is not None and _whole(row) > max_length}
     dropped = {**taken.dropped}
@@ -79,6 +79,7 @@ def describe(
     width = min(shutil.get_terminal_size().columns, 120)
     lines = [f"{dataset}: {_count(len(rows), 'row')}, columns {', '.join(rows.column_names)}", *_format_lines(rows.column_names, taken, stage), ""]
     lines += [*textwrap.wrap(_view(taken, stage, encoder), width), ""]
+    lines += _second_bos_lines(taken, stage, encoder)
     for place in shown:
         lines += _row_lines(numbers[place], parts[place], width)
     lines += _length_lines(parts, "tokens" if encoder else "words")
@@ -106,6 +107,10 @@ def row_parts(row: Any, taken: Taken, stage: Stage, tokenizer: Any, *, cut: int 
     end = cut if cut is not None else max(map(len, wholes.values()))
     parts = [Part("prompt", _decode(alone[: min(start, end)], tokenizer), start, start)] if prompt is not None else []
     return parts + [Part(label, _decode(whole[start:end], tokenizer), len(whole) - start, len(whole)) for label, whole in wholes.items()]
+
+
+def _rows(taken: Taken) -> Iterator[Any]:
+    yield from taken.rows
 
 
 def _pieces(row: Mapping[str, Any], format: Format, stage: Stage) -> tuple[Any, dict[str, Any]]:
@@ -206,6 +211,15 @@ def _view(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -
         how = "Rows as the reward model sees them: each reply after the prompt."
         how += f" {encoder.eos_token} at the end is left out with append_eos: false." if taken.kind == "text" else ""
     return f"{how} {LEGEND}."
+
+
+def _second_bos_lines(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -> list[str]:
+    """A warning of texts that a template has been through already: TRL's trainers would begin them with a second BOS."""
+    if encoder is None or taken.kind == "chat" or stage == "ppo" or not begins_texts_with_bos(encoder):
+        return []
+    first = taken.format.columns[0]
+    count = sum(row[first].startswith(encoder.bos_token) for row in _rows(taken))
+    return [f"{_count(count, 'row')}: {first} begins with {encoder.bos_token}, and the tokenizer adds another. Take it out.", ""] if count else []
 
 
 def _row_lines(number: int, parts: Sequence[Part], width: int) -> list[str]:

@@ -98,11 +98,23 @@ def test_missing_columns_name_those_found_and_those_accepted():
         require_columns(rows, "file", ["text"], ["prompt", "completion"])
 
 
-def test_text_prompts_get_no_special_tokens_and_keep_their_columns():
+def test_prompts_keep_their_other_columns():
     rows = Dataset.from_list([{"prompt": "ba be", "answer": 7}])
     (row,) = tokenize_prompts(rows, tiny.tokenizer(), name="rows", max_prompt_tokens=5)
-    assert row["input_ids"] == [4, 5]
     assert row["answer"] == 7
+
+
+@pytest.mark.parametrize("prompt", ["ba be", "<s> ba be"])
+def test_a_text_prompt_begins_with_bos_once_as_sft_and_the_reward_model_have_it(prompt):
+    (row,) = tokenize_prompts(Dataset.from_list([{"prompt": prompt}]), tiny.tokenizer(), name="rows", max_prompt_tokens=5)
+    assert row["input_ids"] == [tiny.BOS, 4, 5] == tiny.tokenizer()("ba be")["input_ids"]
+
+
+def test_a_text_prompt_gets_no_special_token_from_a_tokenizer_that_adds_none():
+    tokenizer = tiny.tokenizer()
+    tokenizer._tokenizer.post_processor = None
+    (row,) = tokenize_prompts(Dataset.from_list([{"prompt": "ba be"}]), tokenizer, name="rows", max_prompt_tokens=5)
+    assert row["input_ids"] == [4, 5]
 
 
 def test_chat_prompts_go_through_the_template_once():
@@ -125,7 +137,7 @@ def test_long_and_empty_prompts_are_left_out_and_counted(caplog):
     rows = Dataset.from_list([{"prompt": "ba be bi"}, {"prompt": ""}, {"prompt": "ba"}])
     with caplog.at_level(logging.WARNING):
         kept = tokenize_prompts(rows, tiny.tokenizer(), name="rows", max_prompt_tokens=2)
-    assert [row["prompt"] for row in kept] == ["ba"]
+    assert [row["prompt"] for row in kept] == ["ba"]  # and BOS: two tokens
     assert "2 of 3 prompts left out" in caplog.text
 
 

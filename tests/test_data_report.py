@@ -120,7 +120,7 @@ RANKED = {"prompt": "ba", "completions": [" bad", " good be"], "ranks": [2, 1]}
     ("row", "options", "lines"),
     [
         ({"text": "ba good"}, {}, ["format: texts (text), plain text", "  sft     yes (shown below)", "  text  <s> ba good </s>"]),
-        ({"prompt": "ba"}, {}, ["format: prompts (prompt), plain text", "  ppo     yes (shown below)", "  prompt  ba"]),
+        ({"prompt": "ba"}, {}, ["format: prompts (prompt), plain text", "  ppo     yes (shown below)", "  prompt  <s> ba"]),
         (
             {"prompt": "ba", "completion": " good"},
             {"stage": "ppo"},
@@ -164,13 +164,13 @@ def test_without_a_tokenizer_lengths_are_words_and_messages_stand_as_they_are(tm
 def test_lengths_are_those_of_the_tokens(folder, tmp_path):
     rows = [{"prompt": " ".join(["ba"] * length)} for length in (1, 2, 3, 4, 10)]
     report = describe(tiny.write_rows(tmp_path / "rows.jsonl", rows), tokenizer=folder)
-    assert re.search(r"^tokens +min +median +mean +95 % +max\n-.*\nprompt +1 +3 +4 +10 +10$", report, flags=re.MULTILINE)
+    assert re.search(r"^tokens +min +median +mean +95 % +max\n-.*\nprompt +2 +4 +5 +11 +11$", report, flags=re.MULTILINE)
 
 
 def test_rows_left_out_are_listed_by_reason_with_their_numbers_in_the_file(folder, tmp_path):
     rows = [{"prompt": text} for text in ("", "ba", "ba be bi", "be", " ", "bi", "bo")]
-    report = describe(tiny.write_rows(tmp_path / "rows.jsonl", rows), tokenizer=folder, max_length=2)
-    assert report.endswith("3 of 7 rows left out:\n  2  prompt is empty: rows 1, 5\n  1  longer than max_length=2: row 3")
+    report = describe(tiny.write_rows(tmp_path / "rows.jsonl", rows), tokenizer=folder, max_length=3)
+    assert report.endswith("3 of 7 rows left out:\n  2  prompt is empty: rows 1, 5\n  1  longer than max_length=3: row 3")
     assert [line[:9].rstrip() for line in report.split("\n") if line.startswith("-- row")] == ["-- row 2", "-- row 4", "-- row 6"]
 
 
@@ -178,6 +178,13 @@ def test_texts_for_sft_are_cut_and_shown_so(folder, tmp_path):
     report = describe(tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "ba be bi"}, {"text": "ba"}]), tokenizer=folder, max_length=3)
     assert "  text  <s> ba be\n" in report
     assert "1 of 2 rows cut at max_length=3" in report and report.endswith("No row is left out.")
+
+
+def test_texts_that_have_a_bos_already_are_pointed_out(folder, tmp_path):
+    warning = "text begins with <s>, and the tokenizer adds another. Take it out."
+    report = describe(tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "<s> ba"}, {"text": "ba"}]), tokenizer=folder)
+    assert f"1 row: {warning}\n" in report and "  text  <s> <s> ba </s>\n" in report
+    assert warning not in describe(tiny.write_rows(tmp_path / "other.jsonl", [{"text": "ba"}]), tokenizer=folder)
 
 
 def test_spaces_line_breaks_and_control_characters_can_be_seen(tmp_path):
