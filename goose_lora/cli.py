@@ -165,6 +165,14 @@ def _main() -> None:
     demo.add_argument("--seed", type=int, default=0)
     doctor = commands.add_parser("doctor", help="say what the metrics of a PPO run mean, and what to do")
     doctor.add_argument("run", help="folder of the run, or its metrics.jsonl")
+    data = commands.add_parser("data", help="show rows as a stage sees them, their lengths, and which are left out")
+    data.add_argument("dataset", metavar="FILE", help="a .jsonl, .json, .parquet or .csv file, a Hub dataset, or embedded/NAME")
+    data.add_argument("--stage", choices=["sft", "reward", "ppo"], help="whose view (default: the one that the format is meant for)")
+    data.add_argument("--tokenizer", help="Hub id or folder, or embedded; without it lengths are words and no chat template is applied")
+    data.add_argument("--max_length", type=int, help="the stage's limit in tokens: max_length, for ppo max_prompt_tokens")
+    data.add_argument("--max_rows", type=int, help="look at the first so many rows only")
+    data.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    data.add_argument("--column_mapping", nargs="+", metavar="FROM=TO", help="columns to rename: instruction=prompt")
     arguments = parser.parse_args()
     COMMANDS[arguments.command](arguments)
 
@@ -187,4 +195,18 @@ def _doctor(arguments: argparse.Namespace) -> None:
         print(finding)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"demo": _demo, "doctor": _doctor}
+def _data(arguments: argparse.Namespace) -> None:
+    from datasets import disable_progress_bars
+
+    from goose_lora.data_report import describe
+    from goose_lora.demo import resolve
+
+    disable_progress_bars()
+    options = vars(arguments)
+    del options["command"]
+    for name in ("dataset", "tokenizer"):
+        options[name] = options[name] and resolve(options[name])
+    print(describe(**options))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"demo": _demo, "doctor": _doctor, "data": _data}

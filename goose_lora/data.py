@@ -1,15 +1,19 @@
 """Datasets: files and Hub names to rows, rows to tokenized prompts, and the order in which prompts are dealt out."""
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from goose_lora.data_formats import Stage, describe_dropped, take
 
 logger = logging.getLogger(__name__)
 
@@ -25,32 +29,129 @@ class DataArguments:
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as dataset_name."})
     eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub dataset to evaluate on."})
     max_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
+    column_mapping: list[str] | None = field(
+        default=None, metadata={"help": "Columns to rename, as FROM=TO: instruction=prompt. In YAML also {instruction: prompt}."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.column_mapping, str):
+            self.column_mapping = [self.column_mapping]
+        elif isinstance(self.column_mapping, Mapping):
+            self.column_mapping = [f"{source}={target}" for source, target in self.column_mapping.items()]
+        parse_column_mapping(self.column_mapping or [])
 
 
-def load_rows(name: str, split: str = "train", max_rows: int | None = None) -> Dataset:
-    """Rows of a file or of a Hub dataset.
+def parse_column_mapping(pairs: Sequence[str]) -> dict[str, str]:
+    """``FROM=TO`` to old and new names.
 
     Raises:
-        ValueError: a file of another kind, a file that is not there, an unknown split, or no rows.
+        ValueError: another form, a column named twice, or two that would become one.
     """
+    mapping: dict[str, str] = {}
+    for pair in pairs:
+        source, equals, target = pair.partition("=")
+        if not source or not equals or not target:
+            raise ValueError(f"column_mapping: {pair!r} is not of the form FROM=TO, for example instruction=prompt.")
+        if source in mapping or target in mapping.values():
+            raise ValueError(f"column_mapping: {', '.join(pairs)} names {source} or {target} twice.")
+        mapping[source] = target
+    return mapping
+
+
+def load_rows(
+    name: str, split: str = "train", max_rows: int | None = None, column_mapping: Sequence[str] | None = None, *, stage: Stage | None = None
+) -> Dataset:
+    """Rows of a file or of a Hub dataset, their columns renamed; with ``stage``, as that stage takes them (``data_formats.take``), and what it
+    leaves out is counted in a warning.
+
+    Raises:
+        ValueError: a file of another kind, one that is not there or is broken (with the line), an unknown split, no rows, a column to rename
+            that is not there; with ``stage``, what ``take`` raises.
+    """
+    rows = _read(name, split)
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    if len(rows) == 0:
+        raise ValueError(f"{name}: no rows.")
+    rows = rename_columns(rows, parse_column_mapping(column_mapping or []), name)
+    if stage is None:
+        return rows
+    taken = take(rows, stage, name)
+    if taken.dropped:
+        left_out = len(rows) - len(taken.rows)
+        logger.warning("%s: %d of %d rows left out: %s", name, left_out, len(rows), describe_dropped(taken.dropped))
+    return taken.rows
+
+
+def rename_columns(rows: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
+    """``rows`` with columns renamed from the keys of ``mapping`` to its values.
+
+    Raises:
+        ValueError: a column that is not there, or a new name that another column has.
+    """
+    found = rows.column_names
+    for source, target in mapping.items():
+        if source not in found:
+            raise ValueError(f"{name}: column_mapping {source}={target}: there is no column {source}. There are {', '.join(found)}.")
+        if target in found and target not in mapping:
+            way_out = f"Rename that too, for example {target}=old_{target}."
+            raise ValueError(f"{name}: column_mapping {source}={target}: there is a column {target} already. {way_out}")
+    return rows.rename_columns(dict(mapping)) if mapping else rows
+
+
+def _read(name: str, split: str) -> Dataset:
     suffix = Path(name).suffix.lower()
     if suffix in READERS:
         if not Path(name).is_file():
             raise ValueError(f"{name}: no such file.")
         if Path(name).stat().st_size == 0:
             raise ValueError(f"{name}: the file is empty.")
-        rows = load_dataset(READERS[suffix], data_files=name, split="train")
+        if suffix != ".parquet":
+            _check_encoding(Path(name))
+        try:
+            rows = load_dataset(READERS[suffix], data_files=name, split="train")
+        except (DatasetGenerationError, ValueError) as error:
+            broken = _broken_json(Path(name)) if READERS[suffix] == "json" else None
+            raise ValueError(f"{name}: {broken or error.__cause__ or error}") from error
     elif Path(name).exists():
         raise ValueError(f"{name}: cannot read this kind of file. Use {', '.join(READERS)} or the name of a Hub dataset.")
     else:
         rows = load_dataset(name, split=split)
     if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
         raise ValueError(f"{name}: expected one split of rows; name it with dataset_split.")
-    if max_rows is not None:
-        rows = rows.select(range(min(max_rows, len(rows))))
-    if len(rows) == 0:
-        raise ValueError(f"{name}: no rows.")
     return rows
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise ValueError, naming the line, unless a file of text is UTF-8: the reader of JSON would notice only when the row is used."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"line {number} is not UTF-8, at byte {error.start + 1} of it (0x{line[error.start]:02x})"
+                raise ValueError(f"{path}: {place}. Save the file as UTF-8.") from error
+
+
+def _broken_json(path: Path) -> str | None:
+    """The first line that is not JSON, of a file that is one list or one object a line; None if all are."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            return f"line {error.lineno} is not JSON: {error.msg} at character {error.colno}."
+        return None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            return f"line {number} is not JSON: {error.msg} at character {error.colno}. Each line must be one object."
+        if not isinstance(row, dict):
+            return f"line {number} is a JSON {type(row).__name__}; each line must be one object, with columns as keys."
+    return None
 
 
 def require_columns(rows: Dataset, name: str, *alternatives: Sequence[str]) -> None:
@@ -60,27 +161,38 @@ def require_columns(rows: Dataset, name: str, *alternatives: Sequence[str]) -> N
         raise ValueError(f"{name}: has the columns {', '.join(rows.column_names)}; needed are {accepted}.")
 
 
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{name}: the rows are chat messages, but the tokenizer has no chat template. Use a chat model, or text.")
+
+
+def begins_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # type: ignore[index]
+
+
+def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a prompt, up to where the reply begins. A text begins with BOS where the tokenizer begins texts so, as in SFT and the reward
+    model, but never with two, and has no other special token; messages go through the chat template, once."""
+    if isinstance(prompt, str):
+        bos: Any = tokenizer.bos_token_id
+        ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return [bos, *ids] if ids and ids[0] != bos and begins_texts_with_bos(tokenizer) else ids
+    encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return encoded["input_ids"]
+
+
 def tokenize_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_prompt_tokens: int) -> Dataset:
     """Rows with a ``prompt`` (text, or a list of chat messages) to rows with ``input_ids``; other columns are kept for reward functions.
 
-    A text is taken as it is, without special tokens; messages go through the chat template once, up to the assistant's turn. Prompts that
-    are empty or longer than ``max_prompt_tokens`` are left out, and counted in a warning.
+    Prompts that are empty or longer than ``max_prompt_tokens`` are left out, and counted in a warning.
 
     Raises:
         ValueError: no ``prompt`` column, messages for a tokenizer without a chat template, or no prompt left.
     """
     require_columns(rows, name, ["prompt"])
-    if not isinstance(rows[0]["prompt"], str) and tokenizer.chat_template is None:
-        raise ValueError(f"{name}: the prompts are chat messages, but the tokenizer has no chat template. Use a chat model, or text prompts.")
-
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            return {"input_ids": tokenizer(prompt, add_special_tokens=False)["input_ids"]}
-        encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return {"input_ids": encoded["input_ids"]}
-
-    encoded: Any = rows.map(encode, desc=f"Tokenizing {name}")
+    if not isinstance(rows[0]["prompt"], str):
+        require_chat_template(tokenizer, name)
+    encoded: Any = rows.map(lambda row: {"input_ids": prompt_ids(row["prompt"], tokenizer)}, desc=f"Tokenizing {name}")
     kept = encoded.filter(lambda row: 0 < len(row["input_ids"]) <= max_prompt_tokens)
     if len(kept) < len(encoded):
         left_out = len(encoded) - len(kept)

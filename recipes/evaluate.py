@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> None:
     for name in ("policy_adapter", "sft_adapter", "reward_adapter"):
         require_adapter(name, getattr(config, name), model_args)
     judge = import_function(config.judge) if config.judge else None
-    rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows)
+    rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="ppo")
     rows = rows.select(range(min(config.num_prompts, len(rows))))
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)

@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
     require_adapter("reward_adapter", roles.reward_adapter, model_args)
     if roles.reward_adapter is not None:
         require_verdict(roles.reward_adapter, force=roles.force)
-    rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows)
+    rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="ppo")
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     prompts = tokenize_prompts(rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens)

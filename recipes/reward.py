@@ -36,7 +36,8 @@ def main(args: list[str] | None = None) -> None:
     splits = {"train": data_args.dataset_split, "eval": data_args.eval_dataset_split, "any": data_args.eval_dataset_split}
     if names["eval"] is None:
         raise ValueError("eval_dataset_name: a reward model is judged on held-out pairs. Keep some of yours out of training and name them.")
-    rows: dict[str, Any] = {key: load_rows(demo.resolve(name), splits[key], data_args.max_rows) for key, name in names.items() if name}
+    how = {"max_rows": data_args.max_rows, "column_mapping": data_args.column_mapping, "stage": "reward"}
+    rows: dict[str, Any] = {key: load_rows(demo.resolve(name), splits[key], **how) for key, name in names.items() if name}
     for key, dataset in rows.items():
         require_columns(dataset, str(names[key]), ["chosen", "rejected"])
         if "margin" in dataset.column_names and not data_args.use_margin:

@@ -8,7 +8,7 @@ Rows: text, messages, or prompt and completion. Writes the adapter to output_dir
 from trl import SFTConfig, SFTTrainer
 
 from goose_lora import cli, demo
-from goose_lora.data import DataArguments, load_rows, require_columns
+from goose_lora.data import DataArguments, load_rows
 from goose_lora.loading import ModelArguments, adapters_to_fp32, load_base, load_tokenizer, lora_config
 from goose_lora.report import write_stage
 
@@ -16,8 +16,7 @@ from goose_lora.report import write_stage
 def main(args: list[str] | None = None) -> None:
     config, model_args, data_args = cli.parse(SFTConfig, ModelArguments, DataArguments, args=args)
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)
-    rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows)
-    require_columns(rows, data_args.dataset_name, ["text"], ["messages"], ["prompt", "completion"])
+    rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="sft")
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)

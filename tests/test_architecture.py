@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trunk": set(),
     "batch": set(),
     "adapters": set(),
-    "data": set(),
+    "data_formats": set(),
+    "data": {"data_formats"},
     "gates": set(),
     "rewards": {"batch"},
     "ppo_config": set(),
@@ -45,8 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "export": {"shared_base"},
     "report": {"evaluation"},
+    "data_report": {"data", "data_formats", "evaluation"},
     # the command line
-    "cli": {"demo", "diagnosis", "report"},
+    "cli": {"data_report", "demo", "diagnosis", "report"},
     "demo": {"cli", "evaluation", "export", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.

@@ -1,6 +1,7 @@
 """Settings from YAML and command line, and how bad input ends."""
 
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -78,6 +79,69 @@ def test_a_missing_file_and_a_missing_value_say_so():
 def test_a_required_setting_that_is_missing_is_named():
     with pytest.raises(ValueError, match="dataset_name"):
         cli.parse(DataArguments, args=[])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "types"),
+    [
+        ("sft", "SFTConfig, ModelArguments, DataArguments"),
+        ("reward", "RewardConfig, ModelArguments, RewardArguments"),
+        ("ppo", "PPOConfig, ModelArguments, DataArguments, RoleArguments"),
+        ("evaluate", "EvaluationArguments, ModelArguments, DataArguments"),
+    ],
+)
+@pytest.mark.parametrize("mapping", ["{q: prompt, a: b}", "[q=prompt, a=b]"])
+def test_every_recipe_takes_a_column_mapping_from_yaml_and_from_the_command_line(recipe, types, mapping, tmp_path):
+    names = runpy.run_path(str(RECIPES / f"{recipe}.py"))
+    config = (RECIPES / "configs" / "demo_cpu" / f"{recipe}.yaml").read_text()
+    path = write(tmp_path / "c.yaml", f"{config}\ncolumn_mapping: {mapping}\n")
+    parser = [names[name] for name in types.split(", ")]
+    assert cli.parse(*parser, args=["--config", path])[2].column_mapping == ["q=prompt", "a=b"]
+    assert cli.parse(*parser, args=["--config", path, "--column_mapping", "x=prompt", "y=b"])[2].column_mapping == ["x=prompt", "y=b"]
+
+
+def test_a_column_mapping_of_another_form_is_refused_when_parsed():
+    with pytest.raises(ValueError, match="'prompt' is not of the form FROM=TO"):
+        cli.parse(DataArguments, args=["--dataset_name", "x.jsonl", "--column_mapping", "prompt"])
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo", "evaluate"])
+def test_every_recipe_renames_columns_and_names_those_found_before_any_model_is_loaded(recipe, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", '{"prompt": "ba"}\n')
+    monkeypatch.setattr("goose_lora.loading.require_adapter", lambda *arguments: None)
+    main = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
+    arguments = ["--model_name_or_path", "no/such/model", "--dataset_name", path, "--output_dir", str(tmp_path), "--column_mapping", "q=prompt"]
+    arguments += {
+        "sft": ["--use_cpu", "True"],
+        "reward": ["--use_cpu", "True", "--eval_dataset_name", path],
+        "ppo": ["--use_cpu", "True", "--reward_function", "goose_lora.demo:vader"],
+        "evaluate": ["--policy_adapter", str(tmp_path)],
+    }[recipe]
+    with pytest.raises(ValueError, match=r"column_mapping q=prompt: there is no column q\. There are prompt\."):
+        main(arguments)
+
+
+def data_command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["goose-lora", "data", *arguments])
+    cli.main()
+    return capsys.readouterr().out
+
+
+def test_the_data_command_shows_rows_with_the_tokenizer_of_a_folder(monkeypatch, capsys, tmp_path, tiny_base):
+    path = write(tmp_path / "rows.csv", "question,answer\nba, be\nbi,\n")
+    shown = data_command(monkeypatch, capsys, path, "--tokenizer", tiny_base, "--column_mapping", "question=prompt", "answer=completion")
+    assert shown.startswith(f"{path}: 2 rows, columns prompt, completion\n")
+    assert "  prompt  <s> ba\n" in shown and shown.endswith("1 of 2 rows left out:\n  1  completion is missing: row 2\n")
+    shown = data_command(monkeypatch, capsys, path, "--stage", "ppo", "--max_rows", "1", "--column_mapping", "question=prompt")
+    assert "1 row, columns prompt, answer" in shown and "ppo     yes (shown below)" in shown
+
+
+def test_the_data_command_answers_a_malformed_row_in_one_line(monkeypatch, capsys, tmp_path):
+    path = write(tmp_path / "rows.jsonl", '{"prompt": [{"role": "bot", "content": "ba"}]}\n')
+    with pytest.raises(SystemExit) as end:
+        data_command(monkeypatch, capsys, path)
+    assert end.value.code == 2
+    assert f"error: {path}: row 1: prompt: message 1 has the role 'bot'" in capsys.readouterr().err
 
 
 def run(*command):

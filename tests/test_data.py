@@ -1,12 +1,22 @@
 """Rows from files, prompts from rows, and which process rolls out which prompt."""
 
+import json
 import logging
 
 import pytest
 import tiny
 from datasets import Dataset
 
-from goose_lora.data import RolloutBatches, left_pad, load_rows, require_columns, tokenize_pairs_without_end, tokenize_prompts, tokenize_texts
+from goose_lora.data import (
+    DataArguments,
+    RolloutBatches,
+    left_pad,
+    load_rows,
+    require_columns,
+    tokenize_pairs_without_end,
+    tokenize_prompts,
+    tokenize_texts,
+)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -33,25 +43,87 @@ def test_a_file_that_cannot_be_read_says_why(name, content, message, tmp_path):
         load_rows(str(tmp_path / name))
 
 
+USER = json.dumps({"prompt": "ba"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", USER + b'\n{"prompt": "b\n', "a.jsonl: line 2 is not JSON: .* at character 12. Each line must be one object"),
+        ("a.jsonl", USER + b"\n\n" + USER + b" x\n", "line 3 is not JSON: Extra data at character 18"),
+        ("a.jsonl", USER + b'\n["ba"]\n', "line 2 is a JSON list; each line must be one object, with columns as keys"),
+        ("a.jsonl", USER + b'\n{"prompt": "caf\xe9"}\n', r"line 2 is not UTF-8, at byte 16 of it \(0xe9\). Save the file as UTF-8"),
+        ("a.csv", b"prompt,id\ncaf\xe9,1\n", r"a.csv: line 2 is not UTF-8, at byte 4 of it \(0xe9\)"),
+        ("a.csv", b"prompt,id\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
+        ("a.json", b'[{"prompt": "ba"},\n {"prompt"}]', "a.json: line 2 is not JSON: .* at character 11"),
+        ("a.parquet", b"no parquet at all", "a.parquet: .*[Pp]arquet"),
+    ],
+)
+def test_a_broken_file_names_the_line_and_what_is_wrong_with_it(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_columns_are_renamed_and_can_be_swapped(tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "ba", "prompt": "be", "id": 1}])
+    renamed = load_rows(path, column_mapping=["instruction=prompt", "prompt=instruction"])
+    assert list(renamed) == [{"prompt": "ba", "instruction": "be", "id": 1}]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        (["question=prompt"], "column_mapping question=prompt: there is no column question. There are instruction, prompt."),
+        (["instruction=prompt"], "there is a column prompt already. Rename that too, for example prompt=old_prompt"),
+        (["instruction"], "'instruction' is not of the form FROM=TO"),
+        (["=prompt"], "'=prompt' is not of the form FROM=TO"),
+        (["instruction=a", "prompt=a"], "names prompt or a twice"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_says_so(mapping, message, tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "ba", "prompt": "be"}])
+    with pytest.raises(ValueError, match=message):
+        load_rows(path, column_mapping=mapping)
+
+
+@pytest.mark.parametrize("mapping", [["a=b", "c=d"], {"a": "b", "c": "d"}])
+def test_a_mapping_is_a_list_or_an_object_in_python_too(mapping):
+    assert DataArguments("rows.jsonl", column_mapping=mapping).column_mapping == ["a=b", "c=d"]
+
+
 def test_missing_columns_name_those_found_and_those_accepted():
     rows = Dataset.from_list([{"question": "a", "answer": "b"}])
     with pytest.raises(ValueError, match=r"has the columns question, answer; needed are text or prompt\+completion"):
         require_columns(rows, "file", ["text"], ["prompt", "completion"])
 
 
-def test_text_prompts_get_no_special_tokens_and_keep_their_columns():
+def test_prompts_keep_their_other_columns():
     rows = Dataset.from_list([{"prompt": "ba be", "answer": 7}])
     (row,) = tokenize_prompts(rows, tiny.tokenizer(), name="rows", max_prompt_tokens=5)
-    assert row["input_ids"] == [4, 5]
     assert row["answer"] == 7
 
 
-def test_chat_prompts_go_through_the_template_once():
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "ba"}, {"role": "assistant", "content": "be"}]}])
+@pytest.mark.parametrize("prompt", ["ba be", "<s> ba be"])
+def test_a_text_prompt_begins_with_bos_once_as_sft_and_the_reward_model_have_it(prompt):
+    (row,) = tokenize_prompts(Dataset.from_list([{"prompt": prompt}]), tiny.tokenizer(), name="rows", max_prompt_tokens=5)
+    assert row["input_ids"] == [tiny.BOS, 4, 5] == tiny.tokenizer()("ba be")["input_ids"]
+
+
+def test_a_text_prompt_gets_no_special_token_from_a_tokenizer_that_adds_none():
     tokenizer = tiny.tokenizer()
-    (row,) = tokenize_prompts(rows, tokenizer, name="rows", max_prompt_tokens=9)
-    want = tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-    assert row["input_ids"] == want
+    tokenizer._tokenizer.post_processor = None
+    (row,) = tokenize_prompts(Dataset.from_list([{"prompt": "ba be"}]), tokenizer, name="rows", max_prompt_tokens=5)
+    assert row["input_ids"] == [4, 5]
+
+
+def test_chat_prompts_go_through_the_template_once():
+    turns = [("user", "ba"), ("assistant", "be"), ("user", "bi")]
+    rows = Dataset.from_list([{"prompt": [{"role": role, "content": content} for role, content in turns]}])
+    tokenizer = tiny.chat_tokenizer()
+    (row,) = tokenize_prompts(rows, tokenizer, name="rows", max_prompt_tokens=20)
+    tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert tokens == ["<s>", "<user>", "ba", "</s>", "<assistant>", "be", "</s>", "<user>", "bi", "</s>", "<assistant>"]
 
 
 def test_chat_prompts_without_a_template_are_refused():
@@ -65,7 +137,7 @@ def test_long_and_empty_prompts_are_left_out_and_counted(caplog):
     rows = Dataset.from_list([{"prompt": "ba be bi"}, {"prompt": ""}, {"prompt": "ba"}])
     with caplog.at_level(logging.WARNING):
         kept = tokenize_prompts(rows, tiny.tokenizer(), name="rows", max_prompt_tokens=2)
-    assert [row["prompt"] for row in kept] == ["ba"]
+    assert [row["prompt"] for row in kept] == ["ba"]  # and BOS: two tokens
     assert "2 of 3 prompts left out" in caplog.text
 
 

@@ -90,6 +90,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a template that, like real ones, begins with bos, marks roles with tokens of their own, and ends turns with eos."""
+    chatty = tokenizer()
+    chatty.add_tokens(["<system>", "<user>", "<assistant>"], special_tokens=True)
+    chatty.chat_template = (
+        "{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }} {{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %} <assistant>{% endif %}"
+    )
+    return chatty
+
+
 def save_base(folder: str | Path, architecture: str = "llama", **changes: Any) -> str:
     """Model and tokenizer into ``folder``, as from_pretrained and the recipes read them."""
     base(architecture, **changes).save_pretrained(folder)
