@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,7 +41,7 @@ class Rollout:
     def lengths(self) -> Int[Tensor, " B"]:
         return self.response_mask.sum(-1)
 
-    def closes_with(self, token_id: int | None) -> Bool[Tensor, " B"]:
+    def closes_with(self, token_id: Any) -> Bool[Tensor, " B"]:
         """Whether each reply's last counted token is ``token_id``."""
         last = last_counted(self.response_mask.long()) + self.prompt_tokens
         return self.input_ids.gather(1, last[:, None]).squeeze(1) == token_id

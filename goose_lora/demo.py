@@ -288,6 +288,7 @@ def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
         del options["sft_adapter"]
     for name, folder in options.items():
         command += [f"--{name}", str(output / folder)]
+    command += _slow_bf16_options(stage)
     # One process on the CPU needs no launcher, whose own traceback would be the answer to Ctrl-C.
     environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", **os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, *command, "--seed", str(seed)], env=environment)
@@ -295,6 +296,15 @@ def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
         raise KeyboardInterrupt
     if done.returncode != 0:
         raise ValueError(f"the stage {stage} ended with exit code {done.returncode}; what it printed is above. Stages before it are kept.")
+
+
+def _slow_bf16_options(stage: str) -> list[str]:
+    """The demo's files say bfloat16, which is slow in software."""
+    from goose_lora.loading import cpu_multiplies_bf16
+
+    if cpu_multiplies_bf16():
+        return []
+    return ["--dtype", "float32", *(["--bf16", "false"] if stage in ("sft", "reward") else [])]
 
 
 def _summarise(output: Path, seconds: float) -> dict[str, Any]:

@@ -204,7 +204,8 @@ class UserLoop:
                 "num_mini_batches. Give so many, or change those."
             )
         rollout = rollout_of(queries, responses, response_masks, self.processing_class, self.rollouts)
-        self._own_loop.give((rollout, scores_of(scores, rollout)))
+        scored = scores_of(scores, rollout)
+        self._own_loop.give((rollout, scored))  # type: ignore[reportOptionalMemberAccess]
         return self.last_figures
 
     def finish(self: Any) -> None:

@@ -44,17 +44,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "gates", "kl_control", "own_loop"}
     | {"ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
+    "reward_models": {"evaluation", "loading"},
     "export": {"shared_base"},
     "report": {"evaluation"},
     "data_report": {"data", "data_formats", "evaluation"},
     # the command line
     "cli": {"data_report", "demo", "diagnosis", "report"},
-    "demo": {"cli", "evaluation", "export", "report"},
+    "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
 RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "loading", "report", "shared_base"} | {
-    "ppo_config", "ppo_trainer", "replies", "rewards", "sampling"
+    "ppo_config", "ppo_trainer", "replies", "reward_models", "rewards", "sampling"
 }  # fmt: skip
 
 

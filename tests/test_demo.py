@@ -87,3 +87,15 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         demo._make(tmp_path / "model", fill)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("fast", "stage", "options"), [
+    (True, "sft", []),
+    (False, "sft", ["--dtype", "float32", "--bf16", "false"]),
+    (False, "reward", ["--dtype", "float32", "--bf16", "false"]),
+    (False, "ppo", ["--dtype", "float32"]),
+    (False, "evaluation", ["--dtype", "float32"]),
+])  # fmt: skip
+def test_on_a_cpu_without_bfloat16_the_demo_runs_in_float32(fast, stage, options, monkeypatch):
+    monkeypatch.setattr("goose_lora.loading.cpu_multiplies_bf16", lambda: fast)
+    assert demo._slow_bf16_options(stage) == options

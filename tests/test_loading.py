@@ -300,3 +300,11 @@ def test_an_adapter_of_another_base_is_told_both_names(tmp_path):
     folder = adapter_folder(tmp_path, "org/big")
     with raises(f"policy_adapter: {folder} was trained on org/big, not on org/tiny. All stages share one base."):
         require_adapter("policy_adapter", str(folder), ModelArguments("org/tiny"))
+
+
+@pytest.mark.parametrize(("dtype", "fast", "warned"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)])
+def test_a_cpu_that_multiplies_bfloat16_in_software_is_told_of(dtype, fast, warned, tiny_base, monkeypatch, caplog):
+    monkeypatch.setattr("goose_lora.loading.cpu_multiplies_bf16", lambda: fast)
+    arguments = tiny.arguments(tiny_base, dtype=dtype)
+    load_base(arguments, load_tokenizer(arguments), device=torch.device("cpu"))
+    assert ("set dtype: float32" in caplog.text) == warned
