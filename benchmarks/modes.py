@@ -29,6 +29,13 @@ MODES: dict[str, dict[str, object]] = {
     "kl_k2_in_loss": {"kl_location": "loss", "kl_estimator": "k2"},
     "kl_k3_in_loss": {"kl_location": "loss", "kl_estimator": "k3"},
     "kl_k3_in_reward": {"kl_estimator": "k3"},
+    "kl_exact_in_reward": {"kl_estimator": "exact"},
+    "kl_exact_in_loss": {"kl_location": "loss", "kl_estimator": "exact"},
+    "adapter_from_policy": {"critic": "adapter", "critic_init": "policy"},
+    "adapter_from_zero": {"critic": "adapter", "critic_init": "zero"},
+    "critic_warmup": {"critic_warmup_rollouts": 2, "num_rollouts": 20},
+    "running_scores": {"score_normalization": "running"},
+    "average": {"ema_decay": 0.95},
     "ptx": {"ptx_coef": 0.1, "ptx_dataset_name": "embedded/sft", "ptx_batch_size": 8},
 }
 

@@ -148,6 +148,15 @@ def scores_of(scores: Sequence[float | Ids | Sequence[float]] | Tensor, rollout:
     return Scores(by_token.sum(-1), {}, by_token[mask] if dense else None)
 
 
+def scored_by_the_loop(**replies: Any) -> list[float]:
+    """Stands for the sources of reward of a loop that scores for itself.
+
+    Raises:
+        ValueError: it is asked.
+    """
+    raise ValueError("this trainer has no reward of its own: your loop scores. Give it a reward_function, or SharedBase.build a reward adapter.")
+
+
 class UserLoop:
     """The methods of ``PPOTrainer`` for a loop of one's own."""
 

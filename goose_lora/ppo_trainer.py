@@ -23,7 +23,7 @@ from goose_lora.data import RolloutBatches, left_pad
 from goose_lora.evaluating import evaluate_prompts
 from goose_lora.experience import ExperienceMaker
 from goose_lora.kl_control import AdaptiveKL, FixedKL
-from goose_lora.own_loop import UserLoop
+from goose_lora.own_loop import UserLoop, scored_by_the_loop
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.rewards import RewardMix, RewardSource, Scores
 from goose_lora.rollouts import Rollouts
@@ -70,6 +70,8 @@ class PPOTrainer(UserLoop, Trainer):
         **kwargs: Any,
     ):
         sources: Any = "adapter" if reward_function is None else reward_function
+        if reward_function is None and train_dataset is None and not model.has("reward"):
+            sources = scored_by_the_loop
         reward = RewardMix(list(sources) if isinstance(sources, (list, tuple)) else [sources], reward_weights)
         if reward.needs_adapter and not model.has("reward"):
             raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
@@ -315,7 +317,7 @@ class PPOTrainer(UserLoop, Trainer):
         """What the update needs of a rollout; scored by the trainer's own sources of reward if no scores are given."""
         control = self.rollout_state.kl_control
         with self._timed("score"):
-            seen = self.rollouts.evaluate(rollout)
+            seen = self.rollouts.evaluate(rollout, score=scores is None)
             scores = self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
         if self.state.global_step == 0:
             gates.check_reference(seen.logprobs - seen.ref_logprobs, rollout.response_mask, tolerance=self._tolerance)

@@ -15,6 +15,7 @@ from goose_lora.data import left_pad
 from goose_lora.dense import DenseCopy
 from goose_lora.sampling import sample
 from goose_lora.shared_base import SharedBase
+from goose_lora.stopping import StopStrings
 
 Judge = Callable[..., Any]
 
@@ -43,6 +44,7 @@ def answer(
     seed: int = 0,
     label: str = "",
     dense: DenseCopy | None = None,
+    stop_strings: Sequence[str] | None = None,
 ) -> Replies:
     """Answer all prompts (token ids) under ``role``, score the replies if there is a reward adapter, and measure their KL to the reference."""
     torch.manual_seed(seed)
@@ -53,7 +55,8 @@ def answer(
     device = core.get_output_embeddings().weight.device
     for start in tqdm(range(0, len(prompts), batch_size), desc=label or role):
         ids, mask = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, device)
-        rollout = sample(shared, ids, mask, config, role=role, dense=dense)
+        stop = StopStrings(tokenizer, stop_strings, ids.shape[1]) if stop_strings else None
+        rollout = sample(shared, ids, mask, config, role=role, dense=dense, stop=stop)
         ids, mask, counted = rollout.input_ids, rollout.attention_mask, rollout.response_mask
         trunk = shared.trunk(ids, mask)
 
@@ -65,7 +68,7 @@ def answer(
         replies.lengths += rollout.lengths.tolist()
         replies.ended += rollout.ended.tolist()
         if shared.has("reward"):
-            replies.scores += shared.scores(ids, mask, trunk, rollout.ended).tolist()
+            replies.scores += shared.scores(ids, mask, trunk, rollout.closes_with(tokenizer.eos_token_id)).tolist()
     return replies
 
 

@@ -87,20 +87,23 @@ class Rollouts:
         return StopStrings(self.tokenizer, self.stop_strings, prompt_tokens) if self.stop_strings else None
 
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout) -> Evaluated:
-        """All roles in one sweep, a group of replies at a time, so that each group's shared layers are run once."""
+    def evaluate(self, rollout: Rollout, *, score: bool = True) -> Evaluated:
+        """All roles in one sweep, a group of replies at a time, so that each group's shared layers are run once. The reward adapter scores where it
+        is a source, unless ``score`` is false.
+        """
+        score = score and self.reward.needs_adapter
         shared, temperature = self.shared, self.generation.temperature
         on_features = shared.critic == "reward_features"
         parts = []
         for ids, attention, mask, closed in self._groups(rollout):
             trunk = shared.trunk(ids, attention) if self.reuse_trunk else None
-            judged: Any = shared.hidden("reward", ids, attention, trunk) if on_features or self.reward.needs_adapter else None
+            judged: Any = shared.hidden("reward", ids, attention, trunk) if on_features or score else None
             features = before_response(judged, mask).clone() if on_features else None
             reference = shared.hidden("reference", ids, attention, trunk)
             ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=temperature)
             ref_hidden = before_response(reference, mask).clone() if self.exact_kl else None
             policy = shared(ids, attention, mask, trunk=trunk, features=features, ref_hidden=ref_hidden, temperature=temperature)
-            scores = shared.read_scores(judged, attention, closed) if self.reward.needs_adapter else None
+            scores = shared.read_scores(judged, attention, closed) if score else None
             kept = ref_hidden if self.exact_kl == "loss" else None
             parts.append((scores, policy.logprobs, ref_logprobs, policy.kl, policy.values, trunk, features, kept))
         return Evaluated(*(_together(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]

@@ -34,6 +34,8 @@ class EvaluationArguments:
     best_of: int = field(default=0, metadata={"help": "Also take the best of so many SFT replies by the reward model."})
     num_prompts: int = field(default=200, metadata={"help": "Prompts to answer."})
     response_length: int = field(default=53, metadata={"help": "Most tokens of a reply."})
+    stop_token_ids: list[int] | None = field(default=None, metadata={"help": "As in recipes/ppo.py."})
+    stop_strings: list[str] | None = field(default=None, metadata={"help": "As in recipes/ppo.py."})
     max_prompt_tokens: int = field(default=512, metadata={"help": "Longer prompts are left out."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 for greedy replies."})
     batch_size: int = field(default=64, metadata={"help": "Replies at a time."})
@@ -62,14 +64,15 @@ def main(args: list[str] | None = None) -> None:
         response_tokens=config.response_length,
         temperature=config.temperature or 1.0,
         do_sample=config.temperature > 0,
-        eos_token_ids=[tokenizer.eos_token_id],
+        eos_token_ids=[tokenizer.eos_token_id, *(config.stop_token_ids or [])],
         pad_token_id=tokenizer.pad_token_id,
     )
 
     dense = dense_copy(shared, config.rollout_weights)
 
     def replies(role: Role, seed: int, label: str) -> Replies:
-        return answer(shared, role, prompt_ids, tokenizer, sampling, batch_size=config.batch_size, seed=seed, label=label, dense=dense)
+        options = {"batch_size": config.batch_size, "stop_strings": config.stop_strings, "dense": dense}
+        return answer(shared, role, prompt_ids, tokenizer, sampling, **options, seed=seed, label=label)
 
     roles: dict[str, Role] = {"base": "base", "sft": "reference", "ppo": "policy"} if config.sft_adapter else {"base": "base", "ppo": "policy"}
     named = {name: replies(role, config.seed, name) for name, role in roles.items()}

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dense": {"adapters", "shared_base"},
     "stopping": set(),
     "sampling": {"adapters", "batch", "dense", "shared_base", "stopping"},
-    "replies": {"adapters", "data", "dense", "evaluation", "sampling", "shared_base"},
+    "replies": {"adapters", "data", "dense", "evaluation", "sampling", "shared_base", "stopping"},
     "rollouts": {"batch", "dense", "rewards", "sampling", "shared_base", "stopping"},
     "experience": {"batch", "callbacks", "ppo_config", "ppo_math", "rewards", "rollouts"},
     "evaluating": {"experience", "ppo_math", "rollouts"},

@@ -156,6 +156,22 @@ def test_an_adapter_that_is_not_there_is_an_error_before_the_model_loads(tmp_pat
         recipe("ppo").main([*arguments, "--use_cpu", "True"])
 
 
+def test_a_loop_of_ones_own_trains_over_two_turns_and_goes_on_from_a_checkpoint(tiny_base, tmp_path):
+    data = tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompts(16))
+    settings = {"model_name_or_path": tiny_base, "quantization": "none", "dtype": "float32", "lora_r": 3, "lora_layers": "top-2", "critic": "shared"}
+    settings |= {"per_device_train_batch_size": 8, "num_rollouts": 3, "num_ppo_epochs": 1, "response_length": 4, "score_normalization": "none"}
+    settings |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2, "rating": f"{__file__}:count_good"}
+    settings |= {"dataset_name": data, "questions": " bad bad", "save_strategy": "steps", "save_steps": 1}
+    recipe("own_loop").main(options(**settings, output_dir=tmp_path / "straight"))
+    rows = [row for row in read_jsonl(tmp_path / "straight" / "metrics.jsonl") if "objective/kl" in row]
+    assert len(rows) == 3 and rows[0]["objective/kl"] == 0 != rows[2]["objective/kl"]
+    assert 2 <= rows[0]["rollout/response_tokens"] <= 8, "the environment's two tokens do not count"
+    options_again = options(**settings, output_dir=tmp_path / "resumed", resume_from_checkpoint=tmp_path / "straight" / "checkpoint-2")
+    recipe("own_loop").main(options_again)
+    want, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "resumed"))
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+
+
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*/*.yaml"))
 
 
@@ -167,6 +183,7 @@ def test_every_shipped_configuration_parses_with_its_recipes_own_parser(path):
         "sft": (SFTConfig, ModelArguments, DataArguments),
         "reward": (RewardConfig, ModelArguments, recipe("reward").RewardArguments),
         "ppo": (PPOConfig, ModelArguments, DataArguments, recipe("ppo").RoleArguments),
+        "own_loop": (PPOConfig, ModelArguments, DataArguments, recipe("own_loop").InterviewArguments),
         "evaluate": (recipe("evaluate").EvaluationArguments, ModelArguments, DataArguments),
     }[path.stem]
     on_cpu = [] if path.stem == "evaluate" or "use_cpu" in path.read_text() else ["--use_cpu", "True"]
