@@ -125,8 +125,8 @@ def load_reward_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *
 def _load(
     auto_class: Any, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | None = None, **kwargs: Any
 ) -> Any:
-    device = device or PartialState().device
-    if device.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
+    place: Any = device or PartialState().device
+    if place.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
         logger.warning("this CPU multiplies bfloat16 many times slower than float32: set dtype: float32, and bf16: false where a recipe has it.")
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
@@ -134,7 +134,7 @@ def _load(
         args.model_name_or_path,
         revision=args.model_revision,
         dtype=args.torch_dtype,
-        device_map={"": device},
+        device_map={"": place},
         quantization_config=quantization_config(args),
         **kwargs,
     )
@@ -159,7 +159,7 @@ def cpu_multiplies_bf16() -> bool:
         tries = []
         for _ in range(5):
             started = time.perf_counter()
-            x @ weight
+            torch.mm(x, weight)
             tries.append(time.perf_counter() - started)
         seconds[dtype] = min(tries)
     return seconds[torch.bfloat16] <= 2 * seconds[torch.float32]
