@@ -1,9 +1,9 @@
 """PPO's modes on the demo, several seeds: what each ends at, and what it costs.
 
-    python benchmarks/modes.py --output runs/modes [--modes reward_features rloo ...] [--seeds 0 1 2] [--dtype float32]
+    python benchmarks/modes.py --output runs/modes [--modes reward_features rloo ...] [--seeds 0 1 2] [--dtype float32] [--rows 16]
 
-Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is the demo's PPO stage with the settings below,
-then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds are of the process of the PPO stage, so that other work on the machine
+Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is the demo's PPO stage with the settings below
+(``--rows``: of so many replies a minibatch, where the demo has 32), then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds are of the process of the PPO stage, so that other work on the machine
 does not enter. What is finished is not run again; several calls may share the output folder. Prints a table, mean and range over the seeds.
 """
 
@@ -125,8 +125,9 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rows", type=int, default=32)
     arguments = parser.parse_args()
-    dtype = arguments.dtype
+    dtype, size = arguments.dtype, {"per_device_train_batch_size": arguments.rows, "score_calibration_prompts": 4 * arguments.rows}
     for mode in arguments.modes:
         for seed in arguments.seeds:
             seed_folder = arguments.output.resolve() / f"seed{seed}"
@@ -134,7 +135,7 @@ def main() -> None:
             if (folder / "mode.json").is_file():
                 continue
             start = stages(seed_folder, seed, dtype)
-            seconds = recipe("ppo", folder, seed, dtype, **start, **MODES[mode])
+            seconds = recipe("ppo", folder, seed, dtype, **start, **size, **MODES[mode])
             figures = judge(seed_folder, folder, seed, dtype)
             if (folder / "ema").is_dir():
                 figures |= {f"ema_{name}": value for name, value in judge(seed_folder, folder, seed, dtype, "ema").items()}
