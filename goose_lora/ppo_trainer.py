@@ -274,7 +274,7 @@ class PPOTrainer(UserLoop, Trainer):
         """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = rows.select(range(min(self.args.num_eval_prompts, len(rows))))
-        if self.rollout_state.score_scale is None:
+        if self.rollout_state.score_scale is None and self._own_loop is None:
             self._calibrate()
         figures = evaluate_prompts(self.rollouts, self.experiences, rows, self._collate, seed=self.args.seed)
         objective = figures["score"] - self.args.kl_coef * figures["kl"]
