@@ -4,7 +4,8 @@
 
 Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is the demo's PPO stage with the settings below
 (``--rows``: of so many replies a minibatch, where the demo has 32), then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds
-are of the process of the PPO stage, so that other work on the machine does not enter. What is finished is not run again; several calls may share the output folder. Prints a table, mean and range over the seeds.
+are of the process of the PPO stage, so that other work on the machine does not enter. What is finished is not run again; several calls may
+share the output folder. Prints a table, mean and range over the seeds.
 """
 
 import argparse

@@ -228,7 +228,7 @@ class PPOTrainer(UserLoop, Trainer):
             stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
             loss = loss + args.ptx_coef * stats["loss/ptx"]
         if self._critic_warms_up:
-            loss = 0.0 * loss  # the policy's gradients are 0, so that its optimizer state stays empty too
+            loss = 0.0 * loss  # its optimizer state stays empty too, but for what a shared critic's own loss leaves there
         if output.values is not None:
             value_loss, value_stats = ppo_math.value_loss(
                 self.experiences.values(output.values),
