@@ -22,9 +22,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": set(),
     "data": set(),
     "gates": set(),
+    "preferences": {"data"},
+    "ranked": {"ppo_math"},
     "rewards": {"batch"},
     "ppo_config": set(),
     "evaluation": set(),
+    "verdict": {"evaluation"},
+    "held_out": {"data", "preferences", "verdict"},
     "diagnosis": set(),
     "__init__": set(),
     # one base, and what is made with it
@@ -39,15 +43,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "export": {"shared_base"},
-    "report": {"evaluation"},
+    "report": {"verdict"},
     # the command line
     "cli": {"demo", "diagnosis", "report"},
     "demo": {"cli", "evaluation", "export", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
-RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "loading", "report", "shared_base"} | {
-    "ppo_config", "ppo_trainer", "replies", "rewards", "sampling"
+RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "preferences"} | {
+    "ppo_config", "ppo_trainer", "ranked", "replies", "report", "sampling", "shared_base"
 }  # fmt: skip
 
 
