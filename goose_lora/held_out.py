@@ -11,8 +11,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.data import left_pad
 from goose_lora.preferences import Ranked, Reply, encode_reply, ranked_rows, tokenize_ranked
+from goose_lora.ranked import right_pad
 from goose_lora.verdict import PROBES, ProbeScores, RewardVerdict, reward_verdict
 
 PROBE_PROMPTS = 200  # the interval of a share is then at most 0.07 to either side
@@ -93,7 +93,7 @@ def score_tokens(trainer: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
         scores = [0.0] * len(mine)
         for first in range(0, len(order), size):
             places = order[first : first + size]
-            ids, mask = left_pad([mine[place] for place in places], pad, trainer.args.device)
+            ids, mask = (tensor.to(trainer.args.device) for tensor in right_pad([mine[place] for place in places], pad))
             with trainer.compute_loss_context_manager():
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for place, score in zip(places, logits.float().flatten().tolist(), strict=True):

@@ -15,16 +15,22 @@ from goose_lora.ppo_math import ranking_loss, untied_pairs
 def collate_ranked(rows: Sequence[dict[str, Any]], pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict[str, Tensor]:
     """All completions of all rows as one batch of N: ``input_ids`` and ``attention_mask`` (N, L), padded on the right; ``ranks`` (N,), and
     ``prompts`` (N,), the number of the row in the batch."""
-    completions = [torch.tensor(ids) for row in rows for ids in row["completion_ids"]]
+    ids, mask = right_pad([ids for row in rows for ids in row["completion_ids"]], pad_token_id, pad_to_multiple_of)
+    counts = torch.tensor([len(row["ranks"]) for row in rows])
+    ranks = torch.tensor([rank for row in rows for rank in row["ranks"]])
+    return {"input_ids": ids, "attention_mask": mask, "ranks": ranks, "prompts": torch.arange(len(rows)).repeat_interleave(counts)}
+
+
+def right_pad(completions: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token lists to ``input_ids`` and ``attention_mask``, (N, L) each. On the right, as TRL: a classifier of GPT-2 counts what stands before
+    a text in its positions."""
     width, step = max(map(len, completions)), pad_to_multiple_of or 1
     ids = torch.full((len(completions), -(-width // step) * step), pad_token_id)
     mask = torch.zeros_like(ids)
     for place, completion in enumerate(completions):
-        ids[place, : len(completion)] = completion
+        ids[place, : len(completion)] = torch.tensor(completion)
         mask[place, : len(completion)] = 1
-    counts = torch.tensor([len(row["ranks"]) for row in rows])
-    ranks = torch.tensor([rank for row in rows for rank in row["ranks"]])
-    return {"input_ids": ids, "attention_mask": mask, "ranks": ranks, "prompts": torch.arange(len(rows)).repeat_interleave(counts)}
+    return ids, mask
 
 
 class RankedRewardTrainer(RewardTrainer):

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ppo_config": set(),
     "evaluation": set(),
     "verdict": {"evaluation"},
-    "held_out": {"data", "preferences", "verdict"},
+    "held_out": {"preferences", "ranked", "verdict"},
     "diagnosis": set(),
     "__init__": set(),
     # one base, and what is made with it

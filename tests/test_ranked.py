@@ -39,17 +39,17 @@ def lists(rows=LISTS, **settings):
     return tokenize_ranked(ranked_rows(Dataset.from_list(rows), TOKENIZER, name="x", append_eos=True), TOKENIZER, name="x", **settings)
 
 
-def classifier():
-    config = tiny.base().config
+def classifier(architecture="llama"):
+    config = tiny.base(architecture).config
     config.num_labels = 1
     torch.manual_seed(3)
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
-def trainer(folder, data, cls=RankedRewardTrainer, **settings):
+def trainer(folder, data, cls=RankedRewardTrainer, architecture="llama", **settings):
     settings = {"per_device_train_batch_size": 4, "max_steps": 1, "gradient_checkpointing": False} | settings
     args = RewardConfig(folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1, **settings)
-    return cls(model=classifier(), args=args, train_dataset=data, eval_dataset=data, processing_class=tiny.tokenizer())
+    return cls(model=classifier(architecture), args=args, train_dataset=data, eval_dataset=data, processing_class=tiny.tokenizer())
 
 
 # Tokens
@@ -277,8 +277,9 @@ def test_the_verdict_is_on_all_untied_pairs_and_on_scores_less_the_bias(tmp_path
 
 
 @torch.no_grad()
-def test_the_bias_is_the_mean_raw_score_of_the_references(tmp_path):
-    ranked = trainer(str(tmp_path), lists(), per_device_eval_batch_size=2)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_bias_is_the_mean_raw_score_of_the_references(tmp_path, architecture):
+    ranked = trainer(str(tmp_path), lists(), architecture=architecture, per_device_eval_batch_size=2)
     references = [[1, 5, 9], [1, 7], [1, 30, 31, 32, 2]]
     want = [ranked.model(input_ids=torch.tensor([ids])).logits.item() for ids in references]
     assert held_out.score_tokens(ranked, references) == pytest.approx(want, abs=1e-5)
