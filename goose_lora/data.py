@@ -202,31 +202,6 @@ def tokenize_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name:
     return kept
 
 
-def tokenize_pairs_without_end(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int | None = None) -> Dataset:
-    """Preference pairs as ``trl.RewardTrainer`` takes them tokenized (``chosen_ids``, ``rejected_ids``), without the end-of-text token that it
-    appends to texts; ``length`` is that of the longer one, for sampling by length.
-
-    Raises:
-        ValueError: chat messages, whose template writes an end of its own, or no pair within ``max_length``.
-    """
-    if not isinstance(rows[0]["chosen"], str):
-        raise ValueError(f"{name}: append_eos: false is for plain text; these are chat messages, which their template ends. Set it to true.")
-
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        chosen, rejected = (tokenizer(row.get("prompt", "") + row[side])["input_ids"] for side in ("chosen", "rejected"))
-        return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
-
-    texts = [column for column in rows.column_names if column != "margin"]
-    kept: Any = rows.map(encode, remove_columns=texts, desc=f"Tokenizing {name}")
-    if max_length is not None:
-        kept = kept.filter(lambda row: row["length"] <= max_length)
-    if len(kept) < len(rows):
-        logger.warning("%s: %d of %d pairs left out, longer than max_length=%s", name, len(rows) - len(kept), len(rows), max_length)
-    if len(kept) == 0:
-        raise ValueError(f"{name}: no pair has at most max_length={max_length} tokens. Raise max_length.")
-    return kept
-
-
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int) -> Dataset:
     """Rows with ``text`` to rows with ``input_ids``: the text and the end-of-text token, cut at ``max_length``; empty texts are left out.
 

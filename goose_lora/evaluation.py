@@ -11,7 +11,6 @@ import numbers
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -20,9 +19,6 @@ import numpy as np
 from torch import Tensor
 
 Numbers = Sequence[float] | np.ndarray | Tensor
-LENGTH_CORRELATION_LIMIT = 0.5  # above it, a quarter of the variance of the score is length
-SCORE_STD_FLOOR = 0.01  # logits; below it, sigmoid(score difference) is within 0.01 of 0.5 for nearly every pair
-CALIBRATION_ERROR_LIMIT = 0.1  # probability
 
 
 class Proportion(NamedTuple):
@@ -53,7 +49,8 @@ def _vector(name: str, values: Numbers) -> np.ndarray:
     return array
 
 
-def _paired(first_name: str, first: Numbers, second_name: str, second: Numbers) -> tuple[np.ndarray, np.ndarray]:
+def paired(first_name: str, first: Numbers, second_name: str, second: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 arrays of one length. Raises as the module says."""
     a, b = _vector(first_name, first), _vector(second_name, second)
     if a.size != b.size:
         raise ValueError(f"{first_name} has {a.size} values and {second_name} {b.size}; give one of each a sample, in the same order.")
@@ -80,7 +77,10 @@ def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> tu
     _at_least_one(n=n)
     if not 0 <= successes <= n:
         raise ValueError(f"successes={successes} is outside [0, n={n}].")
-    z, share = -NormalDist().inv_cdf(_tail(confidence)), successes / n
+    return _wilson(successes / n, n, -NormalDist().inv_cdf(_tail(confidence)))
+
+
+def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # the share is inside, whatever the rounding
@@ -94,13 +94,31 @@ def _share_above(a: np.ndarray, b: np.ndarray) -> Proportion:
 def pairwise_accuracy(chosen: Numbers, rejected: Numbers) -> Proportion:
     """Share of pairs, row i of both (N,) scores being one, whose chosen reply scores higher; a tie counts one half, so that a constant
     score has exactly 0.5. Raises as the module says."""
-    return _share_above(*_paired("chosen", chosen, "rejected", rejected))
+    return _share_above(*paired("chosen", chosen, "rejected", rejected))
+
+
+def grouped_accuracy(chosen: Numbers, rejected: Numbers, groups: Numbers) -> Proportion:
+    """``pairwise_accuracy`` where pairs of one group, all (N,), share replies, as those of one ranked list do, and so say less than N pairs.
+
+    The interval is Wilson's for N / (design effect) pairs (Kish 1965): the count from which independent pairs would give the variance that the
+    groups' sums show. Groups of one give ``pairwise_accuracy``. All right or all wrong shows no variance: a group counts as one pair then.
+    Raises as the module says."""
+    value = pairwise_accuracy(chosen, rejected).value
+    a, b = paired("chosen", chosen, "rejected", rejected)
+    _, place = np.unique(paired("chosen", chosen, "groups", groups)[1], return_inverse=True)
+    residuals = np.bincount(place, np.where(a == b, 0.5, a > b) - value)
+    variance, count = float((residuals**2).sum()) / a.size**2, float(a.size)
+    if value in (0.0, 1.0):
+        count = float(len(residuals))
+    elif variance > 0:
+        count = min(count, max(1.0, value * (1 - value) / variance))
+    return Proportion(value, *_wilson(value, count, -NormalDist().inv_cdf(_tail(0.95))), a.size)
 
 
 def win_rate(scores_a: Numbers, scores_b: Numbers) -> Proportion:
     """Share of N prompts on which a's reply scores higher than b's, a tie counting one half, so that win_rate(a, b) + win_rate(b, a) = 1.
     Both (N,), in the order of the prompts. Raises as the module says."""
-    return _share_above(*_paired("scores_a", scores_a, "scores_b", scores_b))
+    return _share_above(*paired("scores_a", scores_a, "scores_b", scores_b))
 
 
 def _bootstrap_means(values: np.ndarray, random: np.random.Generator, resamples: int) -> np.ndarray:
@@ -127,13 +145,13 @@ def _unit_deviations(x: np.ndarray) -> np.ndarray:
 def correlation(x: Numbers, y: Numbers) -> float:
     """Pearson's correlation of (N,) x and y, in [-1, 1]. Where either is constant (one value included) it is undefined: 0.0 here, nan in
     numpy. Raises as the module says."""
-    x, y = map(_unit_deviations, _paired("x", x, "y", y))
+    x, y = map(_unit_deviations, paired("x", x, "y", y))
     return float(np.clip(x @ y, -1.0, 1.0))
 
 
 def spearman(x: Numbers, y: Numbers) -> float:
     """Spearman's rank correlation (1904): `correlation` of the ranks, ties sharing their mean rank; 0.0 for a constant, as there."""
-    return correlation(*map(_ranks, _paired("x", x, "y", y)))
+    return correlation(*map(_ranks, paired("x", x, "y", y)))
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
@@ -172,8 +190,8 @@ def matched_length_difference(values_a: Numbers, lengths_a: Numbers, values_b: N
     and b both have members, the differences of means are averaged with the number of a's members as weight. A difference of length inside
     a stratum stays. The interval is a percentile bootstrap inside the strata; a stratum's only member adds no width. values_a, lengths_a:
     (N,); values_b, lengths_b: (M,), lengths in tokens. Raises as the module says, when no stratum holds both, for bins or resamples < 1."""
-    a, tokens_a = _paired("values_a", values_a, "lengths_a", lengths_a)
-    b, tokens_b = _paired("values_b", values_b, "lengths_b", lengths_b)
+    a, tokens_a = paired("values_a", values_a, "lengths_a", lengths_a)
+    b, tokens_b = paired("values_b", values_b, "lengths_b", lengths_b)
     tail = _tail(confidence)
     _at_least_one(bins=bins, resamples=resamples)
     pooled = np.sort(np.concatenate([tokens_a, tokens_b]))
@@ -199,7 +217,7 @@ def calibration(chosen_scores: Numbers, rejected_scores: Numbers, bins: int = 5)
 
     Returns the occupied bins {"predicted", "observed", "n"} in rising order, and the expected calibration error (Guo et al. 2017, arXiv
     1706.04599): |observed - predicted| weighted by n, biased upwards when bins hold few pairs. Raises as the module says, for bins < 1."""
-    chosen, rejected = _paired("chosen_scores", chosen_scores, "rejected_scores", rejected_scores)
+    chosen, rejected = paired("chosen_scores", chosen_scores, "rejected_scores", rejected_scores)
     _at_least_one(bins=bins)
     predicted = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
     observed = np.where(chosen == rejected, 0.5, chosen > rejected)
@@ -207,64 +225,6 @@ def calibration(chosen_scores: Numbers, rejected_scores: Numbers, bins: int = 5)
     rows = [{"predicted": float(predicted[place == i].mean()), "observed": float(observed[place == i].mean()),
              "n": int((place == i).sum())} for i in np.unique(place)]
     return rows, sum(row["n"] * abs(row["observed"] - row["predicted"]) for row in rows) / chosen.size
-
-
-@dataclass(frozen=True)
-class RewardVerdict:
-    """What a reward model is worth on held-out pairs. Scores, margins in logits; lengths in tokens; standard deviation with divisor N."""
-    accuracy: Proportion
-    accuracy_any_pair: Proportion | None  # on a second test set
-    length_correlation: float  # score against response length, chosen and rejected replies together
-    score_mean: float
-    score_std: float
-    margin_mean: float  # chosen minus rejected
-    calibration_error: float
-    n_pairs: int
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain JSON values; the three of the second test set are None where there was none."""
-        second = self.accuracy_any_pair
-        return {**asdict(self), "accuracy": self.accuracy.value, "accuracy_ci": [self.accuracy.low, self.accuracy.high],
-                "accuracy_any_pair": second and second.value, "accuracy_any_pair_ci": second and [second.low, second.high],
-                "n_any_pairs": second and second.n}
-
-    def lines(self) -> list[str]:
-        """One line a number: the number, the verdict, and what to do where it is bad."""
-        lines = [_accuracy_line("accuracy", self.accuracy, "do not run PPO on this reward model; more or cleaner pairs, more epochs, or a "
-                                "lower learning rate")]
-        if self.accuracy_any_pair:
-            lines.append(_accuracy_line("accuracy on any pair", self.accuracy_any_pair, "such pairs are not told apart; train on more"))
-        return lines + [f"{number}: {action if bad else 'ok'}" for number, bad, action in [
-            (f"correlation of score and length {self.length_correlation:+.2f}", abs(self.length_correlation) > LENGTH_CORRELATION_LIMIT,
-             f"PPO will learn length ({'longer' if self.length_correlation > 0 else 'shorter'} replies); balance lengths inside the pairs, "
-             "or add a length term to the reward"),
-            (f"score mean {self.score_mean:.3g}, standard deviation {self.score_std:.3g}, mean margin {self.margin_mean:.3g}",
-             self.score_std < SCORE_STD_FLOOR, "nearly one score for every reply; check that the score head was trained and loaded"),
-            (f"calibration error {self.calibration_error:.2f}", self.calibration_error > CALIBRATION_ERROR_LIMIT,
-             "the size of a score difference is not to be trusted; more pairs, and keep whiten_rewards on"),
-        ]]
-
-
-def _accuracy_line(name: str, accuracy: Proportion, at_chance: str) -> str:
-    text = f"{name} {accuracy.value:.2f} (95 % interval {accuracy.low:.2f} to {accuracy.high:.2f}, {accuracy.n} pairs)"
-    if accuracy.high < 0.5:
-        return f"{text} is below chance: do not run PPO on this reward model; chosen and rejected look swapped"
-    return f"{text} includes chance: {at_chance}" if accuracy.low <= 0.5 else f"{text}: ok"
-
-
-def reward_verdict(chosen: Numbers, rejected: Numbers, chosen_lengths: Numbers, rejected_lengths: Numbers,
-                   any_pair: tuple[Numbers, Numbers] | None = None) -> RewardVerdict:
-    """Verdict on (N,) held-out scores in logits and response lengths in tokens; `any_pair`: (chosen, rejected) scores of a second test set.
-    Raises as the module says."""
-    chosen, chosen_lengths = _paired("chosen", chosen, "chosen_lengths", chosen_lengths)
-    rejected, rejected_lengths = _paired("rejected", rejected, "rejected_lengths", rejected_lengths)
-    accuracy, scores = pairwise_accuracy(chosen, rejected), np.concatenate([chosen, rejected])
-    return RewardVerdict(
-        accuracy=accuracy, accuracy_any_pair=None if any_pair is None else pairwise_accuracy(*any_pair), n_pairs=accuracy.n,
-        length_correlation=correlation(scores, np.concatenate([chosen_lengths, rejected_lengths])),
-        score_mean=float(scores.mean()), score_std=float(scores.std()), margin_mean=float((chosen - rejected).mean()),
-        calibration_error=calibration(chosen, rejected)[1],
-    )
 
 
 def import_function(spec: str) -> Callable[..., object]:

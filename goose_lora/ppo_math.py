@@ -313,3 +313,29 @@ def pairwise_loss(chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"], marg
     if margin is not None:
         difference = difference - _upcast(margin)
     return -torch.nn.functional.logsigmoid(difference).mean()
+
+
+def untied_pairs(ranks: Int[Tensor, "N"], prompts: Int[Tensor, "N"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"]]:
+    """Indices (better, worse) of all pairs of completions to one prompt whose ranks differ; a lower rank is better. Raises nothing."""
+    better, worse = ((prompts[:, None] == prompts) & (ranks[:, None] < ranks)).nonzero(as_tuple=True)
+    return better, worse
+
+
+def ranking_loss(scores: Float[Tensor, "N"], ranks: Int[Tensor, "N"], prompts: Int[Tensor, "N"]) -> Float[Tensor, ""]:
+    """-log sigmoid(better - worse), a mean over each prompt's pairs, then over prompts (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+
+    N completions in any order: ``prompts`` numbers the prompt that each answers, a lower rank is better, and equal ranks are a tie that
+    makes no pair. A prompt counts once however many completions it has (1 / (K choose 2) in the paper). With two completions a prompt it is
+    ``pairwise_loss``. In nats. TRL has pairs only. Raises ValueError for a prompt without two completions of different rank, or no prompt.
+    """
+    better, worse = untied_pairs(ranks, prompts)
+    names, place = prompts.unique(return_inverse=True)
+    pair_counts = torch.bincount(place[better], minlength=len(names))
+    if not len(names) or not pair_counts.all():
+        alone = names[pair_counts == 0].tolist()
+        raise ValueError(
+            f"ranking_loss got {len(names)} prompts, of which {len(alone)} have no two completions of different rank (such as {alone[:3]}), so "
+            "there is no mean. Leave such prompts out before this point."
+        )
+    losses = -torch.nn.functional.logsigmoid(_upcast(scores)[better] - _upcast(scores)[worse])
+    return (losses.new_zeros(len(names)).index_add(0, place[better], losses) / pair_counts).mean()

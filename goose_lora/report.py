@@ -1,6 +1,7 @@
 """What a stage leaves behind to look at: figures as JSON, metrics as jsonl, the verdict, curves as PNG."""
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -8,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from goose_lora.evaluation import RewardVerdict
+from goose_lora.verdict import RewardVerdict
+
+logger = logging.getLogger(__name__)
 
 _STARTED = time.monotonic()
 
@@ -62,13 +65,19 @@ def write_verdict(output_dir: str | None, verdict: RewardVerdict) -> None:
 def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
     """Look at the verdict beside a reward adapter before anything is trained on its scores. One of other origin has none, and passes.
 
+    What the verdict warns of (length, probes that beat the chosen reply, calibration) is logged, a line each, forced or not.
+
     Raises:
         ValueError: its interval on held-out pairs includes 0.5, so that it may know nothing, and ``force`` is not set.
     """
     path = Path(reward_folder) / "verdict.json"
-    if force or not path.is_file():
+    if not path.is_file():
         return
     verdict = read_json(path)
+    for line in verdict.get("warnings", []):
+        logger.warning("the reward model: %s", line)
+    if force:
+        return
     low, high = verdict["accuracy_ci"]
     if low <= 0.5:
         raise ValueError(

@@ -126,23 +126,6 @@ def _numbers(listed: Sequence[Any], name: str) -> Float[Tensor, " N"]:
     return numbers
 
 
-@torch.no_grad()
-def score_pairs(trainer: Any, name: str) -> tuple[list[float], list[float], list[int], list[int]]:
-    """Scores and lengths in tokens, of the chosen and of the rejected, over a ``trl.RewardTrainer``'s evaluation set ``name``."""
-    model = trainer.model.eval()
-    scores: tuple[list[float], list[float]] = ([], [])
-    lengths: tuple[list[int], list[int]] = ([], [])
-    for batch in trainer.get_eval_dataloader(name):
-        with trainer.compute_loss_context_manager():
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        both = trainer.accelerator.gather_for_metrics(logits.float().view(2, -1).T.contiguous())
-        tokens = trainer.accelerator.gather_for_metrics(batch["attention_mask"].sum(-1).view(2, -1).T.contiguous())
-        for side in (0, 1):
-            scores[side].extend(both[:, side].tolist())
-            lengths[side].extend(tokens[:, side].tolist())
-    return *scores, *lengths
-
-
 class ScoreScale(NamedTuple):
     """Mean and standard deviation of raw scores; normalised scores are counted in them."""
 

@@ -45,6 +45,7 @@ class SharedBase(PeftModel):
     critic: Any
     reads_eos: bool
     values_are_scores: bool
+    offsets: dict[Role, float]  # what is subtracted from a head's output, in units of the raw score
     _role: Any
     set_adapter: Any
     add_adapter: Any
@@ -103,11 +104,12 @@ class SharedBase(PeftModel):
         if average:
             self.add_adapter(ADAPTERS["ema"], copy.deepcopy(config))
             self._copy_role("policy", "ema")
-        self.reads_eos = True
+        self.reads_eos, self.offsets = True, {"reward": 0.0, "value": 0.0}
         if reward is not None:
             self.add_adapter(ADAPTERS["reward"], adapter_config(reward))
             self.load_role("reward", reward)
-            self.reads_eos = adapters.read_lineage(reward).get("append_eos", True)
+            lineage = adapters.read_lineage(reward)
+            self.reads_eos, self.offsets["reward"] = lineage.get("append_eos", True), lineage.get("reward_bias", 0.0)
         self.critic = critic
         self.values_are_scores = critic is not None and critic_init == "reward"
         if critic is not None:
@@ -128,7 +130,9 @@ class SharedBase(PeftModel):
         self.add_adapter(ADAPTERS["value"], config)
         if critic_init != "zero":
             self._copy_role(source, "value")
-        if critic_init != "reward":
+        if critic_init == "reward":
+            self.offsets["value"] = self.offsets["reward"]  # a copy says what the reward model says; a head of zeros says 0
+        else:
             nn.init.zeros_(self.score_head("value").weight)  # an unbiased start: no critic before the first update
 
     # ---- Adapters: loading, copying, and which of them train ----
@@ -217,10 +221,10 @@ class SharedBase(PeftModel):
         return heads.get(self.critic, "value")
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; the reward adapter's folder keeps the note of what it was trained to read."""
+        """As in PEFT; the reward adapter's folder keeps the note of what it was trained to read, and of its bias."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.has("reward"):
-            adapters.write_lineage(Path(save_directory) / ADAPTERS["reward"], append_eos=self.reads_eos)
+            adapters.write_lineage(Path(save_directory) / ADAPTERS["reward"], append_eos=self.reads_eos, reward_bias=self.offsets["reward"])
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """As in transformers, but each recompute runs under the role of its own forward (PEFT#2832: else gradients are wrong, silently).
@@ -296,10 +300,10 @@ class SharedBase(PeftModel):
         return core.score.modules_to_save[ADAPTERS[role]]
 
     def apply_head(self, role: Role, hidden: Float[Tensor, "*s H"]) -> Float[Tensor, "*s"]:
-        """Scalar of each state under the role's head, in fp32."""
+        """Scalar of each state under the role's head, less the role's offset, in fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
             head = self.score_head(role)
-            return head(hidden.to(head.weight.dtype)).squeeze(-1)
+            return head(hidden.to(head.weight.dtype)).squeeze(-1) - self.offsets[role]
 
     def logprobs(
         self,
@@ -353,7 +357,8 @@ class SharedBase(PeftModel):
         trunk: Float[Tensor, "B L H"] | None = None,
         ended: Bool[Tensor, " B"] | None = None,
     ) -> Float[Tensor, " B"]:
-        """The reward model's score of each row, read at its last counted token: what the SEQ_CLS model of RewardTrainer gives.
+        """The reward model's score of each row, read at its last counted token: what the SEQ_CLS model of RewardTrainer gives, less the
+        ``reward_bias`` beside the adapter (the mean raw score of references, which so have 0: Ouyang et al. 2022, arXiv:2203.02155, 3.5).
 
         ``ended`` tells which rows close with an end-of-text token; a reward model that was trained without it reads the token before.
         """

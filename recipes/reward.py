@@ -2,8 +2,12 @@
 
     accelerate launch recipes/reward.py --config recipes/configs/demo_cpu/reward.yaml [--any_field value]
 
-Rows: chosen and rejected, with prompt, and with margin where the data has one. Ends with a verdict on held-out pairs, printed and saved as
-verdict.json beside the adapter: accuracy with its interval, what the score has to do with length, mean and spread of the scores.
+Rows: pairs (chosen and rejected, with margin where the data has one), or ranked lists (completions, best first, or with ranks, 1 the best and
+equal ones tied), of which all pairs of a prompt are learned in one batch element; with prompt, or whole. per_device_train_batch_size counts rows.
+References, if named, are scored after training: their mean is the bias that PPO subtracts, so that they score 0.
+
+Ends with a verdict on held-out rows, printed and saved as verdict.json beside the adapter: accuracy with its interval, what the score has to do
+with length, mean and spread of scores and margins, calibration, and how often an empty, repeated, cut off or flattering reply beats the chosen.
 """
 
 from dataclasses import dataclass, field
@@ -13,18 +17,22 @@ from trl import RewardConfig, RewardTrainer
 
 from goose_lora import cli, demo
 from goose_lora.adapters import write_lineage
-from goose_lora.data import DataArguments, load_rows, require_columns, tokenize_pairs_without_end
-from goose_lora.evaluation import reward_verdict
+from goose_lora.data import DataArguments, load_rows, require_columns
+from goose_lora.held_out import judge, prepare_held_out, reference_bias
 from goose_lora.loading import ModelArguments, adapters_to_fp32, load_reward_base, load_tokenizer, lora_config
+from goose_lora.preferences import LIST, PAIR, ranked_rows, tokenize_ranked, tokenize_references
+from goose_lora.ranked import RankedRewardTrainer
 from goose_lora.report import write_stage, write_verdict
-from goose_lora.rewards import score_pairs
 
 
 @dataclass
 class RewardArguments(DataArguments):
-    """The data, and a second held-out set."""
+    """The data, a second held-out set, and references."""
 
     any_pairs_name: str | None = field(default=None, metadata={"help": "More held-out pairs, of another kind, for the verdict only."})
+    reference_dataset_name: str | None = field(
+        default=None, metadata={"help": "Replies that should score 0 on average, such as SFT's: rows with text, prompt+completion or messages."}
+    )
     use_margin: bool = field(default=True, metadata={"help": "Use the data's margin column in the loss where there is one."})
     append_eos: bool = field(default=True, metadata={"help": "End each text with the end-of-text token, as TRL does; false: PPO hides it too."})
 
@@ -38,18 +46,27 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("eval_dataset_name: a reward model is judged on held-out pairs. Keep some of yours out of training and name them.")
     how = {"max_rows": data_args.max_rows, "column_mapping": data_args.column_mapping, "stage": "reward"}
     rows: dict[str, Any] = {key: load_rows(demo.resolve(name), splits[key], **how) for key, name in names.items() if name}
+    ranked = "completions" in rows["train"].column_names
     for key, dataset in rows.items():
-        require_columns(dataset, str(names[key]), ["chosen", "rejected"])
+        require_columns(dataset, str(names[key]), PAIR, *([LIST] if ranked else []))
         if "margin" in dataset.column_names and not data_args.use_margin:
             rows[key] = dataset.remove_columns("margin")
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
-    if not data_args.append_eos:
-        rows = {
-            key: tokenize_pairs_without_end(dataset, tokenizer, name=str(names[key]), max_length=config.max_length) for key, dataset in rows.items()
-        }
+    reading = {"append_eos": data_args.append_eos, "max_length": config.max_length}
+    held_out = {
+        key: prepare_held_out(rows[key], tokenizer, name=str(names[key]), probes=key == "eval", **reading) for key in rows if key != "train"
+    }
+    references = []
+    if data_args.reference_dataset_name is not None:
+        found = load_rows(demo.resolve(data_args.reference_dataset_name), data_args.dataset_split, data_args.max_rows)
+        references = tokenize_references(found, tokenizer, name=data_args.reference_dataset_name, **reading)
+    for key, dataset in rows.items():  # a pair is the shortest list
+        lists = ranked_rows(dataset, tokenizer, name=str(names[key]), append_eos=data_args.append_eos)
+        margins = list(dataset["margin"]) if "margin" in dataset.column_names else None
+        rows[key] = tokenize_ranked(lists, tokenizer, name=str(names[key]), margins=margins, **reading)
     base = load_reward_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
-    trainer = RewardTrainer(
+    trainer = (RankedRewardTrainer if ranked else RewardTrainer)(
         model=base,
         args=config,
         train_dataset=rows.pop("train"),
@@ -60,11 +77,10 @@ def main(args: list[str] | None = None) -> None:
     adapters_to_fp32(trainer.model)
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
-    write_lineage(config.output_dir, append_eos=data_args.append_eos)
+    bias = reference_bias(trainer, references) if references else 0.0
+    write_lineage(config.output_dir, append_eos=data_args.append_eos, reward_bias=bias, reward_references=len(references))
 
-    held_out = score_pairs(trainer, "eval")
-    verdict = reward_verdict(*held_out, any_pair=score_pairs(trainer, "any")[:2] if "any" in rows else None)
-    write_verdict(config.output_dir, verdict)
+    write_verdict(config.output_dir, judge(trainer, held_out["eval"], held_out.get("any"), bias=bias))
     write_stage(config.output_dir, "reward", {"loss": result.training_loss, "steps": trainer.state.global_step}, trainer.state.log_history)
 
 

@@ -105,7 +105,7 @@ MUTANTS = [
     (MATH, "(_upcast(logits) / temperature).log_softmax(-1)", "_upcast(logits).log_softmax(-1) / temperature"),
     (MATH, "(_upcast(logits) / temperature)", "_upcast(logits / temperature)"),
     (MATH, "if not temperature > 0:", "if temperature < 0:"),
-    # explained variance and the pairwise loss
+    # explained variance, the pairwise and the ranking loss
     (MATH, "torch.where(is_constant, 0.0, 1 - unexplained / total)", "1 - unexplained / total"),
     (MATH, "is_constant = returns[mask].min() == returns[mask].max()", "is_constant = total == 0"),
     (MATH, "moments(residual, mask).var", "masked_mean(residual.square(), mask)"),
@@ -113,6 +113,12 @@ MUTANTS = [
     (MATH, "-torch.nn.functional.logsigmoid(difference).mean()", "-torch.sigmoid(difference).log().mean()"),
     (MATH, "-torch.nn.functional.logsigmoid(difference).mean()", "-torch.nn.functional.logsigmoid(difference).sum()"),
     (MATH, "difference - _upcast(margin)", "difference + _upcast(margin)"),
+    (MATH, "index_add(0, place[better], losses) / pair_counts).mean()", "index_add(0, place[better], losses)).sum() / pair_counts.sum()"),
+    (MATH, "(ranks[:, None] < ranks)", "(ranks[:, None] <= ranks)"),
+    (MATH, "(ranks[:, None] < ranks)", "(ranks[:, None] > ranks)"),
+    (MATH, "(prompts[:, None] == prompts) & (ranks", "(ranks"),
+    (MATH, "if not len(names) or not pair_counts.all():", "if not len(names):"),
+    (MATH, "_upcast(scores)[better] - _upcast(scores)[worse]", "scores[better] - scores[worse]"),
     (MATH, "import torch\n", "import datasets\nimport torch\n"),
     # the coefficient
     (CONTROL, "kl / self.target - 1", "1 - kl / self.target"),

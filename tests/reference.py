@@ -5,6 +5,7 @@ Python floats, one token at a time, sums over lists: no tensors, no running stat
 """
 
 import math
+from itertools import combinations
 from statistics import fmean, pvariance, stdev
 
 
@@ -82,6 +83,18 @@ def entropy(logits):
 def pairwise_loss(chosen, rejected, margin):
     """-log of the probability that chosen is preferred: 1 / (1 + exp(-difference))."""
     return fmean(math.log1p(math.exp(r + m - c)) for c, r, m in zip(chosen, rejected, margin, strict=True))
+
+
+def ranking_loss(scores, ranks, prompts):
+    """For each prompt the mean of -log P(better is preferred) over its (K choose 2) couples less the ties; then the mean of the prompts."""
+    by_prompt = {}
+    for score, rank, prompt in zip(scores, ranks, prompts, strict=True):
+        by_prompt.setdefault(prompt, []).append((rank, score))
+    means = []
+    for completions in by_prompt.values():
+        couples = [sorted(couple) for couple in combinations(completions, 2) if couple[0][0] != couple[1][0]]
+        means.append(fmean(math.log1p(math.exp(worse - better)) for (_, better), (_, worse) in couples))
+    return fmean(means)
 
 
 def leave_one_out(returns, group_size):

@@ -43,3 +43,15 @@ def groups(draw):
     """(returns, group_size): one to four groups of two to five returns."""
     size = draw(st.integers(2, 5))
     return _tensor(draw, size * draw(st.integers(1, 4))), size
+
+
+@st.composite
+def ranked(draw):
+    """(scores, ranks, prompts) of completions to some prompts, shuffled: two to five a prompt, with ties, but not all of one rank."""
+    ranks, prompts = [], []
+    for prompt in range(draw(st.integers(1, 4))):
+        own = draw(st.lists(st.integers(1, 4), min_size=2, max_size=5).filter(lambda own: len(set(own)) > 1))
+        ranks += own
+        prompts += [3 * prompt] * len(own)
+    order = draw(st.permutations(range(len(ranks))))
+    return _tensor(draw, len(ranks)), torch.tensor(ranks)[list(order)], torch.tensor(prompts)[list(order)]

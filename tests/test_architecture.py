@@ -23,9 +23,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data_formats": set(),
     "data": {"data_formats"},
     "gates": set(),
+    "preferences": {"data", "data_formats"},
+    "ranked": {"ppo_math"},
     "rewards": {"batch"},
     "ppo_config": set(),
     "evaluation": set(),
+    "verdict": {"evaluation"},
+    "held_out": {"preferences", "ranked", "verdict"},
     "diagnosis": set(),
     "__init__": set(),
     # one base, and what is made with it
@@ -46,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "reward_models": {"evaluation", "loading"},
     "export": {"shared_base"},
-    "report": {"evaluation"},
+    "report": {"verdict"},
     "data_report": {"data", "data_formats", "evaluation"},
     # the command line
     "cli": {"data_report", "demo", "diagnosis", "report"},
@@ -54,8 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
-RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "loading", "report", "shared_base"} | {
-    "ppo_config", "ppo_trainer", "replies", "reward_models", "rewards", "sampling"
+RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "preferences"} | {
+    "ppo_config", "ppo_trainer", "ranked", "replies", "report", "reward_models", "sampling", "shared_base"
 }  # fmt: skip
 
 

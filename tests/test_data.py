@@ -13,7 +13,6 @@ from goose_lora.data import (
     left_pad,
     load_rows,
     require_columns,
-    tokenize_pairs_without_end,
     tokenize_prompts,
     tokenize_texts,
 )
@@ -177,25 +176,6 @@ def test_another_epoch_deals_in_another_order_and_the_same_epoch_in_the_same():
     assert list(batches) != first
 
 
-def test_pairs_without_an_end_are_the_text_and_nothing_more():
-    tokenizer = tiny.tokenizer()
-    rows = Dataset.from_list([{"prompt": "ba be", "chosen": " good bi", "rejected": " bad", "margin": 1.5, "id": 7}])
-    (row,) = tokenize_pairs_without_end(rows, tokenizer, name="x")
-    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["<s>", "ba", "be", "good", "bi"]
-    assert tokenizer.convert_ids_to_tokens(row["rejected_ids"]) == ["<s>", "ba", "be", "bad"]
-    assert row["margin"] == 1.5 and row["length"] == 5 and "id" not in row
-    bare = Dataset.from_list([{"chosen": "good", "rejected": "bad"}])
-    assert tokenize_pairs_without_end(bare, tokenizer, name="x")["length"] == [2]
-
-
-def test_long_pairs_without_an_end_are_left_out_and_counted(caplog):
-    rows = Dataset.from_list([{"chosen": "good", "rejected": "bad"}, {"chosen": "good ba be bi", "rejected": "bad"}])
-    assert len(tokenize_pairs_without_end(rows, tiny.tokenizer(), name="my.jsonl", max_length=3)) == 1
-    assert "my.jsonl: 1 of 2 pairs left out" in caplog.text
-    with pytest.raises(ValueError, match="no pair has at most max_length=1"):
-        tokenize_pairs_without_end(rows, tiny.tokenizer(), name="my.jsonl", max_length=1)
-
-
 def test_texts_end_with_the_end_token_and_are_cut():
     rows = Dataset.from_list([{"text": "ba be bi", "id": 1}, {"text": "good", "id": 2}])
     tokenizer = tiny.tokenizer()
@@ -205,9 +185,3 @@ def test_texts_end_with_the_end_token_and_are_cut():
     assert [len(ids) for ids in tokenize_texts(rows, tokenizer, name="x", max_length=4)["input_ids"]] == [4, 3]
     with pytest.raises(ValueError, match="needed are text"):
         tokenize_texts(rows.remove_columns("text"), tokenizer, name="x", max_length=9)
-
-
-def test_chat_pairs_keep_the_end_of_their_template():
-    chat = [{"role": "assistant", "content": "good"}]
-    with pytest.raises(ValueError, match="append_eos: false is for plain text"):
-        tokenize_pairs_without_end(Dataset.from_list([{"chosen": chat, "rejected": chat}]), tiny.tokenizer(), name="x")

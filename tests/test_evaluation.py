@@ -5,7 +5,6 @@ import json
 import math
 import re
 import sys
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,16 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goose_lora.evaluation import (
-    Proportion,
     calibration,
     correlation,
     distinct_n,
+    grouped_accuracy,
     import_function,
     matched_length_difference,
     mean_interval,
     pairwise_accuracy,
     repetition,
-    reward_verdict,
     side_by_side,
     spearman,
     table,
@@ -108,17 +106,45 @@ def test_win_rates_of_both_sides_sum_to_one(pairs):
     assert forward.low == pytest.approx(1 - backward.high, abs=1e-12)
 
 
+@given(PAIRS)
+def test_accuracy_in_groups_of_one_is_that_of_pairs(pairs):
+    chosen, rejected = zip(*pairs, strict=True)
+    alone = grouped_accuracy(chosen, rejected, range(len(pairs)))
+    assert (alone.value, alone.n) == pairwise_accuracy(chosen, rejected)[::3]
+    if all(a != b for a, b in pairs):  # half points vary less than points
+        assert alone == pytest.approx(pairwise_accuracy(chosen, rejected), abs=1e-12)
+
+
+@given(PAIRS, st.integers(1, 5))
+def test_pairs_that_are_said_several_times_are_no_news(pairs, times):
+    chosen, rejected = zip(*pairs, strict=True)
+    once = grouped_accuracy(chosen, rejected, range(len(pairs)))
+    groups = [group for group in range(len(pairs)) for _ in range(times)]
+    many = grouped_accuracy(np.repeat(chosen, times), np.repeat(rejected, times), groups)
+    if all(a != b for a, b in pairs):
+        assert many == pytest.approx((*once[:3], times * len(pairs)), abs=1e-9)
+
+
+def test_the_interval_of_grouped_pairs_covers_the_truth():
+    """Prompts differ in how easy they are, so that their six pairs agree: the pairs' own interval is far too narrow."""
+    random, truth, grouped, plain = np.random.default_rng(1), 0.6, 0, 0
+    for _ in range(200):
+        easy = random.beta(0.6 * 1.5, 0.4 * 1.5, size=60)
+        right = (random.random((60, 6)) < easy[:, None]).astype(float).flatten()
+        groups = np.repeat(np.arange(60), 6)
+        one, other = grouped_accuracy(right, np.full(360, 0.5), groups), pairwise_accuracy(right, np.full(360, 0.5))
+        grouped += one.low <= truth <= one.high
+        plain += other.low <= truth <= other.high
+    assert grouped >= 180 and plain < 170
+
+
 def test_lists_arrays_and_bfloat16_tensors_with_gradient_give_the_same():
     chosen, rejected = [1.5, -2.0, 3.0], [0.5, 2.0, 3.0]
     tensors = [torch.tensor(x, dtype=torch.bfloat16, requires_grad=True) for x in (chosen, rejected)]
     assert pairwise_accuracy(*tensors) == pairwise_accuracy(np.array(chosen), np.array(rejected)) == pairwise_accuracy(chosen, rejected)
 
 
-def verdict_of(a, b):
-    return reward_verdict(a, b, [1] * len(a), [1] * len(b))
-
-
-@pytest.mark.parametrize("function", [pairwise_accuracy, win_rate, correlation, spearman, calibration, verdict_of])
+@pytest.mark.parametrize("function", [pairwise_accuracy, win_rate, correlation, spearman, calibration])
 def test_bad_scores_are_named_by_size_shape_and_place(function):
     with raises("give one of each a sample, in the same order"):
         function([1.0, 2.0], [1.0])
@@ -137,8 +163,6 @@ def test_unequal_lists_are_named_with_their_sizes():
         pairwise_accuracy([1.0, 2.0, 3.0], [1.0, 2.0])
     with raises("scores_a has 1 values and scores_b 2"):
         win_rate([1.0], [1.0, 2.0])
-    with raises("rejected has 2 values and rejected_lengths 1"):
-        reward_verdict([1.0, 2.0], [0.0, 1.0], [3, 4], [3])
 
 
 # Means
@@ -409,91 +433,6 @@ def test_calibration_bins_hold_every_pair_in_its_place(pairs, bins):
 def test_calibration_without_bins_is_refused():
     with raises("bins=0; it must be 1 or more"):
         calibration([1.0], [0.0], bins=0)
-
-
-# Verdict
-
-
-def verdict(wins: int, losses: int, **changes):
-    made = reward_verdict([1.0] * wins + [0.0] * losses, [0.0] * wins + [1.0] * losses, [7] * (wins + losses), [7] * (wins + losses))
-    return replace(made, **changes)
-
-
-def test_verdict_numbers_come_from_all_scores_and_lengths():
-    made = reward_verdict([1.0, 3.0], [0.0, 4.0], [10, 30], [0, 40], any_pair=([1.0], [2.0]))
-    assert (made.accuracy, made.n_pairs) == (pairwise_accuracy([1.0, 3.0], [0.0, 4.0]), 2)
-    assert made.accuracy_any_pair == pairwise_accuracy([1.0], [2.0])
-    assert (made.score_mean, made.score_std) == (2.0, pytest.approx(math.sqrt(2.5), abs=1e-12))
-    assert (made.margin_mean, made.length_correlation) == (0.0, pytest.approx(1, abs=1e-12))
-    assert made.calibration_error == calibration([1.0, 3.0], [0.0, 4.0])[1]
-
-
-def test_a_good_model_reads_ok_on_every_line():
-    lines = verdict(346, 34, calibration_error=0.04).lines()
-    assert lines[0] == "accuracy 0.91 (95 % interval 0.88 to 0.94, 380 pairs): ok"
-    assert len(lines) == 4
-    assert all(line.endswith(": ok") for line in lines)
-
-
-def test_a_model_at_chance_is_not_to_be_used():
-    assert verdict(11, 9).lines()[0] == (
-        "accuracy 0.55 (95 % interval 0.34 to 0.74, 20 pairs) includes chance: do not run PPO on this reward model; more or cleaner pairs, "
-        "more epochs, or a lower learning rate"
-    )
-
-
-def test_the_limit_between_ok_and_chance_is_one_half():
-    at = verdict(3, 1, accuracy=Proportion(0.7, 0.5, 0.9, 9)).lines()[0]
-    above = verdict(3, 1, accuracy=Proportion(0.7, 0.5001, 0.9, 9)).lines()[0]
-    assert "includes chance" in at
-    assert above.endswith("ok")
-
-
-def test_a_model_surely_below_chance_is_told_apart_from_one_at_chance():
-    assert "includes chance" in verdict(1, 3, accuracy=Proportion(0.3, 0.1, 0.5, 9)).lines()[0]
-    line = verdict(10, 90).lines()[0]
-    assert "is below chance: do not run PPO on this reward model; chosen and rejected look swapped" in line
-    assert "includes" not in line
-
-
-def test_the_second_set_has_a_line_of_its_own():
-    lines = verdict(90, 10, accuracy_any_pair=pairwise_accuracy([1, 0], [0, 1])).lines()
-    assert lines[0].endswith("ok")
-    assert lines[1] == (
-        "accuracy on any pair 0.50 (95 % interval 0.09 to 0.91, 2 pairs) includes chance: such pairs are not told apart; train on more"
-    )
-    assert len(lines) == 5
-
-
-@pytest.mark.parametrize(("value", "action"), [(0.5, "ok"), (-0.5, "ok"), (0.51, "PPO will learn length (longer replies); balance lengths"),
-                                               (-0.51, "PPO will learn length (shorter replies); balance lengths")])
-def test_a_score_that_follows_length_is_warned_of(value, action):
-    assert verdict(90, 10, length_correlation=value).lines()[1].startswith(f"correlation of score and length {value:+.2f}: {action}")
-
-
-@pytest.mark.parametrize(("std", "action"), [(0.0, "nearly one score for every reply"), (0.0099, "nearly one score"), (0.01, "ok")])
-def test_scores_without_spread_are_warned_of(std, action):
-    line = verdict(90, 10, score_std=std).lines()[2]
-    assert line.startswith(f"score mean 0.5, standard deviation {std:.3g}, mean margin 0.8: {action}")
-
-
-@pytest.mark.parametrize(("error", "action"), [(0.1, "ok"), (0.11, "the size of a score difference is not to be trusted")])
-def test_miscalibration_is_warned_of(error, action):
-    assert verdict(90, 10, calibration_error=error).lines()[3].startswith(f"calibration error {error:.2f}: {action}")
-
-
-def test_the_dictionary_goes_through_json_unchanged():
-    made = verdict(9, 1, accuracy_any_pair=Proportion(0.75, 0.3, 0.95, 4))
-    plain = made.to_dict()
-    assert json.loads(json.dumps(plain)) == plain
-    assert plain == {
-        "accuracy": 0.9, "accuracy_ci": [made.accuracy.low, made.accuracy.high], "n_pairs": 10,
-        "accuracy_any_pair": 0.75, "accuracy_any_pair_ci": [0.3, 0.95], "n_any_pairs": 4,
-        "length_correlation": 0.0, "score_mean": 0.5, "score_std": 0.5, "margin_mean": pytest.approx(0.8),
-        "calibration_error": made.calibration_error,
-    }  # fmt: skip
-    without = verdict(9, 1).to_dict()
-    assert [without[key] for key in ("accuracy_any_pair", "accuracy_any_pair_ci", "n_any_pairs")] == [None, None, None]
 
 
 # Import

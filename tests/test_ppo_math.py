@@ -9,7 +9,7 @@ import reference
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import JUNK, groups, pairs, ragged, two_logits
+from strategies import JUNK, groups, pairs, ragged, ranked, two_logits
 
 from goose_lora import ppo_math
 from goose_lora.ppo_math import (
@@ -26,6 +26,8 @@ from goose_lora.ppo_math import (
     moments,
     pairwise_loss,
     policy_loss,
+    ranking_loss,
+    untied_pairs,
     value_loss,
     whiten,
 )
@@ -638,6 +640,39 @@ def test_a_repeated_batch_has_the_same_pairwise_loss():
 def test_no_pairs_are_an_error():
     with pytest.raises(ValueError, match="no pairs"):
         pairwise_loss(torch.zeros(0), torch.zeros(0))
+
+
+@given(ranked())
+def test_ranking_loss_is_the_mean_over_prompts_of_the_mean_over_their_couples(drawn):
+    close(ranking_loss(*drawn), reference.ranking_loss(*(x.tolist() for x in drawn)))
+
+
+@given(pairs())
+def test_ranking_loss_of_lists_of_two_is_the_pairwise_loss_bit_for_bit(drawn):
+    chosen, rejected, _ = drawn
+    scores, ranks = torch.stack([chosen, rejected], 1).flatten(), torch.tensor([1, 2]).repeat(len(chosen))
+    assert torch.equal(ranking_loss(scores, ranks, torch.arange(len(chosen)).repeat_interleave(2)), pairwise_loss(chosen, rejected))
+
+
+def test_untied_pairs_are_those_of_one_prompt_and_of_different_rank():
+    better, worse = untied_pairs(torch.tensor([2, 1, 2, 3, 5, 4]), torch.tensor([7, 7, 7, 7, 8, 8]))
+    assert sorted(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 3), (1, 0), (1, 2), (1, 3), (2, 3), (5, 4)]
+
+
+def test_ranking_loss_is_finite_at_differences_of_200_and_computes_in_fp32():
+    scores = torch.tensor([0.0, 200.0], dtype=torch.bfloat16, requires_grad=True)
+    loss = ranking_loss(scores, torch.tensor([1, 2]), torch.tensor([0, 0]))
+    loss.backward()
+    assert loss == 200 and loss.dtype == torch.float32
+    close(scores.grad, [-1, 1])
+    small = torch.tensor([1.0, 0.99609375], dtype=torch.bfloat16)  # adjacent numbers: in bf16 the loss itself would be rounded to 0.69
+    close(ranking_loss(small, torch.tensor([1, 2]), torch.tensor([0, 0])), reference.ranking_loss(small.tolist(), [1, 2], [0, 0]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("ranks", "prompts"), [([1, 1, 1, 2], [0, 0, 5, 5]), ([1, 1, 2], [0, 5, 5]), ([], [])])
+def test_a_prompt_without_an_untied_pair_is_an_error(ranks, prompts):
+    with pytest.raises(ValueError, match=r"no two completions of different rank" if not ranks else r"1 have no two .*\(such as \[0\]\)"):
+        ranking_loss(torch.zeros(len(ranks)), torch.tensor(ranks, dtype=torch.long), torch.tensor(prompts, dtype=torch.long))
 
 
 # The module

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -83,6 +84,45 @@ def test_the_reward_models_verdict_is_saved_and_it_learned_what_it_was_shown(run
     verdict = read_json(run / "reward" / "verdict.json")
     assert verdict["accuracy"] > 0.9 and verdict["accuracy_ci"][0] > 0.5 and verdict["n_pairs"] == 24
     assert {"length_correlation", "score_mean", "score_std"} <= verdict.keys()
+
+
+def test_the_verdict_has_margins_calibration_bins_and_probes(run):
+    verdict = read_json(run / "reward" / "verdict.json")
+    assert {"margin_std", "margin_negative", "margin_quantiles", "warnings"} <= verdict.keys()
+    assert sum(row["n"] for row in verdict["calibration_bins"]) == verdict["n_prompts"] == 24
+    assert verdict["probes"].keys() == {"empty", "repeated", "truncated", "flattering"} and verdict["probes"]["empty"]["n"] == 24
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_a_reward_model_learns_from_ranked_lists_and_its_references_score_zero(tiny_base, tmp_path, append_eos):
+    from goose_lora.loading import load_base, load_tokenizer
+    from goose_lora.preferences import tokenize_references
+    from goose_lora.shared_base import SharedBase
+
+    lists = [
+        {"prompt": row["prompt"], "completions": [" bad ba", " good be", " bad bi", " good bo"][: 3 + k % 2], "ranks": [2, 1, 2, 1][: 3 + k % 2]}
+        for k, row in enumerate(tiny.prompts(16))
+    ]
+    references = [{"prompt": row["prompt"], "completion": " good da"} for row in tiny.prompts(7)]
+    files = {name: tiny.write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("lists", lists), ("references", references))}
+    pairs = tiny.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(8))
+    model = {"model_name_or_path": tiny_base, "quantization": "none", "dtype": "float32", "lora_r": 3}
+    train = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 8, "max_steps": 12}
+    train |= {"learning_rate": 1e-2, "gradient_checkpointing": False, "save_strategy": "no", "eval_strategy": "epoch"}
+    data = {"dataset_name": files["lists"], "eval_dataset_name": files["lists"], "any_pairs_name": pairs, "append_eos": append_eos}
+    recipe("reward").main(options(**model, **train, **data, reference_dataset_name=files["references"], output_dir=tmp_path / "reward"))
+
+    verdict, lineage = read_json(tmp_path / "reward" / "verdict.json"), read_json(tmp_path / "reward" / "goose_lora.json")
+    assert verdict["n_pairs"] == 8 * 2 + 8 * 4 and verdict["n_prompts"] == 16 and verdict["n_any_pairs"] == 8
+    assert verdict["accuracy"] > 0.9 and verdict["accuracy_ci"][0] > 0.5
+    assert (lineage["append_eos"], lineage["reward_references"]) == (append_eos, 7) and abs(lineage["reward_bias"]) > 1e-3
+    arguments = ModelArguments(tiny_base, quantization="none", dtype="float32")
+    tokenizer = load_tokenizer(arguments)
+    base = load_base(arguments, tokenizer)
+    shared = SharedBase.build(base, tiny.lora(base), reward=tmp_path / "reward", critic="adapter")
+    tokens = tokenize_references(Dataset.from_list(references), tokenizer, name="x", append_eos=append_eos)
+    scores = [shared.scores(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)).item() for ids in tokens]
+    assert sum(scores) / 7 == pytest.approx(0, abs=1e-5)
 
 
 def test_adapters_stay_fp32_on_a_quantized_base(run):

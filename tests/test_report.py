@@ -1,10 +1,12 @@
 """Files that a stage leaves: whole or not there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from goose_lora import report
+from goose_lora.verdict import ProbeScores, reward_verdict
 
 
 def test_json_is_written_whole_and_read_back(tmp_path):
@@ -44,3 +46,18 @@ def test_a_reward_model_that_may_know_nothing_is_refused_unless_forced(tmp_path)
     with pytest.raises(ValueError, match=r"right on 0.55 of 80 held-out pairs \(0.44 to 0.66\), which may be chance.*force: true"):
         report.require_verdict(tmp_path, force=False)
     report.require_verdict(tmp_path, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_the_verdict_warns_of_is_logged_before_ppo_forced_or_not(tmp_path, caplog, force):
+    few = ([2.0] * 9, [1.0] * 9, [9, 8, 7, 6, 5, 4, 3, 2, 1], [1] * 9)
+    probes = {"empty": ProbeScores([5.0] * 9, few[0], few[1]), "repeated": ProbeScores([0.0] * 9, few[0], few[1])}
+    report.write_verdict(str(tmp_path), reward_verdict(*few, probes=probes))
+    report.require_verdict(tmp_path, force=force)
+    logged = [record.getMessage() for record in caplog.records]
+    assert [line for line in logged if "empty reply" in line and "PPO will learn to say nothing" in line]
+    assert not [line for line in logged if "repeated reply" in line]
+    report.write_verdict(str(tmp_path), replace(reward_verdict(*few, probes=probes), length_correlation=0.8, probes={}))
+    caplog.clear()
+    report.require_verdict(tmp_path, force=force)
+    assert any("correlation of score and length +0.80: PPO will learn length" in record.getMessage() for record in caplog.records)

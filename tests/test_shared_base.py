@@ -345,6 +345,31 @@ def test_a_reward_model_that_never_saw_the_end_token_reads_the_one_before_and_an
     assert not SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=tmp_path / "out" / "reward").reads_eos
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("critic", ["adapter", "reward_features"])
+def test_a_bias_is_subtracted_from_scores_and_from_the_values_of_a_critic_that_is_their_copy(tmp_path, critic):
+    folder = save_reward(classifier(), tmp_path / "reward")
+    ids, mask = tiny.batch()
+    response = tiny.response_mask((5, 5, 5))
+    raw = SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=folder).scores(ids, mask)
+    write_lineage(folder, append_eos=False, reward_bias=1.75)
+    shared = SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=folder, critic=critic)
+    close(shared.scores(ids, mask), raw - 1.75)
+    close(shared(ids, mask, response).values[:, -1], shared.scores(ids[:, :-1], mask[:, :-1]))
+    shared.save_pretrained(tmp_path / "out")
+    kept = SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=tmp_path / "out" / "reward")
+    close(kept.scores(ids, mask), raw - 1.75)
+    assert not kept.reads_eos
+
+
+@torch.no_grad()
+def test_a_critic_that_is_no_copy_starts_at_zero_beside_a_bias(tmp_path):
+    folder = save_reward(classifier(), tmp_path / "reward")
+    write_lineage(folder, append_eos=True, reward_bias=1.75)
+    shared = SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=folder, critic="shared")
+    assert shared(*tiny.batch(), tiny.response_mask()).values.eq(0).all()
+
+
 @CRITICS
 def test_a_critic_without_a_reward_adapter_starts_at_zero(critic):
     base = tiny.base()
