@@ -5,9 +5,12 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from goose_lora.from_trl import FROM_TRL, answers_trl
+
 _SAVE_EVERY_ROLLOUTS = 10
 
 
+@answers_trl(FROM_TRL)
 @dataclass
 class PPOConfig(TrainingArguments):
     """One rollout is ``per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`` replies on each process, to that many

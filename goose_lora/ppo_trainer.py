@@ -20,6 +20,7 @@ from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.batch import Experience, Rollout
 from goose_lora.callbacks import MetricsFile, RolloutState, append_line
 from goose_lora.data import RolloutBatches, left_pad
+from goose_lora.from_trl import TRAINER_ARGUMENTS, answers_trl
 from goose_lora.kl_control import AdaptiveKL, FixedKL
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.rewards import RewardMix, RewardSource, ScoreScale, score_scale, token_rewards
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
+@answers_trl(TRAINER_ARGUMENTS)
 class PPOTrainer(Trainer):
     """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
 
