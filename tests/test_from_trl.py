@@ -22,38 +22,43 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "recipes" / "configs" / "from_trl").glob("*.yaml"))
 
+
+def words(text):
+    return text.split()
+
+
 # trl/trainer/ppo_config.py of the wheel trl-0.11.4: all fields of PPOConfig, in their order.
-FIELDS_0_11 = """
+FIELDS_0_11 = words("""
 exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns tracker_kwargs accelerator_kwargs project_kwargs
 tracker_project_name push_to_hub_if_best_kwargs steps learning_rate adap_kl_ctrl init_kl_coef kl_penalty target horizon gamma lam cliprange
 cliprange_value vf_coef batch_size forward_batch_size mini_batch_size gradient_accumulation_steps world_size ppo_epochs max_grad_norm
 optimize_cuda_cache optimize_device_cache early_stopping target_kl compare_steps ratio_threshold use_score_scaling use_score_norm score_clip
 whiten_rewards gradient_checkpointing is_encoder_decoder is_peft_model backward_batch_size global_backward_batch_size global_batch_size
 dataset_num_proc
-""".split()
+""")
 
 # trl/experimental/ppo/ppo_config.py of the wheel trl-1.12.0: the fields of PPOConfig itself, then those of its base in trl/trainer/base_config.py.
-FIELDS_1_12 = """
+FIELDS_1_12 = words("""
 learning_rate dataset_num_proc num_mini_batches total_episodes local_rollout_forward_batch_size num_sample_generations response_length stop_token
 stop_token_id temperature missing_eos_penalty sft_model_path world_size num_total_batches micro_batch_size local_batch_size batch_size
 local_mini_batch_size mini_batch_size push_to_hub reward_model_path model_adapter_name ref_adapter_name num_ppo_epochs whiten_rewards kl_coef
 kl_estimator cliprange vf_coef cliprange_value gamma lam ds3_gather_for_generation
 logging_steps gradient_checkpointing bf16 lr_scheduler_kwargs use_liger_kernel torch_empty_cache_steps
-""".split()
+""")
 
 # What the examples of 1.12 parse beside it: trl/scripts/utils.py (ScriptArguments) and trl/trainer/model_config.py (ModelConfig).
-FIELDS_OF_EXAMPLES = """
+FIELDS_OF_EXAMPLES = words("""
 dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming ignore_bias_buffers
 model_name_or_path model_revision dtype torch_dtype attn_implementation use_peft lora_r lora_alpha lora_dropout lora_target_modules
 lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant
 bnb_4bit_quant_storage trust_remote_code
-""".split()
+""")
 
 # PPOTrainer.__init__ of trl/trainer/ppo_trainer.py (0.11.4) and trl/experimental/ppo/ppo_trainer.py (1.12.0).
-KEYWORDS_0_11 = "config model ref_model tokenizer dataset optimizer data_collator num_shared_layers lr_scheduler training_data_collator".split()
-KEYWORDS_1_12 = """
+KEYWORDS_0_11 = words("config model ref_model tokenizer dataset optimizer data_collator num_shared_layers lr_scheduler training_data_collator")
+KEYWORDS_1_12 = words("""
 args processing_class model ref_model reward_model train_dataset value_model data_collator eval_dataset optimizers callbacks peft_config
-""".split()
+""")
 
 
 def roles():
