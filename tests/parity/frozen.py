@@ -27,7 +27,8 @@ CASES = {
     "equally long": {"replies": "full"},
     "equally long, k3, whitened rewards": {"replies": "full", "kl_estimator": "k3", "whiten_rewards": True},
     "ragged": RAGGED,
-    "ragged, four microbatches": RAGGED | {"rows": 2, "accumulation": 4, "epochs": 1},
+    # Two rollouts: on the last batch of its data TRL makes every microbatch an optimizer step, and the first is compared.
+    "ragged, four microbatches": RAGGED | {"rows": 2, "accumulation": 4, "epochs": 1, "rollouts": 2},
     "a pad id sampled inside": {"replies": "pad inside", "epochs": 1},
     "steps, 1 mini-batch x 1": RAGGED | {"epochs": 1, "rollouts": 3},
     "steps, 2 mini-batches x 2": RAGGED | {"rows": 4, "accumulation": 2, "mini_batches": 2, "epochs": 1, "rollouts": 3},
@@ -79,7 +80,7 @@ def main() -> None:
     tiny.base().double().save_pretrained(folder / "base")
     tiny.tokenizer().save_pretrained(folder / "base")
     shared = build_shared(folder)
-    adapters = {name: p.detach().contiguous() for name, p in shared.named_parameters() if ".default." in name or ".value." in name or ".reward." in name}
+    adapters = {name: p.detach().contiguous() for name, p in shared.named_parameters() if {"default", "value", "reward"} & set(name.split("."))}
     save_file(adapters, folder / "adapters.safetensors")
     for adapter in ("value", "reward"):
         write_classifier(shared, adapter, folder / adapter)

@@ -75,12 +75,14 @@ def watch(trainer, texts, facts, monkey):
     prompt = facts["prompt_tokens"]
 
     def frozen(model, queries, batch_size, pad_token_id, generation_config):
-        order = [next(i for i, text in enumerate(texts) if text[:prompt].tolist() == query.tolist()) for query in queries]
+        width = queries.shape[1]  # a batch of short prompts alone is narrower
+        left_out = prompt - width
+        order = [next(i for i, text in enumerate(texts) if text[left_out:prompt].tolist() == query.tolist()) for query in queries]
         found.setdefault("order", torch.tensor(order))
-        ids = texts[order]
-        seen = torch.cat([queries != pad_token_id, torch.ones_like(ids[:, prompt:], dtype=torch.bool)], dim=1)  # generate attends to all it wrote
+        ids = texts[order][:, left_out:]
+        seen = torch.cat([queries != pad_token_id, torch.ones_like(ids[:, width:], dtype=torch.bool)], dim=1)  # generate attends to all it wrote
         logits = model(input_ids=ids, attention_mask=seen.long(), position_ids=(seen.long().cumsum(1) - 1).clamp(min=0)).logits
-        return ids.clone(), logits[:, prompt - 1 : -1] / generation_config.temperature
+        return ids.clone(), logits[:, width - 1 : -1] / generation_config.temperature
 
     whiten, backward = ppo_trainer.masked_whiten, trainer.accelerator.backward
 
