@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types mutants clean
+.PHONY: install demo test lint types mutants parity clean
 
 install: $(INSTALLED)
 
@@ -28,5 +28,21 @@ types: $(INSTALLED)
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py
 
+# TRL 1.12.0, the last release with PPO, on one frozen rollout and the same weights. In an environment of its own: trl 1.16 has no PPO.
+PARITY := .venv-parity
+
+$(PARITY)/.installed: constraints.txt
+	$(PYTHON) -m venv $(PARITY)
+	sed 's/^trl==.*/trl==1.12.0/' constraints.txt > $(PARITY)/constraints.txt
+	$(PARITY)/bin/python -m pip install --quiet --constraint $(PARITY)/constraints.txt torch==2.13.0
+	$(PARITY)/bin/python -m pip install --quiet --constraint $(PARITY)/constraints.txt trl==1.12.0 peft pandas rich
+	touch $@
+
+parity: $(INSTALLED) $(PARITY)/.installed
+	rm -rf runs/parity
+	$(BIN)/python tests/parity/frozen.py runs/parity
+	$(PARITY)/bin/python tests/parity/run_trl.py runs/parity
+	$(BIN)/python tests/parity/compare.py runs/parity
+
 clean:
-	rm -rf .venv runs .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-parity runs .pytest_cache .hypothesis .ruff_cache

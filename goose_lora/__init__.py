@@ -22,6 +22,11 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    from goose_lora.from_trl import IMPORTS
+
+    if name in IMPORTS:
+        # ImportError, since "from goose_lora import" drops the text of an AttributeError.
+        raise ImportError(f"goose_lora has no {name}: it is TRL's, and here it is {IMPORTS[name]} (docs/migration.md)")
     if name not in _HOMES:
         raise AttributeError(f"module 'goose_lora' has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(importlib.import_module(f"goose_lora.{_HOMES[name]}"), name)

@@ -12,34 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from goose_lora.from_trl import FROM_TRL
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-# Settings of TRL's PPO, 0.7 to 1.12, and of its examples, whose name or meaning is another here.
-FROM_TRL = {
-    "init_kl_coef": "kl_coef",
-    "adap_kl_ctrl": "kl_target (adaptive where it is set, fixed where not)",
-    "target": "kl_target",
-    "target_kl": "max_kl, which is nats a reply and stops the run",
-    "horizon": "kl_horizon",
-    "kl_penalty": "kl_estimator (k1 for 'kl') and kl_location",
-    "ppo_epochs": "num_ppo_epochs",
-    "batch_size": "per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches",
-    "mini_batch_size": "num_mini_batches, the number of optimizer steps a pass",
-    "backward_batch_size": "per_device_train_batch_size",
-    "steps": "num_rollouts",
-    "total_episodes": "num_rollouts",
-    "num_sample_generations": "samples.jsonl, which every run writes, and sample_rows",
-    "use_score_scaling": "normalize_scores",
-    "use_score_norm": "normalize_scores",
-    "sft_model_path": "policy_adapter",
-    "reward_model_path": "reward_adapter",
-    "ref_model_path": "policy_adapter, whose frozen copy is the reference",
-    "ref_model": "policy_adapter, whose frozen copy is the reference",
-    "value_model": "critic",
-    "stop_token": "nothing: replies end at the tokenizer's end-of-text token",
-    "model_adapter_name": "nothing: the roles are policy, value, reward and reference",
-    "ref_adapter_name": "nothing: the roles are policy, value, reward and reference",
-}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 

@@ -5,9 +5,12 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from goose_lora.from_trl import FROM_TRL, answers_trl
+
 _SAVE_EVERY_ROLLOUTS = 10
 
 
+@answers_trl(FROM_TRL)
 @dataclass
 class PPOConfig(TrainingArguments):
     """One rollout is ``per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches`` replies on each process, to that many
@@ -159,6 +162,8 @@ class PPOConfig(TrainingArguments):
         whole = self.rollout_batch_size % max(1, self.num_generations) == 0
         self._require("num_generations", whole, f"must divide the {self.rollout_batch_size} replies of a rollout")
         self._require("kl_target", self.kl_target is None or self.kl_target > 0, "must be positive, or null for a fixed kl_coef")
+        for name in ("bf16", "fp16"):
+            self._require(name, not getattr(self, name), "the base's dtype decides in which precision all roles compute; set dtype: bfloat16")
         self._require("remove_unused_columns", not self.remove_unused_columns, "reward functions get the data's columns; leave it false")
         self._require("score_calibration_prompts", self.score_calibration_prompts >= 2, "a standard deviation needs two replies or more")
 

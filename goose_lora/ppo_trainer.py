@@ -22,6 +22,7 @@ from goose_lora.callbacks import MetricsFile, PolicyAverage, RolloutState, appen
 from goose_lora.data import RolloutBatches, left_pad
 from goose_lora.evaluating import evaluate_prompts
 from goose_lora.experience import ExperienceMaker
+from goose_lora.from_trl import TRAINER_ARGUMENTS, answers_trl
 from goose_lora.kl_control import AdaptiveKL, FixedKL
 from goose_lora.own_loop import UserLoop, scored_by_the_loop
 from goose_lora.ppo_config import PPOConfig
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
+@answers_trl(TRAINER_ARGUMENTS)
 class PPOTrainer(UserLoop, Trainer):
     """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
 

@@ -10,8 +10,6 @@ where plain PEFT loads it, the critic and the reward model to folders beside it,
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from datasets import Dataset
-
 from goose_lora import cli, demo
 from goose_lora.adapters import check_critic
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts, tokenize_texts
@@ -52,18 +50,15 @@ def main(args: list[str] | None = None) -> None:
     require_adapter("reward_adapter", roles.reward_adapter, model_args)
     if roles.reward_adapter is not None:
         require_verdict(roles.reward_adapter, force=roles.force)
-    tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
-
-    def prompts(name: str, split: str) -> Dataset:
-        rows = load_rows(demo.resolve(name), split, data_args.max_rows, data_args.column_mapping, stage="ppo")
-        return tokenize_prompts(rows, tokenizer, name=name, max_prompt_tokens=config.max_prompt_tokens)
-
-    train = prompts(data_args.dataset_name, data_args.dataset_split)
-    held_out, ptx = None, None
-    if data_args.eval_dataset_name is not None:
-        held_out = prompts(data_args.eval_dataset_name, data_args.eval_dataset_split)
-    elif config.eval_strategy != "no":
+    if config.eval_strategy != "no" and data_args.eval_dataset_name is None:
         raise ValueError(f"eval_strategy: {config.eval_strategy.value} needs held-out prompts: name them with eval_dataset_name.")
+    how = {"max_rows": data_args.max_rows, "column_mapping": data_args.column_mapping, "stage": "ppo"}
+    named = [(data_args.dataset_name, data_args.dataset_split), (data_args.eval_dataset_name, data_args.eval_dataset_split)]
+    rows = [(name, load_rows(demo.resolve(name), split, **how)) for name, split in named if name]
+
+    tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
+    train, *held_out = (tokenize_prompts(found, tokenizer, name=name, max_prompt_tokens=config.max_prompt_tokens) for name, found in rows)
+    ptx = None
     if roles.ptx_dataset_name is not None:
         texts = load_rows(demo.resolve(roles.ptx_dataset_name), data_args.dataset_split)
         ptx = tokenize_texts(texts, tokenizer, name=roles.ptx_dataset_name, max_length=roles.ptx_max_length)
@@ -79,7 +74,7 @@ def main(args: list[str] | None = None) -> None:
         base, policy, reward=roles.reward_adapter, critic=critic, critic_init=config.critic_init, average=config.ema_decay is not None
     )
     rewards = {"reward_function": sources, "reward_weights": roles.reward_weights}
-    trainer = PPOTrainer(shared, config, train, tokenizer, **rewards, ptx_dataset=ptx, eval_dataset=held_out)
+    trainer = PPOTrainer(shared, config, train, tokenizer, **rewards, ptx_dataset=ptx, eval_dataset=held_out[0] if held_out else None)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
 
     if trainer.is_world_process_zero():

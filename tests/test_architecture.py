@@ -14,6 +14,7 @@ FILES = {f"goose_lora.{name}": path for name, path in PACKAGE.items()} | {f"reci
 # Which modules of goose_lora each may import, and no other. The order is from low to high: a line names lines above it only.
 MAY_IMPORT: dict[str, set[str]] = {
     # imports nothing of the project
+    "from_trl": set(),
     "ppo_math": set(),
     "kl_control": set(),
     "logprobs": set(),
@@ -26,12 +27,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preferences": {"data", "data_formats"},
     "ranked": {"ppo_math"},
     "rewards": {"batch"},
-    "ppo_config": set(),
+    "ppo_config": {"from_trl"},
     "evaluation": set(),
     "verdict": {"evaluation"},
     "held_out": {"preferences", "ranked", "verdict"},
     "diagnosis": set(),
-    "__init__": set(),
+    "__init__": {"from_trl"},
     # one base, and what is made with it
     "loading": {"trunk"},
     "shared_base": {"adapters", "batch", "logprobs", "trunk"},
@@ -45,15 +46,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluating": {"experience", "ppo_math", "rollouts"},
     "own_loop": {"batch", "data", "rewards", "stopping"},
     "schedules": set(),
-    "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "gates", "kl_control", "own_loop"}
-    | {"ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
+    "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control"}
+    | {"own_loop", "ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "reward_models": {"evaluation", "loading"},
     "export": {"shared_base"},
     "report": {"verdict"},
     "data_report": {"data", "data_formats", "evaluation"},
     # the command line
-    "cli": {"data_report", "demo", "diagnosis", "report"},
+    "cli": {"data_report", "demo", "diagnosis", "from_trl", "report"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.

@@ -1,14 +1,11 @@
 """Settings from YAML and command line, and how bad input ends."""
 
-import re
 import runpy
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import yaml
 
 from goose_lora import cli
 from goose_lora.data import DataArguments
@@ -39,26 +36,6 @@ def test_a_typo_in_the_file_names_the_nearest_setting(tmp_path):
 def test_a_typo_on_the_command_line_names_the_nearest_setting():
     with pytest.raises(ValueError, match=r"unknown setting 'kl_coeff'\. Did you mean kl_coef\?"):
         cli.parse(PPOConfig, args=["--output_dir", "x", "--kl_coeff", "0.1"])
-
-
-def test_the_migration_pages_example_parses(tmp_path):
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "migration.md").read_text(), flags=re.DOTALL)
-    settings = yaml.safe_load(example)
-    del settings["reward_adapter"]  # the recipe's own
-    path = write(tmp_path / "example.yaml", yaml.safe_dump(settings))
-    config, model, data = cli.parse(PPOConfig, ModelArguments, DataArguments, args=["--config", path, "--use_cpu", "True"])
-    assert config.rollout_batch_size == 64 and model.quantization == "nf4" and data.dataset_split == "descriptiveness"
-
-
-@pytest.mark.parametrize("name", cli.FROM_TRL)
-def test_a_setting_of_trls_ppo_is_answered_with_the_one_here(name, tmp_path):
-    path = write(tmp_path / "old.yaml", f"{name}: 1\n")
-    with pytest.raises(ValueError, match=f"unknown setting '{name}'. It is TRL's; here it is ") as error:
-        cli.parse(PPOConfig, args=["--config", path])
-    here = str(error.value).partition("here it is ")[2]
-    known = {f.name for f in fields(PPOConfig)} | {"policy_adapter", "reward_adapter"}
-    assert here.startswith(("nothing:", "samples.jsonl")) or re.match(r"\w+", here).group() in known, here
-    assert f"| `{name}` |" in (ROOT / "docs" / "migration.md").read_text()
 
 
 @pytest.mark.parametrize(

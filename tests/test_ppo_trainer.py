@@ -196,7 +196,7 @@ def test_a_save_inside_a_rollout_is_refused_with_the_nearest_that_fits(tmp_path)
 
 @pytest.mark.parametrize(
     ("setting", "value"), [("gamma", 1.5), ("temperature", 0), ("cliprange", 0), ("response_length", 0), ("kl_coef", -1), ("kl_target", 0)]
-    + [("max_kl", 0), ("ratio_threshold", 1.0), ("num_generations", 3)],
+    + [("max_kl", 0), ("ratio_threshold", 1.0), ("num_generations", 3), ("bf16", True), ("fp16", True)],
 )
 def test_an_impossible_number_is_refused_by_name(setting, value, tmp_path):
     with pytest.raises(ValueError, match=f"^{setting}={value}"):
