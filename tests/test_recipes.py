@@ -225,7 +225,7 @@ def test_every_shipped_configuration_parses_with_its_recipes_own_parser(path):
         "ppo": (PPOConfig, ModelArguments, DataArguments, recipe("ppo").RoleArguments),
         "own_loop": (PPOConfig, ModelArguments, DataArguments, recipe("own_loop").InterviewArguments),
         "evaluate": (recipe("evaluate").EvaluationArguments, ModelArguments, DataArguments),
-    }[path.stem.partition("_")[0]]
+    }["ppo" if path.parent.name == "from_trl" else path.stem]
     on_cpu = [] if path.stem == "evaluate" or "use_cpu" in path.read_text() else ["--use_cpu", "True"]
     parsed = cli.parse(*types, args=["--config", str(path), *on_cpu])
     settings = yaml.safe_load(path.read_text())
