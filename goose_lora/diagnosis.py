@@ -5,7 +5,7 @@ from itertools import pairwise
 from math import inf
 from statistics import fmean, median, stdev
 
-from goose_lora.findings import TREND, Finding, Level, Rows, column, ends, recent, rollouts_in
+from goose_lora.findings import CLEAR, TREND, Finding, Level, Rows, change, column, ends, recent, rollouts_in
 from goose_lora.reply_verdicts import REPLY_CHECKS
 
 SAMPLING_GAP = 0.15  # nats a token; a bf16 copy of an nf4 base is 0.05 away (docs/LOG.md)
@@ -63,11 +63,13 @@ def _sampling(rows: Rows) -> Iterator[Finding]:
     if gap is None:
         return
     if gap > SAMPLING_GAP:
-        text = (
-            f"tokens are drawn {gap:.2f} nats a token away from what the update computes. Turn sampling filters off (repetition penalty, shortest "
-            "length, suppressed tokens, top_k, top_p), or try rollout_weights: shared."
+        passes_differ = (recent(rows, "policy/first_ratio_gap") or 0.0) > RATIO_GAP / 2
+        action = (
+            "So are two passes of the update: see first ratio, which names the cause of both"
+            if passes_differ
+            else "Turn sampling filters off (repetition penalty, shortest length, suppressed tokens, top_k, top_p), or try rollout_weights: shared"
         )
-        yield Finding("wrong", "sampling", text)
+        yield Finding("wrong", "sampling", f"tokens are drawn {gap:.2f} nats a token away from what the update computes. {action}.")
     else:
         yield Finding("ok", "sampling", f"drawn {gap:.3g} nats a token away from what the update computes")
 
@@ -211,8 +213,7 @@ def _critic(rows: Rows) -> Iterator[Finding]:
     if not values:
         return
     last = ends(values)[1]
-    lately_first, lately_last = ends(values[-2 * TREND :])
-    learns = lately_last > lately_first + 0.05
+    learns = change(values[-2 * TREND :]) > CLEAR
     if len(values) >= TREND and last < 0.05 and not learns:
         text = f"explains {last:.2f} of the returns' variance: no better than a constant. Raise value_learning_rate or vf_coef."
         yield Finding("look", "critic", text)
