@@ -38,7 +38,8 @@ def report(metrics: Rows) -> str:
 
 
 def _numbers(rows: Rows) -> Iterator[Finding]:
-    broken = sorted({name for row in rows for name, value in row.items() if isinstance(value, float) and not abs(value) < inf})
+    numbers = {(name, value) for row in rows for name, value in row.items() if isinstance(value, float)}
+    broken = sorted({name for name, value in numbers if not abs(value) < inf and not name.startswith("reward/")})  # those: a source said nothing
     if broken:
         yield Finding("wrong", "numbers", f"not finite: {', '.join(broken)}. Training has diverged; go back to a checkpoint and lower learning_rate.")
 
@@ -84,6 +85,8 @@ def _kl_sign(rows: Rows) -> Iterator[Finding]:
     if mean < -max(0.05, 2 * stdev(values) / len(values) ** 0.5) and negative > 0.5:
         text = f"negative in {negative:.0%} of the last {len(values)} rollouts, {mean:.2f} on average. A KL is not: {_cause_of_negative(rows)}."
         yield Finding("wrong", "KL sign", text)
+    else:
+        yield Finding("ok", "KL sign", f"not negative, {mean:.2g} on average in the last {len(values)} rollouts")
 
 
 def _cause_of_negative(rows: Rows) -> str:
@@ -104,30 +107,40 @@ def _reference(rows: Rows) -> Iterator[Finding]:
     """A KL that comes before, or is far above, what the updates can have moved the policy by.
 
     The root of the KL a token is a distance, nearly (half of Fisher's metric), and policy/kl_from_rollout tells how far one rollout's updates
-    go. The smaller of k1 and k3, since k3 has a long tail.
+    go, where they are two or more. The smaller of k1 and k3, since k3 has a long tail.
     """
-    names = ("objective/kl", "objective/kl_k3", "rollout/response_tokens", "policy/kl_from_rollout", "step")
-    rows = [row for row in rows if all(name in row and abs(row[name]) < inf for name in names)]
-    if len(rows) < 2:
+    logged = [row for row in rows if all(abs(row.get(name, inf)) < inf for name in ("objective/kl", "objective/kl_k3", "step"))]
+    if len(logged) < 2:
         return
-    away = [(min(abs(row["objective/kl"]), row["objective/kl_k3"]) / row["rollout/response_tokens"]) ** 0.5 for row in rows]
-    moves = [5 * max(0.0, row["policy/kl_from_rollout"]) ** 0.5 for row in rows]
-    from_the_start = rows[0]["step"] <= rows[1]["step"] - rows[0]["step"]  # not resumed: the policy is its reference still
-    if from_the_start and away[0] > 0.1 + moves[0] * (rollouts_in(rows[0]) - 1):
+    away = [(min(abs(row["objective/kl"]), row["objective/kl_k3"]) / row["rollout/response_tokens"]) ** 0.5 for row in logged]
+    moves = [_movement(rows, row["step"], after["step"]) for row, after in pairwise([*logged, {"step": inf}])]
+    from_the_start = logged[0]["step"] <= logged[1]["step"] - logged[0]["step"]  # not resumed: the policy is its reference still
+    if from_the_start and away[0] > 0.1 + moves[0] * (rollouts_in(logged[0]) - 1):
         text = (
             f"the first rollout is {away[0] ** 2:.2g} nats a token from it already: it is not what the policy started from. "
             "A policy that starts from an SFT adapter needs a frozen copy of it."
         )
         yield Finding("wrong", "reference", text)
-    for index in range(1, len(rows)):
-        moved = moves[index - 1] * rollouts_in(rows[index - 1]) + moves[index] * (rollouts_in(rows[index]) - 1)
-        if away[index] - away[index - 1] > 0.1 + moved:
+        return
+    for index in range(1, len(logged)):
+        moved = moves[index - 1] * rollouts_in(logged[index - 1]) + moves[index] * (rollouts_in(logged[index]) - 1)
+        if moves[index - 1] > 0 and away[index] - away[index - 1] > 0.1 + moved:
             text = (
-                f"the KL leaps from {away[index - 1] ** 2:.2g} to {away[index] ** 2:.2g} nats a token at step {rows[index]['step']}, more than the "
-                "updates move the policy: the reference has changed. Look at what was loaded there."
+                f"the KL leaps from {away[index - 1] ** 2:.2g} to {away[index] ** 2:.2g} nats a token at step {logged[index]['step']}, more than "
+                "the updates move the policy: the reference has changed. Look at what was loaded there."
             )
             yield Finding("wrong", "reference", text)
             return
+    yield Finding("ok", "reference", "the policy goes from it no faster than the updates take it")
+
+
+def _movement(rows: Rows, start: float, end: float) -> float:
+    """How far a rollout's updates may have moved the policy, logged at a step from ``start`` to before ``end``, with room to spare.
+
+    0 where that was not seen: with one optimizer step a rollout, all of it comes after the measurement.
+    """
+    seen = max((row.get("policy/kl_from_rollout", 0.0) for row in rows if start <= row.get("step", -1) < end), default=0.0)
+    return 5 * seen**0.5 if seen > 1e-8 else 0.0
 
 
 def _kl_size(rows: Rows) -> Iterator[Finding]:
@@ -202,10 +215,15 @@ def _clipping(rows: Rows) -> Iterator[Finding]:
 
 
 def _skipped(rows: Rows) -> Iterator[Finding]:
-    skipped = fmean(column(rows, "policy/skipped") or [0.0])
+    values = column(rows, "policy/skipped")
+    if not values:
+        return
+    skipped = fmean(values)
     if skipped > 0:
         text = f"{skipped:.1%} of minibatches, their ratio beyond ratio_threshold. Lower learning_rate or num_ppo_epochs."
         yield Finding("look", "skipped", text)
+    else:
+        yield Finding("ok", "skipped", "no minibatch")
 
 
 def _critic(rows: Rows) -> Iterator[Finding]:

@@ -84,7 +84,10 @@ def _length(rows: Rows) -> Iterator[Finding]:
 def _hacking(rows: Rows) -> Iterator[Finding]:
     """Signs that the score rises by something else than better replies: what else should have risen fell, or replies changed their shape."""
     scores = column(rows, "objective/score")
+    if len(scores) < TREND:
+        return
     if change(scores) < CLEAR:
+        yield Finding("ok", "reward hacking", "no sign: the score has not clearly risen")
         return
     judges = sorted({name for row in rows for name in row if name.startswith("reward/") or name in ("eval_score", "eval_greedy_score")})
     columns = {name: column(rows, name) for name in judges}
@@ -103,6 +106,8 @@ def _hacking(rows: Rows) -> Iterator[Finding]:
             "learn from (one more reward_function, of weight 0)."
         )
         yield Finding("look", "reward hacking", text)
+    else:
+        yield Finding("ok", "reward hacking", f"no sign{' by ' + ', '.join(judges) if judges else ''}: length, entropy and repetition keep")
 
 
 REPLY_CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [_score, _hacking, _entropy, _repetition, _variety, _endings, _length]
