@@ -3,12 +3,14 @@
 import json
 import logging
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from goose_lora.diagnosis import diagnose
 from goose_lora.kl_control import AdaptiveKL, FixedKL
 from goose_lora.shared_base import SharedBase
 
@@ -89,6 +91,44 @@ class MetricsFile(TrainerCallback):
         # A pickle of settings that stand in goose_lora.json too; nothing here is ever unpickled.
         for path in Path(args.output_dir or ".").glob(f"checkpoint-{state.global_step}/{TRAINING_ARGUMENTS_PICKLE}"):
             path.unlink()
+
+
+class Diagnosis(TrainerCallback):
+    """After each log with a rollout, a warning for each finding that is new; and a word when one has been well for some rollouts."""
+
+    CALM = 3  # logged rollouts that a finding stays away before it counts as gone: it does not come and go with the noise
+
+    def __init__(self):
+        self.rows: list[dict[str, Any]] = []
+        self.said: dict[str, str] = {}  # level last warned of, by name of the finding
+        self.calm: Counter[str] = Counter()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take what is there of the run that is resumed. It was warned of already, so that only what is new is said."""
+        path = Path(args.output_dir or ".") / "metrics.jsonl"
+        if state.is_world_process_zero and path.is_file():
+            self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if any("objective/score" in row for row in self.rows):
+                self.said = {finding.name: finding.level for finding in diagnose(self.rows) if finding.level != "ok"}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        self.rows.append({"step": state.global_step, **logs})
+        if "objective/score" not in logs:
+            return
+        findings = {finding.name: finding for finding in diagnose(self.rows) if finding.level != "ok"}
+        if state.global_step <= args.critic_warmup_rollouts * args.steps_per_rollout:  # type: ignore[attr-defined]
+            findings.pop("learning rate", None)  # the policy's is 0 on purpose
+        for name, finding in findings.items():
+            if self.said.get(name) not in (finding.level, "wrong"):
+                logger.warning("step %d: %s", state.global_step, finding)
+                self.said[name] = finding.level
+        for name in list(self.said):
+            self.calm[name] = 0 if name in findings else self.calm[name] + 1
+            if self.calm[name] == self.CALM:
+                logger.warning("step %d: ok     %-14s  well again for %d rollouts.", state.global_step, name, self.CALM)
+                del self.said[name]
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

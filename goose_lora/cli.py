@@ -160,15 +160,14 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from goose_lora.diagnosis import diagnose
+    from goose_lora.diagnosis import report
     from goose_lora.report import read_jsonl
 
     path = Path(arguments.run)
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Give the output_dir of a run of recipes/ppo.py.")
-    for finding in diagnose(read_jsonl(path)):
-        print(finding)
+    print(report(read_jsonl(path)))
 
 
 def _data(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from goose_lora import gates, ppo_math
 from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.batch import Experience, Rollout
-from goose_lora.callbacks import MetricsFile, PolicyAverage, RolloutState, append_line
+from goose_lora.callbacks import Diagnosis, MetricsFile, PolicyAverage, RolloutState, append_line
 from goose_lora.data import RolloutBatches, left_pad
 from goose_lora.evaluating import evaluate_prompts
 from goose_lora.experience import ExperienceMaker
@@ -93,6 +93,7 @@ class PPOTrainer(UserLoop, Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
         self.add_callback(self.rollout_state)
         self.add_callback(MetricsFile())
+        self.add_callback(Diagnosis())  # after it: reads the rows that it keeps of a resumed run
         if args.ema_decay is not None:
             self.add_callback(PolicyAverage(model, args.ema_decay))
         self._microbatches: Iterator[dict[str, Tensor]] = iter(())
@@ -261,6 +262,8 @@ class PPOTrainer(UserLoop, Trainer):
         if steps > 0 and not any(name.startswith("eval_") for name in logs):
             update = {name: torch.as_tensor(total, device=self.args.device) / steps for name, total in self._update_metrics.items()}
             rollout = {name: torch.tensor(sum(seen) / len(seen), device=self.args.device) for name, seen in self._rollout_metrics.items()}
+            if rollout:
+                rollout["rollout/count"] = torch.tensor(float(len(self._rollout_metrics["objective/score"])), device=self.args.device)
             mean = self.accelerator.reduce(rollout | update, reduction="mean")
             logs.update({name: value.item() for name, value in mean.items()})
             self._rollout_metrics.clear()

@@ -13,7 +13,7 @@ from typing import Literal
 from goose_lora import cli, demo
 from goose_lora.adapters import check_critic
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts, tokenize_texts
-from goose_lora.diagnosis import diagnose
+from goose_lora.diagnosis import report
 from goose_lora.export import save_policy
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config, require_adapter
 from goose_lora.ppo_config import PPOConfig
@@ -81,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
         save_policy(shared, tokenizer, config.output_dir)
         metrics = read_jsonl(f"{config.output_dir}/metrics.jsonl")
         plot_curves(metrics, f"{config.output_dir}/curves.png")
-        print("\n" + "\n".join(str(finding) for finding in diagnose(metrics)))
+        print("\n" + report(metrics))
         last = next(row for row in reversed(metrics) if "objective/score" in row)
         write_stage(config.output_dir, "ppo", {name: last[name] for name in ("objective/score", "objective/kl", "rollout/eos_rate")})
 
