@@ -31,7 +31,8 @@ def report(metrics: Rows) -> str:
     counts = [f"{sum(finding.level == level for finding in findings)} {says}" for level, says in (("wrong", "wrong"), ("look", "to look at"))]
     steps = f", steps {rollouts[0]['step']} to {rollouts[-1]['step']}" if "step" in rollouts[0] else ""
     read = f"read {sum(rollouts_in(row) for row in rollouts):g} rollouts{steps}: {', '.join(counts)}"
-    return "\n".join([*map(str, findings), read])
+    early = f" (what is a trend needs {TREND} logs)" if len(rollouts) < TREND else ""
+    return "\n".join([*map(str, findings), read + early])
 
 
 # ---- Is it PPO: numbers, ratio, sampling, KL, reference ----

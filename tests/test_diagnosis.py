@@ -157,6 +157,7 @@ def test_the_worst_comes_first_and_a_short_run_is_read_too():
     findings = diagnose(healthy(**BROKEN["critic"][1], **BROKEN["sampling"][1]))
     assert [finding.level for finding in findings][:3] == ["wrong", "look", "ok"]
     assert {finding.level for finding in diagnose(healthy()[:1])} == {"ok"}
+    assert report(healthy()[:1]).endswith("read 1 rollouts, steps 4 to 4: 0 wrong, 0 to look at (what is a trend needs 5 logs)")
     with pytest.raises(ValueError, match="no rollout is in these metrics"):
         diagnose([{"loss": 1.0}])
 
