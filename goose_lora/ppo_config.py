@@ -98,6 +98,9 @@ class PPOConfig(TrainingArguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code from the model's repository. Off unless you asked."})
 
     def __post_init__(self) -> None:
+        # One text without brackets in a YAML file is a string, whose letters would each end a reply.
+        self.stop_strings = [self.stop_strings] if isinstance(self.stop_strings, str) else self.stop_strings
+        self.stop_token_ids = [self.stop_token_ids] if isinstance(self.stop_token_ids, int) else self.stop_token_ids
         self._check_ranges()
         steps = self.steps_per_rollout
         if self.num_rollouts is not None:

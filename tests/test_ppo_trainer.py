@@ -8,62 +8,17 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer
+from peft import PeftModel
+from runs import config, even_share, prompt_rows, trained_parameters, trainer, with_reward_adapter
+from transformers import Trainer
 
 from goose_lora import gates
 from goose_lora.data import left_pad
 from goose_lora.loading import load_base, load_tokenizer
-from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.report import read_jsonl
 from goose_lora.sampling import generation_config, sample
 from goose_lora.shared_base import SharedBase
-
-
-def even_share(completion_ids, **columns):
-    """A toy reward: the share of even tokens."""
-    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-
-def prompt_rows(count=64):
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(2, 6, (count,), generator=generator).tolist()
-    return Dataset.from_list([{"input_ids": torch.randint(4, tiny.VOCABULARY, (n,), generator=generator).tolist()} for n in lengths])
-
-
-def config(folder, **changes):
-    settings = {
-        "num_rollouts": 2,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_mini_batches": 2,
-        "num_ppo_epochs": 2,
-        "response_length": 6,
-        "learning_rate": 1e-2,
-        "local_rollout_forward_batch_size": 16,
-        "score_calibration_prompts": 16,
-        "kl_coef": 0.02,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "seed": 0,
-    }
-    return PPOConfig(output_dir=str(folder), **settings | changes)
-
-
-def trainer(folder, *, shared=None, reward=even_share, rows=None, callbacks=None, **changes):
-    if shared is None:
-        shared = tiny.shared(tiny.base(), layers="top-2", critic="adapter", reference="copy")
-        tiny.randomise(shared, "default", std=0.0)
-        shared._copy_role("policy", "reference")
-    rows = prompt_rows() if rows is None else rows
-    return PPOTrainer(shared, config(folder, **changes), rows, tiny.tokenizer(), reward_function=reward, callbacks=callbacks)
-
-
-def trained_parameters(shared):
-    return {name: p.detach().clone() for name, p in shared.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
@@ -269,16 +224,6 @@ def test_the_critic_that_shares_the_policys_states_learns_too(tmp_path):
     assert [name for name, _ in ppo.shared.role_parameters("value")] == ["base_model.model.score.modules_to_save.value.weight"]
     errors = [row["value/error"] for row in read_jsonl(Path(tmp_path) / "metrics.jsonl") if "value/error" in row]
     assert errors[-1] < errors[0]
-
-
-def with_reward_adapter(folder, **roles):
-    """A shared base whose reward adapter is random, and whose policy is its own reference."""
-    base = tiny.base()
-    judge = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"], num_labels=1))
-    adapter = get_peft_model(judge, tiny.lora(base, layers="top-2", task_type="SEQ_CLS"))
-    tiny.randomise(adapter, std=0.1)
-    adapter.save_pretrained(folder)
-    return SharedBase.build(base, tiny.lora(base, layers="top-2"), reward=folder, **roles)
 
 
 def test_a_critic_on_reward_features_learns_and_the_reward_model_stays(tmp_path):
