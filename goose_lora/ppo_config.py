@@ -152,7 +152,8 @@ class PPOConfig(TrainingArguments):
         self._require("critic_warmup_rollouts", self.critic_warmup_rollouts >= 0, "must not be negative")
         self._require("critic_warmup_rollouts", self.needs_critic or not self.critic_warmup_rollouts, "rloo and grpo have no critic to warm up")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "must lie between 0 and 1; 0.992 is InstructGPT's")
-        self._require("early_stopping_patience", (self.early_stopping_patience or 1) >= 1, "must be 1 or more, or null for no early stop")
+        patience = self.early_stopping_patience
+        self._require("early_stopping_patience", patience is None or patience >= 1, "must be 1 or more, or null for no early stop")
         self._require("stop_strings", all(self.stop_strings or []), "an empty text would end every reply at once")
         self._require("max_kl", self.max_kl is None or self.max_kl > 0, "must be positive, or null for no bound")
         self._require("ratio_threshold", self.ratio_threshold is None or self.ratio_threshold > 1, "must be above 1, or null for no bound")
