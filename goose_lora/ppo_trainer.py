@@ -28,7 +28,7 @@ from goose_lora.ppo_config import PPOConfig
 from goose_lora.rewards import RewardMix, RewardSource, Scores
 from goose_lora.rollouts import Rollouts
 from goose_lora.sampling import generation_config
-from goose_lora.schedules import factor, policy_and_critic
+from goose_lora.schedules import by_settings
 from goose_lora.shared_base import SharedBase
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,7 @@ class PPOTrainer(UserLoop, Trainer):
             self.shared.set_trainable(self._training_roles)
             gates.check_trainable(self.shared.named_parameters(), self._trainable_marks)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.shared)
-            value_rate = self.args.learning_rate if self.args.value_learning_rate is None else self.args.value_learning_rate
-            rates = zip(self._training_roles, (self.args.learning_rate, value_rate), strict=False)
+            rates = zip(self._training_roles, (self.args.learning_rate, self.args.critic_learning_rate), strict=False)
             groups = [{"params": [p for _, p in self.shared.role_parameters(role)], "lr": rate} for role, rate in rates]
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
@@ -143,13 +142,7 @@ class PPOTrainer(UserLoop, Trainer):
         if not (args.needs_critic and (args.value_lr_scheduler_type or args.value_warmup_steps or args.critic_warmup_rollouts)):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            still = args.critic_warmup_rollouts * args.steps_per_rollout
-            moving = num_training_steps - still
-            options: Any = args.lr_scheduler_kwargs
-            policy = factor(args.lr_scheduler_type, warmup_steps=args.get_warmup_steps(moving), training_steps=moving, options=options)
-            name = args.value_lr_scheduler_type or args.lr_scheduler_type
-            critic = factor(name, warmup_steps=args.value_warmup_steps, training_steps=num_training_steps, options=options)
-            self.lr_scheduler = policy_and_critic(optimizer or self.optimizer, policy, critic, still_steps=still)
+            self.lr_scheduler = by_settings(args, optimizer or self.optimizer, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -177,6 +170,10 @@ class PPOTrainer(UserLoop, Trainer):
             loss = super().training_step(model, microbatch, num_items_in_batch)
         if first:
             gates.check_gradients(self.shared.named_parameters())
+        if self._critic_warms_up:
+            # None, not 0: the optimizer passes these by, and Adam's averages and count of steps begin after the warm-up.
+            for _, parameter in self.shared.role_parameters("policy"):
+                parameter.grad = None
         self._gates_open = True
         self._microbatches_done += 1
         return loss
@@ -225,8 +222,6 @@ class PPOTrainer(UserLoop, Trainer):
         if output.ptx_loss is not None:
             stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
             loss = loss + args.ptx_coef * stats["loss/ptx"]
-        if self._critic_warms_up:
-            loss = 0.0 * loss  # the policy's gradients are 0, so that its optimizer state stays empty too
         if output.values is not None:
             value_loss, value_stats = ppo_math.value_loss(
                 self.experiences.values(output.values),

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experience": {"batch", "callbacks", "ppo_config", "ppo_math", "rewards", "rollouts"},
     "evaluating": {"experience", "ppo_math", "rollouts"},
     "own_loop": {"batch", "data", "rewards", "stopping"},
-    "schedules": set(),
+    "schedules": {"ppo_config"},
     "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "gates", "kl_control", "own_loop"}
     | {"ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
