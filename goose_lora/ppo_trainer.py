@@ -23,7 +23,7 @@ from goose_lora.data import RolloutBatches, left_pad
 from goose_lora.evaluating import evaluate_prompts
 from goose_lora.experience import ExperienceMaker
 from goose_lora.kl_control import AdaptiveKL, FixedKL
-from goose_lora.own_loop import UserLoop
+from goose_lora.own_loop import UserLoop, unscored
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.rewards import RewardMix, RewardSource, Scores
 from goose_lora.rollouts import Rollouts
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 # Log-probabilities of one text in two batches: fp32 sums in another order, bf16 rounds what differs.
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-
 
 class PPOTrainer(UserLoop, Trainer):
     """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
@@ -69,7 +68,8 @@ class PPOTrainer(UserLoop, Trainer):
         ptx_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
-        sources: Any = "adapter" if reward_function is None else reward_function
+        alone: Any = unscored if train_dataset is None and not model.has("reward") else "adapter"
+        sources: Any = alone if reward_function is None else reward_function
         reward = RewardMix(list(sources) if isinstance(sources, (list, tuple)) else [sources], reward_weights)
         if reward.needs_adapter and not model.has("reward"):
             raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
@@ -83,6 +83,7 @@ class PPOTrainer(UserLoop, Trainer):
         self.ptx_dataset = ptx_dataset
         control = FixedKL(args.kl_coef) if args.kl_target is None else AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.rollout_state = RolloutState(control)
+        self._has_prompts = train_dataset is not None
         if train_dataset is None:  # a loop of one's own: one batch of rows, which nobody reads, for each rollout
             rollouts = args.rollout_batch_size // args.num_generations * args.world_size
             train_dataset = Dataset.from_dict({"input_ids": [[processing_class.eos_token_id]] * rollouts})
@@ -115,7 +116,7 @@ class PPOTrainer(UserLoop, Trainer):
             exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
         )
         self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=model.values_are_scores)
-        self.last_figures: dict[str, float] = {}  # of the last rollout
+        self.last_figures: dict[str, float] = {}  # of the last rollout, and of its log
 
     @property
     def shared(self) -> Any:
@@ -148,6 +149,10 @@ class PPOTrainer(UserLoop, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each batch of prompts once for every microbatch that is made of its rollout. A rollout has ``num_generations`` replies to each."""
+        if self._own_loop is not None:
+            self._own_loop.check_thread()
+        elif not self._has_prompts:
+            raise ValueError("there is no train_dataset: give PPOTrainer one, or go on by generate and step.")
         repeat = self.args.steps_per_rollout * self.args.gradient_accumulation_steps
         batches = RolloutBatches(
             len(self.train_dataset),
@@ -254,6 +259,7 @@ class PPOTrainer(UserLoop, Trainer):
             rollout = {name: torch.tensor(sum(seen) / len(seen), device=self.args.device) for name, seen in self._rollout_metrics.items()}
             mean = self.accelerator.reduce(rollout | update, reduction="mean")
             logs.update({name: value.item() for name, value in mean.items()})
+            self.last_figures |= logs
             self._rollout_metrics.clear()
             self._update_metrics.clear()
             self._microbatches_done = 0
