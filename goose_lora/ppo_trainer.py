@@ -5,7 +5,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,14 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from goose_lora import gates, ppo_math
 from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.batch import Experience, Rollout
-from goose_lora.callbacks import MetricsFile, PolicyAverage, RolloutState, append_line
+from goose_lora.callbacks import MetricsFile, PolicyAverage, RolloutState, write_samples
 from goose_lora.data import RolloutBatches, left_pad
-from goose_lora.evaluating import evaluate_prompts
+from goose_lora.evaluating import evaluate_prompts, own_random_numbers, reference_scores
 from goose_lora.experience import ExperienceMaker
 from goose_lora.kl_control import AdaptiveKL, FixedKL
 from goose_lora.own_loop import UserLoop, unscored
 from goose_lora.ppo_config import PPOConfig
-from goose_lora.rewards import RewardMix, RewardSource, Scores
+from goose_lora.rewards import RewardMix, RewardSource, Scores, ScoreScale, score_scale
 from goose_lora.rollouts import Rollouts
 from goose_lora.sampling import generation_config
 from goose_lora.schedules import by_settings
@@ -35,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Log-probabilities of one text in two batches: fp32 sums in another order, bf16 rounds what differs.
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+
 
 class PPOTrainer(UserLoop, Trainer):
     """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
@@ -269,13 +269,18 @@ class PPOTrainer(UserLoop, Trainer):
         """Answer the first ``num_eval_prompts`` held-out prompts, sampled and greedy, and score the replies.
 
         ``eval_objective`` is the sampled replies' score less ``kl_coef`` (that of the settings, also where it adapts) times their KL, and what
-        the best checkpoint and early stopping go by. Training draws the random numbers that it would have drawn without.
+        the best checkpoint and early stopping go by; scores are counted in the scale of the first evaluation. Training draws the random
+        numbers that it would have drawn without.
         """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("there is nothing to evaluate on: give PPOTrainer an eval_dataset, or evaluate one.")
         rows = rows.select(range(min(self.args.num_eval_prompts, len(rows))))
-        if self.rollout_state.score_scale is None:
-            self._calibrate()
-        figures = evaluate_prompts(self.rollouts, self.experiences, rows, self._collate, seed=self.args.seed)
+        state, seed = self.rollout_state, self.args.seed
+        if state.evaluation_scale is None:
+            state.evaluation_scale = tuple(self._evaluation_scale(rows))
+        scale = ScoreScale(*state.evaluation_scale)
+        figures = evaluate_prompts(self.rollouts, self.accelerator, rows, self._collate, scale=scale, seed=seed)
         objective = figures["score"] - self.args.kl_coef * figures["kl"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in (figures | {"objective": objective}).items()}
         self.log(metrics)
@@ -314,7 +319,7 @@ class PPOTrainer(UserLoop, Trainer):
     @torch.no_grad()
     def _experience(self, rollout: Rollout, scores: Scores | None = None, columns: dict[str, list] | None = None) -> Experience:
         """What the update needs of a rollout; scored by the trainer's own sources of reward if no scores are given."""
-        control = self.rollout_state.kl_control
+        args, control = self.args, self.rollout_state.kl_control
         with self._timed("score"):
             seen = self.rollouts.evaluate(rollout)
             scores = self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
@@ -329,7 +334,9 @@ class PPOTrainer(UserLoop, Trainer):
             control.update(kl.item(), len(rollout.ended) * self.accelerator.num_processes)
         self._stop_above_max_kl(kl.item())
         k1 = torch.where(rollout.response_mask, seen.logprobs - seen.ref_logprobs, 0.0)
-        self._write_samples(rollout, scores.total, k1.sum(-1))
+        if self.is_world_process_zero():
+            step, rows = self.state.global_step, args.sample_rows
+            write_samples(args.output_dir, self.processing_class, rollout, scores.total, k1.sum(-1), step=step, rows=rows)
         return experience
 
     def _stop_above_max_kl(self, kl: float) -> None:
@@ -346,13 +353,20 @@ class PPOTrainer(UserLoop, Trainer):
         """Learn the scale of scores from replies of the untrained policy, which is the reference."""
         if self.args.score_normalization != "reference":
             return
-        count = -(-self.args.score_calibration_prompts // self.accelerator.num_processes)
-        generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
-        rows = torch.randint(len(self.train_dataset), (count,), generator=generator).tolist()
-        prompts = self._collate([self.train_dataset[row] for row in rows])
-        rollout = self.rollouts.generate(prompts["input_ids"].to(self.args.device), prompts["attention_mask"].to(self.args.device))
-        self.experiences.learn_scale(self.rollouts.scores(rollout, prompts["columns"]).total)
+        self.experiences.learn_scale(self._scores_of_the_reference(self.train_dataset))
         logger.info("scores of the reference: mean %.3f, standard deviation %.3f", *self.experiences.scale)
+
+    def _scores_of_the_reference(self, rows: Dataset) -> Tensor:
+        count, seed = self.args.score_calibration_prompts, self.args.seed
+        return reference_scores(self.rollouts, self.accelerator, rows, self._collate, count=count, seed=seed)
+
+    def _evaluation_scale(self, rows: Dataset) -> ScoreScale:
+        """The scale of scores as it is at the first evaluation; one that comes before the training has found it must not find it for it."""
+        if self.args.score_normalization != "reference" or self.rollout_state.score_scale is not None:
+            return self.experiences.scale
+        with own_random_numbers(self.accelerator, self.args.seed):
+            scores: Any = self.accelerator.gather(self._scores_of_the_reference(self.train_dataset if self._has_prompts else rows))
+        return score_scale(scores)
 
     # ---- Small things ----
 
@@ -383,15 +397,3 @@ class PPOTrainer(UserLoop, Trainer):
         started = time.perf_counter()
         yield
         self._update_metrics[f"seconds/{phase}"] = self._update_metrics[f"seconds/{phase}"] + time.perf_counter() - started
-
-    def _write_samples(self, rollout: Rollout, scores: Tensor, kl: Tensor) -> None:
-        if not self.is_world_process_zero():
-            return
-        decode = self.processing_class.batch_decode
-        rows = self.args.sample_rows
-        texts = zip(decode(rollout.prompt_ids()[:rows]), decode(rollout.response_ids()[:rows], skip_special_tokens=True), strict=True)
-        for row, (prompt, reply) in enumerate(texts):
-            append_line(
-                Path(self.args.output_dir or ".") / "samples.jsonl",
-                {"step": self.state.global_step, "prompt": prompt, "reply": reply, "raw_score": scores[row].item(), "kl": kl[row].item()},
-            )

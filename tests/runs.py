@@ -77,7 +77,7 @@ def with_reward_adapter(folder, **roles):
     return SharedBase.build(base, tiny.lora(base, layers="top-2"), reward=folder, **roles)
 
 
-def logged(folder, name="objective/score", after=0):
+def logged(folder, name="objective/score", after=-1):
     """Rows of a run's metrics.jsonl that have ``name``, of the steps after ``after``, without the times that they took."""
     rows = [row for row in read_jsonl(Path(folder) / "metrics.jsonl") if name in row and row["step"] > after]
     return [{key: value for key, value in row.items() if "second" not in key and "runtime" not in key} for row in rows]

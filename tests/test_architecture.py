@@ -31,14 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # one base, and what is made with it
     "loading": {"trunk"},
     "shared_base": {"adapters", "batch", "logprobs", "trunk"},
-    "callbacks": {"kl_control", "shared_base"},
+    "callbacks": {"batch", "kl_control", "shared_base"},
     "dense": {"adapters", "shared_base"},
     "stopping": set(),
     "sampling": {"adapters", "batch", "dense", "shared_base", "stopping"},
     "replies": {"adapters", "data", "dense", "evaluation", "sampling", "shared_base"},
     "rollouts": {"batch", "dense", "rewards", "sampling", "shared_base", "stopping"},
     "experience": {"batch", "callbacks", "ppo_config", "ppo_math", "rewards", "rollouts"},
-    "evaluating": {"experience", "ppo_math", "rollouts"},
+    "evaluating": {"ppo_math", "rewards", "rollouts"},
     "own_loop": {"batch", "data", "rewards", "stopping"},
     "schedules": {"ppo_config"},
     "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "gates", "kl_control", "own_loop"}
