@@ -9,7 +9,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from runs import config, even_share, prompt_rows, trained_parameters, trainer, with_reward_adapter
+from runs import config, even_share, logged, prompt_rows, trained_parameters, trainer, with_reward_adapter
 from transformers import Trainer
 
 from goose_lora import gates
@@ -318,7 +318,7 @@ def test_a_critic_too_many_or_too_few_is_named(estimator, critic, tmp_path):
         trainer(tmp_path, shared=shared, advantage_estimator=estimator, num_generations=2)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k2", "k3", "exact"])
 def test_the_kl_as_a_loss_holds_the_policy_back_and_leaves_the_rewards_alone(estimator, tmp_path):
     kls = {}
     for coef in (0.0, 1.0):
@@ -329,6 +329,15 @@ def test_the_kl_as_a_loss_holds_the_policy_back_and_leaves_the_rewards_alone(est
         assert all(row["objective/reward"] == pytest.approx(row["objective/score"], abs=1e-5) for row in rows)
         assert rows[-1]["loss/kl"] > 0
     assert kls[1.0] < 0.5 * kls[0.0], kls
+
+
+def test_the_exact_kl_is_charged_in_the_reward_and_shown_beside_the_sampled_one(tmp_path):
+    trainer(tmp_path, kl_estimator="exact", kl_coef=0.5, num_rollouts=3, per_device_train_batch_size=16, temperature=0.8).train()
+    first, *later = logged(tmp_path)
+    assert abs(first["objective/kl_exact"]) < 1e-5
+    for row in later:
+        assert row["objective/reward"] == pytest.approx(row["objective/score"] - 0.5 * row["objective/kl_exact"], abs=1e-5)
+        assert row["objective/kl_exact"] > 0.01 and row["objective/kl_exact"] != row["objective/kl"]
 
 
 def test_a_run_stops_at_a_kl_above_max_kl_and_says_what_to_change(tmp_path, caplog):
@@ -350,14 +359,14 @@ def test_a_minibatch_whose_ratio_has_left_all_bounds_moves_nothing(tmp_path):
     batch |= {name: torch.where(response, x, 0.0).detach() for name, x in (("advantages", torch.ones(3, 5)), ("returns", output.values))}
     batch |= {"old_values": output.values.detach(), "ref_logprobs": output.logprobs.detach()}
     ppo._gates_open = True
-    for shift, moves in ((0.0, True), (2.0, True), (3.0, False), (1000.0, False)):
+    for shift, moves in ((0.0, True), (2.0, True), (3.0, False), (1000.0, False), (-2.0, True), (-3.0, False), (-1000.0, False)):
         ppo.shared.zero_grad()
         loss = ppo.compute_loss(ppo.shared, batch | {"old_logprobs": torch.where(response, output.logprobs - shift, 0.0).detach()})
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in ppo.shared.parameters() if p.grad is not None])
         assert torch.isfinite(loss) and torch.isfinite(gradients).all()
         assert moves or (gradients == 0).all(), shift
-    assert ppo._update_metrics["policy/skipped"] * ppo.args.gradient_accumulation_steps == 2
+    assert ppo._update_metrics["policy/skipped"] * ppo.args.gradient_accumulation_steps == 4
 
 
 def test_the_reward_adapter_and_functions_add_up_and_are_logged_one_by_one(tmp_path):
