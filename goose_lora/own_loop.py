@@ -218,8 +218,6 @@ class UserLoop:
         Raises:
             ValueError: another number of samples, or what ``rollout_of`` and ``scores_of`` refuse. Nothing has changed then.
         """
-        if self._own_loop is None:
-            self.start()
         wanted = self.args.rollout_batch_size
         if len(queries) != wanted:
             raise ValueError(
@@ -227,11 +225,15 @@ class UserLoop:
                 "num_mini_batches. Give so many, or change those."
             )
         rollout = rollout_of(queries, responses, response_masks, self.processing_class, self.rollouts)
-        self._own_loop.give((rollout, scores_of(scores, rollout)))
+        read = scores_of(scores, rollout)
+        if self._own_loop is None:
+            self.start()
+        loop: Any = self._own_loop
+        loop.give((rollout, read))
         return self.last_figures
 
     def finish(self: Any) -> None:
-        """End the loop; what was not saved is not saved by it: call ``save_model``."""
+        """End the loop where it is. What was not saved is not saved by it, and the best checkpoint is not loaded: call ``save_model``."""
         if self._own_loop is not None and not self._own_loop.ended:
             self._own_loop.finish()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
