@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from goose_lora.data import left_pad
 
+WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # one pass a step, for time
 EVERY = {"eval_strategy": "steps", "eval_steps": 4, "num_eval_prompts": 6}
 
 
@@ -25,9 +26,9 @@ def evaluated(folder):
 
 @pytest.mark.parametrize("changes", [{}, {"eval_on_start": True}, {"score_normalization": "running"}])
 def test_a_run_with_evaluation_ends_where_one_without_ends(changes, tmp_path):
-    with_it = trainer(tmp_path / "with", eval_rows=held_out(), **EVERY, **changes)
+    with_it = trainer(tmp_path / "with", eval_rows=held_out(), **EVERY, **WHOLE, **changes)
     with_it.train()
-    without = trainer(tmp_path / "without", **{name: value for name, value in changes.items() if name != "eval_on_start"})
+    without = trainer(tmp_path / "without", **WHOLE, **{name: value for name, value in changes.items() if name != "eval_on_start"})
     without.train()
     assert_same_weights(with_it.shared, without.shared)
     assert logged(tmp_path / "with") == logged(tmp_path / "without")
@@ -93,7 +94,7 @@ def test_evaluations_are_counted_in_one_scale_where_the_trainings_moves(tmp_path
         level = next(replies)
         return [level + share for share in even_share(completion_ids)]
 
-    trainer(tmp_path, reward=rising, eval_rows=held_out(), score_normalization="running", num_rollouts=4, **EVERY).train()
+    trainer(tmp_path, reward=rising, eval_rows=held_out(), score_normalization="running", num_rollouts=4, **EVERY, **WHOLE).train()
     scores = [row["eval_score"] for row in evaluated(tmp_path)]
     gains = [later - earlier for earlier, later in itertools.pairwise(scores)]
     assert min(gains) > 0.8 * max(gains) > 0, scores
@@ -117,7 +118,7 @@ def judged(folder, *objectives, **changes):
     train, rows = (rows.add_column("kind", [kind] * len(rows)) for rows, kind in ((prompt_rows(), "train"), (held_out(), "eval")))
     settings = {"kl_coef": 0.0, "score_normalization": "none", "num_rollouts": len(objectives), "learning_rate": 1e-3}
     settings |= {"save_strategy": "steps", "save_steps": 4}
-    return trainer(folder, rows=train, eval_rows=rows, reward=Judge(*objectives), **settings | EVERY | changes)
+    return trainer(folder, rows=train, eval_rows=rows, reward=Judge(*objectives), **settings | EVERY | WHOLE | changes)
 
 
 def test_the_best_checkpoint_is_kept_by_rotation_and_is_what_the_run_ends_with(tmp_path):
@@ -204,7 +205,7 @@ class History(TrainerCallback):
 
 def averaged(folder, **changes):
     history = History()
-    ppo = trainer(folder, shared=fresh(average=True), callbacks=[history], ema_decay=0.75, **changes)
+    ppo = trainer(folder, shared=fresh(average=True), callbacks=[history], ema_decay=0.75, **WHOLE, **changes)
     return ppo, history
 
 
