@@ -2,14 +2,15 @@
 
 import json
 import logging
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from goose_lora.batch import Rollout
 from goose_lora.diagnosis import diagnose
 from goose_lora.kl_control import AdaptiveKL, FixedKL
 from goose_lora.shared_base import SharedBase
@@ -26,10 +27,11 @@ class RolloutState(TrainerCallback, ExportableState):
         self.kl_control = kl_control
         self.score_scale: tuple[float, ...] | None = None  # mean, standard deviation
         self.score_moments: tuple[float, ...] | None = None  # count, mean, variance of all scores so far
+        self.evaluation_scale: tuple[float, ...] | None = None  # as score_scale, at the first evaluation and for all
         self.best_objective: float | None = None
         self.evaluations_without_gain = 0
 
-    REMEMBERED = ("score_scale", "score_moments", "best_objective", "evaluations_without_gain")
+    REMEMBERED = ("score_scale", "score_moments", "evaluation_scale", "best_objective", "evaluations_without_gain")
 
     def state(self) -> dict[str, Any]:
         remembered = {name: getattr(self, name) for name in self.REMEMBERED}
@@ -48,7 +50,9 @@ class RolloutState(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Stop after ``early_stopping_patience`` evaluations without a better objective."""
-        objective = (metrics or {}).get("eval_objective", -math.inf)
+        objective = (metrics or {}).get("eval_objective")
+        if objective is None:  # an evaluation of the user's own, under another prefix
+            return
         gained = self.best_objective is None or objective > self.best_objective
         self.best_objective = objective if gained else self.best_objective
         self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
@@ -129,6 +133,17 @@ class Diagnosis(TrainerCallback):
             if self.calm[name] == self.CALM:
                 logger.warning("step %d: ok     %-14s  well again for %d rollouts.", state.global_step, name, self.CALM)
                 del self.said[name]
+
+
+def write_samples(
+    folder: str | Path | None, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, scores: Tensor, kl: Tensor, *, step: int, rows: int
+) -> None:
+    """The first ``rows`` of a rollout into ``samples.jsonl``, with raw scores and KL (nats) a reply."""
+    prompts, replies = rollout.prompt_ids()[:rows], rollout.response_ids()[:rows]
+    texts = zip(tokenizer.batch_decode(prompts), tokenizer.batch_decode(replies, skip_special_tokens=True), strict=True)
+    for row, (prompt, reply) in enumerate(texts):
+        line = {"step": step, "prompt": prompt, "reply": reply, "raw_score": scores[row].item(), "kl": kl[row].item()}
+        append_line(Path(folder or ".") / "samples.jsonl", line)
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

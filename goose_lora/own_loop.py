@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from goose_lora.batch import Rollout
@@ -40,6 +40,7 @@ class OwnLoop:
         self._given: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="goose_lora training", daemon=True)
         self.ended = False
+        self._error: BaseException | None = None
 
     def start(self) -> None:
         """Returns when the training asks for its first rollout: optimizer, checkpoint and random state are in place then."""
@@ -48,6 +49,8 @@ class OwnLoop:
 
     def give(self, rollout: Any) -> None:
         """Hand over a rollout; returns when all its optimizer steps, logs and saves are done. Errors of the training are raised here."""
+        if self._error is not None:
+            raise ValueError(f"the training ended by an error, {self._error!r}. Make a new PPOTrainer, and start it from a checkpoint.")
         if self.ended:
             raise ValueError("the training is over: max_steps is reached or a callback stopped it. Raise num_rollouts for a longer run.")
         self._given.put(rollout)
@@ -57,6 +60,11 @@ class OwnLoop:
         """Leave the training where it is, if it has not ended by itself."""
         if not self.ended:
             self.give(LoopEnded())
+
+    def check_thread(self) -> None:
+        """Raise ValueError where anyone but this loop begins to train."""
+        if threading.current_thread() is not self._thread:
+            raise ValueError("a loop of your own has been started: go on by step, or make a new PPOTrainer for train().")
 
     def take(self) -> Any:
         """The next rollout; in the training's thread."""
@@ -69,7 +77,10 @@ class OwnLoop:
     def _wait(self) -> None:
         answer = self._asked.get()
         self.ended = answer != "next"
+        if self.ended:
+            self._thread.join()
         if isinstance(answer, BaseException):
+            self._error = answer
             raise answer
 
     def _run(self) -> None:
@@ -112,13 +123,20 @@ def rollout_of(
         attended[row, : len(response)] = 1
         counted[row, : len(response)] = torch.as_tensor(mask, dtype=torch.bool)
     stops = rollouts.generation.eos_token_id, rollouts.stop_strings or ()
-    ended = [ends_with_stop(tokenizer, reply[mask].tolist(), *stops) for reply, mask in zip(ids, counted, strict=True)]
+    ended = [ends_with_stop(tokenizer, last_turn(reply, mask), *stops) for reply, mask in zip(ids, counted, strict=True)]
     return Rollout(
         torch.cat([prompt_ids, ids.to(device)], dim=1),
         torch.cat([prompt_mask, attended.to(device)], dim=1),
         counted.to(device),
         torch.tensor(ended, device=device),
     )
+
+
+def last_turn(reply: Int[Tensor, " T"], mask: Bool[Tensor, " T"]) -> list[int]:
+    """The last tokens in a row that count: a stop text of an earlier turn is not this one's, and none stands across two."""
+    last = int(mask.nonzero()[-1])
+    holes = (~mask[:last]).nonzero()
+    return reply[int(holes[-1]) + 1 if len(holes) else 0 : last + 1].tolist()
 
 
 def scores_of(scores: Sequence[float | Ids | Sequence[float]] | Tensor, rollout: Rollout) -> Scores:
@@ -136,7 +154,7 @@ def scores_of(scores: Sequence[float | Ids | Sequence[float]] | Tensor, rollout:
     by_token = torch.zeros(mask.shape)
     dense = False
     for row, (score, length) in enumerate(zip(scores, lengths, strict=True)):
-        numbers = torch.as_tensor(score, dtype=torch.float32)
+        numbers = torch.as_tensor(score, dtype=torch.float32, device="cpu")
         dense = dense or numbers.dim() > 0
         if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) != length) or not numbers.isfinite().all():
             raise ValueError(f"score {row} has the shape {tuple(numbers.shape)} for {length} response tokens; give a finite number, or one a token.")
@@ -148,13 +166,9 @@ def scores_of(scores: Sequence[float | Ids | Sequence[float]] | Tensor, rollout:
     return Scores(by_token.sum(-1), {}, by_token[mask] if dense else None)
 
 
-def scored_by_the_loop(**replies: Any) -> list[float]:
-    """Stands for the sources of reward of a loop that scores for itself.
-
-    Raises:
-        ValueError: it is asked.
-    """
-    raise ValueError("this trainer has no reward of its own: your loop scores. Give it a reward_function, or SharedBase.build a reward adapter.")
+def unscored(**replies: Any) -> None:
+    """The source of reward of a trainer whose user scores the replies."""
+    raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
 
 
 class UserLoop:
@@ -192,7 +206,7 @@ class UserLoop:
         scores: Sequence[float | Ids | Sequence[float]] | Tensor,
         response_masks: Sequence[Sequence[bool] | Tensor] | None = None,
     ) -> dict[str, float]:
-        """All optimizer steps of one rollout; returns its figures, those of ``metrics.jsonl`` among them.
+        """All optimizer steps of one rollout; returns its figures and, where this step is logged, all of that row of ``metrics.jsonl``.
 
         Args:
             queries, responses: token ids, as many samples as a rollout has (``args.rollout_batch_size``). Replies to one prompt stand together
@@ -204,8 +218,6 @@ class UserLoop:
         Raises:
             ValueError: another number of samples, or what ``rollout_of`` and ``scores_of`` refuse. Nothing has changed then.
         """
-        if self._own_loop is None:
-            self.start()
         wanted = self.args.rollout_batch_size
         if len(queries) != wanted:
             raise ValueError(
@@ -213,12 +225,15 @@ class UserLoop:
                 "num_mini_batches. Give so many, or change those."
             )
         rollout = rollout_of(queries, responses, response_masks, self.processing_class, self.rollouts)
-        scored = scores_of(scores, rollout)
-        self._own_loop.give((rollout, scored))  # type: ignore[reportOptionalMemberAccess]
+        read = scores_of(scores, rollout)
+        if self._own_loop is None:
+            self.start()
+        loop: Any = self._own_loop
+        loop.give((rollout, read))
         return self.last_figures
 
     def finish(self: Any) -> None:
-        """End the loop; what was not saved is not saved by it: call ``save_model``."""
+        """End the loop where it is. What was not saved is not saved by it, and the best checkpoint is not loaded: call ``save_model``."""
         if self._own_loop is not None and not self._own_loop.ended:
             self._own_loop.finish()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from goose_lora.from_trl import FROM_TRL, answers_trl
 
@@ -101,6 +102,9 @@ class PPOConfig(TrainingArguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code from the model's repository. Off unless you asked."})
 
     def __post_init__(self) -> None:
+        # One text without brackets in a YAML file is a string, whose letters would each end a reply.
+        self.stop_strings = [self.stop_strings] if isinstance(self.stop_strings, str) else self.stop_strings
+        self.stop_token_ids = [self.stop_token_ids] if isinstance(self.stop_token_ids, int) else self.stop_token_ids
         self._check_ranges()
         steps = self.steps_per_rollout
         if self.num_rollouts is not None:
@@ -132,6 +136,11 @@ class PPOConfig(TrainingArguments):
         return self.advantage_estimator == "gae"
 
     @property
+    def critic_learning_rate(self) -> float:
+        """The critic's peak learning rate."""
+        return self.learning_rate if self.value_learning_rate is None else self.value_learning_rate
+
+    @property
     def rollout_batch_size(self) -> int:
         """Replies of one rollout on one process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
@@ -151,8 +160,12 @@ class PPOConfig(TrainingArguments):
         self._require("score_clip", self.score_clip is None or self.score_clip > 0, "must be positive, or null for no bound")
         self._require("critic_warmup_rollouts", self.critic_warmup_rollouts >= 0, "must not be negative")
         self._require("critic_warmup_rollouts", self.needs_critic or not self.critic_warmup_rollouts, "rloo and grpo have no critic to warm up")
+        schedules = [schedule.value for schedule in SchedulerType if schedule != SchedulerType.REDUCE_ON_PLATEAU]
+        known = self.value_lr_scheduler_type is None or self.value_lr_scheduler_type in schedules
+        self._require("value_lr_scheduler_type", known, f"must be one of {', '.join(schedules)}")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "must lie between 0 and 1; 0.992 is InstructGPT's")
-        self._require("early_stopping_patience", (self.early_stopping_patience or 1) >= 1, "must be 1 or more, or null for no early stop")
+        patience = self.early_stopping_patience
+        self._require("early_stopping_patience", patience is None or patience >= 1, "must be 1 or more, or null for no early stop")
         self._require("stop_strings", all(self.stop_strings or []), "an empty text would end every reply at once")
         self._require("max_kl", self.max_kl is None or self.max_kl > 0, "must be positive, or null for no bound")
         self._require("ratio_threshold", self.ratio_threshold is None or self.ratio_threshold > 1, "must be above 1, or null for no bound")

@@ -5,7 +5,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +17,18 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from goose_lora import gates, ppo_math
 from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.batch import Experience, Rollout
-from goose_lora.callbacks import Diagnosis, MetricsFile, PolicyAverage, RolloutState, append_line
+from goose_lora.callbacks import Diagnosis, MetricsFile, PolicyAverage, RolloutState, write_samples
 from goose_lora.data import RolloutBatches, left_pad
-from goose_lora.evaluating import evaluate_prompts
+from goose_lora.evaluating import evaluate_prompts, own_random_numbers, reference_scores
 from goose_lora.experience import ExperienceMaker
 from goose_lora.from_trl import TRAINER_ARGUMENTS, answers_trl
 from goose_lora.kl_control import AdaptiveKL, FixedKL
-from goose_lora.own_loop import UserLoop, scored_by_the_loop
+from goose_lora.own_loop import UserLoop, unscored
 from goose_lora.ppo_config import PPOConfig
-from goose_lora.rewards import RewardMix, RewardSource, Scores
+from goose_lora.rewards import RewardMix, RewardSource, Scores, ScoreScale, score_scale
 from goose_lora.rollouts import Rollouts
 from goose_lora.sampling import generation_config
-from goose_lora.schedules import factor, policy_and_critic
+from goose_lora.schedules import by_settings
 from goose_lora.shared_base import SharedBase
 
 logger = logging.getLogger(__name__)
@@ -71,9 +70,8 @@ class PPOTrainer(UserLoop, Trainer):
         ptx_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
-        sources: Any = "adapter" if reward_function is None else reward_function
-        if reward_function is None and train_dataset is None and not model.has("reward"):
-            sources = scored_by_the_loop
+        alone: Any = unscored if train_dataset is None and not model.has("reward") else "adapter"
+        sources: Any = alone if reward_function is None else reward_function
         reward = RewardMix(list(sources) if isinstance(sources, (list, tuple)) else [sources], reward_weights)
         if reward.needs_adapter and not model.has("reward"):
             raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
@@ -87,6 +85,7 @@ class PPOTrainer(UserLoop, Trainer):
         self.ptx_dataset = ptx_dataset
         control = FixedKL(args.kl_coef) if args.kl_target is None else AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
         self.rollout_state = RolloutState(control)
+        self._has_prompts = train_dataset is not None
         if train_dataset is None:  # a loop of one's own: one batch of rows, which nobody reads, for each rollout
             rollouts = args.rollout_batch_size // args.num_generations * args.world_size
             train_dataset = Dataset.from_dict({"input_ids": [[processing_class.eos_token_id]] * rollouts})
@@ -120,7 +119,7 @@ class PPOTrainer(UserLoop, Trainer):
             exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
         )
         self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=model.values_are_scores)
-        self.last_figures: dict[str, float] = {}  # of the last rollout
+        self.last_figures: dict[str, float] = {}  # of the last rollout, and of its log
 
     @property
     def shared(self) -> Any:
@@ -136,8 +135,7 @@ class PPOTrainer(UserLoop, Trainer):
             self.shared.set_trainable(self._training_roles)
             gates.check_trainable(self.shared.named_parameters(), self._trainable_marks)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.shared)
-            value_rate = self.args.learning_rate if self.args.value_learning_rate is None else self.args.value_learning_rate
-            rates = zip(self._training_roles, (self.args.learning_rate, value_rate), strict=False)
+            rates = zip(self._training_roles, (self.args.learning_rate, self.args.critic_learning_rate), strict=False)
             groups = [{"params": [p for _, p in self.shared.role_parameters(role)], "lr": rate} for role, rate in rates]
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
@@ -148,18 +146,16 @@ class PPOTrainer(UserLoop, Trainer):
         if not (args.needs_critic and (args.value_lr_scheduler_type or args.value_warmup_steps or args.critic_warmup_rollouts)):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            still = args.critic_warmup_rollouts * args.steps_per_rollout
-            moving = num_training_steps - still
-            options: Any = args.lr_scheduler_kwargs
-            policy = factor(args.lr_scheduler_type, warmup_steps=args.get_warmup_steps(moving), training_steps=moving, options=options)
-            name = args.value_lr_scheduler_type or args.lr_scheduler_type
-            critic = factor(name, warmup_steps=args.value_warmup_steps, training_steps=num_training_steps, options=options)
-            self.lr_scheduler = policy_and_critic(optimizer or self.optimizer, policy, critic, still_steps=still)
+            self.lr_scheduler = by_settings(args, optimizer or self.optimizer, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader:
         """Each batch of prompts once for every microbatch that is made of its rollout. A rollout has ``num_generations`` replies to each."""
+        if self._own_loop is not None:
+            self._own_loop.check_thread()
+        elif not self._has_prompts:
+            raise ValueError("there is no train_dataset: give PPOTrainer one, or go on by generate and step.")
         repeat = self.args.steps_per_rollout * self.args.gradient_accumulation_steps
         batches = RolloutBatches(
             len(self.train_dataset),
@@ -182,6 +178,10 @@ class PPOTrainer(UserLoop, Trainer):
             loss = super().training_step(model, microbatch, num_items_in_batch)
         if first:
             gates.check_gradients(self.shared.named_parameters())
+        if self._critic_warms_up:
+            # None, not 0: the optimizer passes these by, and Adam's averages and count of steps begin after the warm-up.
+            for _, parameter in self.shared.role_parameters("policy"):
+                parameter.grad = None
         self._gates_open = True
         self._microbatches_done += 1
         return loss
@@ -230,8 +230,6 @@ class PPOTrainer(UserLoop, Trainer):
         if output.ptx_loss is not None:
             stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
             loss = loss + args.ptx_coef * stats["loss/ptx"]
-        if self._critic_warms_up:
-            loss = 0.0 * loss  # its optimizer state stays empty too, but for what a shared critic's own loss leaves there
         if output.values is not None:
             value_loss, value_stats = ppo_math.value_loss(
                 self.experiences.values(output.values),
@@ -266,6 +264,7 @@ class PPOTrainer(UserLoop, Trainer):
                 rollout["rollout/count"] = torch.tensor(float(len(self._rollout_metrics["objective/score"])), device=self.args.device)
             mean = self.accelerator.reduce(rollout | update, reduction="mean")
             logs.update({name: value.item() for name, value in mean.items()})
+            self.last_figures |= logs
             self._rollout_metrics.clear()
             self._update_metrics.clear()
             self._microbatches_done = 0
@@ -275,13 +274,18 @@ class PPOTrainer(UserLoop, Trainer):
         """Answer the first ``num_eval_prompts`` held-out prompts, sampled and greedy, and score the replies.
 
         ``eval_objective`` is the sampled replies' score less ``kl_coef`` (that of the settings, also where it adapts) times their KL, and what
-        the best checkpoint and early stopping go by. Training draws the random numbers that it would have drawn without.
+        the best checkpoint and early stopping go by; scores are counted in the scale of the first evaluation. Training draws the random
+        numbers that it would have drawn without.
         """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("there is nothing to evaluate on: give PPOTrainer an eval_dataset, or evaluate one.")
         rows = rows.select(range(min(self.args.num_eval_prompts, len(rows))))
-        if self.rollout_state.score_scale is None and self._own_loop is None:
-            self._calibrate()
-        figures = evaluate_prompts(self.rollouts, self.experiences, rows, self._collate, seed=self.args.seed)
+        state, seed = self.rollout_state, self.args.seed
+        if state.evaluation_scale is None:
+            state.evaluation_scale = tuple(self._evaluation_scale(rows))
+        scale = ScoreScale(*state.evaluation_scale)
+        figures = evaluate_prompts(self.rollouts, self.accelerator, rows, self._collate, scale=scale, seed=seed)
         objective = figures["score"] - self.args.kl_coef * figures["kl"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in (figures | {"objective": objective}).items()}
         self.log(metrics)
@@ -320,7 +324,7 @@ class PPOTrainer(UserLoop, Trainer):
     @torch.no_grad()
     def _experience(self, rollout: Rollout, scores: Scores | None = None, columns: dict[str, list] | None = None) -> Experience:
         """What the update needs of a rollout; scored by the trainer's own sources of reward if no scores are given."""
-        control = self.rollout_state.kl_control
+        args, control = self.args, self.rollout_state.kl_control
         with self._timed("score"):
             seen = self.rollouts.evaluate(rollout, score=scores is None)
             scores = self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
@@ -335,7 +339,9 @@ class PPOTrainer(UserLoop, Trainer):
             control.update(kl.item(), len(rollout.ended) * self.accelerator.num_processes)
         self._stop_above_max_kl(kl.item())
         k1 = torch.where(rollout.response_mask, seen.logprobs - seen.ref_logprobs, 0.0)
-        self._write_samples(rollout, scores.total, k1.sum(-1))
+        if self.is_world_process_zero():
+            step, rows = self.state.global_step, args.sample_rows
+            write_samples(args.output_dir, self.processing_class, rollout, scores.total, k1.sum(-1), step=step, rows=rows)
         return experience
 
     def _stop_above_max_kl(self, kl: float) -> None:
@@ -352,13 +358,20 @@ class PPOTrainer(UserLoop, Trainer):
         """Learn the scale of scores from replies of the untrained policy, which is the reference."""
         if self.args.score_normalization != "reference":
             return
-        count = -(-self.args.score_calibration_prompts // self.accelerator.num_processes)
-        generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
-        rows = torch.randint(len(self.train_dataset), (count,), generator=generator).tolist()
-        prompts = self._collate([self.train_dataset[row] for row in rows])
-        rollout = self.rollouts.generate(prompts["input_ids"].to(self.args.device), prompts["attention_mask"].to(self.args.device))
-        self.experiences.learn_scale(self.rollouts.scores(rollout, prompts["columns"]).total)
+        self.experiences.learn_scale(self._scores_of_the_reference(self.train_dataset))
         logger.info("scores of the reference: mean %.3f, standard deviation %.3f", *self.experiences.scale)
+
+    def _scores_of_the_reference(self, rows: Dataset) -> Tensor:
+        count, seed = self.args.score_calibration_prompts, self.args.seed
+        return reference_scores(self.rollouts, self.accelerator, rows, self._collate, count=count, seed=seed)
+
+    def _evaluation_scale(self, rows: Dataset) -> ScoreScale:
+        """The scale of scores as it is at the first evaluation; one that comes before the training has found it must not find it for it."""
+        if self.args.score_normalization != "reference" or self.rollout_state.score_scale is not None:
+            return self.experiences.scale
+        with own_random_numbers(self.accelerator, self.args.seed):
+            scores: Any = self.accelerator.gather(self._scores_of_the_reference(self.train_dataset if self._has_prompts else rows))
+        return score_scale(scores)
 
     # ---- Small things ----
 
@@ -389,15 +402,3 @@ class PPOTrainer(UserLoop, Trainer):
         started = time.perf_counter()
         yield
         self._update_metrics[f"seconds/{phase}"] = self._update_metrics[f"seconds/{phase}"] + time.perf_counter() - started
-
-    def _write_samples(self, rollout: Rollout, scores: Tensor, kl: Tensor) -> None:
-        if not self.is_world_process_zero():
-            return
-        decode = self.processing_class.batch_decode
-        rows = self.args.sample_rows
-        texts = zip(decode(rollout.prompt_ids()[:rows]), decode(rollout.response_ids()[:rows], skip_special_tokens=True), strict=True)
-        for row, (prompt, reply) in enumerate(texts):
-            append_line(
-                Path(self.args.output_dir or ".") / "samples.jsonl",
-                {"step": self.state.global_step, "prompt": prompt, "reply": reply, "raw_score": scores[row].item(), "kl": kl[row].item()},
-            )

@@ -101,28 +101,33 @@ def _read_answer(answer: Any, lengths: Sequence[int], name: str) -> tuple[Float[
         if item is not None and len(item) != length:
             raise ValueError(f"the reward function {name} returned {len(item)} numbers for the {length} tokens of reply {row}; give one a token.")
     if all(item is None for item in tokens):
-        return _numbers(listed, name), None
+        return _numbers(listed, name, range(len(listed))), None
     # Beside lists, a number belongs to a reply's last token, and None to nothing.
     spread = [
         item if item is not None else [0.0] * (length - 1) + [0.0 if whole is None else whole]
         for item, whole, length in zip(tokens, listed, lengths, strict=True)
     ]
-    flat = _numbers([number for item in spread for number in item], name)
+    owners = [row for row, length in enumerate(lengths) for _ in range(length)]
+    flat = _numbers([number for item in spread for number in item], name, owners)
     if flat.isnan().any():
-        raise ValueError(f"the reward function {name} returned None for a token; give each token a number, 0 where there is nothing to say.")
+        row = owners[int(flat.isnan().nonzero()[0])]
+        what = "give each token a number, 0 where there is nothing to say"
+        raise ValueError(f"the reward function {name} returned None for a token of reply {row}; {what}.")
     sums = torch.stack([part.sum() for part in flat.split(list(lengths))])
     said_nothing = torch.tensor([item is None for item in listed])
     return sums.masked_fill(said_nothing, float("nan")), flat
 
 
-def _numbers(listed: Sequence[Any], name: str) -> Float[Tensor, " N"]:
+def _numbers(listed: Sequence[Any], name: str, owners: Sequence[int]) -> Float[Tensor, " N"]:
+    """NaN for None; ``owners`` tells which reply each number belongs to."""
     try:
         numbers = torch.tensor([float("nan") if number is None else float(number) for number in listed])
     except (TypeError, ValueError) as error:
         raise ValueError(f"the reward function {name} returned something that is no number: {error}") from error
     broken = [index for index, number in enumerate(listed) if number is not None and not numbers[index].isfinite()]
     if broken:
-        raise ValueError(f"the reward function {name} returned {listed[broken[0]]} for reply {broken[0]}, {len(broken)} of {len(listed)} not finite.")
+        what = f"{listed[broken[0]]} for reply {owners[broken[0]]}"
+        raise ValueError(f"the reward function {name} returned {what}, {len(broken)} of {len(listed)} not finite.")
     return numbers
 
 
@@ -145,7 +150,7 @@ def score_scale(raw: Float[Tensor, " N"]) -> ScoreScale:
     if len(raw) < 2 or not torch.isfinite(raw).all() or raw.std() < 1e-6:
         raise ValueError(
             f"the reward model's scores cannot be normalised: {len(raw)} replies of the reference score {raw.mean():.4g} with a standard deviation "
-            f"of {raw.std():.2g}. Look at the reward model's verdict, or set normalize_scores: false."
+            f"of {raw.std():.2g}. Look at the reward model's verdict, or set score_normalization: none."
         )
     return ScoreScale(raw.mean().item(), raw.std().item())
 

@@ -113,17 +113,18 @@ class SharedBase(PeftModel):
         self.critic = critic
         self.values_are_scores = critic is not None and critic_init == "reward"
         if critic is not None:
-            self._add_critic(critic, critic_init, value or config)
+            self._add_critic(critic, critic_init, value)
         self._switch_to("policy")
         self.set_trainable(("policy", "value"))
         return self.eval()
 
-    def _add_critic(self, critic: Critic, critic_init: CriticInit, config: LoraConfig) -> None:
-        source: Role = "policy" if critic_init == "policy" else "reward"
+    def _add_critic(self, critic: Critic, critic_init: CriticInit, value: LoraConfig | None) -> None:
+        source: Role = "reward" if self.has("reward") and critic_init != "policy" else "policy"
+        config: Any = self.peft_config[ADAPTERS[source]]
         if critic != "adapter":
             config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
-        elif self.has(source):
-            config = self.peft_config[ADAPTERS[source]]  # type: ignore[assignment]
+        elif critic_init == "zero" and value is not None:
+            config = value
         config = copy.deepcopy(config)
         config.modules_to_save = ["score"]
         config.lora_dropout = 0.0

@@ -27,7 +27,9 @@ class StopStrings(StoppingCriteria):
     def __call__(self, input_ids: Int[Tensor, "B L"], scores: Tensor, **kwargs: object) -> Bool[Tensor, " B"]:
         written = input_ids[:, self.prompt_tokens :]
         rows = [row for row in range(len(written)) if row not in self.lengths]
-        for row, text in zip(rows, self.tokenizer.batch_decode(written[rows, -self.tail :]), strict=True):
+        # Where generate's check for the end lags behind, it asks again after all rows have ended; batch_decode takes no rows for one.
+        texts = self.tokenizer.batch_decode(written[rows, -self.tail :]) if rows else []
+        for row, text in zip(rows, texts, strict=True):
             if any(string in text for string in self.strings):
                 self.lengths[row] = written.shape[1]
         return torch.tensor([row in self.lengths for row in range(len(written))], device=input_ids.device)

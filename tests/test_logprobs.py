@@ -1,11 +1,13 @@
 """goose_lora.logprobs against the full logits that it never holds."""
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goose_lora.logprobs import token_logprobs
+from goose_lora import ppo_math
+from goose_lora.logprobs import token_kl, token_logprobs
 
 SETTINGS = [
     {},
@@ -128,3 +130,79 @@ def test_in_bf16_it_is_close_and_comes_out_in_fp32(settings):
     (mine,) = torch.autograd.grad(got[0].sum(), hidden)
     (theirs,) = torch.autograd.grad(want[0].sum(), wide[0])
     assert torch.nn.functional.cosine_similarity(mine.double().flatten(), theirs.flatten(), dim=0) > 0.9995
+
+
+# ---- The exact KL ----
+
+
+def two_states(**settings):
+    """States of a policy, which want a gradient, and of a reference, with a head for both."""
+    hidden, _, weight, bias = inputs(**settings)
+    return hidden, inputs(**settings | {"seed": 5})[0].detach(), weight, bias
+
+
+def full_logits(hidden, weight, bias, *, temperature=1.0, softcap=None):
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 13, 512])
+def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(bias, settings, chunk_tokens):
+    hidden, ref_hidden, weight, offset = two_states(bias=bias)
+    got = token_kl(hidden, ref_hidden, weight, offset, **settings, chunk_tokens=chunk_tokens)
+    want = ppo_math.exact_kl(*(full_logits(states, weight, offset, **settings) for states in (hidden, ref_hidden)))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+    assert want.min() > 0.01
+    weights = torch.linspace(-1, 2, len(hidden), dtype=torch.float64)
+    mine, theirs = (torch.autograd.grad((weights * kl).sum(), hidden)[0] for kl in (got, want))
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_exact_kl_is_the_mean_of_k1_under_the_policy(settings):
+    hidden, ref_hidden, weight, bias = two_states(tokens=3, vocabulary=5)
+    exact = token_kl(hidden, ref_hidden, weight, bias, **settings)
+    for row in range(3):
+        every = torch.arange(5)
+        policy, reference = (
+            token_logprobs(states[row].expand(5, -1), every, weight, bias, **settings)[0].detach() for states in (hidden, ref_hidden)
+        )
+        assert (policy.exp() * (policy - reference)).sum().item() == pytest.approx(exact[row].item(), abs=1e-7)
+
+
+def test_no_tokens_have_no_kl_and_no_gradient_reaches_the_reference():
+    hidden, ref_hidden, weight, bias = two_states(tokens=0)
+    assert token_kl(hidden, ref_hidden, weight, bias).shape == (0,)
+    hidden, ref_hidden, weight, bias = two_states()
+    token_kl(hidden, ref_hidden.requires_grad_(), weight, bias).sum().backward()
+    assert hidden.grad.any() and ref_hidden.grad is None
+    with torch.no_grad():
+        assert not token_kl(hidden, ref_hidden, weight, bias).requires_grad
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_has_no_kl(temperature):
+    with pytest.raises(ValueError, match="must be positive"):
+        token_kl(*two_states(), temperature=temperature)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_a_shared_base_gives_the_exact_kl_of_its_policy_to_its_reference(architecture):
+    """With the model's own head, which softens Gemma 2's logits."""
+    changes = {"final_logit_softcapping": 2.0} if architecture == "gemma2" else {}
+    shared = tiny.shared(tiny.base(architecture, **changes), reference="base")
+    ids, mask = tiny.batch()
+    response = tiny.response_mask()
+    logits = []
+    for role in ("policy", "reference"):
+        with shared.role(role) as core, torch.no_grad():
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            logits.append(core(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -6:-1] / 0.7)
+    hidden = shared.hidden("reference", ids, mask)[:, -6:-1]
+    got = shared(ids, mask, response, ref_hidden=hidden.detach(), temperature=0.7).kl
+    want = torch.where(response, ppo_math.exact_kl(*logits), 0.0)
+    assert want[response].min() > 1e-3
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # fp32 logits, whose differences are summed over the vocabulary

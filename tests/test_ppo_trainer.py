@@ -8,62 +8,17 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer
+from peft import PeftModel
+from runs import config, even_share, logged, prompt_rows, trained_parameters, trainer, with_reward_adapter
+from transformers import Trainer
 
 from goose_lora import gates
 from goose_lora.data import left_pad
 from goose_lora.loading import load_base, load_tokenizer
-from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.report import read_jsonl
 from goose_lora.sampling import generation_config, sample
 from goose_lora.shared_base import SharedBase
-
-
-def even_share(completion_ids, **columns):
-    """A toy reward: the share of even tokens."""
-    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-
-def prompt_rows(count=64):
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(2, 6, (count,), generator=generator).tolist()
-    return Dataset.from_list([{"input_ids": torch.randint(4, tiny.VOCABULARY, (n,), generator=generator).tolist()} for n in lengths])
-
-
-def config(folder, **changes):
-    settings = {
-        "num_rollouts": 2,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_mini_batches": 2,
-        "num_ppo_epochs": 2,
-        "response_length": 6,
-        "learning_rate": 1e-2,
-        "local_rollout_forward_batch_size": 16,
-        "score_calibration_prompts": 16,
-        "kl_coef": 0.02,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "seed": 0,
-    }
-    return PPOConfig(output_dir=str(folder), **settings | changes)
-
-
-def trainer(folder, *, shared=None, reward=even_share, rows=None, callbacks=None, **changes):
-    if shared is None:
-        shared = tiny.shared(tiny.base(), layers="top-2", critic="adapter", reference="copy")
-        tiny.randomise(shared, "default", std=0.0)
-        shared._copy_role("policy", "reference")
-    rows = prompt_rows() if rows is None else rows
-    return PPOTrainer(shared, config(folder, **changes), rows, tiny.tokenizer(), reward_function=reward, callbacks=callbacks)
-
-
-def trained_parameters(shared):
-    return {name: p.detach().clone() for name, p in shared.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
@@ -271,16 +226,6 @@ def test_the_critic_that_shares_the_policys_states_learns_too(tmp_path):
     assert errors[-1] < errors[0]
 
 
-def with_reward_adapter(folder, **roles):
-    """A shared base whose reward adapter is random, and whose policy is its own reference."""
-    base = tiny.base()
-    judge = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"], num_labels=1))
-    adapter = get_peft_model(judge, tiny.lora(base, layers="top-2", task_type="SEQ_CLS"))
-    tiny.randomise(adapter, std=0.1)
-    adapter.save_pretrained(folder)
-    return SharedBase.build(base, tiny.lora(base, layers="top-2"), reward=folder, **roles)
-
-
 def test_a_critic_on_reward_features_learns_and_the_reward_model_stays(tmp_path):
     shared = with_reward_adapter(tmp_path / "reward", critic="reward_features")
     torch.nn.init.zeros_(shared.score_head("value").weight)
@@ -373,7 +318,7 @@ def test_a_critic_too_many_or_too_few_is_named(estimator, critic, tmp_path):
         trainer(tmp_path, shared=shared, advantage_estimator=estimator, num_generations=2)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k2", "k3", "exact"])
 def test_the_kl_as_a_loss_holds_the_policy_back_and_leaves_the_rewards_alone(estimator, tmp_path):
     kls = {}
     for coef in (0.0, 1.0):
@@ -384,6 +329,15 @@ def test_the_kl_as_a_loss_holds_the_policy_back_and_leaves_the_rewards_alone(est
         assert all(row["objective/reward"] == pytest.approx(row["objective/score"], abs=1e-5) for row in rows)
         assert rows[-1]["loss/kl"] > 0
     assert kls[1.0] < 0.5 * kls[0.0], kls
+
+
+def test_the_exact_kl_is_charged_in_the_reward_and_shown_beside_the_sampled_one(tmp_path):
+    trainer(tmp_path, kl_estimator="exact", kl_coef=0.5, num_rollouts=3, per_device_train_batch_size=16, temperature=0.8).train()
+    first, *later = logged(tmp_path)
+    assert abs(first["objective/kl_exact"]) < 1e-5
+    for row in later:
+        assert row["objective/reward"] == pytest.approx(row["objective/score"] - 0.5 * row["objective/kl_exact"], abs=1e-5)
+        assert row["objective/kl_exact"] > 0.01 and row["objective/kl_exact"] != row["objective/kl"]
 
 
 def test_a_run_stops_at_a_kl_above_max_kl_and_says_what_to_change(tmp_path, caplog):
@@ -405,14 +359,14 @@ def test_a_minibatch_whose_ratio_has_left_all_bounds_moves_nothing(tmp_path):
     batch |= {name: torch.where(response, x, 0.0).detach() for name, x in (("advantages", torch.ones(3, 5)), ("returns", output.values))}
     batch |= {"old_values": output.values.detach(), "ref_logprobs": output.logprobs.detach()}
     ppo._gates_open = True
-    for shift, moves in ((0.0, True), (2.0, True), (3.0, False), (1000.0, False)):
+    for shift, moves in ((0.0, True), (2.0, True), (3.0, False), (1000.0, False), (-2.0, True), (-3.0, False), (-1000.0, False)):
         ppo.shared.zero_grad()
         loss = ppo.compute_loss(ppo.shared, batch | {"old_logprobs": torch.where(response, output.logprobs - shift, 0.0).detach()})
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in ppo.shared.parameters() if p.grad is not None])
         assert torch.isfinite(loss) and torch.isfinite(gradients).all()
         assert moves or (gradients == 0).all(), shift
-    assert ppo._update_metrics["policy/skipped"] * ppo.args.gradient_accumulation_steps == 2
+    assert ppo._update_metrics["policy/skipped"] * ppo.args.gradient_accumulation_steps == 4
 
 
 def test_the_reward_adapter_and_functions_add_up_and_are_logged_one_by_one(tmp_path):

@@ -4,8 +4,11 @@ import asyncio
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import ragged
 
-from goose_lora.rewards import RewardMix
+from goose_lora.rewards import RewardMix, token_rewards
 
 REPLIES = {"prompts": ["a", "b", "c"], "completions": ["x", "yy", "zzz"], "completion_ids": [[1], [2, 2], [3, 3, 3]], "label": [5, 6, 7]}
 
@@ -70,3 +73,68 @@ def test_one_weight_to_each_source(weights):
         RewardMix([length, "adapter"], weights)
     with pytest.raises(ValueError, match="0 sources"):
         RewardMix([])
+
+
+def by_token(completion_ids, **columns):
+    """The second reply's function answer is None, the others' a number a token."""
+    return [[0.5], None, [1.0, 2.0, 3.0]]
+
+
+def lists_and_numbers(completion_ids, **columns):
+    return [4.0, [1, 2], torch.tensor([5.0, 6.0, 7.0])]
+
+
+def test_rewards_of_single_tokens_are_weighted_and_added_to_what_others_say():
+    mix = RewardMix(["adapter", by_token, length, lists_and_numbers], [1.0, 2.0, -1.0, 10.0])
+    scores, by_source, tokens = mix(torch.tensor([1.0, 2.0, 3.0]), **REPLIES)
+    parts = [[2 * 0.5 + 10 * 4], [10.0, 20.0], [2 + 50, 4 + 60, 6 + 70]]  # a number beside lists belongs to the last token
+    assert tokens.tolist() == [number for part in parts for number in part]
+    assert scores.tolist() == [1 - 1 + sum(parts[0]), 2 - 2 + sum(parts[1]), 3 - 3 + sum(parts[2])]
+    assert by_source["by_token"].tolist()[::2] == [0.5, 6.0] and by_source["by_token"].isnan().tolist() == [False, True, False]
+    assert by_source["lists_and_numbers"].tolist() == [4, 3, 18]
+
+
+def test_numbers_alone_belong_to_no_token():
+    assert RewardMix([length, label])(None, **REPLIES).by_token is None
+
+
+def test_a_reply_of_which_only_a_silent_function_speaks_is_refused():
+    with pytest.raises(ValueError, match="no source of reward said anything of 1 of 3 replies"):
+        RewardMix([by_token])(None, **REPLIES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([[1.0], [1.0], [1.0, 2.0, 3.0]], "returned 1 numbers for the 2 tokens of reply 1"),
+        ([[1.0], [1.0, 2.0], []], "returned 0 numbers for the 3 tokens of reply 2"),
+        ([[1.0], [1.0, None], [1.0, 2.0, 3.0]], "returned None for a token of reply 1"),
+        ([[1.0], 2.0, [1.0, float("inf"), 3.0]], "returned inf for reply 2"),
+        ([[1.0], [1.0, "x"], [1.0, 2.0, 3.0]], "returned something that is no number"),
+        (torch.ones(3, 3), "returned 3 numbers for the 1 tokens of reply 0"),
+    ],
+)
+def test_what_a_function_may_not_say_of_tokens_is_said_with_its_name(answer, message):
+    def judge(**replies):
+        return answer
+
+    with pytest.raises(ValueError, match=f"the reward function judge {message}"):
+        RewardMix([judge, length])(None, **REPLIES)
+
+
+@given(ragged(tensors=3, holes=True), st.floats(0, 2))
+def test_a_replys_rewards_are_its_kl_its_tokens_own_and_the_rest_of_its_score_at_the_end(batch, kl_coef):
+    mask, kl, tokens, scores = batch
+    keep = mask.any(-1)
+    mask, kl, tokens, scores = mask[keep], kl[keep], tokens[keep], scores[keep, 0]
+    junk = torch.where(mask, 0.0, float("nan")).double()
+    got = token_rewards(scores, kl + junk, mask, kl_coef=kl_coef, by_token=tokens + junk)
+    for row in range(len(mask)):
+        places = [place for place in range(mask.shape[1]) if mask[row, place]]
+        want = [0.0] * mask.shape[1]
+        for place in places:
+            want[place] = -kl_coef * kl[row, place].item() + tokens[row, place].item()
+        want[places[-1]] += scores[row].item() - sum(tokens[row, place].item() for place in places)
+        torch.testing.assert_close(got[row], torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-7)
+        total = scores[row] - kl_coef * kl[row][mask[row]].sum()
+        torch.testing.assert_close(got[row].sum(), total, rtol=0, atol=1e-7)
