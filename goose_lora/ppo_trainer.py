@@ -118,7 +118,8 @@ class PPOTrainer(UserLoop, Trainer):
             stop_strings=args.stop_strings,
             exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
         )
-        self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=model.values_are_scores)
+        in_units_of_scores = model.values_are_scores and reward.needs_adapter  # other sources have a scale of their own
+        self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=in_units_of_scores)
         self.last_figures: dict[str, float] = {}  # of the last rollout, and of its log
 
     @property
