@@ -59,6 +59,10 @@ class PPOConfig(TrainingArguments):
         default="gae", metadata={"help": "gae: PPO with a critic. rloo, grpo: replies to one prompt are compared; no critic is loaded."}
     )
     num_generations: int = field(default=1, metadata={"help": "Replies to each prompt of a rollout; 2 or more for rloo and grpo."})
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={"help": "Cut each microbatch into parts of at most so many tokens, padding counted; the result is the same, the memory less."},
+    )
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass."})
     cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
@@ -157,6 +161,7 @@ class PPOConfig(TrainingArguments):
         self._require("temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy")
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
         self._require("cliprange_value", self.cliprange_value is None or self.cliprange_value > 0, "must be positive, or null for no bound")
+        self._require("max_tokens_per_microbatch", (self.max_tokens_per_microbatch or 1) >= 1, "must be 1 or more, or null for no bound")
         self._require("score_clip", self.score_clip is None or self.score_clip > 0, "must be positive, or null for no bound")
         self._require("critic_warmup_rollouts", self.critic_warmup_rollouts >= 0, "must not be negative")
         self._require("critic_warmup_rollouts", self.needs_critic or not self.critic_warmup_rollouts, "rloo and grpo have no critic to warm up")

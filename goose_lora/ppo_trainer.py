@@ -4,11 +4,12 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,6 +24,8 @@ from goose_lora.evaluating import evaluate_prompts, own_random_numbers, referenc
 from goose_lora.experience import ExperienceMaker
 from goose_lora.from_trl import TRAINER_ARGUMENTS, answers_trl
 from goose_lora.kl_control import AdaptiveKL, FixedKL
+from goose_lora.loss import leaves_bounds, total_loss
+from goose_lora.microbatches import halves, padded_tokens, within
 from goose_lora.own_loop import UserLoop, unscored
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.rewards import RewardMix, RewardSource, Scores, ScoreScale, score_scale
@@ -101,6 +104,8 @@ class PPOTrainer(UserLoop, Trainer):
         self._microbatches_done = 0  # since the last log
         self._gates_open = False
         self._rollout_is_fresh = False
+        self._most_tokens = args.max_tokens_per_microbatch
+        self._part = (1.0, True)  # share of its microbatch's rows in the part that is computed, and whether it carries pretraining text
         generation = generation_config(
             response_tokens=args.response_length,
             temperature=args.temperature,
@@ -176,7 +181,7 @@ class PPOTrainer(UserLoop, Trainer):
             microbatch = next(self._microbatches)
         first = not self._gates_open and self.state.global_step == 0
         with self._timed("update"):
-            loss = super().training_step(model, microbatch, num_items_in_batch)
+            loss = self._learn(model, microbatch, num_items_in_batch)
         if first:
             gates.check_gradients(self.shared.named_parameters())
         if self._critic_warms_up:
@@ -187,11 +192,39 @@ class PPOTrainer(UserLoop, Trainer):
         self._microbatches_done += 1
         return loss
 
+    def _learn(self, model: nn.Module, microbatch: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Gradients of one microbatch, in parts where it would be too large; out of memory, the parts are halved from then on."""
+        loss = torch.zeros((), device=self.args.device)
+        parts, rows = within(microbatch, self._most_tokens), len(microbatch["input_ids"])
+        carries_ptx = True
+        while parts:
+            part = parts.pop(0)
+            before = {name: p.grad if p.grad is None else p.grad.clone() for name, p in self.shared.named_parameters() if p.requires_grad}
+            metrics = dict(self._update_metrics)
+            self._part = (len(part["input_ids"]) / rows, carries_ptx)
+            try:
+                with self.accelerator.no_sync(model) if parts else nullcontext():
+                    loss = loss + super().training_step(model, part, num_items_in_batch)
+                carries_ptx = False
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not should_reduce_batch_size(error) or len(part["input_ids"]) == 1 or self.accelerator.num_processes > 1:
+                    raise
+                for name, parameter in self.shared.named_parameters():
+                    parameter.grad = before.get(name)
+                self._update_metrics = defaultdict(float, metrics)
+                self._most_tokens = padded_tokens(part) // 2
+                parts = [*halves(part), *parts]
+                logger.warning("out of memory with a microbatch of %d tokens: going on with parts of %d. Set max_tokens_per_microbatch to that.",
+                               padded_tokens(part), self._most_tokens)  # fmt: skip
+                clear_device_cache(garbage_collection=True)
+        return loss
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The clipped PPO loss, a mean over the response tokens of the optimizer step: microbatches and processes add up to it."""
-        args, mask, num_tokens = self.args, inputs["response_mask"], inputs["num_tokens"]
+        args, mask = self.args, inputs["response_mask"]
+        share, carries_ptx = self._part
         output = model(
             inputs["input_ids"],
             inputs["attention_mask"],
@@ -201,7 +234,7 @@ class PPOTrainer(UserLoop, Trainer):
             ref_hidden=inputs.get("ref_hidden"),
             temperature=args.temperature,
             entropy_gradient=args.entropy_coef > 0,
-            ptx=self._pretraining_texts(),
+            ptx=self._pretraining_texts() if carries_ptx else None,
         )
         if self._rollout_is_fresh:
             self._rollout_is_fresh = False
@@ -210,38 +243,14 @@ class PPOTrainer(UserLoop, Trainer):
             gap = ppo_math.masked_mean((output.logprobs.detach() - inputs["old_logprobs"]).abs(), mask)
             self._rollout_metrics["policy/first_ratio_gap"].append(gap.item())
         if args.ratio_threshold is not None:
-            ratio = ppo_math.masked_mean((output.logprobs - inputs["old_logprobs"]).exp(), mask).detach()
-            skipped = (ratio > args.ratio_threshold) | (ratio < 1 / args.ratio_threshold)
-            self._update_metrics["policy/skipped"] = self._update_metrics["policy/skipped"] + skipped.float() / args.gradient_accumulation_steps
+            skipped = leaves_bounds(output, inputs, args.ratio_threshold)
+            counted = share * skipped.float() / args.gradient_accumulation_steps
+            self._update_metrics["policy/skipped"] = self._update_metrics["policy/skipped"] + counted
             if skipped:
                 # Not a bare 0: DistributedDataParallel waits for a backward pass.
                 return 0.0 * torch.stack([x.sum() for x in (output.logprobs, output.values) if x is not None]).sum()
-        policy_loss, stats = ppo_math.policy_loss(
-            output.logprobs, inputs["old_logprobs"], inputs["advantages"], mask, cliprange=args.cliprange, num_tokens=num_tokens
-        )
-        entropy = ppo_math.masked_mean(output.entropy, mask, num_tokens=num_tokens)
-        stats |= {"loss/policy": policy_loss, "policy/entropy": entropy}
-        loss = policy_loss - args.entropy_coef * entropy
-        if args.kl_location == "loss":
-            kl = output.kl
-            if kl is None:
-                kl = ppo_math.kl_per_token(output.logprobs, inputs["ref_logprobs"], estimator=args.kl_estimator)  # type: ignore[arg-type]
-            stats["loss/kl"] = ppo_math.masked_mean(kl, mask, num_tokens=num_tokens)
-            loss = loss + self.rollout_state.kl_control.coef * stats["loss/kl"]
-        if output.ptx_loss is not None:
-            stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
-            loss = loss + args.ptx_coef * stats["loss/ptx"]
-        if output.values is not None:
-            value_loss, value_stats = ppo_math.value_loss(
-                self.experiences.values(output.values),
-                inputs["old_values"],
-                inputs["returns"],
-                mask,
-                cliprange_value=args.cliprange_value,
-                num_tokens=num_tokens,
-            )
-            loss = loss + args.vf_coef * value_loss
-            stats |= value_stats | {"loss/value": value_loss}
+        values = None if output.values is None else self.experiences.values(output.values)
+        loss, stats = total_loss(output, inputs, values, args, kl_coef=self.rollout_state.kl_control.coef)
         for name, value in stats.items():
             self._update_metrics[name] = self._update_metrics[name] + value.detach()
         return loss

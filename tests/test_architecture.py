@@ -48,8 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluating": {"ppo_math", "rewards", "rollouts"},
     "own_loop": {"batch", "data", "rewards", "stopping"},
     "schedules": {"ppo_config"},
-    "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control"}
-    | {"own_loop", "ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
+    "loss": {"ppo_config", "ppo_math", "shared_base"},
+    "microbatches": set(),
+    "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control", "loss"}
+    | {"microbatches", "own_loop", "ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "reward_models": {"evaluation", "loading"},
     "export": {"shared_base"},
@@ -147,6 +149,7 @@ def test_no_module_imports_a_recipe_or_a_test():
         ("logprobs", {"torch", "jaxtyping"}),
         ("batch", {"torch", "jaxtyping"}),
         ("trunk", {"torch"}),
+        ("microbatches", {"torch"}),
         ("gates", {"torch", "jaxtyping"}),
         ("rewards", {"torch", "jaxtyping", "goose_lora"}),
         ("kl_control", set()),
