@@ -246,7 +246,7 @@ def test_features_kept_from_scoring_give_the_update_of_features_computed_anew(tm
         ppo = trainer(tmp_path / str(keep), shared=with_reward_adapter(tmp_path / f"reward{keep}", critic="reward_features"), reward=None)
         if not keep:
             evaluate = ppo.rollouts.evaluate
-            monkeypatch.setattr(ppo.rollouts, "evaluate", lambda *args, evaluate=evaluate: evaluate(*args)._replace(features=None))
+            monkeypatch.setattr(ppo.rollouts, "evaluate", lambda *args, evaluate=evaluate, **kw: evaluate(*args, **kw)._replace(features=None))
         ppo.train()
         ends.append(trained_parameters(ppo.shared))
     assert ends[0].keys() == ends[1].keys()
