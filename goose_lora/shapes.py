@@ -49,6 +49,7 @@ class Model:
     norms: int  # features that the norms of one layer see of a token
     layers: int
     hidden: int
+    states: int  # features of the last hidden states, which the heads read; OPT may project them
     heads: int
     queries: int  # features of all heads
     keys: int  # features of all key-value heads
@@ -137,10 +138,10 @@ def read_model(core: Any, args: ModelArguments, device: str) -> Model:
             if isinstance(module, (nn.Linear, Conv1D)):
                 shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
                 linears.append(Linear(names[id(module)], index, shape[1], shape[0]))
-    hidden, heads = core.get_output_embeddings().weight.shape[1], config.num_attention_heads
-    hidden = getattr(config, "hidden_size", hidden)
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    settings = config.to_dict()  # not every family has each of these
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = settings.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, (settings.get("num_key_value_heads") or heads) * head_dim
     total = sum(parameter.numel() for parameter in core.parameters())
     return Model(
         tuple(linears),
@@ -148,6 +149,7 @@ def read_model(core: Any, args: ModelArguments, device: str) -> Model:
         sum(_norm_width(name, module, hidden, queries, keys) for name, module in layers[0].named_modules()),
         len(layers),
         hidden,
+        core.get_output_embeddings().weight.shape[1],
         heads,
         queries,
         keys,
@@ -160,7 +162,7 @@ def read_model(core: Any, args: ModelArguments, device: str) -> Model:
 
 
 def _norm_width(name: str, module: nn.Module, hidden: int, queries: int, keys: int) -> int:
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1:
         return 0
     return hidden if weight.numel() == hidden else keys if "k_" in name.rpartition(".")[2] else queries
@@ -174,7 +176,7 @@ def read_adapter(config: LoraConfig, model: Model, *, head: bool = False) -> Ada
         ranks[name] = own[0] if own else ranks[name]
     chosen = [x for x in model.linears if x.name in ranks]
     parameters = sum(ranks[x.name] * (x.inputs + x.outputs) for x in chosen)
-    return Adapter(ranks, parameters, min((x.layer for x in chosen), default=model.layers), model.hidden if head else 0)
+    return Adapter(ranks, parameters, min((x.layer for x in chosen), default=model.layers), model.states if head else 0)
 
 
 def read_roles(core: Any, model: Model, args: ModelArguments, config: PPOConfig, policy: str | None = None, reward: str | None = None) -> Roles:
@@ -185,5 +187,5 @@ def read_roles(core: Any, model: Model, args: ModelArguments, config: PPOConfig,
     if config.needs_critic:
         start = judge if judge is not None and config.critic_init != "policy" else ours
         none = Adapter({}, 0, model.layers)
-        value = replace(start if config.critic == "adapter" else none, head=model.hidden)
+        value = replace(start if config.critic == "adapter" else none, head=model.states)
     return Roles(ours, value, judge, copies=(policy is not None) + (config.ema_decay is not None))
