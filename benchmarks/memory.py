@@ -41,7 +41,7 @@ from goose_lora.shared_base import SharedBase, before_response
 
 torch._dynamo.config.disable = True
 
-PHASES = ("generate", "score", "update")
+PHASES: tuple[str, ...] = ("generate", "score", "update")
 SMALL = {
     "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 768,
     "vocab_size": 8192, "max_position_embeddings": 1024, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -76,11 +76,11 @@ def small_model(folder: Path, **changes: Any) -> PreTrainedTokenizerFast:
     """Weights and tokenizer of a model that is small, but whose activations are most of its memory, as in a large one."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SMALL | changes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
     inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(config.vocab_size)}, unk_token="<3>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>", padding_side="left")
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
     return tokenizer
 
 
@@ -304,7 +304,8 @@ def steps() -> None:
         folder = Path(name)
         tokenizer = small_model(folder / "base")
         for title, model, config in runs:
-            arguments = ModelArguments(str(folder / "base"), **{"dtype": "float32"} | model)
+            chosen: dict[str, Any] = {"dtype": "float32", **model}
+            arguments = ModelArguments(str(folder / "base"), **chosen)
             print(line(title, *measured_steps(folder, tokenizer, arguments, settings(folder / "run", **common | config))), flush=True)
 
 

@@ -150,7 +150,7 @@ def _main() -> None:
     data.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     data.add_argument("--column_mapping", nargs="+", metavar="FROM=TO", help="columns to rename: instruction=prompt")
     plan = commands.add_parser("plan", help="say how much memory a PPO run takes, phase by phase, and what fits; no weights are loaded")
-    plan.add_argument("--config", required=True, metavar="FILE", help="a configuration of recipes/ppo.py")
+    plan.add_argument("--config", required=True, metavar="FILE", help="a configuration of recipes/ppo.py; prompts count as max_prompt_tokens long")
     plan.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB or 16GiB (default: what is free now)")
     arguments = parser.parse_args()
     COMMANDS[arguments.command](arguments)

@@ -76,6 +76,7 @@ class Planner:
     Args:
         core: the base, on the meta device.
         policy, reward: folders of adapters, as in recipes/ppo.py.
+        prompt_tokens: longest prompt; ``max_prompt_tokens`` if not given.
         ptx_tokens: longest pretraining text, where ``ptx_coef`` is above 0.
         memory: bytes that there are, for ``rollout_weights: auto``.
         device: where the run will be, cuda or cpu.
@@ -89,6 +90,7 @@ class Planner:
         *,
         policy: str | None = None,
         reward: str | None = None,
+        prompt_tokens: int | None = None,
         ptx_tokens: int = 0,
         memory: int | None = None,
         device: str = "cuda",
@@ -99,7 +101,7 @@ class Planner:
         self.dense = self._dense_bytes(memory)
         microbatches = config.gradient_accumulation_steps * config.num_mini_batches
         batch, group = config.per_device_train_batch_size, config.local_rollout_forward_batch_size
-        self.sizes = Sizes(batch, group, config.response_length, config.max_prompt_tokens, microbatches)
+        self.sizes = Sizes(batch, group, config.response_length, prompt_tokens or config.max_prompt_tokens, microbatches)
 
     def _dense_bytes(self, memory: int | None) -> int:
         """Of the merged copy for rollouts: the quantized and the adapted matrices."""
@@ -282,11 +284,21 @@ class PlannedRoles:
     ptx_max_length: int = field(default=512, metadata={"help": "Longer pretraining texts are cut."})
 
 
-def planner(args: ModelArguments, config: PPOConfig, roles: Any, *, memory: int | None, device: str) -> Planner:
-    """The plan of recipes/ppo.py; ``roles`` has the settings of ``PlannedRoles``."""
-    core = meta_model(args, trust_remote_code=config.trust_remote_code)
-    tokens = roles.ptx_max_length
-    return Planner(core, args, config, policy=roles.policy_adapter, reward=roles.reward_adapter, ptx_tokens=tokens, memory=memory, device=device)
+def planner(
+    args: ModelArguments, config: PPOConfig, roles: Any, *, memory: int | None, device: str, prompt_tokens: int | None = None
+) -> Planner:
+    """The plan of recipes/ppo.py. ``roles`` has the settings of ``PlannedRoles``; ``prompt_tokens`` is the longest prompt, where it is known."""
+    return Planner(
+        meta_model(args, trust_remote_code=config.trust_remote_code),
+        args,
+        config,
+        policy=roles.policy_adapter,
+        reward=roles.reward_adapter,
+        prompt_tokens=prompt_tokens,
+        ptx_tokens=roles.ptx_max_length,
+        memory=memory,
+        device=device,
+    )
 
 
 def _by_input(linears: list[Linear]) -> list[list[Linear]]:

@@ -71,7 +71,8 @@ def main(args: list[str] | None = None) -> None:
         model.check(train[0]["prompt"])
 
     memory = free_bytes(config.device)
-    plan = planner(model_args, config, roles, memory=memory, device=config.device.type)
+    longest = max(len(ids) for prompts in (train, *held_out) for ids in prompts["input_ids"])
+    plan = planner(model_args, config, roles, memory=memory, device=config.device.type, prompt_tokens=longest)
     if config.process_index == 0:
         print(plan.report(memory), flush=True)
     if not roles.force:
