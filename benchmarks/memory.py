@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py steps    # whole PPO runs of small models, every byte that torch's CPU allocator gives out counted
     python benchmarks/memory.py fake     # 0.5B to 8B models in nf4: the real forward and backward on tensors that have shapes and no memory
-    python benchmarks/memory.py fits     # what the plan says fits into 8, 12, 16 and 24 GB, and the fake update at that size
+    python benchmarks/memory.py fits     # what the plan says fits into 8, 12, 16 and 24 GB with checkpointing, and the fake update at that size
 
 Fake tensors stand on the CPU; that PEFT casts inputs there, and not on a GPU, is put right. What a kernel takes inside itself does not show.
 Prints tables: what the plan says, what was measured (MB of 10^6 bytes), and the error.
@@ -72,11 +72,12 @@ def settings(folder: str | Path, **changes: Any) -> PPOConfig:
 # ---- Real steps ----
 
 
-def small_model(folder: Path, **changes: Any) -> PreTrainedTokenizerFast:
+def small_model(folder: Any, **changes: Any) -> Any:
     """Weights and tokenizer of a model that is small, but whose activations are most of its memory, as in a large one."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SMALL | changes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
     inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(config.vocab_size)}, unk_token="<3>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>", padding_side="left")
@@ -325,7 +326,8 @@ def fits() -> None:
         model = ModelArguments(name)
         core = meta_model(model, config=shape(name))
         for gigabytes in (8, 12, 16, 24):
-            common = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared", "gradient_checkpointing": True}
+            common = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared", "gradient_checkpointing": True,
+                      "score_normalization": "reference"}  # fmt: skip
             largest = Planner(core, model, settings("unused", **common)).largest(gigabytes * 10**9)
             rows, group = largest["per_device_train_batch_size"], largest["local_rollout_forward_batch_size"]
             cell = "-"

@@ -179,10 +179,7 @@ class Planner:
         return Plan(phases)
 
     def _generate(self, sizes: Sizes) -> dict[str, int]:
-        model, config = self.model, self.config
-        calibration = config.score_calibration_prompts if config.score_normalization == "reference" else 0
-        evaluation = config.num_eval_prompts if config.eval_strategy != "no" else 0
-        rows = min(sizes.rollout_rows, max(sizes.all_rows, calibration, evaluation))
+        model, rows = self.model, min(sizes.rollout_rows, self._replies(sizes))
         of_token = 2 * model.keys * model.compute
         cache = rows * sizes.length * of_token * model.layers
         grown = rows * sizes.length * of_token  # while one layer's cache is copied to one token more
@@ -190,6 +187,12 @@ class Planner:
         prompt = self.forward(rows, sizes.prompt_tokens, None if self.dense else self.roles.policy) - cache * sizes.response_tokens // sizes.length
         logits = rows * model.vocabulary * (model.compute + FP32)
         return {"cache": cache, "activations": max(prompt - logits, grown), "logits": logits}
+
+    def _replies(self, sizes: Sizes) -> int:
+        """How many are ever generated at a time: in a rollout, to learn the scale of scores, or in an evaluation."""
+        config = self.config
+        calibration = config.score_calibration_prompts if config.score_normalization == "reference" else 0
+        return max(sizes.all_rows, calibration, config.num_eval_prompts if config.eval_strategy != "no" else 0)
 
     def _experience(self, sizes: Sizes) -> int:
         """What of a rollout is kept for the update: the trunk's output, features for the critic, the reference's states for an exact KL."""
@@ -235,10 +238,10 @@ class Planner:
 
     def largest(self, memory: float) -> dict[str, int]:
         """The largest batch sizes that fit together at the response length as it is, then the largest response length at the batch sizes as
-        they are; 0 where nothing fits. None is looked for above 4096 rows or 32768 tokens."""
+        they are; 0 where nothing fits. None is looked for above 4096 rows, as many replies as there are, or 32768 tokens."""
         rows = _largest(lambda n: self.fits(replace(self.sizes, rows=n, rollout_rows=1), memory), 4096)
         at = replace(self.sizes, rows=max(1, min(rows, self.sizes.rows)))
-        group = _largest(lambda n: self.fits(replace(at, rollout_rows=n), memory), 4096)
+        group = _largest(lambda n: self.fits(replace(at, rollout_rows=n), memory), self._replies(at))
         tokens = _largest(lambda n: self.fits(replace(self.sizes, response_tokens=n), memory), 32768)
         return {"per_device_train_batch_size": rows, "local_rollout_forward_batch_size": group, "response_length": tokens}
 
