@@ -76,8 +76,7 @@ def small_model(folder: Any, **changes: Any) -> Any:
     """Weights and tokenizer of a model that is small, but whose activations are most of its memory, as in a large one."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SMALL | changes)
-    model: Any = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(config.vocab_size)}, unk_token="<3>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>", padding_side="left")
@@ -92,7 +91,7 @@ def measured_steps(folder: Path, tokenizer: Any, model: ModelArguments, config: 
     reward = folder / f"reward_{model.lora_layers}"
     if not reward.exists():
         judge = AutoModelForSequenceClassification.from_pretrained(model.model_name_or_path, num_labels=1)
-        get_peft_model(judge, lora_config(model, judge, "SEQ_CLS")).save_pretrained(reward)
+        get_peft_model(judge, lora_config(model, judge, "SEQ_CLS")).save_pretrained(str(reward))
     critic = config.critic if config.needs_critic else None
     base = load_base(model, tokenizer, device=torch.device("cpu"))
     shared = SharedBase.build(base, lora_config(model, base), reward=reward, critic=critic, critic_init=config.critic_init)

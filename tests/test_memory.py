@@ -3,6 +3,7 @@
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -33,9 +34,9 @@ def settings(folder="unused", **changes):
     return BENCHMARK["settings"](folder, **sizes | {"rollout_weights": "shared"} | changes)
 
 
-def plan_of(model=None, architecture="llama", **changes):
+def plan_of(model=None, **changes):
     model = model or ModelArguments("m", quantization="none", dtype="float32")
-    return Planner(meta_model(model, config=shape(architecture)), model, settings(**changes))
+    return Planner(meta_model(model, config=shape()), model, settings(**changes))
 
 
 def test_the_plan_of_a_real_run_is_within_a_tenth_of_what_the_allocator_gave_out(tmp_path):
@@ -159,7 +160,7 @@ def test_the_recipe_refuses_before_it_loads_and_goes_on_by_force(tmp_path, tiny_
 
 
 def test_adapters_in_folders_are_counted_with_their_own_rank(tmp_path):
-    core = tiny.base()
+    core: Any = tiny.base()
     shared = SharedBase.build(core, loading.lora_config(tiny.arguments(lora_r=7), core))
     shared.save_pretrained(str(tmp_path / "policy"))
     core.save_pretrained(tmp_path / "base")
