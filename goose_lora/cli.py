@@ -149,6 +149,9 @@ def _main() -> None:
     data.add_argument("--max_rows", type=int, help="look at the first so many rows only")
     data.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     data.add_argument("--column_mapping", nargs="+", metavar="FROM=TO", help="columns to rename: instruction=prompt")
+    plan = commands.add_parser("plan", help="say how much memory a PPO run takes, phase by phase, and what fits; no weights are loaded")
+    plan.add_argument("--config", required=True, metavar="FILE", help="a configuration of recipes/ppo.py; prompts count as max_prompt_tokens long")
+    plan.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB or 16GiB (default: what is free now)")
     arguments = parser.parse_args()
     COMMANDS[arguments.command](arguments)
 
@@ -184,4 +187,25 @@ def _data(arguments: argparse.Namespace) -> None:
     print(describe(**options))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"demo": _demo, "doctor": _doctor, "data": _data}
+def _plan(arguments: argparse.Namespace) -> None:
+    from trl import TrlParser
+
+    from goose_lora.demo import resolve
+    from goose_lora.dense import free_bytes
+    from goose_lora.loading import ModelArguments, require_adapter
+    from goose_lora.memory import PlannedRoles, planner, read_memory
+    from goose_lora.ppo_config import PPOConfig
+
+    if not Path(arguments.config).is_file():
+        raise ValueError(f"--config {arguments.config}: no such file. The shipped ones are in recipes/configs/.")
+    parser: Any = TrlParser((PPOConfig, ModelArguments, PlannedRoles))  # type: ignore[arg-type]
+    options = ["--config", arguments.config]
+    config, model, roles, _ = parser.parse_args_and_config(options, return_remaining_strings=True, fail_with_unknown_args=False)
+    model.model_name_or_path = resolve(model.model_name_or_path)
+    require_adapter("policy_adapter", roles.policy_adapter, model)
+    require_adapter("reward_adapter", roles.reward_adapter, model)
+    memory = read_memory(arguments.memory) if arguments.memory else free_bytes(config.device)
+    print(planner(model, config, roles, memory=memory, device="cpu" if config.use_cpu else "cuda").report(memory))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"demo": _demo, "doctor": _doctor, "data": _data, "plan": _plan}

@@ -13,9 +13,11 @@ from typing import Literal
 from goose_lora import cli, demo
 from goose_lora.adapters import check_critic
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts, tokenize_texts
+from goose_lora.dense import free_bytes
 from goose_lora.diagnosis import report
 from goose_lora.export import save_policy
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config, require_adapter
+from goose_lora.memory import planner
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.report import plot_curves, read_jsonl, require_verdict, write_stage
@@ -31,7 +33,9 @@ class RoleArguments:
     ptx_dataset_name: str | None = field(default=None, metadata={"help": "Rows with text for PPO-ptx, weighted by ptx_coef."})
     ptx_max_length: int = field(default=512, metadata={"help": "Longer pretraining texts are cut."})
     reward_adapter: str | None = field(default=None, metadata={"help": "Folder of the reward adapter that recipes/reward.py saved."})
-    force: bool = field(default=False, metadata={"help": "Use a reward model whose verdict says that it may know nothing."})
+    force: bool = field(
+        default=False, metadata={"help": "Use a reward model whose verdict says that it may know nothing; start though memory seems too small."}
+    )
     reward_function: list[str] | None = field(
         default=None,
         metadata={"help": "Scores replies in place of the reward adapter: module:function, or model:NAME, a classifier; or several, also 'adapter'."},
@@ -66,6 +70,13 @@ def main(args: list[str] | None = None) -> None:
     for model in models:
         model.check(train[0]["prompt"])
 
+    memory = free_bytes(config.device)
+    longest = max(len(ids) for prompts in (train, *held_out) for ids in prompts["input_ids"])
+    plan = planner(model_args, config, roles, memory=memory, device=config.device.type, prompt_tokens=longest)
+    if config.process_index == 0:
+        print(plan.report(memory), flush=True)
+    if not roles.force:
+        plan.check(memory)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     for model in models:
         model.load(replace(model_args, quantization=roles.reward_model_quantization), config.device)

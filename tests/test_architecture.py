@@ -40,6 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shared_base": {"adapters", "batch", "logprobs", "trunk"},
     "callbacks": {"batch", "diagnosis", "kl_control", "shared_base"},
     "dense": {"adapters", "shared_base"},
+    "shapes": {"adapters", "loading", "ppo_config", "trunk"},
+    "memory": {"dense", "loading", "logprobs", "ppo_config", "shapes"},
     "stopping": set(),
     "sampling": {"adapters", "batch", "dense", "shared_base", "stopping"},
     "replies": {"adapters", "data", "dense", "evaluation", "sampling", "shared_base", "stopping"},
@@ -58,13 +60,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"verdict"},
     "data_report": {"data", "data_formats", "evaluation"},
     # the command line
-    "cli": {"data_report", "demo", "diagnosis", "from_trl", "report"},
+    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "loading", "memory", "ppo_config", "report"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
-RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "preferences"} | {
-    "ppo_config", "ppo_trainer", "ranked", "replies", "report", "reward_models", "sampling", "shared_base"
+RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "memory"} | {
+    "ppo_config", "ppo_trainer", "preferences", "ranked", "replies", "report", "reward_models", "sampling", "shared_base"
 }  # fmt: skip
 
 

@@ -1,0 +1,348 @@
+"""The plan of ``goose-lora plan`` against measured peaks: real PPO steps on the CPU, and updates of larger models on fake tensors.
+
+    python benchmarks/memory.py steps    # whole PPO runs of small models, every byte that torch's CPU allocator gives out counted
+    python benchmarks/memory.py fake     # 0.5B to 8B models in nf4: the real forward and backward on tensors that have shapes and no memory
+    python benchmarks/memory.py fits     # what the plan says fits into 8, 12, 16 and 24 GB with checkpointing, and the fake update at that size
+
+Fake tensors stand on the CPU; that PEFT casts inputs there, and not on a GPU, is put right. What a kernel takes inside itself does not show.
+Prints tables: what the plan says, what was measured (MB of 10^6 bytes), and the error.
+"""
+
+import argparse
+import gc
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+import transformers.masking_utils
+from bitsandbytes import matmul_4bit
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from goose_lora.loading import ModelArguments, load_base, lora_config
+from goose_lora.logprobs import token_logprobs
+from goose_lora.memory import Plan, Planner
+from goose_lora.ppo_config import PPOConfig
+from goose_lora.ppo_trainer import PPOTrainer
+from goose_lora.shapes import meta_model
+from goose_lora.shared_base import SharedBase, before_response
+
+torch._dynamo.config.disable = True
+
+PHASES: tuple[str, ...] = ("generate", "score", "update")
+SMALL = {
+    "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 768,
+    "vocab_size": 8192, "max_position_embeddings": 1024, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# Shapes of Qwen2.5-0.5B, Qwen3-1.7B, Qwen2.5-3B and Llama-3.1-8B.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "0.5B": ("qwen2", {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}),
+    "1.7B": ("qwen3", {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 6144}),
+    "3B": ("qwen2", {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008}),
+    "8B": ("llama", {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}),
+}
+REST = {"qwen2": {"vocab_size": 151936, "tie_word_embeddings": True}, "llama": {"vocab_size": 128256, "tie_word_embeddings": False}}
+REST["qwen3"] = REST["qwen2"] | {"head_dim": 128}
+
+
+def shape(name: str) -> Any:
+    architecture, sizes = MODELS[name]
+    return AutoConfig.for_model(architecture, **sizes, **REST[architecture])
+
+
+def settings(folder: str | Path, **changes: Any) -> PPOConfig:
+    return PPOConfig(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", num_rollouts=2,
+        **{"score_normalization": "none", "sample_rows": 0, "gradient_accumulation_steps": 1, "num_ppo_epochs": 1} | changes,
+    )  # fmt: skip
+
+
+# ---- Real steps ----
+
+
+def small_model(folder: Any, **changes: Any) -> Any:
+    """Weights and tokenizer of a model that is small, but whose activations are most of its memory, as in a large one."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SMALL | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(config.vocab_size)}, unk_token="<3>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>", padding_side="left")
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def measured_steps(folder: Path, tokenizer: Any, model: ModelArguments, config: PPOConfig) -> tuple[Plan, dict[str, int]]:
+    """The plan of a PPO run with policy, critic and reward adapter, and the peak bytes of its phases: what the model holds, and what torch's
+    allocator gave out besides."""
+    gc.collect()  # what an earlier run left would be freed during this one
+    reward = folder / f"reward_{model.lora_layers}"
+    if not reward.exists():
+        judge = AutoModelForSequenceClassification.from_pretrained(model.model_name_or_path, num_labels=1)
+        get_peft_model(judge, lora_config(model, judge, "SEQ_CLS")).save_pretrained(str(reward))
+    critic = config.critic if config.needs_critic else None
+    base = load_base(model, tokenizer, device=torch.device("cpu"))
+    shared = SharedBase.build(base, lora_config(model, base), reward=reward, critic=critic, critic_init=config.critic_init)
+    generator, longest = torch.Generator().manual_seed(1), config.max_prompt_tokens
+    rows = [torch.randint(4, len(tokenizer), (longest - row % 3,), generator=generator).tolist() for row in range(config.rollout_batch_size)]
+    trainer = PPOTrainer(shared, config, Dataset.from_dict({"input_ids": rows}), tokenizer)
+    trainer.rollouts.generation.eos_token_id = [len(tokenizer) + 1]  # replies of full length, which is what the plan is for
+    for owner, method, phase in (
+        (trainer.rollouts, "generate", "generate"), (trainer, "_experience", "score"), (trainer, "compute_loss", "update"),
+        (trainer.accelerator, "backward", "update"),
+    ):  # fmt: skip
+        _mark(owner, method, phase)
+    resident = storage_bytes(shared, *([] if trainer.rollouts.dense is None else [trainer.rollouts.dense.model]))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        trainer.train()
+    plan = Planner(meta_model(model), model, config, reward=str(reward), device="cpu").plan()
+    return plan, _peaks(trace, resident)
+
+
+def _mark(owner: Any, method: str, phase: str) -> None:
+    """Name the time that ``method`` takes in the profile."""
+    inner = getattr(owner, method)
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        with record_function(f"phase:{phase}"):
+            return inner(*args, **kwargs)
+
+    setattr(owner, method, outer)
+
+
+def storage_bytes(*modules: nn.Module) -> int:
+    """Bytes of all parameters, buffers and scales of quantization, each storage once."""
+    tensors: list[Any] = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    states = [tensor.quant_state for tensor in tensors if type(tensor).__name__ == "Params4bit"]
+    tensors += [tensor for state in states for tensor in (state.absmax, state.code, state.state2.absmax, state.state2.code)]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _peaks(trace: Any, resident: int) -> dict[str, int]:
+    """Highest total of allocated bytes inside each phase."""
+    events = sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    spans = [(name, e.start_ns(), e.end_ns()) for name in PHASES for e in events if e.name() == f"phase:{name}"]
+    total, highest = resident, dict.fromkeys(PHASES, 0)
+    for event in events:
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            for name in {name for name, start, end in spans if start <= event.start_ns() <= end}:
+                highest[name] = max(highest[name], total)
+    return highest
+
+
+# ---- Fake steps ----
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators have made and that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def measured_fake(shapes: Any, model: ModelArguments, config: PPOConfig, *, device: str = "cuda") -> tuple[Plan, dict[str, int]]:
+    """The plan, and the peak bytes of scoring and update, with the policy's adapter and a critic; PEFT behaves as on ``device``."""
+    dtype, real = model.torch_dtype, torch.is_autocast_enabled
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).eval().requires_grad_(False)
+        if model.quantization == "nf4":
+            _quantize(base, dtype)
+        start = {"adapter": "policy", "shared": "zero", None: None}[config.critic if config.needs_critic else None]
+        critic: Any = config.critic if config.needs_critic else None
+        shared = SharedBase.build(base, lora_config(model, base), critic=critic, critic_init=start)  # type: ignore[arg-type]
+    before = (SharedBase.logprobs, transformers.masking_utils._ignore_causal_mask_sdpa)
+    try:
+        # Fake tensors have no values: which tokens count, and whether there is padding, cannot be asked.
+        SharedBase.logprobs = _logprobs_of_all  # type: ignore[method-assign]
+        transformers.masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
+        if device == "cuda":
+            torch.is_autocast_enabled = lambda *args: real(*args) if args else True  # PEFT's question, answered as with CUDA
+        with FakeTensorMode(), LiveBytes() as live:
+            _to_fake(shared, dtype)
+            peaks = _fake_step(shared, config, live)
+    finally:
+        SharedBase.logprobs, transformers.masking_utils._ignore_causal_mask_sdpa = before  # type: ignore[method-assign]
+        torch.is_autocast_enabled = real
+    return Planner(meta_model(model, config=shapes), model, config, device=device).plan(), peaks
+
+
+def _fake_step(shared: SharedBase, config: PPOConfig, live: LiveBytes) -> dict[str, int]:
+    rows, tokens = config.per_device_train_batch_size, config.response_length
+    trained = [parameter for parameter in shared.parameters() if parameter.requires_grad]
+    held = [(torch.empty_like(p), torch.empty_like(p)) for p in trained]
+    ids = torch.zeros(rows, config.max_prompt_tokens + tokens, dtype=torch.long)
+    attention, mask = torch.ones_like(ids), torch.ones(rows, tokens, dtype=torch.bool)
+    live.peak = live.now
+    with torch.no_grad():
+        trunk = shared.trunk(ids, attention) if config.reuse_trunk else None
+        reference = shared.hidden("reference", ids, attention, trunk)
+        shared.logprobs(reference, ids, mask)
+        shared(ids, attention, mask, trunk=trunk)
+    scored = live.peak
+    del reference
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    if config.gradient_checkpointing:
+        shared.gradient_checkpointing_enable()
+    shared.train()
+    live.peak = live.now
+    part = None if trunk is None else trunk[torch.arange(rows)]  # as a microbatch takes it
+    out = shared(ids, attention, mask, trunk=part, entropy_gradient=config.entropy_coef > 0)
+    (out.logprobs.sum() + (0.0 if out.values is None else out.values.sum())).backward()
+    assert held
+    return {"score": scored, "update": live.peak}
+
+
+def _logprobs_of_all(
+    self: Any, hidden: Any, input_ids: Any, response_mask: Any, *, temperature: float = 1.0, entropy_gradient: bool = False
+) -> tuple[Any, Any]:
+    """``SharedBase.logprobs`` where all tokens count."""
+    head, tokens, wide = self.get_base_model().get_output_embeddings(), response_mask.shape[1], hidden.shape[-1]
+    states, ids = before_response(hidden, response_mask).reshape(-1, wide), input_ids[:, -tokens:].reshape(-1)
+    logprobs, entropies = token_logprobs(states, ids, head.weight, head.bias, temperature=temperature, entropy_gradient=entropy_gradient)
+    return logprobs.view(response_mask.shape), entropies.view(response_mask.shape)
+
+
+def _quantize(base: Any, dtype: torch.dtype) -> None:
+    """Put 4-bit layers, still without weights, in the place of linear ones."""
+    base.is_loaded_in_4bit = True  # what PEFT looks at
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear) and module is not base.get_output_embeddings():
+            new = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=dtype, quant_type="nf4")
+            new.weight.requires_grad_(False)
+            new.bias = module.bias
+            parent, _, last = name.rpartition(".")
+            setattr(base.get_submodule(parent), last, new)
+
+
+def _to_fake(shared: SharedBase, dtype: torch.dtype) -> None:
+    """Give every parameter and buffer, and the scales of quantization, a fake tensor on the CPU."""
+    made: dict[int, nn.Parameter] = {}
+
+    def fresh(old: Any) -> nn.Parameter:
+        if id(old) not in made:
+            made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=old.requires_grad)
+        return made[id(old)]
+
+    for module in shared.modules():
+        if isinstance(module, Linear4bit):
+            _pack(module, dtype)
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and not (isinstance(module, Linear4bit) and name == "weight"):
+                module._parameters[name] = fresh(parameter)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _pack(module: Any, dtype: torch.dtype) -> None:
+    """A 4-bit layer as bitsandbytes has it after loading: packed numbers, 8-bit scales, and the scales' scales."""
+    out, into = module.out_features, module.in_features
+    blocks = out * into // 64
+    second = QuantState(absmax=torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8), shape=torch.Size((out, into)), code=torch.empty(16), blocksize=64, quant_type="nf4",
+        dtype=dtype, offset=torch.empty(()), state2=second,
+    )  # fmt: skip
+    del module._parameters["weight"]
+    module.weight = nn.Parameter(torch.empty(out * into // 2, 1, dtype=torch.uint8), requires_grad=False)
+    module.forward = lambda x: matmul_4bit(x.to(dtype), module.weight.data, bias=module.bias, quant_state=state).to(x.dtype)
+
+
+# ---- Tables ----
+
+
+def line(name: str, plan: Plan, peaks: dict[str, int]) -> str:
+    cells = [f"{plan.total(phase) / 1e6:.1f} / {peak / 1e6:.1f} ({100 * (plan.total(phase) / peak - 1):+.1f} %)" for phase, peak in peaks.items()]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def steps() -> None:
+    print("| run | " + " | ".join(f"{phase}: plan / measured" for phase in PHASES) + " |\n|---|---|---|---|", flush=True)
+    common = {"per_device_train_batch_size": 8, "max_prompt_tokens": 32, "response_length": 32, "local_rollout_forward_batch_size": 8}
+    runs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("fp32", {"quantization": "none"}, {"rollout_weights": "shared"}),
+        ("fp32, checkpointing", {"quantization": "none"}, {"rollout_weights": "shared", "gradient_checkpointing": True}),
+        ("fp32, top-2, dense copy", {"quantization": "none", "lora_layers": "top-2"}, {"rollout_weights": "dense", "num_mini_batches": 2}),
+        ("fp32, reward_features, 24 rows", {"quantization": "none", "lora_layers": "top-2"},
+         {"rollout_weights": "shared", "critic": "reward_features", "num_mini_batches": 3}),
+        ("fp32, 128 tokens, critic: shared", {"quantization": "none"}, {"rollout_weights": "shared", "critic": "shared", "response_length": 96}),
+        ("nf4, fp32", {}, {"rollout_weights": "shared"}),
+        ("nf4, bf16", {"dtype": "bfloat16"}, {"rollout_weights": "shared"}),
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = small_model(folder / "base")
+        for title, model, config in runs:
+            chosen: dict[str, Any] = {"dtype": "float32", **model}
+            arguments = ModelArguments(str(folder / "base"), **chosen)
+            print(line(title, *measured_steps(folder, tokenizer, arguments, settings(folder / "run", **common | config))), flush=True)
+
+
+def fake() -> None:
+    print("| update | score: plan / measured | update: plan / measured |\n|---|---|---|", flush=True)
+    for name in MODELS:
+        for rows, changes, layers in ((4, {}, "top-8"), (2, {}, "all"), (8, {"gradient_checkpointing": True}, "all")):
+            config = settings("unused", per_device_train_batch_size=rows, local_rollout_forward_batch_size=rows, max_prompt_tokens=512,
+                              response_length=256, rollout_weights="shared", **changes)  # fmt: skip
+            how = f"{name}, {rows} rows, {layers}{', checkpointing' if changes else ''}"
+            print(line(how, *measured_fake(shape(name), ModelArguments(name, lora_layers=layers), config)), flush=True)
+
+
+def fits() -> None:
+    print("| model | memory | largest microbatch | rollout group | update there: plan / measured |\n|---|---|---|---|---|", flush=True)
+    for name in MODELS:
+        model = ModelArguments(name)
+        core = meta_model(model, config=shape(name))
+        for gigabytes in (8, 12, 16, 24):
+            common = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared", "gradient_checkpointing": True,
+                      "score_normalization": "reference"}  # fmt: skip
+            largest = Planner(core, model, settings("unused", **common)).largest(gigabytes * 10**9)
+            rows, group = largest["per_device_train_batch_size"], largest["local_rollout_forward_batch_size"]
+            cell = "-"
+            if rows:
+                config = settings("unused", per_device_train_batch_size=rows, local_rollout_forward_batch_size=1, **common)
+                plan, peaks = measured_fake(shape(name), model, config)
+                cell = line("", plan, {"update": peaks["update"]})[5:-2]
+            print(f"| {name} | {gigabytes} GB | {rows or '-'} | {group or '-'} | {cell} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = {"steps": steps, "fake": fake, "fits": fits}
+    parser.add_argument("table", choices=tables)
+    tables[parser.parse_args().table]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A base and its adapters as shapes: what is adapted, how large it is, and how many bytes it takes. No weights are read.
+
+The model is built on torch's meta device, where tensors have shapes and no memory, and its parameters are counted there.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from goose_lora.adapters import adapter_config
+from goose_lora.loading import ModelArguments, lora_config
+from goose_lora.ppo_config import PPOConfig
+from goose_lora.trunk import decoder_layers
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer inside the decoder: its full name, the index of its layer, and the numbers of features."""
+
+    name: str
+    layer: int
+    inputs: int
+    outputs: int
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def in_attention(self) -> bool:
+        return "att" in self.parent.lower()
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base as shapes."""
+
+    linears: tuple[Linear, ...]
+    other_parameters: int  # embeddings, norms, biases, and the head where it is not tied
+    norms: int  # features that the norms of one layer see of a token
+    layers: int
+    hidden: int
+    states: int  # features of the last hidden states, which the heads read; OPT may project them
+    heads: int
+    queries: int  # features of all heads
+    keys: int  # features of all key-value heads
+    vocabulary: int
+    compute: int  # bytes of a number in the base's dtype
+    quantization: str
+    fused_attention: bool  # no attention probabilities are kept
+    # PEFT casts the input of each bf16 linear to fp32, and autocast each back, one copy a linear. Quantized layers go without, except on a CPU:
+    # PEFT 0.21 asks whether autocast is on for CUDA.
+    casts: bool
+
+    @property
+    def weights(self) -> int:
+        return sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    @property
+    def base(self) -> int:
+        """Bytes of the frozen base. nf4 has a byte of scale for 64 numbers, and 4 for 256 scales; int8 a float for each row."""
+        quantized = {
+            "none": self.weights * self.compute,
+            "int8": self.weights + sum(FP32 * linear.outputs for linear in self.linears),
+            "nf4": math.ceil(self.weights * (1 / 2 + 1 / 64 + FP32 / 64 / 256)) + len(self.linears) * FP32 * (16 + 256),
+        }[self.quantization]
+        return quantized + self.other_parameters * self.compute
+
+    @property
+    def largest_weight(self) -> int:
+        """Bytes of the largest dequantized matrix, which quantized layers make and drop; nothing where they are not quantized."""
+        return 0 if self.quantization == "none" else max(x.inputs * x.outputs for x in self.linears) * self.compute
+
+    @property
+    def wide(self) -> int:
+        """Features of the widest point of a layer, inside the feed-forward part."""
+        return max(linear.inputs for linear in self.linears if not linear.in_attention)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A role's LoRA matrices: which linears, and each one's rank. ``head``: features that its scalar head reads, 0 without one."""
+
+    ranks: dict[str, int]
+    parameters: int
+    lowest_layer: int
+    head: int = 0
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The adapters of a run; None where a role has none of its own."""
+
+    policy: Adapter
+    value: Adapter | None
+    reward: Adapter | None
+    copies: int  # frozen copies of the policy: reference, ema
+
+    @property
+    def trained(self) -> int:
+        """Parameters that train."""
+        return sum(a.parameters + a.head for a in (self.policy, self.value) if a is not None)
+
+    @property
+    def bytes(self) -> int:
+        frozen = 0 if self.reward is None else self.reward.parameters + self.reward.head
+        return FP32 * (self.trained + frozen + self.copies * self.policy.parameters)
+
+    def trunk_depth(self) -> int:
+        return min(adapter.lowest_layer for adapter in (self.policy, self.value, self.reward) if adapter is not None)
+
+
+def meta_model(args: ModelArguments, *, trust_remote_code: bool = False, config: Any = None) -> Any:
+    """The base on the meta device."""
+    if config is None:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code)
+    how = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=args.torch_dtype, trust_remote_code=trust_remote_code, **how)
+
+
+def read_model(core: Any, args: ModelArguments, device: str) -> Model:
+    """Count the parameters of a transformers model by kind; ``device`` is where it will run, cuda or cpu."""
+    layers, config = decoder_layers(core), core.config.get_text_config()
+    names = {id(module): name for name, module in core.named_modules()}
+    linears = []
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+                linears.append(Linear(names[id(module)], index, shape[1], shape[0]))
+    settings = config.to_dict()  # not every family has each of these
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = settings.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, (settings.get("num_key_value_heads") or heads) * head_dim
+    total = sum(parameter.numel() for parameter in core.parameters())
+    return Model(
+        tuple(linears),
+        total - sum(linear.inputs * linear.outputs for linear in linears),
+        sum(_norm_width(name, module, hidden, queries, keys) for name, module in layers[0].named_modules()),
+        len(layers),
+        hidden,
+        core.get_output_embeddings().weight.shape[1],
+        heads,
+        queries,
+        keys,
+        core.get_output_embeddings().weight.shape[0],
+        args.torch_dtype.itemsize,
+        args.quantization,
+        config._attn_implementation != "eager",
+        args.torch_dtype.itemsize < FP32 and (args.quantization == "none" or device == "cpu"),
+    )
+
+
+def _norm_width(name: str, module: nn.Module, hidden: int, queries: int, keys: int) -> int:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1:
+        return 0
+    return hidden if weight.numel() == hidden else keys if "k_" in name.rpartition(".")[2] else queries
+
+
+def read_adapter(config: LoraConfig, model: Model, *, head: bool = False) -> Adapter:
+    """Which linears a LoRA configuration adapts, by PEFT's own rule."""
+    ranks = {x.name: int(config.r) for x in model.linears if check_target_module_exists(config, x.name)}
+    for name in ranks:
+        own = [rank for pattern, rank in (config.rank_pattern or {}).items() if name.endswith(pattern)]
+        ranks[name] = own[0] if own else ranks[name]
+    chosen = [x for x in model.linears if x.name in ranks]
+    parameters = sum(ranks[x.name] * (x.inputs + x.outputs) for x in chosen)
+    return Adapter(ranks, parameters, min((x.layer for x in chosen), default=model.layers), model.states if head else 0)
+
+
+def read_roles(core: Any, model: Model, args: ModelArguments, config: PPOConfig, policy: str | None = None, reward: str | None = None) -> Roles:
+    """The roles that recipes/ppo.py puts on the base, as ``SharedBase.build`` does."""
+    ours = read_adapter(adapter_config(policy) if policy else lora_config(args, core), model)
+    judge = read_adapter(adapter_config(reward), model, head=True) if reward else None
+    value = None
+    if config.needs_critic:
+        start = judge if judge is not None and config.critic_init != "policy" else ours
+        none = Adapter({}, 0, model.layers)
+        value = replace(start if config.critic == "adapter" else none, head=model.states)
+    return Roles(ours, value, judge, copies=(policy is not None) + (config.ema_decay is not None))
