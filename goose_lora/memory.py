@@ -215,6 +215,8 @@ class Planner:
     def _update(self, sizes: Sizes) -> dict[str, int]:
         config, model, roles = self.config, self.model, self.roles
         rows, length = sizes.rows, sizes.length
+        if config.max_tokens_per_microbatch is not None:
+            rows = min(rows, max(1, config.max_tokens_per_microbatch // length))
         number = model.compute
         replies = rows * sizes.response_tokens * model.hidden * (3 * number + FP32)
         policy = self.kept(roles.policy, rows, length) + rows * length * FP32 * model.hidden + replies

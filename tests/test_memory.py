@@ -100,6 +100,13 @@ def test_checkpointing_and_adapters_in_fewer_layers_take_less():
     assert plan_of(ModelArguments("m", quantization="none", dtype="float32", lora_layers="top-2")).plan().total("update") < plain
 
 
+def test_microbatches_in_parts_take_what_their_parts_take():
+    length = plan_of().sizes.length
+    whole, parts, one = (plan_of(per_device_train_batch_size=16, max_tokens_per_microbatch=n).plan().phases["update"] for n in (None, 4 * length, 1))
+    assert parts["activations"] == plan_of(per_device_train_batch_size=4).plan().phases["update"]["activations"] < whole["activations"]
+    assert one["activations"] == plan_of(per_device_train_batch_size=1).plan().phases["update"]["activations"]
+
+
 def test_a_refusal_names_the_largest_sizes_that_fit():
     plan = plan_of(per_device_train_batch_size=64)
     memory = 200 * 10**6
