@@ -192,9 +192,10 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     from goose_lora.demo import resolve
     from goose_lora.dense import free_bytes
-    from goose_lora.loading import ModelArguments, require_adapter
+    from goose_lora.loading import ModelArguments
     from goose_lora.memory import PlannedRoles, planner, read_memory
     from goose_lora.ppo_config import PPOConfig
+    from goose_lora.shapes import is_trained
 
     if not Path(arguments.config).is_file():
         raise ValueError(f"--config {arguments.config}: no such file. The shipped ones are in recipes/configs/.")
@@ -202,8 +203,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     options = ["--config", arguments.config]
     config, model, roles, _ = parser.parse_args_and_config(options, return_remaining_strings=True, fail_with_unknown_args=False)
     model.model_name_or_path = resolve(model.model_name_or_path)
-    require_adapter("policy_adapter", roles.policy_adapter, model)
-    require_adapter("reward_adapter", roles.reward_adapter, model)
+    for name in (roles.policy_adapter, roles.reward_adapter):
+        if name and not is_trained(name):
+            print(f"{name} is not there yet: its adapter is counted as lora_r, lora_layers and lora_target_modules of this file say.")
     memory = read_memory(arguments.memory) if arguments.memory else free_bytes(config.device)
     print(planner(model, config, roles, memory=memory, device="cpu" if config.use_cpu else "cuda").report(memory))
 

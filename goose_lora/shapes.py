@@ -5,6 +5,7 @@ The model is built on torch's meta device, where tensors have shapes and no memo
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,10 +180,18 @@ def read_adapter(config: LoraConfig, model: Model, *, head: bool = False) -> Ada
     return Adapter(ranks, parameters, min((x.layer for x in chosen), default=model.layers), model.states if head else 0)
 
 
+def is_trained(folder: str) -> bool:
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
 def read_roles(core: Any, model: Model, args: ModelArguments, config: PPOConfig, policy: str | None = None, reward: str | None = None) -> Roles:
-    """The roles that recipes/ppo.py puts on the base, as ``SharedBase.build`` does."""
-    ours = read_adapter(adapter_config(policy) if policy else lora_config(args, core), model)
-    judge = read_adapter(adapter_config(reward), model, head=True) if reward else None
+    """The roles that recipes/ppo.py puts on the base, as ``SharedBase.build`` does. An adapter that is not trained yet counts as the settings say."""
+
+    def config_of(folder: str | None) -> LoraConfig:
+        return adapter_config(folder) if folder and is_trained(folder) else lora_config(args, core)
+
+    ours = read_adapter(config_of(policy), model)
+    judge = read_adapter(config_of(reward), model, head=True) if reward else None
     value = None
     if config.needs_critic:
         start = judge if judge is not None and config.critic_init != "policy" else ours

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"verdict"},
     "data_report": {"data", "data_formats", "evaluation"},
     # the command line
-    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "loading", "memory", "ppo_config", "report"},
+    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "loading", "memory", "ppo_config", "report", "shapes"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.

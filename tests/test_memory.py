@@ -125,6 +125,16 @@ def test_where_not_even_one_row_fits_the_refusal_says_so():
         plan_of().check(10**6)
 
 
+def test_adapters_that_are_not_trained_yet_are_counted_as_the_settings_say(tmp_path):
+    config = PPOConfig(output_dir="out", use_cpu=True, report_to=[], num_rollouts=1, critic="adapter")
+    args = ModelArguments("m", quantization="none", dtype="float32", lora_r=5)
+    core = meta_model(args, config=AutoConfig.for_model("llama", **SHAPE))
+    alone = Planner(core, args, config, device="cpu").roles
+    later = Planner(core, args, config, policy=str(tmp_path / "sft"), reward=str(tmp_path / "reward"), device="cpu").roles
+    assert later.copies == 1 and alone.copies == 0
+    assert later.reward is not None and later.reward.ranks == later.policy.ranks == alone.policy.ranks and set(later.policy.ranks.values()) == {5}
+
+
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("0.5gb", 5 * 10**8), ("800MB", 8 * 10**8)])
 def test_sizes_are_read_with_their_unit(text, size):
     assert read_memory(text) == size
