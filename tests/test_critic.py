@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from runs import assert_same_weights, fresh, logged, trainer, with_reward_adapter
+from tiny_runs import assert_same_weights, fresh, logged, trainer, with_reward_adapter
 from transformers import TrainerCallback
 
 from goose_lora.adapters import ADAPTERS, check_critic

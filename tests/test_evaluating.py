@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, load_peft_weights
-from runs import assert_same_weights, config, even_share, fresh, logged, prompt_rows, trained_parameters, trainer
+from tiny_runs import assert_same_weights, config, even_share, fresh, logged, prompt_rows, trained_parameters, trainer
 from transformers import TrainerCallback
 
 from goose_lora.data import left_pad

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from runs import assert_same_weights, config, logged, trainer
+from tiny_runs import assert_same_weights, config, logged, trainer
 
 from goose_lora import experience
 from goose_lora.batch import Rollout

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import logged, trained_parameters, trainer
+from tiny_runs import logged, trained_parameters, trainer
 
 from goose_lora.microbatches import halves, padded_tokens, trimmed, within
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from runs import assert_same_weights, config, even_share, fresh, logged, prompt_rows, trained_parameters, trainer, with_reward_adapter
+from tiny_runs import assert_same_weights, config, even_share, fresh, logged, prompt_rows, trained_parameters, trainer, with_reward_adapter
 from transformers import TrainerCallback
 
 from goose_lora import ppo_math

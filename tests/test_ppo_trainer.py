@@ -9,7 +9,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from runs import config, even_share, logged, prompt_rows, trained_parameters, trainer, with_reward_adapter
+from tiny_runs import config, even_share, logged, prompt_rows, trained_parameters, trainer, with_reward_adapter
 from transformers import Trainer
 
 from goose_lora import gates

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from runs import assert_same_weights, config, trainer
+from tiny_runs import assert_same_weights, config, trainer
 from transformers import TrainerCallback
 
 from goose_lora.schedules import factor, policy_and_critic

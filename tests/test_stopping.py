@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from runs import fresh, prompt_rows, trainer, with_reward_adapter
+from tiny_runs import fresh, prompt_rows, trainer, with_reward_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
