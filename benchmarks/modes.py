@@ -4,24 +4,39 @@
 
 Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is the demo's PPO stage with the settings below
 (``--rows``: of so many replies a minibatch, where the demo has 32), then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds
-are of the process of the PPO stage, so that other work on the machine does not enter. What is finished is not run again; several calls may
-share the output folder. Prints a table, mean and range over the seeds.
+are of the PPO stage without its imports, of its process alone, so that other work on the machine does not enter. What is finished is not run
+again; several calls may share the output folder. Prints a table, mean and range over the seeds.
 """
 
 import argparse
 import json
 import os
-import resource
-import subprocess
+import runpy
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (imported once here: every run is a fork)
+import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import trl  # noqa: F401
+
+from goose_lora import cli, demo, ppo_trainer  # noqa: F401
+from goose_lora.data import load_rows, tokenize_prompts
+from goose_lora.dense import dense_copy
+from goose_lora.loading import ModelArguments, load_base, load_tokenizer
+from goose_lora.replies import answer, judge_all, summary
+from goose_lora.report import write_json
+from goose_lora.sampling import generation_config
+from goose_lora.shared_base import SharedBase
+
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {"num_generations": 4}
 MODES: dict[str, dict[str, object]] = {
-    "reward_features": {},
+    "reward_features": {"ema_decay": 0.95},  # the average only watches: the run is bit for bit the one without
     "adapter": {"critic": "adapter"},
     "shared": {"critic": "shared"},
     "rloo": {"advantage_estimator": "rloo", **GROUPS},
@@ -36,29 +51,47 @@ MODES: dict[str, dict[str, object]] = {
     "adapter_from_zero": {"critic": "adapter", "critic_init": "zero"},
     "critic_warmup": {"critic_warmup_rollouts": 2, "num_rollouts": 20},
     "running_scores": {"score_normalization": "running"},
-    "average": {"ema_decay": 0.95},
     "ptx": {"ptx_coef": 0.1, "ptx_dataset_name": "embedded/sft", "ptx_batch_size": 8},
 }
 
 
-def run(command: list[str], log: Path) -> float:
-    """CPU seconds of a command, whose output goes to ``log``; stops everything if it fails."""
+def run(work: Callable[[], None], log: Path) -> float:
+    """CPU seconds of ``work`` in a fork of this process, which has the libraries imported; output goes to ``log``. Stops everything if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_USE_CPU": "true"}
-    with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\nended with exit code {done.returncode}; see {log}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(log, "w", encoding="utf-8") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            work()
+            status = 0
+        except SystemExit as stop:
+            status = 1 if stop.code else 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        sys.exit(f"{log.stem} failed; see {log}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def start_recipe(name: str, arguments: list[str]) -> None:
+    os.chdir(ROOT)
+    sys.argv = [f"recipes/{name}.py", *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def recipe(name: str, folder: Path, seed: int, dtype: str, **settings: object) -> float:
     settings |= {"dtype": dtype} | ({} if name == "ppo" else {"bf16": dtype == "bfloat16"})
     config = f"recipes/configs/demo_cpu/{name}.yaml"
     options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return run([f"recipes/{name}.py", "--config", config, "--output_dir", str(folder), "--seed", str(seed), *options], folder.with_suffix(".log"))
+    arguments = ["--config", config, "--output_dir", str(folder), "--seed", str(seed), *options]
+    return run(lambda: start_recipe(name, arguments), folder.with_suffix(".log"))
 
 
 def stages(seed_folder: Path, seed: int, dtype: str) -> dict[str, object]:
@@ -73,22 +106,11 @@ def judge(seed_folder: Path, folder: Path, seed: int, dtype: str, which: str = "
     """Figures of one policy on the held-out prompts; 'sft' in ``which`` judges the reference."""
     target = folder / f"judged_{which}.json"
     if not target.is_file():
-        inner = "import sys; sys.path.insert(0, 'benchmarks'); import modes; "
-        inner += f"modes.judge_here({str(seed_folder)!r}, {str(folder)!r}, {seed}, {dtype!r}, {which!r})"
-        run(["-c", inner], folder / f"judged_{which}.log")
+        run(lambda: judge_here(str(seed_folder), str(folder), seed, dtype, which), folder / f"judged_{which}.log")
     return json.loads(target.read_text(encoding="utf-8"))
 
 
 def judge_here(seed_folder: str, folder: str, seed: int, dtype: Any, which: str) -> None:
-    from goose_lora import cli, demo
-    from goose_lora.data import load_rows, tokenize_prompts
-    from goose_lora.dense import dense_copy
-    from goose_lora.loading import ModelArguments, load_base, load_tokenizer
-    from goose_lora.replies import answer, judge_all, summary
-    from goose_lora.report import write_json
-    from goose_lora.sampling import generation_config
-    from goose_lora.shared_base import SharedBase
-
     cli.quiet_libraries()
     cli.keep_freed_memory()
     model = ModelArguments(demo.resolve("embedded"), dtype=dtype)
@@ -111,12 +133,13 @@ def table(output: Path, modes: list[str]) -> str:
         return f"{fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})" if values else "-"
 
     lines = ["| mode | seeds | VADER | score | KL | distinct-2 | tokens | ended | CPU seconds |", "|---|---|---|---|---|---|---|---|---|"]
-    for mode in modes:
+    for mode, prefix in [(mode, "") for mode in modes] + [("reward_features", "ema_")]:
         rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob(f"seed*/{mode}/mode.json"))]
         names = ("judge", "score", "kl", "distinct_2", "tokens", "ended", "cpu_seconds")
-        columns = {name: [row[name] for row in rows if name in row] for name in names}
+        columns = {name: [row[prefix + name] for row in rows if prefix + name in row] for name in names}
         digits = {"judge": 3, "distinct_2": 3, "kl": 1, "tokens": 1, "cpu_seconds": 0}
-        lines.append(f"| {mode} | {len(rows)} | " + " | ".join(cell(values, digits.get(name, 2)) for name, values in columns.items()) + " |")
+        cells = [cell(values, digits.get(name, 2)) for name, values in columns.items()]
+        lines.append(" | ".join([f"| {mode}{', average of the weights' if prefix else ''}", str(len(rows)), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -128,6 +151,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", type=int, default=32)
     arguments = parser.parse_args()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     dtype, size = arguments.dtype, {"per_device_train_batch_size": arguments.rows, "score_calibration_prompts": 4 * arguments.rows}
     for mode in arguments.modes:
         for seed in arguments.seeds:
