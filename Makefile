@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types mutants parity clean
+.PHONY: install demo test lint types mutants parity bench clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,10 @@ parity: $(INSTALLED) $(PARITY)/.installed
 	$(BIN)/python tests/parity/frozen.py runs/parity
 	$(PARITY)/bin/python tests/parity/run_trl.py runs/parity
 	$(BIN)/python tests/parity/compare.py runs/parity
+
+# One step beside TRL 1.12.0's PPO and the installed TRL's GRPO and RLOO: FLOPs, CPU seconds, memory. Half an hour on one thread in float32.
+bench: $(INSTALLED) $(PARITY)/.installed
+	$(BIN)/python benchmarks/step.py --trl-ppo $(PARITY)/bin/python --output runs/bench
 
 clean:
 	rm -rf .venv .venv-parity runs .pytest_cache .hypothesis .ruff_cache

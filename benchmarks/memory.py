@@ -37,7 +37,8 @@ from goose_lora.memory import Plan, Planner
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.shapes import meta_model
-from goose_lora.shared_base import SharedBase, before_response
+from goose_lora.shared_base import SharedBase
+from goose_lora.views import before_response
 
 torch._dynamo.config.disable = True
 
@@ -204,7 +205,7 @@ def _fake_step(shared: SharedBase, config: PPOConfig, live: LiveBytes) -> dict[s
     attention, mask = torch.ones_like(ids), torch.ones(rows, tokens, dtype=torch.bool)
     live.peak = live.now
     with torch.no_grad():
-        trunk = shared.trunk(ids, attention) if config.reuse_trunk else None
+        trunk = shared.trunks(ids, attention, ["policy"])["policy"] if config.reuse_trunk else None
         reference = shared.hidden("reference", ids, attention, trunk)
         shared.logprobs(reference, ids, mask)
         shared(ids, attention, mask, trunk=trunk)

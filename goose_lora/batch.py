@@ -16,6 +16,7 @@ class Rollout:
     ``response_mask`` is true where a reply's token counts, the one that ends it included; everything after it is padding. A reply may have
     holes: tokens between its own that others wrote (a user, a tool), which are attended to and not trained on. ``ended`` tells which replies
     ended by themselves. ``sampling_logprobs`` are those of the moment of sampling, to be compared with what the update computes.
+    ``trunk`` is the output of the policy's lower layers, where it was noted while generating.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -23,6 +24,7 @@ class Rollout:
     response_mask: Bool[Tensor, "B T"]
     ended: Bool[Tensor, " B"]
     sampling_logprobs: Float[Tensor, "B T"] | None = None
+    trunk: Float[Tensor, "B L H"] | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.shape != self.attention_mask.shape or len(self.response_mask) != len(self.input_ids):
@@ -60,8 +62,8 @@ class Rollout:
 class Experience:
     """A rollout with what the update needs, all (B, T) and fp32; values and returns where there is a critic.
 
-    Besides, the trunk's output (B, L, H) where it is reused, the states that the critic's head reads (B, T, H) where they are frozen, and the
-    reference's (B, T, H) where the exact KL to it is part of the loss.
+    Besides, the output of the policy's trunk, and of the critic's if it is another, (B, L, H) where it is reused; the states that the critic's
+    head reads (B, T, H) where they are frozen; and the reference's (B, T, H) where the exact KL to it is part of the loss.
     """
 
     rollout: Rollout
@@ -71,6 +73,7 @@ class Experience:
     values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
     trunk: Float[Tensor, "B L H"] | None = None
+    value_trunk: Float[Tensor, "B L H"] | None = None
     features: Float[Tensor, "B T H"] | None = None
     ref_hidden: Float[Tensor, "B T H"] | None = None
 
@@ -97,6 +100,7 @@ class Experience:
             "old_values": self.values,
             "returns": self.returns,
             "trunk": self.trunk,
+            "value_trunk": self.value_trunk,
             "features": self.features,
             "ref_hidden": self.ref_hidden,
         }

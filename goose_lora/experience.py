@@ -74,7 +74,8 @@ class ExperienceMaker:
                 "value/mean": ppo_math.masked_mean(values, mask),
                 "advantage/std": ppo_math.moments(returns - values, mask).var.sqrt(),  # before it was whitened
             }
-        kept = Experience(rollout, seen.logprobs, seen.ref_logprobs, advantages, values, returns, seen.trunk, seen.features, seen.ref_hidden)
+        states = (seen.trunk, seen.value_trunk, seen.features, seen.ref_hidden)
+        kept = Experience(rollout, seen.logprobs, seen.ref_logprobs, advantages, values, returns, *states)
         return kept, shown
 
     def _penalised(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:

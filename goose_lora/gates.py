@@ -1,6 +1,6 @@
 """Checks at the first step of a run, for what is silent when it is wrong: each raises, and says what to look at."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,11 +11,11 @@ class GateError(ValueError):
     """The run would train on something else than it says."""
 
 
-def check_trainable(named: Iterable[tuple[str, nn.Parameter]], marks: Sequence[str]) -> None:
-    """The parameters that train are those whose name has one of ``marks``, no more and no less."""
-    named = list(named)
-    extra = [name for name, p in named if p.requires_grad and not any(mark in name for mark in marks)]
-    missing = [name for name, p in named if not p.requires_grad and any(mark in name for mark in marks)]
+def check_trainable(named: Iterable[tuple[str, nn.Parameter]], expected: Collection[str]) -> None:
+    """The parameters that train are those whose names are ``expected``, no more and no less."""
+    named, expected = list(named), set(expected)
+    extra = [name for name, p in named if p.requires_grad and name not in expected]
+    missing = [name for name, p in named if not p.requires_grad and name in expected]
     if extra or missing:
         raise GateError(
             f"the trainable set has drifted: {len(missing)} tensors of policy and critic are frozen ({', '.join(missing[:3])}), "

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from goose_lora.trunk import decoder_layers
+from goose_lora.trunk import decoder_layers, top_layers
 
 logger = logging.getLogger(__name__)
 
@@ -65,22 +65,6 @@ class ModelArguments:
     @property
     def torch_dtype(self) -> torch.dtype:
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
-
-
-def top_layers(lora_layers: str, num_layers: int) -> list[int]:
-    """Indices of the layers that ``all`` or ``top-K`` names, lowest first.
-
-    Raises:
-        ValueError: any other text, or a K that the model does not have.
-    """
-    if lora_layers == "all":
-        return list(range(num_layers))
-    prefix, _, number = lora_layers.partition("-")
-    if prefix != "top" or not number.isdecimal() or int(number) == 0:
-        raise ValueError(f"lora_layers={lora_layers!r}: write all, or top-K with a number of layers, for example top-10.")
-    if int(number) > num_layers:
-        raise ValueError(f"lora_layers={lora_layers!r}: the model has {num_layers} layers. Write top-{num_layers} or less, or all.")
-    return list(range(num_layers - int(number), num_layers))
 
 
 def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

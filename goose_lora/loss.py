@@ -6,7 +6,7 @@ from torch import Tensor
 
 from goose_lora import ppo_math
 from goose_lora.ppo_config import PPOConfig
-from goose_lora.shared_base import PolicyAndValue
+from goose_lora.views import PolicyAndValue
 
 Loss = tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]
 

@@ -131,7 +131,7 @@ class Planner:
 
     def kept(self, adapter: Adapter, rows: int, length: int) -> int:
         """Bytes that a forward of ``rows`` rows keeps until the backward pass: of all layers, or with checkpointing of their inputs."""
-        layers = range(adapter.lowest_layer, self.model.layers)
+        layers = range(adapter.trained_from, self.model.layers)
         if self.config.gradient_checkpointing:
             return rows * length * self.model.hidden * self.model.compute * len(layers)
         return rows * length * sum(self.saved(adapter, layer, length) for layer in layers) + self.cast(adapter)
@@ -186,7 +186,14 @@ class Planner:
         # The prompt is read before the reply's part of the cache is there.
         prompt = self.forward(rows, sizes.prompt_tokens, None if self.dense else self.roles.policy) - cache * sizes.response_tokens // sizes.length
         logits = rows * model.vocabulary * (model.compute + FP32)
-        return {"cache": cache, "activations": max(prompt - logits, grown), "logits": logits}
+        # Noted on the way, but for what is generated to learn the scale of scores or to evaluate.
+        noted = model.hidden * model.compute * sizes.all_rows * sizes.length if self._notes_trunk else 0
+        return {"cache": cache, "trunk": noted, "activations": max(prompt - logits, grown), "logits": logits}
+
+    @property
+    def _notes_trunk(self) -> bool:
+        policy = self.roles.policy
+        return self.config.reuse_trunk and policy.trained_from > 0 and not (self.dense and policy.lowest_layer < policy.trained_from)
 
     def _replies(self, sizes: Sizes) -> int:
         """How many are ever generated at a time: in a rollout, to learn the scale of scores, or in an evaluation."""
@@ -198,7 +205,7 @@ class Planner:
         """What of a rollout is kept for the update: the trunk's output, features for the critic, the reference's states for an exact KL."""
         config, model = self.config, self.model
         state = model.hidden * model.compute * sizes.all_rows
-        trunk = sizes.length if config.reuse_trunk and self.roles.trunk_depth() > 0 else 0
+        trunk = sizes.length * self.roles.trunks if config.reuse_trunk else 0
         features = sizes.response_tokens if config.needs_critic and config.critic == "reward_features" else 0
         reference = sizes.response_tokens if config.kl_estimator == "exact" and config.kl_location == "loss" else 0
         return state * (trunk + features + reference)
@@ -227,7 +234,7 @@ class Planner:
             value = self.kept(roles.value, rows, length) + rows * length * FP32 * model.hidden
         again = 0
         if config.gradient_checkpointing:
-            again = rows * length * max(self.saved(roles.policy, layer, length) for layer in range(roles.policy.lowest_layer, model.layers))
+            again = rows * length * max(self.saved(roles.policy, layer, length) for layer in range(roles.policy.trained_from, model.layers))
         backward = policy + value + again + self.backward(rows, length)
         logits = self.head(rows * sizes.response_tokens, training=True)
         slices = self._experience(replace(sizes, microbatches=1))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
-BY_SEQUENCE = ("input_ids", "attention_mask", "trunk")  # (B, L, ...)
+BY_SEQUENCE = ("input_ids", "attention_mask", "trunk", "value_trunk")  # (B, L, ...)
 BY_ROLLOUT = ("num_tokens",)  # of the whole optimizer step
 
 

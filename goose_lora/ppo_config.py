@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from goose_lora.from_trl import FROM_TRL, answers_trl
+from goose_lora.trunk import top_layers
 
 _SAVE_EVERY_ROLLOUTS = 10
 
@@ -88,7 +89,10 @@ class PPOConfig(TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Keep a moving average of the policy in ema/; 0.992 is InstructGPT's."})
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the loss on pretraining text (PPO-ptx); needs ptx_dataset_name."})
     ptx_batch_size: int = field(default=4, metadata={"help": "Pretraining texts a microbatch."})
-    reuse_trunk: bool = field(default=True, metadata={"help": "Run the layers below the adapters once a rollout; all passes use the output."})
+    train_layers: str = field(
+        default="all", metadata={"help": "all, or top-K: train the K uppermost layers only; those below are run once a rollout."}
+    )
+    reuse_trunk: bool = field(default=True, metadata={"help": "Run the layers below what trains once a rollout; all passes use the output."})
 
     # Evaluation: eval_strategy, eval_steps and load_best_model_at_end are those of transformers
     num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts that an evaluation answers, the same ones each time."})
@@ -169,6 +173,7 @@ class PPOConfig(TrainingArguments):
         known = self.value_lr_scheduler_type is None or self.value_lr_scheduler_type in schedules
         self._require("value_lr_scheduler_type", known, f"must be one of {', '.join(schedules)}")
         self._require("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "must lie between 0 and 1; 0.992 is InstructGPT's")
+        top_layers(self.train_layers, 10**6, "train_layers")
         patience = self.early_stopping_patience
         self._require("early_stopping_patience", patience is None or patience >= 1, "must be 1 or more, or null for no early stop")
         self._require("stop_strings", all(self.stop_strings or []), "an empty text would end every reply at once")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from goose_lora import gates, ppo_math
-from goose_lora.adapters import ADAPTERS, Role
+from goose_lora.adapters import Role
 from goose_lora.batch import Experience, Rollout
 from goose_lora.callbacks import Diagnosis, MetricsFile, PolicyAverage, RolloutState, write_samples
 from goose_lora.data import RolloutBatches, left_pad
@@ -83,6 +83,8 @@ class PPOTrainer(UserLoop, Trainer):
             raise ValueError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
         if args.ema_decay is not None and not model.has("ema"):
             raise ValueError(f"ema_decay={args.ema_decay:g} needs a place for the average: SharedBase.build(..., average=True).")
+        if args.train_layers != model.train_layers:
+            raise ValueError(f"train_layers={args.train_layers} goes with SharedBase.build(..., train_layers=args.train_layers).")
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError(f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set ptx_dataset_name too")
         self.ptx_dataset = ptx_dataset
@@ -139,10 +141,10 @@ class PPOTrainer(UserLoop, Trainer):
         if self.optimizer is None:
             set_seed(self.args.seed, device_specific=True)  # or all processes would sample alike
             self.shared.set_trainable(self._training_roles)
-            gates.check_trainable(self.shared.named_parameters(), self._trainable_marks)
+            gates.check_trainable(self.shared.named_parameters(), [name for group in self._training for name, _ in group])
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.shared)
-            rates = zip(self._training_roles, (self.args.learning_rate, self.args.critic_learning_rate), strict=False)
-            groups = [{"params": [p for _, p in self.shared.role_parameters(role)], "lr": rate} for role, rate in rates]
+            rates = (self.args.learning_rate, self.args.critic_learning_rate)[: len(self._training_roles)]
+            groups = [{"params": [p for _, p in group], "lr": rate} for group, rate in zip(self._training, rates, strict=True)]
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 
@@ -230,6 +232,7 @@ class PPOTrainer(UserLoop, Trainer):
             inputs["attention_mask"],
             mask,
             trunk=inputs.get("trunk"),
+            value_trunk=inputs.get("value_trunk"),
             features=inputs.get("features"),
             ref_hidden=inputs.get("ref_hidden"),
             temperature=args.temperature,
@@ -314,7 +317,7 @@ class PPOTrainer(UserLoop, Trainer):
                 self._calibrate()
             prompts = self._repeated(prompts)
             with self._timed("generate"):
-                rollout = self.rollouts.generate(prompts["input_ids"], prompts["attention_mask"])
+                rollout = self.rollouts.generate(prompts["input_ids"], prompts["attention_mask"], keep_trunk=True)
             experience = self._experience(rollout, columns=prompts["columns"])
         self._rollout_is_fresh = True
         count = self.accelerator.num_processes
@@ -398,8 +401,8 @@ class PPOTrainer(UserLoop, Trainer):
         return ("policy", "value") if self.args.needs_critic else ("policy",)
 
     @property
-    def _trainable_marks(self) -> tuple[str, ...]:
-        return tuple(f".{ADAPTERS[role]}." for role in self._training_roles)
+    def _training(self) -> list[list[tuple[str, nn.Parameter]]]:
+        return [list(self.shared.training_parameters(role)) for role in self._training_roles]
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         input_ids, attention_mask = left_pad([row["input_ids"] for row in rows], self.processing_class.pad_token_id)

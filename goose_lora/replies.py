@@ -58,17 +58,17 @@ def answer(
         stop = StopStrings(tokenizer, stop_strings, ids.shape[1]) if stop_strings else None
         rollout = sample(shared, ids, mask, config, role=role, dense=dense, stop=stop)
         ids, mask, counted = rollout.input_ids, rollout.attention_mask, rollout.response_mask
-        trunk = shared.trunk(ids, mask)
+        trunks = shared.trunks(ids, mask, [role, "reference", "reward"])
 
-        def logprobs(of: Role, ids=ids, mask=mask, counted=counted, trunk=trunk) -> Tensor:
-            return shared.logprobs(shared.hidden(of, ids, mask, trunk), ids, counted, temperature=config.temperature)[0]
+        def logprobs(of: Role, ids=ids, mask=mask, counted=counted, trunks=trunks) -> Tensor:
+            return shared.logprobs(shared.hidden(of, ids, mask, trunks[of]), ids, counted, temperature=config.temperature)[0]
 
         replies.texts += tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
         replies.kl += (logprobs(role) - logprobs("reference")).sum(-1).tolist()
         replies.lengths += rollout.lengths.tolist()
         replies.ended += rollout.ended.tolist()
         if shared.has("reward"):
-            replies.scores += shared.scores(ids, mask, trunk, rollout.closes_with(tokenizer.eos_token_id)).tolist()
+            replies.scores += shared.scores(ids, mask, trunks["reward"], rollout.closes_with(tokenizer.eos_token_id)).tolist()
     return replies
 
 

@@ -9,18 +9,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from goose_lora.adapters import Role
 from goose_lora.batch import Rollout
 from goose_lora.dense import RolloutWeights, dense_copy
 from goose_lora.rewards import RewardMix, Scores
 from goose_lora.sampling import sample
-from goose_lora.shared_base import SharedBase, before_response
+from goose_lora.shared_base import SharedBase
 from goose_lora.stopping import StopStrings
+from goose_lora.views import before_response
 
 
 class Evaluated(NamedTuple):
     """What the roles say of a rollout, before any normalisation; parts that nobody needs are None.
 
-    ``kl`` is the exact one, ``ref_hidden`` the reference's states for a loss on it. ``by_adapter`` has the reward adapter's scores.
+    ``trunk`` is the policy's, ``value_trunk`` the critic's where it is another. ``kl`` is the exact one, ``ref_hidden`` the reference's states for
+    a loss on it. ``by_adapter`` has the reward adapter's scores.
     """
 
     by_adapter: Float[Tensor, " B"] | None
@@ -29,6 +32,7 @@ class Evaluated(NamedTuple):
     kl: Float[Tensor, "B T"] | None
     values: Float[Tensor, "B T"] | None
     trunk: Float[Tensor, "B L H"] | None
+    value_trunk: Float[Tensor, "B L H"] | None
     features: Float[Tensor, "B T H"] | None
     ref_hidden: Float[Tensor, "B T H"] | None
 
@@ -62,8 +66,13 @@ class Rollouts:
         self.dense = dense_copy(shared, weights)
 
     @torch.no_grad()
-    def generate(self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], *, greedy: bool = False) -> Rollout:
-        """One reply to each left-padded prompt, by the policy as it is now; all put together to one width."""
+    def generate(
+        self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], *, greedy: bool = False, keep_trunk: bool = False
+    ) -> Rollout:
+        """One reply to each left-padded prompt, by the policy as it is now; all put together to one width.
+
+        ``keep_trunk``: note the output of the policy's trunk on the way, so that ``evaluate`` needs no pass for it.
+        """
         if self.dense is not None:
             self.dense.become("policy")
         config = self.generation
@@ -71,16 +80,19 @@ class Rollouts:
             config = copy.deepcopy(config)
             config.do_sample = False
         groups = zip(input_ids.split(self.batch_size), attention_mask.split(self.batch_size), strict=True)
-        parts = [sample(self.shared, ids, mask, config, dense=self.dense, stop=self._stop(ids.shape[1])) for ids, mask in groups]
+        depth = self.shared.capture_depth(merged=self.dense is not None) if keep_trunk and self.reuse_trunk else 0
+        how = {"dense": self.dense, "trunk_depth": depth}
+        parts = [sample(self.shared, ids, mask, config, stop=self._stop(ids.shape[1]), **how) for ids, mask in groups]
         if len(parts) == 1:
             return parts[0]
         width = max(part.input_ids.shape[1] for part in parts)
 
         def joined(name: str, fill: Any) -> Tensor:
             columns = [(getattr(part, name), width - part.input_ids.shape[1]) for part in parts]
-            return torch.cat([torch.nn.functional.pad(x, (0, missing), value=fill) for x, missing in columns])
+            return torch.cat([torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, missing), value=fill) for x, missing in columns])
 
         fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "response_mask": False, "sampling_logprobs": 0.0}
+        fills |= {"trunk": 0.0} if depth else {}
         return Rollout(**{name: joined(name, fill) for name, fill in fills.items()}, ended=torch.cat([p.ended for p in parts]))
 
     def _stop(self, prompt_tokens: int) -> StopStrings | None:
@@ -94,25 +106,30 @@ class Rollouts:
         score = score and self.reward.needs_adapter
         shared, temperature = self.shared, self.generation.temperature
         on_features = shared.critic == "reward_features"
+        roles: list[Role] = ["policy", "reference", *(["reward"] if on_features or score else []), *(["value"] if shared.critic == "adapter" else [])]
         parts = []
-        for ids, attention, mask, closed in self._groups(rollout):
-            trunk = shared.trunk(ids, attention) if self.reuse_trunk else None
-            judged: Any = shared.hidden("reward", ids, attention, trunk) if on_features or score else None
+        for ids, attention, mask, closed, captured in self._groups(rollout):
+            trunks = shared.trunks(ids, attention, roles, captured) if self.reuse_trunk else dict.fromkeys(roles)
+            judged: Any = shared.hidden("reward", ids, attention, trunks["reward"]) if on_features or score else None
             features = before_response(judged, mask).clone() if on_features else None
-            reference = shared.hidden("reference", ids, attention, trunk)
+            reference = shared.hidden("reference", ids, attention, trunks["reference"])
             ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=temperature)
             ref_hidden = before_response(reference, mask).clone() if self.exact_kl else None
-            policy = shared(ids, attention, mask, trunk=trunk, features=features, ref_hidden=ref_hidden, temperature=temperature)
+            trunk, value_trunk = trunks["policy"], trunks.get("value")
+            value_trunk = None if value_trunk is trunk else value_trunk
+            policy = shared(ids, attention, mask, trunk, value_trunk, features=features, ref_hidden=ref_hidden, temperature=temperature)
             scores = shared.read_scores(judged, attention, closed) if score else None
             kept = ref_hidden if self.exact_kl == "loss" else None
-            parts.append((scores, policy.logprobs, ref_logprobs, policy.kl, policy.values, trunk, features, kept))
-        return Evaluated(*(_together(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
+            own_trunk = trunk if captured is None else None
+            parts.append((scores, policy.logprobs, ref_logprobs, policy.kl, policy.values, own_trunk, value_trunk, features, kept))
+        seen = Evaluated(*(_together(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
+        return seen if rollout.trunk is None else seen._replace(trunk=rollout.trunk)
 
     @torch.no_grad()
     def scores(self, rollout: Rollout, columns: dict[str, list], by_adapter: Float[Tensor, " B"] | None = None) -> Scores:
         """Raw scores from all sources; the reward adapter's are computed unless ``evaluate`` has given them already."""
         if self.reward.needs_adapter and by_adapter is None:
-            by_adapter = torch.cat([self.shared.scores(ids, attention, ended=closed) for ids, attention, _, closed in self._groups(rollout)])
+            by_adapter = torch.cat([self.shared.scores(ids, attention, ended=closed) for ids, attention, _, closed, _ in self._groups(rollout)])
         ids = rollout.response_ids()
         replies = columns | {
             "prompts": columns.get("prompt") or self.tokenizer.batch_decode(rollout.prompt_ids()),
@@ -124,11 +141,14 @@ class Rollouts:
         device = rollout.input_ids.device
         return Scores(total.to(device), by_source, None if by_token is None else by_token.to(device))
 
-    def _groups(self, rollout: Rollout) -> Iterator[tuple[Tensor, ...]]:
-        """Ids, attention mask, response mask, and which replies close with the end-of-text token: a reward model may not have read it."""
+    def _groups(self, rollout: Rollout) -> Iterator[tuple[Any, ...]]:
+        """Ids, attention mask, response mask, which replies close with the end-of-text token, since a reward model may not have read it, and the
+        trunk's output where there is one."""
         closed = rollout.closes_with(self.tokenizer.eos_token_id)
         fields = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, closed)
-        return zip(*(field.split(self.batch_size) for field in fields), strict=True)
+        parts = [field.split(self.batch_size) for field in fields]
+        trunks = [None] * len(parts[0]) if rollout.trunk is None else rollout.trunk.split(self.batch_size)
+        return zip(*parts, trunks, strict=True)
 
 
 def _together(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -15,6 +15,7 @@ from goose_lora.batch import Rollout
 from goose_lora.dense import DenseCopy
 from goose_lora.shared_base import SharedBase
 from goose_lora.stopping import StopStrings
+from goose_lora.trunk import Capture, below, decoder_layers
 
 
 def generation_config(
@@ -51,27 +52,53 @@ def sample(
     role: Role = "policy",
     dense: DenseCopy | None = None,
     stop: StopStrings | None = None,
+    trunk_depth: int = 0,
 ) -> Rollout:
     """One reply to each left-padded prompt under ``role``; by ``dense`` if given, which must have become that role.
 
-    ``stop`` ends replies at a text, besides the end-of-text tokens of ``config``; it serves one call.
+    ``stop`` ends replies at a text, besides the end-of-text tokens of ``config``; it serves one call. With ``trunk_depth``, the output of so
+    many of the lowest layers is kept: they run for every token anyway.
     """
     chooser = Chooser(config.temperature if config.do_sample else None)
     settings = copy.deepcopy(config)
     settings.update(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, typical_p=None, epsilon_cutoff=None, eta_cutoff=None)
     acting = nullcontext(dense.model) if dense else shared.role(role, generating=True)
+    settings.return_dict_in_generate = True
     with acting as model, _nothing_shipped(model), _contiguous_head(model), shared.autocast():
-        sequences = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([chooser]),
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-        )
+        capture = Capture(decoder_layers(model), trunk_depth, input_ids.shape[1] + config.max_new_tokens) if trunk_depth else None
+        with capture.watching() if capture else nullcontext():
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([chooser]),
+                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+            )
+        sequences = output.sequences
+        trunk = _trunk(model, capture, output, attention_mask) if capture else None
     mask, ended = response_mask(sequences[:, input_ids.shape[1] :], config.eos_token_id)
     if stop:
         mask, ended = stop.cut(mask, ended)
-    return Rollout(sequences, torch.cat([attention_mask, mask.long()], dim=1), mask, ended, torch.where(mask, chooser.logprobs(mask.shape[1]), 0.0))
+    logprobs = torch.where(mask, chooser.logprobs(mask.shape[1]), 0.0)
+    return Rollout(sequences, torch.cat([attention_mask, mask.long()], dim=1), mask, ended, logprobs, trunk)
+
+
+def _trunk(model: Any, capture: Capture, output: Any, attention_mask: Int[Tensor, "B P"]) -> Float[Tensor, "B L H"]:
+    """What ``capture`` has seen, and the state of each last token, which was sampled and not read: one more step of the lower layers."""
+    sequences = output.sequences
+    length = sequences.shape[1]
+    if capture.seen < length:
+        mask = torch.nn.functional.pad(attention_mask, (0, length - attention_mask.shape[1]), value=1)
+        decoder = getattr(model, model.base_model_prefix)
+        with below(capture.layers, capture.depth), capture.watching():
+            decoder(
+                input_ids=sequences[:, -1:],
+                attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+    return capture.states[:, :length]
 
 
 class Chooser:

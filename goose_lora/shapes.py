@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from goose_lora.adapters import adapter_config
 from goose_lora.loading import ModelArguments, lora_config
 from goose_lora.ppo_config import PPOConfig
-from goose_lora.trunk import decoder_layers
+from goose_lora.trunk import decoder_layers, top_layers
 
 FP32 = 4
 
@@ -89,11 +89,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A role's LoRA matrices: which linears, and each one's rank. ``head``: features that its scalar head reads, 0 without one."""
+    """A role's LoRA matrices: which linears, and each one's rank. ``head``: features that its scalar head reads, 0 without one.
+
+    ``trained``: parameters in the layers that train, the lowest of which is ``trained_from``.
+    """
 
     ranks: dict[str, int]
     parameters: int
     lowest_layer: int
+    trained: int
+    trained_from: int
     head: int = 0
 
 
@@ -105,19 +110,27 @@ class Roles:
     value: Adapter | None
     reward: Adapter | None
     copies: int  # frozen copies of the policy: reference, ema
+    value_copies_policy: bool = False
 
     @property
     def trained(self) -> int:
         """Parameters that train."""
-        return sum(a.parameters + a.head for a in (self.policy, self.value) if a is not None)
+        return sum(a.trained + a.head for a in (self.policy, self.value) if a is not None)
 
     @property
     def bytes(self) -> int:
-        frozen = 0 if self.reward is None else self.reward.parameters + self.reward.head
-        return FP32 * (self.trained + frozen + self.copies * self.policy.parameters)
+        own = sum(a.parameters + a.head for a in (self.policy, self.value, self.reward) if a is not None)
+        return FP32 * (own + self.copies * self.policy.parameters)
 
-    def trunk_depth(self) -> int:
-        return min(adapter.lowest_layer for adapter in (self.policy, self.value, self.reward) if adapter is not None)
+    @property
+    def trunks(self) -> int:
+        """How many outputs of lower layers a rollout keeps: the policy's, and the critic's where its adapter is not the same below."""
+        policy, value = self.policy, self.value
+        if value is None or not value.ranks:
+            return int(policy.trained_from > 0)
+        bare = min(policy.lowest_layer, value.lowest_layer) >= policy.trained_from == value.trained_from
+        alike = policy.trained_from == value.trained_from and (bare or self.value_copies_policy)
+        return int(policy.trained_from > 0) + int(value.trained_from > 0 and not alike)
 
 
 def meta_model(args: ModelArguments, *, trust_remote_code: bool = False, config: Any = None) -> Any:
@@ -169,15 +182,18 @@ def _norm_width(name: str, module: nn.Module, hidden: int, queries: int, keys: i
     return hidden if weight.numel() == hidden else keys if "k_" in name.rpartition(".")[2] else queries
 
 
-def read_adapter(config: LoraConfig, model: Model, *, head: bool = False) -> Adapter:
+def read_adapter(config: LoraConfig, model: Model, *, train_layers: str = "all", head: bool = False) -> Adapter:
     """Which linears a LoRA configuration adapts, by PEFT's own rule."""
+    first = top_layers(train_layers, model.layers, "train_layers")[0]
     ranks = {x.name: int(config.r) for x in model.linears if check_target_module_exists(config, x.name)}
     for name in ranks:
         own = [rank for pattern, rank in (config.rank_pattern or {}).items() if name.endswith(pattern)]
         ranks[name] = own[0] if own else ranks[name]
     chosen = [x for x in model.linears if x.name in ranks]
-    parameters = sum(ranks[x.name] * (x.inputs + x.outputs) for x in chosen)
-    return Adapter(ranks, parameters, min((x.layer for x in chosen), default=model.layers), model.states if head else 0)
+    sizes = {x: ranks[x.name] * (x.inputs + x.outputs) for x in chosen}
+    trained = sum(size for x, size in sizes.items() if x.layer >= first)
+    lowest = min((x.layer for x in chosen), default=model.layers)
+    return Adapter(ranks, sum(sizes.values()), lowest, trained, max(lowest, first), model.states if head else 0)
 
 
 def is_trained(folder: str) -> bool:
@@ -190,11 +206,12 @@ def read_roles(core: Any, model: Model, args: ModelArguments, config: PPOConfig,
     def config_of(folder: str | None) -> LoraConfig:
         return adapter_config(folder) if folder and is_trained(folder) else lora_config(args, core)
 
-    ours = read_adapter(config_of(policy), model)
-    judge = read_adapter(config_of(reward), model, head=True) if reward else None
+    ours = read_adapter(config_of(policy), model, train_layers=config.train_layers)
+    judge = read_adapter(config_of(reward), model, train_layers=config.train_layers, head=True) if reward else None
     value = None
     if config.needs_critic:
         start = judge if judge is not None and config.critic_init != "policy" else ours
-        none = Adapter({}, 0, model.layers)
+        none = Adapter({}, 0, model.layers, 0, model.layers)
         value = replace(start if config.critic == "adapter" else none, head=model.states)
-    return Roles(ours, value, judge, copies=(policy is not None) + (config.ema_decay is not None))
+    copied = config.critic_init == "policy" or (judge is None and config.critic_init != "zero")
+    return Roles(ours, value, judge, (policy is not None) + (config.ema_decay is not None), copied)

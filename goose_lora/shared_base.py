@@ -9,43 +9,32 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, PeftModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import Tensor, nn
+from torch import nn
 
 from goose_lora import adapters
 from goose_lora.adapters import ADAPTERS, Critic, CriticInit, Role, adapter_config, belongs_to
-from goose_lora.batch import last_counted
-from goose_lora.logprobs import token_kl, token_logprobs
-from goose_lora.trunk import above, below, decoder_layers, lowest_layer
+from goose_lora.trunk_sharing import trained_from
+from goose_lora.views import Views
 
 logger = logging.getLogger(__name__)
 
 
-class PolicyAndValue(NamedTuple):
-    """What one forward of policy and critic gives for each response token, in fp32: (B, T) each; and the policy's loss on pretraining text."""
-
-    logprobs: Float[Tensor, "B T"]
-    entropy: Float[Tensor, "B T"]
-    values: Float[Tensor, "B T"] | None
-    kl: Float[Tensor, "B T"] | None = None
-    ptx_loss: Float[Tensor, ""] | None = None
-
-
-class SharedBase(PeftModel):
+class SharedBase(Views, PeftModel):
     """A causal language model whose weights serve as policy, critic, reward model and reference at once.
 
     ``SharedBase.build`` makes one. Being a ``PeftModel``, it is saved and restored by ``Trainer`` as adapters only.
     """
 
-    critic: Any
     reads_eos: bool
     values_are_scores: bool
     offsets: dict[Role, float]  # what is subtracted from a head's output, in units of the raw score
+    train_layers: str
+    trained_from: dict[Role, int]  # by role with an adapter that trains: the lowest layer in which it does
     _role: Any
     set_adapter: Any
     add_adapter: Any
@@ -63,6 +52,7 @@ class SharedBase(PeftModel):
         value: LoraConfig | None = None,
         reference: str | Path | None = None,
         average: bool = False,
+        train_layers: str = "all",
     ) -> "SharedBase":
         """Put the roles on ``base``, a causal language model of transformers, quantized or not. All dropout is set to 0, the base's too.
 
@@ -77,10 +67,11 @@ class SharedBase(PeftModel):
             reference: ``copy`` for a frozen copy of the policy as it starts (the default where the policy is a trained adapter), ``base`` for
                 the base with all adapters off (the default where it is fresh), or the folder of an adapter.
             average: add a frozen copy of the policy as the role ``ema``, for a moving average.
+            train_layers: ``all``, or ``top-K``: policy and critic train in the K uppermost layers only, and keep what their adapters have below.
 
         Raises:
             ValueError: an adapter for another base, or without the head it needs; a critic that cannot start as ``critic_init`` says;
-                ``reward_features`` without a reward adapter.
+                ``reward_features`` without a reward adapter; ``train_layers`` that the model or the adapters do not have.
         """
         critic_init = adapters.check_critic(critic, critic_init, has_reward=reward is not None)
         from_folder = not isinstance(policy, LoraConfig)
@@ -114,6 +105,9 @@ class SharedBase(PeftModel):
         self.values_are_scores = critic is not None and critic_init == "reward"
         if critic is not None:
             self._add_critic(critic, critic_init, value)
+        self.train_layers = train_layers
+        training: list[Role] = ["policy", "value"] if critic == "adapter" else ["policy"]
+        self.trained_from = {role: trained_from(self, self.layers, ADAPTERS[role], train_layers) for role in training}
         self._switch_to("policy")
         self.set_trainable(("policy", "value"))
         return self.eval()
@@ -165,11 +159,18 @@ class SharedBase(PeftModel):
         """Names and parameters of a role's adapter, its head included."""
         return ((name, p) for name, p in self.named_parameters() if belongs_to(name, ADAPTERS[role]))
 
+    def training_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of a role that train: those in ``train_layers``, and its head."""
+        frozen = {id(p) for layer in self.layers[: self.trained_from.get(role, 0)] for p in layer.parameters()}
+        if self.train_layers != "all":
+            frozen |= {id(p) for p in self.parameters()} - {id(p) for p in self.layers.parameters()}
+        return ((name, p) for name, p in self.role_parameters(role) if id(p) not in frozen or ".score." in name)
+
     def set_trainable(self, roles: Sequence[Role]) -> None:
         """Let the parameters of ``roles`` train, and nothing else. PEFT freezes and unfreezes adapters as a side effect of switching."""
-        adapters = [ADAPTERS[role] for role in roles]
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(belongs_to(name, *adapters))
+        training = {id(p) for role in roles for _, p in self.training_parameters(role)}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in training)
 
     def has(self, role: Role) -> bool:
         """Whether an adapter of its own stands for ``role``."""
@@ -210,13 +211,13 @@ class SharedBase(PeftModel):
             self.base_model.disable_adapter_layers()
         else:
             self.base_model.enable_adapter_layers()
-            self.set_adapter(ADAPTERS[self._value_states if role == "value" else role], inference_mode=True)
+            self.set_adapter(ADAPTERS[self.value_states if role == "value" else role], inference_mode=True)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         self._role = role
 
     @property
-    def _value_states(self) -> Role:
+    def value_states(self) -> Role:
         """The role whose hidden states the critic's head reads: a head alone brings no adapter of its own."""
         heads: dict[str, Role] = {"shared": "policy", "reward_features": "reward"}
         return heads.get(self.critic, "value")
@@ -246,171 +247,3 @@ class SharedBase(PeftModel):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """transformers' older name for the same; PEFT would pass it on to the base, which knows no roles."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    # ---- The four views ----
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return decoder_layers(self.get_base_model())
-
-    def trunk_depth(self) -> int:
-        """How many of the lowest layers no adapter changes: they are the same for all roles, and their output can be reused."""
-        layers = self.layers
-        inside = {id(parameter) for parameter in layers.parameters()}
-        adapted = [p for name, p in self.named_parameters() if belongs_to(name, *ADAPTERS.values()) and ".score." not in name]
-        if any(id(parameter) not in inside for parameter in adapted):
-            return 0  # an adapter on the embeddings or the head
-        return min(lowest_layer(layers, adapter) for adapter in self.peft_config)
-
-    @torch.no_grad()
-    def trunk(self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"] | None:
-        """Output of the layers that all roles share, or None if there are none."""
-        depth = self.trunk_depth()
-        if depth == 0:
-            return None
-        with below(self.layers, depth) as output:
-            self._decode(self.get_base_model(), input_ids, attention_mask)
-        return output[0]
-
-    def hidden(
-        self, role: Role, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"], trunk: Float[Tensor, "B L H"] | None = None
-    ) -> Float[Tensor, "B L H"]:
-        """Last hidden states under ``role``, resumed from ``trunk`` if given. Padding may stand on either side."""
-        resumed = nullcontext() if trunk is None else above(self.layers, self.trunk_depth(), trunk)
-        with self.role(role) as core, resumed:
-            return self._decode(core, input_ids, attention_mask)
-
-    def _decode(self, core: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # GPT-2's learned positions count padding unless told otherwise (TRL#6800).
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        decoder = getattr(core, core.base_model_prefix)
-        with self.autocast():
-            output = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        return output.last_hidden_state
-
-    def autocast(self) -> Any:
-        """bf16 matrix products with fp32 adapters, for rollout and update alike; nothing for an fp32 base."""
-        core: Any = self.get_base_model()
-        weight = core.get_output_embeddings().weight
-        enabled = weight.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(weight.device.type, dtype=weight.dtype if enabled else torch.bfloat16, enabled=enabled)
-
-    def score_head(self, role: Role) -> nn.Linear:
-        """The linear head of ``value`` or ``reward``: (1, H), fp32, without bias."""
-        core: Any = self.get_base_model()
-        return core.score.modules_to_save[ADAPTERS[role]]
-
-    def apply_head(self, role: Role, hidden: Float[Tensor, "*s H"]) -> Float[Tensor, "*s"]:
-        """Scalar of each state under the role's head, less the role's offset, in fp32."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = self.score_head(role)
-            return head(hidden.to(head.weight.dtype)).squeeze(-1) - self.offsets[role]
-
-    def logprobs(
-        self,
-        hidden: Float[Tensor, "B L H"],
-        input_ids: Int[Tensor, "B L"],
-        response_mask: Bool[Tensor, "B T"],
-        *,
-        temperature: float = 1.0,
-        entropy_gradient: bool = False,
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-        """Log-probabilities of the last T tokens and entropies (nats), zero outside ``response_mask``; only masked positions meet the head."""
-        core: Any = self.get_base_model()
-        head, tokens = core.get_output_embeddings(), response_mask.shape[1]
-        logprobs, entropies = token_logprobs(
-            before_response(hidden, response_mask)[response_mask],
-            input_ids[:, -tokens:][response_mask],
-            head.weight,
-            head.bias,
-            temperature=temperature,
-            softcap=self._final_softcap,
-            entropy_gradient=entropy_gradient,
-        )
-        zeros = torch.zeros(response_mask.shape, dtype=logprobs.dtype, device=logprobs.device)
-        return zeros.masked_scatter(response_mask, logprobs), zeros.masked_scatter(response_mask, entropies)
-
-    def exact_kl(
-        self, hidden: Float[Tensor, "B T H"], ref_hidden: Float[Tensor, "B T H"], response_mask: Bool[Tensor, "B T"], *, temperature: float = 1.0
-    ) -> Float[Tensor, "B T"]:
-        """KL(policy || reference) of each next token over the whole vocabulary (nats), zero outside ``response_mask``; gradient to ``hidden``."""
-        core: Any = self.get_base_model()
-        head = core.get_output_embeddings()
-        kl = token_kl(
-            hidden[response_mask], ref_hidden[response_mask], head.weight, head.bias, temperature=temperature, softcap=self._final_softcap
-        )
-        return torch.zeros(response_mask.shape, dtype=kl.dtype, device=kl.device).masked_scatter(response_mask, kl)
-
-    @property
-    def _final_softcap(self) -> float | None:
-        core: Any = self.get_base_model()
-        return core.config.get_text_config().to_dict().get("final_logit_softcapping")
-
-    def values(self, hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """V of the state before each of the last T tokens, zero outside ``response_mask``."""
-        values = self.apply_head("value", before_response(hidden, response_mask))
-        return torch.where(response_mask, values, 0.0)
-
-    def scores(
-        self,
-        input_ids: Int[Tensor, "B L"],
-        attention_mask: Int[Tensor, "B L"],
-        trunk: Float[Tensor, "B L H"] | None = None,
-        ended: Bool[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, " B"]:
-        """The reward model's score of each row, read at its last counted token: what the SEQ_CLS model of RewardTrainer gives, less the
-        ``reward_bias`` beside the adapter (the mean raw score of references, which so have 0: Ouyang et al. 2022, arXiv:2203.02155, 3.5).
-
-        ``ended`` tells which rows close with an end-of-text token; a reward model that was trained without it reads the token before.
-        """
-        return self.read_scores(self.hidden("reward", input_ids, attention_mask, trunk), attention_mask, ended)
-
-    def read_scores(
-        self, hidden: Float[Tensor, "B L H"], attention_mask: Int[Tensor, "B L"], ended: Bool[Tensor, " B"] | None = None
-    ) -> Float[Tensor, " B"]:
-        """``scores``, given the hidden states under ``reward``."""
-        last = last_counted(attention_mask)
-        if ended is not None and not self.reads_eos:
-            last = last - ended.long()
-        return self.apply_head("reward", hidden[torch.arange(len(last), device=last.device), last])
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B L"],
-        attention_mask: Int[Tensor, "B L"],
-        response_mask: Bool[Tensor, "B T"],
-        trunk: Float[Tensor, "B L H"] | None = None,
-        features: Float[Tensor, "B T H"] | None = None,
-        ref_hidden: Float[Tensor, "B T H"] | None = None,
-        temperature: float = 1.0,
-        entropy_gradient: bool = False,
-        ptx: tuple[Int[Tensor, "P N"], Int[Tensor, "P N"]] | None = None,
-    ) -> PolicyAndValue:
-        """Policy and critic in one call, which is what DistributedDataParallel must see: one forward, then one backward.
-
-        ``features``: the reward adapter's states before each response token, for a critic on ``reward_features``; computed where not given.
-        ``ref_hidden``: the reference's states before each response token, for the exact KL to it.
-        ``ptx``: pretraining texts and their attention mask; their mean negative log-likelihood a token is PPO-ptx's term.
-        """
-        ptx_loss = None if ptx is None else self.negative_log_likelihood(*ptx)
-        hidden = self.hidden("policy", input_ids, attention_mask, trunk)
-        logprobs, entropy = self.logprobs(hidden, input_ids, response_mask, temperature=temperature, entropy_gradient=entropy_gradient)
-        kl = None if ref_hidden is None else self.exact_kl(before_response(hidden, response_mask), ref_hidden, response_mask, temperature=temperature)
-        if self.critic is None:
-            values = None
-        elif features is not None:
-            values = torch.where(response_mask, self.apply_head("value", features), 0.0)
-        else:
-            values = self.values(hidden if self.critic == "shared" else self.hidden("value", input_ids, attention_mask, trunk), response_mask)
-        return PolicyAndValue(logprobs, entropy, values, kl, ptx_loss)
-
-    def negative_log_likelihood(self, input_ids: Int[Tensor, "P N"], attention_mask: Int[Tensor, "P N"]) -> Float[Tensor, ""]:
-        """Of whole texts under the policy: nats a token, the first token of each left out. Only the policy gets a gradient."""
-        predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
-        logprobs, _ = self.logprobs(self.hidden("policy", input_ids, attention_mask), input_ids, predicted)
-        return -logprobs.sum() / predicted.sum()
-
-
-def before_response(hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
-    """States from which each of the last T tokens was chosen."""
-    return hidden[:, -response_mask.shape[1] - 1 : -1]

@@ -31,6 +31,22 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return found[0][1]
 
 
+def top_layers(text: str, num_layers: int, setting: str = "lora_layers") -> list[int]:
+    """Indices of the layers that ``all`` or ``top-K`` names, lowest first.
+
+    Raises:
+        ValueError: any other text, or a K that the model does not have.
+    """
+    if text == "all":
+        return list(range(num_layers))
+    prefix, _, number = text.partition("-")
+    if prefix != "top" or not number.isdecimal() or int(number) == 0:
+        raise ValueError(f"{setting}={text!r}: write all, or top-K with a number of layers, for example top-10.")
+    if int(number) > num_layers:
+        raise ValueError(f"{setting}={text!r}: the model has {num_layers} layers. Write top-{num_layers} or less, or all.")
+    return list(range(num_layers - int(number), num_layers))
+
+
 def lowest_layer(layers: nn.ModuleList, adapter: str) -> int:
     """Index of the lowest layer that ``adapter`` changes; the number of layers if it changes none of them."""
     for index, layer in enumerate(layers):
@@ -70,6 +86,34 @@ def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
             yield output
     finally:
         hook.remove()
+
+
+class Capture:
+    """Notes the output of ``layers[depth - 1]`` while a model generates: of the prompt, then of one token after another.
+
+    Args:
+        columns: how many tokens there will be at most, prompt and reply together.
+    """
+
+    def __init__(self, layers: nn.ModuleList, depth: int, columns: int):
+        self.layers, self.depth, self.columns = layers, depth, columns
+        self.states: Any = None
+        self.seen = 0
+
+    def note(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.states is None:
+            self.states = output.new_zeros(output.shape[0], self.columns, output.shape[2])
+        until = min(self.columns, self.seen + output.shape[1])  # generate may sample on while it learns that all have ended
+        self.states[:, self.seen : until] = output[:, : until - self.seen]
+        self.seen = until
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hook = self.layers[self.depth - 1].register_forward_hook(self.note)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 @contextmanager

@@ -69,7 +69,8 @@ def main(args: list[str] | None = None) -> None:
 
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     critic = config.critic if config.needs_critic else None
-    shared = SharedBase.build(base, game.policy_adapter or lora_config(model_args, base), critic=critic, critic_init=config.critic_init)
+    starts = {"critic": critic, "critic_init": config.critic_init, "train_layers": config.train_layers}
+    shared = SharedBase.build(base, game.policy_adapter or lora_config(model_args, base), **starts)
     trainer = PPOTrainer(shared, config, None, tokenizer)
     done = trainer.start(resume_from_checkpoint=config.resume_from_checkpoint)
     count, figures = config.rollout_batch_size, {}

@@ -81,9 +81,8 @@ def main(args: list[str] | None = None) -> None:
     for model in models:
         model.load(replace(model_args, quantization=roles.reward_model_quantization), config.device)
     policy = roles.policy_adapter or lora_config(model_args, base)
-    shared = SharedBase.build(
-        base, policy, reward=roles.reward_adapter, critic=critic, critic_init=config.critic_init, average=config.ema_decay is not None
-    )
+    starts = {"reward": roles.reward_adapter, "critic": critic, "critic_init": config.critic_init, "train_layers": config.train_layers}
+    shared = SharedBase.build(base, policy, average=config.ema_decay is not None, **starts)
     rewards = {"reward_function": sources, "reward_weights": roles.reward_weights}
     trainer = PPOTrainer(shared, config, train, tokenizer, **rewards, ptx_dataset=ptx, eval_dataset=held_out[0] if held_out else None)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

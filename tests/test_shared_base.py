@@ -16,7 +16,8 @@ from goose_lora import loading
 from goose_lora.adapters import ADAPTERS, write_lineage
 from goose_lora.loading import load_base, load_reward_base, load_tokenizer, lora_config
 from goose_lora.sampling import generation_config, sample
-from goose_lora.shared_base import SharedBase, before_response
+from goose_lora.shared_base import SharedBase
+from goose_lora.views import before_response
 
 ALL = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 CRITICS = pytest.mark.parametrize("critic", ["adapter", "shared"])

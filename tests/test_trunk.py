@@ -107,19 +107,21 @@ def test_gradients_with_the_trunk_are_those_without(architecture, checkpointing)
         assert (set(recomputed) >= {3, 4}) == checkpointing
         return {name: parameter.grad.clone() for name, parameter in shared.named_parameters() if parameter.requires_grad}
 
-    want, got = gradients(None), gradients(shared.trunk(ids, mask))
+    want, got = gradients(None), gradients(shared.trunks(ids, mask, ["policy"])["policy"])
     assert len(want) > 8 and all(gradient.abs().max() > 0 for name, gradient in want.items() if "lora_A" in name)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_trunk_depth_is_the_lowest_layer_of_any_adapter(tmp_path):
+def test_a_trunk_ends_where_its_role_begins_to_train():
     model = tiny.base()
     assert tiny.shared(tiny.base(), layers="top-2").trunk_depth() == tiny.LAYERS - 2
     value = tiny.lora(model, layers="top-4", task_type=None)
-    shared = SharedBase.build(model, tiny.lora(model, layers="top-1"), critic="adapter", value=value)
-    assert shared.trunk_depth() == tiny.LAYERS - 4
+    shared = SharedBase.build(model, tiny.lora(model, layers="top-1"), critic="adapter", critic_init="zero", value=value)
+    assert (shared.trunk_depth("policy"), shared.trunk_depth("value")) == (tiny.LAYERS - 1, tiny.LAYERS - 4)
     assert (lowest_layer(shared.layers, "default"), lowest_layer(shared.layers, "value")) == (4, 1)
+    trunks = shared.trunks(*tiny.batch(), ["policy", "reference", "value"])
+    assert trunks["reference"] is trunks["policy"] and not torch.equal(trunks["policy"], trunks["value"])
 
 
 def test_a_head_on_the_policys_states_lowers_no_trunk():
@@ -130,7 +132,7 @@ def test_a_head_on_the_policys_states_lowers_no_trunk():
 def test_no_trunk_where_an_adapter_covers_all_layers(architecture):
     shared = tiny.shared(tiny.base(architecture))
     assert shared.trunk_depth() == 0
-    assert shared.trunk(*tiny.batch()) is None
+    assert shared.trunks(*tiny.batch(), ["policy", "reference"]) == {"policy": None, "reference": None}
 
 
 def test_no_trunk_under_an_adapter_on_the_embeddings():

@@ -20,7 +20,8 @@ from goose_lora import ppo_math
 from goose_lora.ppo_math import Moments
 from goose_lora.rewards import token_rewards
 from goose_lora.sampling import response_mask
-from goose_lora.shared_base import SharedBase, before_response
+from goose_lora.shared_base import SharedBase
+from goose_lora.views import before_response
 
 TOLERANCE = 1e-9
 EPSILON = 1e-7  # TRL divides logits by temperature + 1e-7

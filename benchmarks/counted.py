@@ -1,0 +1,105 @@
+"""FLOPs of one step counted by hand, in matrix products alone: the limit that a design has, for any model, length and batch.
+
+A multiplication with an addition is 2 FLOPs. Attention's products of length by length are left out, as ``torch``'s counter leaves out the fused
+kernel on a CPU. A forward through a frozen matrix with LoRA costs the matrix and both factors; the backward pass of a frozen matrix is one product
+(the gradient of its input), of a factor two; the lowest layer that trains needs no gradient of its input.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Features of a Llama-like decoder."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    queries: int
+    keys: int
+    vocabulary: int
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the matrices of one layer."""
+        attention = [(self.hidden, self.queries), (self.hidden, self.keys), (self.hidden, self.keys), (self.queries, self.hidden)]
+        return [*attention, (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)]
+
+    @property
+    def layer(self) -> int:
+        """FLOPs of one token through one layer without adapters."""
+        return 2 * sum(inputs * outputs for inputs, outputs in self.linears)
+
+    @property
+    def head(self) -> int:
+        return 2 * self.hidden * self.vocabulary
+
+    def lora(self, rank: int) -> int:
+        return 2 * rank * sum(inputs + outputs for inputs, outputs in self.linears)
+
+
+SHAPES = {
+    "135M": Shape(576, 1536, 30, 576, 192, 49152),
+    "0.5B": Shape(896, 4864, 24, 896, 128, 151936),
+    "1.7B": Shape(2048, 6144, 28, 2048, 1024, 151936),
+    "8B": Shape(4096, 14336, 32, 4096, 1024, 128256),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step: replies, tokens of prompt and reply, epochs, rank of LoRA."""
+
+    batch: int = 16
+    prompt: int = 32
+    response: int = 32
+    epochs: int = 4
+    rank: int = 16
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * (self.prompt + self.response)
+
+    @property
+    def replies(self) -> int:
+        return self.batch * self.response
+
+
+def goose(shape: Shape, work: Work, *, layers: int, critic: str | None) -> dict[str, int]:
+    """This project's PPO with adapters in the ``layers`` uppermost layers; ``critic`` as in PPOConfig, None for RLOO and GRPO with a reward adapter.
+
+    Generation is by the merged copy: no adapters.
+    """
+    lora, upper = shape.lora(work.rank), layers * shape.layer
+    whole = (shape.layers - layers) * shape.layer * work.tokens
+    own = (upper + layers * lora) * work.tokens  # one role's pass above the trunk
+    head = shape.head * work.replies
+    scored = own + upper * work.tokens + own  # policy; reference, the bare base; reward adapter
+    score = whole + scored + 2 * head + (own if critic == "adapter" else 0)
+    passes = 2 if critic == "adapter" else 1
+    backward = (upper - (shape.layer - _above_lowest(shape)) + 2 * layers * lora) * work.tokens
+    update = work.epochs * (passes * (own + backward) + 2 * head)
+    return {"generate": _generate(shape, work), "score": score, "update": update}
+
+
+def trl_ppo(shape: Shape, work: Work) -> dict[str, int]:
+    """TRL 1.12.0's PPO: LoRA on all linear layers of the policy, a value model that trains whole, a reward model; logits of prompt and reply."""
+    lora, body = shape.lora(work.rank), shape.layers * shape.layer
+    policy = body + shape.layers * lora
+    head = shape.head * work.tokens
+    score = body * work.tokens + head + 2 * body * work.tokens
+    backward = body - (shape.layer - _above_lowest(shape)) + 2 * shape.layers * lora
+    update = work.epochs * ((policy + backward) * work.tokens + 2 * head + 3 * body * work.tokens)
+    return {"generate": _generate(shape, work, lora=shape.layers * lora), "score": score, "update": update}
+
+
+def _above_lowest(shape: Shape) -> int:
+    """FLOPs of the input gradients inside the lowest layer that trains: its first three products need none of their own input."""
+    first = 2 * shape.hidden * (shape.queries + 2 * shape.keys)
+    return shape.layer - first
+
+
+def _generate(shape: Shape, work: Work, lora: int = 0) -> int:
+    """A cache: each token but the last goes through the layers once, and the head at each of the reply's tokens."""
+    tokens = work.batch * (work.prompt + work.response - 1)
+    return tokens * (shape.layers * shape.layer + lora) + work.replies * shape.head
