@@ -40,6 +40,10 @@ class Rollout:
         return self.input_ids.shape[1] - self.response_mask.shape[1]
 
     @property
+    def response_tokens(self) -> int:
+        return self.response_mask.shape[1]
+
+    @property
     def lengths(self) -> Int[Tensor, " B"]:
         return self.response_mask.sum(-1)
 

@@ -79,21 +79,17 @@ class Rollouts:
         if greedy:
             config = copy.deepcopy(config)
             config.do_sample = False
-        groups = zip(input_ids.split(self.batch_size), attention_mask.split(self.batch_size), strict=True)
         depth = self.shared.capture_depth(merged=self.dense is not None) if keep_trunk and self.reuse_trunk else 0
         how = {"dense": self.dense, "trunk_depth": depth}
-        parts = [sample(self.shared, ids, mask, config, stop=self._stop(ids.shape[1]), **how) for ids, mask in groups]
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.input_ids.shape[1] for part in parts)
-
-        def joined(name: str, fill: Any) -> Tensor:
-            columns = [(getattr(part, name), width - part.input_ids.shape[1]) for part in parts]
-            return torch.cat([torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), 0, missing), value=fill) for x, missing in columns])
-
-        fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "response_mask": False, "sampling_logprobs": 0.0}
-        fills |= {"trunk": 0.0} if depth else {}
-        return Rollout(**{name: joined(name, fill) for name, fill in fills.items()}, ended=torch.cat([p.ended for p in parts]))
+        if len(input_ids) <= self.batch_size:
+            return sample(self.shared, input_ids, attention_mask, config, stop=self._stop(input_ids.shape[1]), **how)
+        order = attention_mask.sum(-1).argsort(stable=True)  # like lengths together: less padding, and fewer steps that only one reply needs
+        parts = []
+        for rows in order.split(self.batch_size):
+            longest = int(attention_mask[rows].sum(-1).max())
+            ids, mask = input_ids[rows, -longest:], attention_mask[rows, -longest:]
+            parts.append(sample(self.shared, ids, mask, config, stop=self._stop(longest), **how))
+        return joined(parts, order, self.tokenizer.pad_token_id)
 
     def _stop(self, prompt_tokens: int) -> StopStrings | None:
         return StopStrings(self.tokenizer, self.stop_strings, prompt_tokens) if self.stop_strings else None
@@ -149,6 +145,30 @@ class Rollouts:
         parts = [field.split(self.batch_size) for field in fields]
         trunks = [None] * len(parts[0]) if rollout.trunk is None else rollout.trunk.split(self.batch_size)
         return zip(*parts, trunks, strict=True)
+
+
+def joined(parts: Sequence[Rollout], order: Int[Tensor, " B"], pad_token_id: Any) -> Rollout:
+    """Groups of other widths as one rollout, its rows where they were: row i of the parts is row ``order[i]``."""
+    prompt_tokens, reply_tokens = (max(getattr(part, name) for part in parts) for name in ("prompt_tokens", "response_tokens"))
+
+    def column(name: str, fill: Any, *, of_reply: bool) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        if found[0] is None:
+            return None
+        padded = []
+        for part, x in zip(parts, found, strict=True):
+            left = 0 if of_reply else prompt_tokens - part.prompt_tokens
+            padded.append(torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), left, reply_tokens - part.response_tokens), value=fill))
+        return torch.cat(padded)[order.argsort()]
+
+    return Rollout(
+        column("input_ids", pad_token_id, of_reply=False),  # type: ignore[arg-type]
+        column("attention_mask", 0, of_reply=False),  # type: ignore[arg-type]
+        column("response_mask", False, of_reply=True),  # type: ignore[arg-type]
+        torch.cat([part.ended for part in parts])[order.argsort()],
+        column("sampling_logprobs", 0.0, of_reply=True),
+        column("trunk", 0.0, of_reply=False),
+    )
 
 
 def _together(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -67,13 +67,26 @@ def rollouts_of(shared, **changes):
     return Rollouts(shared, tiny.tokenizer(), config(response_tokens=9), **how | changes)
 
 
+def test_prompts_of_like_length_are_answered_together_and_replies_stand_where_their_prompts_stood():
+    shared = tiny.shared(tiny.base(), layers="top-2", reference="copy").double()
+    makers, (ids, mask) = rollouts_of(shared, weights="shared"), tiny.batch((7, 3, 6, 4, 5))
+    seen = []
+    shared.get_base_model().model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
+    torch.manual_seed(0)
+    rollout = makers.generate(ids, mask, greedy=True)
+    assert [shape for shape in seen if shape[1] > 1] == [(2, 4), (2, 6), (1, 7)]
+    assert rollout.prompt_ids() == [row[row_mask.bool()].tolist() for row, row_mask in zip(ids, mask, strict=True)]
+    alone = rollouts_of(shared, weights="shared", batch_size=1)
+    assert rollout.response_ids() == alone.generate(ids, mask, greedy=True).response_ids()
+
+
 def test_groups_of_other_widths_are_put_together():
     shared = tiny.shared(tiny.base(), layers="top-2", reference="copy").double()
     makers = rollouts_of(shared)
     makers.generation.eos_token_id = list(range(4, 20))
     torch.manual_seed(0)
     rollout = makers.generate(*tiny.batch((7, 4, 5, 6)), keep_trunk=True)
-    assert len({int(group.sum(-1).max()) for group in rollout.response_mask.split(2)}) == 2, "two widths"
+    assert len({int(rollout.lengths[pair].max()) for pair in ([1, 2], [0, 3])}) == 2, "two widths"
     assert_is_the_trunk(shared, rollout)
 
 
