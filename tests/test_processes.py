@@ -1,0 +1,146 @@
+"""PPO on two processes is PPO: other prompts on each, equal weights on both, and the step that one process with all replies would make."""
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+from ranks import on_ranks
+
+from goose_lora.batch import Rollout
+from goose_lora.data import RolloutBatches
+from goose_lora.rollouts import Rollouts
+
+
+def weights(shared):
+    return {name: p.detach().clone() for name, p in tiny_runs.trained_parameters(shared).items()}
+
+
+def note_rollouts(seen):
+    """Prompts and replies of each rollout into ``seen``."""
+    generate = Rollouts.generate
+
+    def noting(self, *args, **kwargs):
+        rollout = generate(self, *args, **kwargs)
+        seen.append((rollout.prompt_ids(), rollout.response_ids()))
+        return rollout
+
+    return noting
+
+
+def canned(self, input_ids, attention_mask, **how):
+    """Replies that follow from the prompts alone, so that one process and two have the same."""
+    last = input_ids[:, -1:]
+    replies = 4 + (last * torch.arange(1, 7) * 7 + input_ids.sum(-1, keepdim=True)) % (tiny.VOCABULARY - 4)
+    lengths = 2 + last % 5
+    mask = torch.arange(6) < lengths
+    return Rollout(torch.cat([input_ids, replies], 1), torch.cat([attention_mask, mask.long()], 1), mask, lengths[:, 0] < 6)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run of two rollouts on two processes, as each of them saw it."""
+    folder = tmp_path_factory.mktemp("two")
+
+    def work(rank):
+        seen = []
+        Rollouts.generate = note_rollouts(seen)
+        trainer = tiny_runs.trainer(folder / "run", score_normalization="running", kl_target=1.0)
+        start = weights(trainer.shared)
+        trainer.train()
+        rollouts = seen[-2:]
+        return {
+            "start": start, "end": weights(trainer.shared), "prompts": [p for p, _ in rollouts], "replies": [r for _, r in rollouts],
+            "kl_coef": trainer.rollout_state.kl_control.coef, "moments": list(trainer.rollout_state.score_moments),
+            "wrapped": type(trainer.model_wrapped).__name__,
+        }  # fmt: skip
+
+    return on_ranks(work, folder), folder
+
+
+def test_weights_are_equal_on_both_and_have_moved(two):
+    (one, other), _ = two
+    assert one["wrapped"] == "DistributedDataParallel"
+    assert all(torch.equal(p, other["end"][name]) for name, p in one["end"].items())
+    assert all(torch.equal(p, other["start"][name]) for name, p in one["start"].items())
+    assert all(not torch.equal(p, one["start"][name]) for name, p in one["end"].items())
+
+
+def test_they_roll_out_other_prompts_with_other_random_numbers(two):
+    (one, other), _ = two
+    rows = {tuple(row["input_ids"]): number for number, row in enumerate(tiny_runs.prompt_rows())}
+    for mine, theirs in zip(one["prompts"], other["prompts"], strict=True):
+        numbers = [[rows[tuple(prompt)] for prompt in prompts] for prompts in (mine, theirs)]
+        assert len(set(numbers[0]) | set(numbers[1])) == 2 * 16
+    replies = [{tuple(reply) for rollout in side["replies"] for reply in rollout} for side in (one, other)]
+    assert len(replies[0] & replies[1]) < 4
+
+
+def test_state_between_rollouts_is_that_of_all_replies(two):
+    (one, other), _ = two
+    assert one["kl_coef"] == other["kl_coef"]
+    assert one["moments"] == other["moments"] and one["moments"][0] == 2 * 2 * 16
+
+
+def test_only_the_first_writes_and_a_row_a_rollout(two):
+    _, folder = two
+    rows = tiny_runs.logged(folder / "run")
+    assert [row["step"] for row in rows] == [4, 8]
+    assert len({row["prompt"] for row in tiny_runs.read_jsonl(folder / "run" / "samples.jsonl")}) > 4
+
+
+STEP = {
+    "num_rollouts": 1, "num_mini_batches": 1, "gradient_accumulation_steps": 1, "num_ppo_epochs": 2, "learning_rate": 1.0, "optim": "sgd",
+    "whiten_rewards": True, "score_normalization": "running", "max_grad_norm": 0.5, "max_tokens_per_microbatch": 40,
+}  # fmt: skip
+
+
+def one_step(folder, rows, batch):
+    """Weights and figures after one rollout of canned replies."""
+    generate, Rollouts.generate = Rollouts.generate, canned
+    try:
+        trainer = tiny_runs.trainer(folder, rows=rows, per_device_train_batch_size=batch, **STEP)
+        trainer.train()
+    finally:
+        Rollouts.generate = generate
+    return weights(trainer.shared)
+
+
+def test_two_processes_make_the_step_that_one_makes_of_all_replies(tmp_path):
+    rows = tiny_runs.prompt_rows(16)
+    results = on_ranks(lambda rank: one_step(tmp_path / "two", rows, 8), tmp_path)
+    want = one_step(tmp_path / "one", rows, 16)
+    start = tiny_runs.trained_parameters(tiny_runs.fresh())
+    for name, parameter in want.items():
+        step = parameter - start[name]
+        assert step.norm() > 1e-4, name
+        assert (results[0][name] - start[name] - step).norm() < 1e-3 * step.norm(), name
+    one, two = (tiny_runs.logged(tmp_path / name)[0] for name in ("one", "two"))
+    local = {"value/mean", "value/explained_variance", "advantage/std", "advantage/largest"}  # shown of the replies of each process, then averaged
+    assert {key: value for key, value in two.items() if key not in local} == pytest.approx(
+        {key: value for key, value in one.items() if key not in local}, rel=1e-3, abs=1e-5
+    )
+
+
+def test_a_run_resumed_on_two_processes_ends_where_the_uninterrupted_one_does(two, tmp_path):
+    (one, _), _ = two
+    how = {"score_normalization": "running", "kl_target": 1.0}
+
+    def begin(rank):
+        tiny_runs.trainer(tmp_path / "run", save_strategy="steps", save_steps=4, num_rollouts=1, **how).train()
+        return {}
+
+    def finish(rank):
+        trainer = tiny_runs.trainer(tmp_path / "run", **how)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+        return weights(trainer.shared)
+
+    on_ranks(begin, tmp_path / "begin")
+    for end in on_ranks(finish, tmp_path / "finish"):
+        assert all(torch.equal(p, one["end"][name]) for name, p in end.items())
+
+
+def test_batches_are_dealt_so_that_no_rank_has_anothers_prompts():
+    batches = list(RolloutBatches(16, 4, repeat=3, seed=0, num_processes=2))
+    ranks = [batches[rank::2] for rank in range(2)]  # as accelerate deals them
+    assert all(ranks[rank][block] == ranks[rank][block + 1] == ranks[rank][block + 2] for rank in range(2) for block in (0, 3))
+    assert sorted(row for rank in ranks for block in (0, 3) for row in rank[block]) == list(range(16))
