@@ -1,0 +1,39 @@
+"""Launchers: the shipped configurations are accelerate's, and those that would cut the base into shards are refused."""
+
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import TrainingArguments
+
+from goose_lora.launch import require_ddp
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "recipes" / "configs" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_is_one_of_accelerates(path):
+    config = load_config_from_file(str(path))
+    wanted = {"one_gpu": ("NO", 1, 1), "several_gpus": ("MULTI_GPU", 1, 2), "two_machines": ("MULTI_GPU", 2, 4)}[path.stem]
+    assert (str(config.distributed_type.value), config.num_machines, config.num_processes) == wanted
+    assert config.mixed_precision == "no" and not config.use_cpu
+
+
+@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_shards_of_a_quantized_base_are_refused_with_the_way_out(variable, name, monkeypatch, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    require_ddp(args, "nf4", roles=True)
+    monkeypatch.setenv(variable, "true")
+    for roles in (True, False):
+        with pytest.raises(ValueError, match=rf"^{name}: a base in nf4 cannot be cut .*several_gpus\.yaml"):
+            require_ddp(args, "nf4", roles=roles)
+    with pytest.raises(ValueError, match=rf"^{name}: policy, critic, reward model and reference are adapters on one base"):
+        require_ddp(args, "none", roles=True)
+    require_ddp(args, "none", roles=False)
+
+
+def test_shards_by_a_setting_are_refused_too(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    args.fsdp = "full_shard"
+    with pytest.raises(ValueError, match="^FSDP: "):
+        require_ddp(args, "nf4", roles=True)
