@@ -22,6 +22,7 @@ from transformers import TrainerState
 import goose_lora.callbacks
 import goose_lora.rollouts
 from goose_lora import cli
+from goose_lora.report import read_jsonl
 from goose_lora.shared_base import SharedBase
 
 RECIPES = {name: recipe(name) for name in ("sft", "reward", "ppo", "own_loop")}
@@ -77,9 +78,9 @@ class Watch:
         return self.moment is not None and kind == self.moment.kind and self.counts[kind] == self.moment.count
 
     def audit(self, event: str, args: tuple) -> None:
-        if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir") or (event == "open" and isinstance(args[2], int) and args[2] & WRITES):
-            if isinstance(args[0], (str, os.PathLike)) and str(args[0]).startswith(self.folder):
-                self.see("file")
+        writes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir") or (event == "open" and isinstance(args[2], int) and args[2] & WRITES)
+        if writes and isinstance(args[0], (str, os.PathLike)) and str(args[0]).startswith(self.folder):
+            self.see("file")
 
     def around(self, owner, name: str, kind: str) -> None:
         call = getattr(owner, name)
@@ -127,7 +128,7 @@ def run(name: str, folder: Path, moment: Moment | None = None, **settings) -> En
         code = 70
         try:
             handle = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-            sys.stdout = sys.stderr = open(handle, "w", buffering=1)
+            sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             watch = Watch(folder, moment)
@@ -149,3 +150,21 @@ def run(name: str, folder: Path, moment: Moment | None = None, **settings) -> En
     _, status = os.waitpid(child, 0)
     seen = Counter(json.loads(counts.read_text())) if counts.is_file() else Counter()
     return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), seen)
+
+
+def leavings(folder: Path):
+    """All that a run leaves and that must not depend on how often it was killed."""
+    files = [path for path in folder.rglob("adapter_model.safetensors") if "checkpoint-" not in str(path)]
+    weights = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "train_runtime" not in row]  # a summary of the process, not of the run
+    # num_tokens is TRL's count, which begins anew in each process
+    metrics = [{name: value for name, value in row.items() if "second" not in name and name != "num_tokens"} for row in rows]
+    samples = folder / "samples.jsonl"
+    return weights, metrics, samples.read_text() if samples.is_file() else ""
+
+
+def assert_same_leavings(straight, broken):
+    want, got = leavings(straight), leavings(broken)
+    assert want[0] and want[1]
+    for one, other in zip(want, got, strict=True):
+        assert one == other
