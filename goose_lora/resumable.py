@@ -77,7 +77,9 @@ class Resumable:
             OSError: a checkpoint could not be saved, or a process that loads data died.
         """
         args = self.args
-        folder = checkpoints.resolve(resume_from_checkpoint, args.output_dir, facts(self), says=self.is_world_process_zero())
+        chosen_here = resume_from_checkpoint in (True, "latest")  # a recipe has chosen before, and said so
+        says = chosen_here and self.is_world_process_zero()
+        folder = checkpoints.resolve(resume_from_checkpoint, args.output_dir, facts(self), says=says)
         keeper = CheckpointKeeper(self)
         try:
             with keeper.takes_over(), self.stop.handled():
