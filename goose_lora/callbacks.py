@@ -17,9 +17,6 @@ from goose_lora.shared_base import SharedBase
 
 logger = logging.getLogger(__name__)
 
-TRAINING_ARGUMENTS_PICKLE = "training_args.bin"
-
-
 class RolloutState(TrainerCallback, ExportableState):
     """What PPO remembers between rollouts: KL coefficient, scale of scores, evaluations without a gain. Saved in ``trainer_state.json``."""
 
@@ -40,10 +37,14 @@ class RolloutState(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         callbacks: Any = state.stateful_callbacks or {}
         saved = callbacks.get(type(self).__name__)
-        if state.global_step > 0 and isinstance(saved, dict):
-            self.kl_control.load_state_dict(saved["attributes"]["kl_control_state"])
+        if state.global_step > 0:
+            remembered = saved["attributes"] if isinstance(saved, dict) else {}
+            missing = [name for name in ("kl_control_state", *self.REMEMBERED) if name not in remembered]
+            if missing:
+                raise ValueError(f"the checkpoint does not say what this version needs to go on from it: {', '.join(missing)}. Start anew.")
+            self.kl_control.load_state_dict(remembered["kl_control_state"])
             for name in self.REMEMBERED:
-                value = saved["attributes"][name]
+                value = remembered[name]
                 setattr(self, name, tuple(value) if isinstance(value, list) else value)
 
     def on_evaluate(
@@ -83,18 +84,19 @@ class MetricsFile(TrainerCallback):
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = Path(args.output_dir or ".") / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step] if state.global_step else []
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [row for row in read_whole_lines(path) if self._stays(name, row, state.global_step)] if state.global_step else []
+            temporary = path.with_name(f".{name}.tmp")
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(path)
+
+    @staticmethod
+    def _stays(name: str, row: dict[str, Any], step: int) -> bool:
+        """Samples of a rollout bear the step that it begins at, and are written again; the summary of a run that was stopped is not the run's."""
+        return row["step"] < step or (row["step"] == step and name == "metrics.jsonl" and "train_runtime" not in row)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             append_line(Path(args.output_dir or ".") / "metrics.jsonl", {"step": state.global_step, **logs})
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # A pickle of settings that stand in goose_lora.json too; nothing here is ever unpickled.
-        for path in Path(args.output_dir or ".").glob(f"checkpoint-{state.global_step}/{TRAINING_ARGUMENTS_PICKLE}"):
-            path.unlink()
 
 
 class Diagnosis(TrainerCallback):
@@ -144,6 +146,12 @@ def write_samples(
     for row, (prompt, reply) in enumerate(texts):
         line = {"step": step, "prompt": prompt, "reply": reply, "raw_score": scores[row].item(), "kl": kl[row].item()}
         append_line(Path(folder or ".") / "samples.jsonl", line)
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that may end in the middle of one, where a run was killed; none if there is no file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import ctypes
 import difflib
 import functools
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from goose_lora.from_trl import FROM_TRL
+from goose_lora.interrupts import Stopped
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -113,8 +115,11 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.argv.remove("--debug")
         try:
             main()
+        except Stopped as stop:
+            print(f"\n{stop} Continue with: {continuing()}", file=sys.stderr)
+            sys.exit(128 + stop.signum)
         except KeyboardInterrupt:
-            print("\nStopped. What was saved is kept; the same command goes on from it or starts again.", file=sys.stderr)
+            print("\nStopped at once. What was saved is kept; --resume_from_checkpoint latest goes on from it.", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
         except (ValueError, OSError, argparse.ArgumentError, ImportError) as error:
             if debug:
@@ -125,6 +130,16 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(EXIT_BAD_INPUT)
 
     return run
+
+
+def continuing() -> str:
+    """The command of a recipe that goes on from the newest whole checkpoint of this one."""
+    words = list(sys.argv)
+    if "--resume_from_checkpoint" in words:
+        at = words.index("--resume_from_checkpoint")
+        del words[at : at + 2]
+    launcher = ["accelerate", "launch"] if any(name.startswith("ACCELERATE_") for name in os.environ) else ["python"]
+    return shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"])
 
 
 def main() -> None:

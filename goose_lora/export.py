@@ -4,13 +4,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from goose_lora.checkpoints import replacing
 from goose_lora.shared_base import SharedBase
 
 
 def save_policy(shared: SharedBase, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Policy to ``folder``, and ``value/``, ``reward/`` and ``reference/`` below it, with the tokenizer; safetensors only."""
-    shared.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+    """Policy to ``folder``, and ``value/``, ``reward/`` and ``reference/`` below it, with the tokenizer; safetensors only. Whole or not at all."""
+    with replacing(folder) as temporary:
+        shared.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
 
 
 def loading_snippet(base: str, folder: str | Path) -> str:

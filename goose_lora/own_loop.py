@@ -8,6 +8,7 @@ same time, and random numbers come in one order.
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from goose_lora.batch import Rollout
 from goose_lora.data import left_pad
+from goose_lora.interrupts import StopSignals
 from goose_lora.rewards import Scores
 from goose_lora.stopping import ends_with_stop
 
@@ -32,10 +34,12 @@ class OwnLoop:
     Args:
         train: the whole training; it calls ``take`` whenever it needs a rollout.
         device: what the thread's CUDA calls go to.
+        stop: signals, which reach the user's thread alone; handled from the start of the loop to its end.
     """
 
-    def __init__(self, train: Callable[[], Any], device: torch.device):
+    def __init__(self, train: Callable[[], Any], device: torch.device, stop: StopSignals):
         self._train, self._device = train, device
+        self._stop, self._handled = stop, ExitStack()
         self._asked: queue.SimpleQueue[BaseException | str] = queue.SimpleQueue()
         self._given: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="goose_lora training", daemon=True)
@@ -44,6 +48,7 @@ class OwnLoop:
 
     def start(self) -> None:
         """Returns when the training asks for its first rollout: optimizer, checkpoint and random state are in place then."""
+        self._handled.enter_context(self._stop.handled())
         self._thread.start()
         self._wait()
 
@@ -79,6 +84,7 @@ class OwnLoop:
         self.ended = answer != "next"
         if self.ended:
             self._thread.join()
+            self._handled.close()
         if isinstance(answer, BaseException):
             self._error = answer
             raise answer
@@ -177,13 +183,14 @@ class UserLoop:
     _own_loop: OwnLoop | None = None
 
     def start(self: Any, resume_from_checkpoint: str | bool | None = None) -> int:
-        """Begin a loop of your own, or go on with one from a checkpoint; returns how many rollouts are behind it.
+        """Begin a loop of your own, or go on with one from a checkpoint (as in ``train``); returns how many rollouts are behind it.
 
+        Until the loop ends, SIGINT and SIGTERM are answered after the rollout under way: ``step`` saves, and raises ``Stopped``.
         After it ``generate`` and ``step`` draw the random numbers that the uninterrupted loop would have drawn.
         """
         if self._own_loop is not None:
             raise ValueError("the loop has been started already. Make a new PPOTrainer for another one.")
-        self._own_loop = OwnLoop(lambda: self.train(resume_from_checkpoint=resume_from_checkpoint), self.args.device)
+        self._own_loop = OwnLoop(lambda: self.train(resume_from_checkpoint=resume_from_checkpoint), self.args.device, self.stop)
         self._own_loop.start()
         return self.state.global_step // self.args.steps_per_rollout
 

@@ -53,6 +53,9 @@ class PPOConfig(TrainingArguments):
     score_clip: float | None = field(default=None, metadata={"help": "Bound on a score's size, after normalisation; null: none."})
     length_penalty: float = field(default=0.0, metadata={"help": "Taken off the score for each token of a reply; negative pays for length."})
     missing_eos_penalty: float | None = field(default=None, metadata={"help": "Taken off the score of a reply that did not end by itself."})
+    reward_timeout: float | None = field(
+        default=1800, metadata={"help": "Seconds that the reward functions may take over a rollout; then the run ends. null: as long as they like."}
+    )
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to variance 1 in each rollout, their mean kept."})
 
     # Update
@@ -166,6 +169,7 @@ class PPOConfig(TrainingArguments):
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
         self._require("cliprange_value", self.cliprange_value is None or self.cliprange_value > 0, "must be positive, or null for no bound")
         self._require("max_tokens_per_microbatch", (self.max_tokens_per_microbatch or 1) >= 1, "must be 1 or more, or null for no bound")
+        self._require("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "must be positive, or null for no limit")
         self._require("score_clip", self.score_clip is None or self.score_clip > 0, "must be positive, or null for no bound")
         self._require("critic_warmup_rollouts", self.critic_warmup_rollouts >= 0, "must not be negative")
         self._require("critic_warmup_rollouts", self.needs_critic or not self.critic_warmup_rollouts, "rloo and grpo have no critic to warm up")

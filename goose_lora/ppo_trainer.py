@@ -28,6 +28,7 @@ from goose_lora.loss import leaves_bounds, total_loss
 from goose_lora.microbatches import halves, padded_tokens, within
 from goose_lora.own_loop import UserLoop, unscored
 from goose_lora.ppo_config import PPOConfig
+from goose_lora.resumable import Resumable
 from goose_lora.rewards import RewardMix, RewardSource, Scores, ScoreScale, score_scale
 from goose_lora.rollouts import Rollouts
 from goose_lora.sampling import generation_config
@@ -36,12 +37,9 @@ from goose_lora.shared_base import SharedBase
 
 logger = logging.getLogger(__name__)
 
-# Log-probabilities of one text in two batches: fp32 sums in another order, bf16 rounds what differs.
-STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-
 
 @answers_trl(TRAINER_ARGUMENTS)
-class PPOTrainer(UserLoop, Trainer):
+class PPOTrainer(UserLoop, Resumable, Trainer):
     """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
 
     Args:
@@ -75,7 +73,7 @@ class PPOTrainer(UserLoop, Trainer):
     ):
         alone: Any = unscored if train_dataset is None and not model.has("reward") else "adapter"
         sources: Any = alone if reward_function is None else reward_function
-        reward = RewardMix(list(sources) if isinstance(sources, (list, tuple)) else [sources], reward_weights)
+        reward = RewardMix(list(sources) if isinstance(sources, (list, tuple)) else [sources], reward_weights, timeout=args.reward_timeout)
         if reward.needs_adapter and not model.has("reward"):
             raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
         if args.needs_critic != (model.critic is not None):
@@ -95,9 +93,8 @@ class PPOTrainer(UserLoop, Trainer):
             rollouts = args.rollout_batch_size // args.num_generations * args.world_size
             train_dataset = Dataset.from_dict({"input_ids": [[processing_class.eos_token_id]] * rollouts})
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
-        self.add_callback(self.rollout_state)
-        self.add_callback(MetricsFile())
-        self.add_callback(Diagnosis())  # after it: reads the rows that it keeps of a resumed run
+        for callback in (self.rollout_state, MetricsFile(), Diagnosis()):  # the last reads the rows that MetricsFile keeps of a resumed run
+            self.add_callback(callback)
         if args.ema_decay is not None:
             self.add_callback(PolicyAverage(model, args.ema_decay))
         self._microbatches: Iterator[dict[str, Tensor]] = iter(())
@@ -128,6 +125,10 @@ class PPOTrainer(UserLoop, Trainer):
         in_units_of_scores = model.values_are_scores and reward.needs_adapter  # other sources have a scale of their own
         self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=in_units_of_scores)
         self.last_figures: dict[str, float] = {}  # of the last rollout, and of its log
+
+    @property
+    def stage(self) -> str:  # type: ignore[override]
+        return "ppo" if self._has_prompts else "own_loop"
 
     @property
     def shared(self) -> Any:
@@ -192,7 +193,7 @@ class PPOTrainer(UserLoop, Trainer):
                 parameter.grad = None
         self._gates_open = True
         self._microbatches_done += 1
-        return loss
+        return torch.where(loss.isfinite(), loss, 0.0)  # Trainer adds it up: one that is not finite would be all that is logged from then on
 
     def _learn(self, model: nn.Module, microbatch: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
         """Gradients of one microbatch, in parts where it would be too large; out of memory, the parts are halved from then on."""
@@ -276,7 +277,8 @@ class PPOTrainer(UserLoop, Trainer):
             if rollout:
                 rollout["rollout/count"] = torch.tensor(float(len(self._rollout_metrics["objective/score"])), device=self.args.device)
             mean = self.accelerator.reduce(rollout | update, reduction="mean")
-            logs.update({name: value.item() for name, value in mean.items()})
+            logs.update({name: value.item() for name, value in mean.items()} | {"policy/not_finite": self.finite.skipped / steps})
+            self.finite.skipped = 0
             self.last_figures |= logs
             self._rollout_metrics.clear()
             self._update_metrics.clear()
@@ -394,7 +396,7 @@ class PPOTrainer(UserLoop, Trainer):
 
     @property
     def _tolerance(self) -> float:
-        return STEP_ZERO_TOLERANCE.get(self.shared.get_base_model().get_output_embeddings().weight.dtype, 1e-5)
+        return gates.STEP_ZERO_TOLERANCE.get(self.shared.get_base_model().get_output_embeddings().weight.dtype, 1e-5)
 
     @property
     def _training_roles(self) -> tuple[Role, ...]:

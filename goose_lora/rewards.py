@@ -2,7 +2,14 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,12 +29,15 @@ class RewardMix:
     number a reply, None where it has nothing to say; or one list a reply, with a number for each of its tokens. Columns are those of the
     prompts' dataset.
 
+    Args:
+        timeout: seconds that the functions may take together; None: as long as they like.
+
     Raises:
         ValueError: no source, or not one weight to each.
     """
 
-    def __init__(self, sources: Sequence[RewardSource], weights: Sequence[float] | None = None):
-        self.sources = list(sources)
+    def __init__(self, sources: Sequence[RewardSource], weights: Sequence[float] | None = None, *, timeout: float | None = None):
+        self.sources, self.timeout = list(sources), timeout
         self.weights = [1.0] * len(self.sources) if weights is None else [float(weight) for weight in weights]
         if not self.sources or len(self.weights) != len(self.sources):
             raise ValueError(f"reward_weights: {len(self.weights)} weights for {len(self.sources)} sources of reward; give one to each.")
@@ -46,11 +56,14 @@ class RewardMix:
             replies: ``prompts, completions, completion_ids`` and columns, for the functions.
 
         Raises:
-            ValueError: a function that did not give one finite number, one list of them (a number a token) or None a reply, or a reply of
-                which no source said anything.
+            ValueError: a function that raised an error, or did not give one finite number, one list of them (a number a token) or None a reply;
+                or a reply of which no source said anything.
+            TimeoutError: the functions took longer than ``timeout``.
         """
         ids = replies["completion_ids"]
-        said = asyncio.run(_ask_all([source for source in self.sources if source != "adapter"], replies))
+        functions = {name: source for name, source in zip(self.names, self.sources, strict=True) if source != "adapter"}
+        with _time_limit(self.timeout if functions else None, f"the reward function {', '.join(functions)}"):
+            said = asyncio.run(_ask_all(functions, replies))
         answers = iter(said)
         device = torch.device("cpu") if by_adapter is None else by_adapter.device
         columns, by_token = [], None
@@ -82,11 +95,55 @@ class Scores(NamedTuple):
     by_token: Float[Tensor, " N"] | None = None
 
 
-async def _ask_all(functions: Sequence[RewardFunction], replies: dict[str, Any]) -> list[Any]:
-    answers = [function(**replies) for function in functions]
+async def _ask_all(functions: dict[str, Any], replies: dict[str, Any]) -> list[Any]:
+    answers = []
+    for name, function in functions.items():
+        with _named(name):
+            answer = function(**replies)
+        answers.append(_awaited(name, answer) if inspect.isawaitable(answer) else answer)
     waiting = [answer for answer in answers if inspect.isawaitable(answer)]
     done = iter(await asyncio.gather(*waiting))
     return [next(done) if inspect.isawaitable(answer) else answer for answer in answers]
+
+
+async def _awaited(name: str, answer: Any) -> Any:
+    with _named(name):
+        return await answer
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """An error inside is told of with the function's name and the line where it arose."""
+    try:
+        yield
+    except TimeoutError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise ValueError(f"the reward function {name} raised {type(error).__name__} ({where}): {error}") from error
+
+
+@contextmanager
+def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
+    """Interrupts what is inside after ``seconds``, by an alarm of the system: no limit on Windows, or in another thread than the main one."""
+    if seconds is None or sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: Any) -> None:
+        raise TimeoutError(
+            f"{what} has not answered for {seconds:g} s, which is reward_timeout. See what it waits for, or raise reward_timeout (null: no limit); "
+            "--resume_from_checkpoint latest goes on from the last checkpoint."
+        )
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    began, (before, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(before - (time.monotonic() - began), 0.001) if before else 0, interval)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _read_answer(answer: Any, lengths: Sequence[int], name: str) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"] | None]:

@@ -17,6 +17,7 @@ from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_c
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.report import write_stage
+from goose_lora.resumable import starting_point
 from goose_lora.shared_base import SharedBase
 
 
@@ -63,6 +64,7 @@ def main(args: list[str] | None = None) -> None:
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)
     rate = import_function(game.rating)
     require_adapter("policy_adapter", game.policy_adapter, model_args)
+    start = starting_point(config, "own_loop", model_args, game.policy_adapter)
     rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="ppo")
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     prompts = tokenize_prompts(rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens)["input_ids"]
@@ -72,7 +74,7 @@ def main(args: list[str] | None = None) -> None:
     starts = {"critic": critic, "critic_init": config.critic_init, "train_layers": config.train_layers}
     shared = SharedBase.build(base, game.policy_adapter or lora_config(model_args, base), **starts)
     trainer = PPOTrainer(shared, config, None, tokenizer)
-    done = trainer.start(resume_from_checkpoint=config.resume_from_checkpoint)
+    done = trainer.start(resume_from_checkpoint=start)
     count, figures = config.rollout_batch_size, {}
     for rollout in range(done, config.num_rollouts):
         first = (rollout * config.world_size + config.process_index) * count

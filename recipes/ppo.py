@@ -21,6 +21,7 @@ from goose_lora.memory import planner
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.report import plot_curves, read_jsonl, require_verdict, write_stage
+from goose_lora.resumable import starting_point
 from goose_lora.reward_models import RewardModel, reward_sources
 from goose_lora.shared_base import SharedBase
 
@@ -52,6 +53,7 @@ def main(args: list[str] | None = None) -> None:
     check_critic(critic, config.critic_init, has_reward=roles.reward_adapter is not None)
     require_adapter("policy_adapter", roles.policy_adapter, model_args)
     require_adapter("reward_adapter", roles.reward_adapter, model_args)
+    start = starting_point(config, "ppo", model_args, roles.policy_adapter)
     if roles.reward_adapter is not None:
         require_verdict(roles.reward_adapter, force=roles.force)
     if config.eval_strategy != "no" and data_args.eval_dataset_name is None:
@@ -85,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
     shared = SharedBase.build(base, policy, average=config.ema_decay is not None, **starts)
     rewards = {"reward_function": sources, "reward_weights": roles.reward_weights}
     trainer = PPOTrainer(shared, config, train, tokenizer, **rewards, ptx_dataset=ptx, eval_dataset=held_out[0] if held_out else None)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=start)
 
     if trainer.is_world_process_zero():
         save_policy(shared, tokenizer, config.output_dir)

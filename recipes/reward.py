@@ -23,6 +23,15 @@ from goose_lora.loading import ModelArguments, adapters_to_fp32, load_reward_bas
 from goose_lora.preferences import LIST, PAIR, ranked_rows, tokenize_ranked, tokenize_references
 from goose_lora.ranked import RankedRewardTrainer
 from goose_lora.report import write_stage, write_verdict
+from goose_lora.resumable import Resumable, starting_point
+
+
+class PairTrainer(Resumable, RewardTrainer):
+    stage = "reward"
+
+
+class ListTrainer(Resumable, RankedRewardTrainer):
+    stage = "reward"
 
 
 @dataclass
@@ -42,6 +51,7 @@ def main(args: list[str] | None = None) -> None:
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)
     names = {"train": data_args.dataset_name, "eval": data_args.eval_dataset_name, "any": data_args.any_pairs_name}
     splits = {"train": data_args.dataset_split, "eval": data_args.eval_dataset_split, "any": data_args.eval_dataset_split}
+    start = starting_point(config, "reward", model_args)
     if names["eval"] is None:
         raise ValueError("eval_dataset_name: a reward model is judged on held-out pairs. Keep some of yours out of training and name them.")
     how = {"max_rows": data_args.max_rows, "column_mapping": data_args.column_mapping, "stage": "reward"}
@@ -66,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
         margins = list(dataset["margin"]) if "margin" in dataset.column_names else None
         rows[key] = tokenize_ranked(lists, tokenizer, name=str(names[key]), margins=margins, **reading)
     base = load_reward_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
-    trainer = (RankedRewardTrainer if ranked else RewardTrainer)(
+    trainer = (ListTrainer if ranked else PairTrainer)(
         model=base,
         args=config,
         train_dataset=rows.pop("train"),
@@ -75,12 +85,12 @@ def main(args: list[str] | None = None) -> None:
         peft_config=lora_config(model_args, base, "SEQ_CLS", modules_to_save=["score"]),
     )
     adapters_to_fp32(trainer.model)
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
+    result = trainer.train(resume_from_checkpoint=start)
     bias = reference_bias(trainer, references) if references else 0.0
     write_lineage(config.output_dir, append_eos=data_args.append_eos, reward_bias=bias, reward_references=len(references))
 
     write_verdict(config.output_dir, judge(trainer, held_out["eval"], held_out.get("any"), bias=bias))
+    trainer.save_model()  # last: without its verdict and its bias it is not the reward model
     write_stage(config.output_dir, "reward", {"loss": result.training_loss, "steps": trainer.state.global_step}, trainer.state.log_history)
 
 

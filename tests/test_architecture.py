@@ -36,11 +36,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnosis": {"findings", "reply_verdicts"},
     "__init__": {"from_trl"},
     # one base, and what is made with it
+    "launch": set(),
     "loading": {"trunk"},
     "trunk_sharing": {"adapters", "trunk"},
     "views": {"adapters", "batch", "logprobs", "trunk", "trunk_sharing"},
     "shared_base": {"adapters", "trunk_sharing", "views"},
     "callbacks": {"batch", "diagnosis", "kl_control", "shared_base"},
+    "checkpoints": set(),
+    "interrupts": set(),
+    "resumable": {"adapters", "checkpoints", "interrupts", "loading", "ppo_config", "shared_base"},
     "dense": {"adapters", "shared_base"},
     "shapes": {"adapters", "loading", "ppo_config", "trunk"},
     "memory": {"dense", "loading", "logprobs", "ppo_config", "shapes"},
@@ -50,25 +54,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollouts": {"adapters", "batch", "dense", "rewards", "sampling", "shared_base", "stopping", "views"},
     "experience": {"batch", "callbacks", "ppo_config", "ppo_math", "rewards", "rollouts"},
     "evaluating": {"ppo_math", "rewards", "rollouts"},
-    "own_loop": {"batch", "data", "rewards", "stopping"},
+    "own_loop": {"batch", "data", "interrupts", "rewards", "stopping"},
     "schedules": {"ppo_config"},
     "loss": {"ppo_config", "ppo_math", "views"},
     "microbatches": set(),
     "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control", "loss"}
-    | {"microbatches", "own_loop", "ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
+    | {"microbatches", "own_loop", "ppo_config", "ppo_math", "resumable", "rewards", "rollouts", "sampling", "schedules"}
+    | {"shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "reward_models": {"evaluation", "loading"},
-    "export": {"shared_base"},
+    "export": {"checkpoints", "shared_base"},
     "report": {"verdict"},
     "data_report": {"data", "data_formats", "evaluation"},
     # the command line
-    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "loading", "memory", "ppo_config", "report", "shapes"},
+    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "interrupts", "loading", "memory", "ppo_config", "report", "shapes"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
 RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "memory"} | {
-    "ppo_config", "ppo_trainer", "preferences", "ranked", "replies", "report", "reward_models", "sampling", "shared_base"
+    "ppo_config", "ppo_trainer", "preferences", "ranked", "replies", "report", "resumable", "reward_models", "sampling", "shared_base"
 }  # fmt: skip
 
 
