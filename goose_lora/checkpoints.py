@@ -26,7 +26,8 @@ LAST = "adapter_config.json"  # without it nothing loads an adapter
 
 # Settings that the data's order, the optimizer's state or the form of a rollout depend on.
 FIXED = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs", "num_generations")
-FIXED += ("advantage_estimator", "critic", "ema_decay", "score_normalization", "optim", "packing", "train_sampling_strategy", "ignore_data_skip")
+FIXED += ("train_layers", "advantage_estimator", "critic", "ema_decay", "score_normalization")
+FIXED += ("optim", "packing", "train_sampling_strategy", "ignore_data_skip")
 # Kept in the optimizer's state, so that a resumed run has the checkpoint's, whatever the settings say.
 FIXED += ("learning_rate", "value_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # Settings that another run may have without being another run.
