@@ -20,14 +20,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "logprobs": set(),
     "trunk": set(),
     "batch": set(),
-    "adapters": set(),
+    "settings": set(),
+    "model_files": set(),
+    "adapters": {"model_files"},
     "data_formats": set(),
-    "data": {"data_formats"},
+    "data": {"data_formats", "model_files"},
     "gates": set(),
     "preferences": {"data", "data_formats"},
     "ranked": {"ppo_math"},
     "rewards": {"batch"},
-    "ppo_config": {"from_trl"},
+    "ppo_config": {"from_trl", "settings"},
     "evaluation": set(),
     "verdict": {"evaluation"},
     "held_out": {"preferences", "ranked", "verdict"},
@@ -36,11 +38,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnosis": {"findings", "reply_verdicts"},
     "__init__": {"from_trl"},
     # one base, and what is made with it
-    "loading": {"trunk"},
+    "loading": {"adapters", "model_files", "trunk"},
     "shared_base": {"adapters", "batch", "logprobs", "trunk"},
-    "callbacks": {"batch", "diagnosis", "kl_control", "shared_base"},
+    "callbacks": {"batch", "diagnosis", "kl_control", "model_files", "shared_base"},
     "dense": {"adapters", "shared_base"},
-    "shapes": {"adapters", "loading", "ppo_config", "trunk"},
+    "shapes": {"adapters", "loading", "model_files", "ppo_config", "trunk"},
+    "preflight": {"loading", "model_files", "shapes"},
     "memory": {"dense", "loading", "logprobs", "ppo_config", "shapes"},
     "stopping": set(),
     "sampling": {"adapters", "batch", "dense", "shared_base", "stopping"},
@@ -55,18 +58,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control", "loss"}
     | {"microbatches", "own_loop", "ppo_config", "ppo_math", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
-    "reward_models": {"evaluation", "loading"},
+    "reward_models": {"data", "evaluation", "loading", "model_files"},
     "export": {"shared_base"},
-    "report": {"verdict"},
-    "data_report": {"data", "data_formats", "evaluation"},
+    "report": {"model_files", "verdict"},
+    "data_report": {"data", "data_formats", "evaluation", "model_files"},
     # the command line
-    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "loading", "memory", "ppo_config", "report", "shapes"},
+    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "loading", "memory", "ppo_config", "report", "settings", "shapes"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
 RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "memory"} | {
-    "ppo_config", "ppo_trainer", "preferences", "ranked", "replies", "report", "reward_models", "sampling", "shared_base"
+    "ppo_config", "ppo_trainer", "preferences", "preflight", "ranked", "replies", "report", "reward_models", "sampling", "settings", "shared_base"
 }  # fmt: skip
 
 
