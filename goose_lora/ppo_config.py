@@ -190,6 +190,7 @@ class PPOConfig(TrainingArguments):
         for name in ("bf16", "fp16"):
             self._require(name, not getattr(self, name), "the base's dtype decides in which precision all roles compute; set dtype: bfloat16")
         self._require("remove_unused_columns", not self.remove_unused_columns, "reward functions get the data's columns; leave it false")
+        self._require("logging_nan_inf_filter", not self.logging_nan_inf_filter, "it hides broken losses; leave it false")
         self._require("score_calibration_prompts", self.score_calibration_prompts >= 2, "a standard deviation needs two replies or more")
 
     def _require(self, name: str, holds: bool, why: str) -> None:

@@ -103,10 +103,11 @@ def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
     if not path.is_file():
         return
     verdict = read_json(path)
-    interval = verdict.get("accuracy_ci")
-    if not isinstance(interval, list) or not all(map(is_number, [*interval, verdict.get("accuracy")])) or len(interval) != 2:
+    interval, warnings = verdict.get("accuracy_ci"), verdict.get("warnings", [])
+    numbers = [*interval, verdict.get("accuracy"), verdict.get("n_pairs")] if isinstance(interval, list) else []
+    if len(numbers) != 4 or not all(map(is_number, numbers)) or not isinstance(warnings, list):
         raise ValueError(f"{path}: no verdict of recipes/reward.py: accuracy_ci is {interval!r}. Train the reward model again, or delete the file.")
-    for line in verdict.get("warnings", []):
+    for line in warnings:
         logger.warning("the reward model: %s", line)
     if force:
         return

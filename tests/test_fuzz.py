@@ -27,17 +27,18 @@ scalars = st.none() | st.booleans() | numbers | st.text(max_size=8)
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=8)
 
 
-def objects(*names):
-    """Objects with some of ``names``, and values of all kinds."""
-    return st.fixed_dictionaries({}, optional={name: values for name in names})
+def objects(*names, **sound):
+    """Objects with some of ``names`` and values of all kinds; or sound ones of which up to one name has another value."""
+    anything = st.fixed_dictionaries({}, optional={name: values for name in (*names, *sound)})
+    change = st.dictionaries(st.sampled_from([*names, *sound]), scalars | values, max_size=1)
+    return change.map(lambda changed: sound | changed) | anything if sound else anything
 
 
 def as_bytes(content):
     """``content`` as JSON; or cut, joined with noise, or noise alone."""
     text = content.map(lambda value: json.dumps(value).encode())
-    return st.one_of(text, st.tuples(text, st.integers(0, 60)).map(lambda pair: pair[0][: pair[1]]), st.binary(max_size=60)) | st.tuples(
-        text, st.binary(max_size=6)
-    ).map(b"".join)
+    cut = st.tuples(text, st.integers(0, 60)).map(lambda pair: pair[0][: pair[1]])
+    return st.one_of(text, text, text, cut, st.binary(max_size=60), st.tuples(text, st.binary(max_size=6)).map(b"".join))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def answered(read, *arguments, **options):
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
-@given(content=as_bytes(objects("reward_bias", "append_eos", "reward_references", "base")))
+@given(content=as_bytes(objects("base", reward_bias=0.5, append_eos=True, reward_references=7)))
 def test_lineage_is_a_dictionary_whose_bias_is_a_number_or_refused(content, folder):
     (folder / LINEAGE).write_bytes(content)
     lineage = answered(read_lineage, folder)
@@ -73,16 +74,20 @@ def test_lineage_is_a_dictionary_whose_bias_is_a_number_or_refused(content, fold
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
-@given(content=as_bytes(objects("peft_type", "r", "base_model_name_or_path")), lora=st.booleans())
-def test_an_adapters_configuration_is_that_of_a_lora_or_refused(content, lora, folder):
-    (folder / ADAPTER_CONFIG).write_bytes(content.replace(b"{", b'{"peft_type": "LORA", "r": 3, ', 1) if lora else content)
+@given(content=as_bytes(objects(peft_type="LORA", r=3, base_model_name_or_path="org/base")))
+def test_an_adapters_configuration_is_that_of_a_lora_or_refused(content, folder):
+    (folder / ADAPTER_CONFIG).write_bytes(content)
     (folder / "adapter_model.safetensors").touch()
     config = answered(read_adapter_config, "policy_adapter", str(folder))
     assert config is None or (config["peft_type"] == "LORA" and config["r"] >= 1)
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
-@given(header=as_bytes(objects("a", "__metadata__")), size=st.integers(0, 2**64 - 1) | st.none(), body=st.binary(max_size=20))
+@given(
+    header=as_bytes(objects("__metadata__", a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})),
+    size=st.integers(0, 2**64 - 1) | st.none(),
+    body=st.just(bytes(4)) | st.binary(max_size=20),
+)
 def test_the_head_of_a_safetensors_file_is_read_or_refused(header, size, body, folder):
     path = folder / "some.safetensors"
     path.write_bytes((len(header) if size is None else size).to_bytes(8, "little") + header + body)
@@ -91,7 +96,7 @@ def test_the_head_of_a_safetensors_file_is_read_or_refused(header, size, body, f
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
-@given(content=as_bytes(objects("accuracy", "accuracy_ci", "n_pairs", "warnings", "chat_template", "step", "objective/kl")))
+@given(content=as_bytes(objects("chat_template", "step", "objective/kl", accuracy=0.8, accuracy_ci=[0.4, 0.9], n_pairs=9, warnings=["a"])))
 def test_what_a_stage_left_is_read_or_refused(content, folder):
     for name in ("verdict.json", "tokenizer_config.json", "metrics.jsonl"):
         (folder / name).write_bytes(content)
@@ -144,7 +149,9 @@ yaml_text = st.lists(
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
-@given(content=yaml_text.map(str.encode) | st.binary(max_size=60) | objects("lora_r", "env", "dataset_name").map(lambda x: yaml.safe_dump(x).encode()))
+@given(
+    content=yaml_text.map(str.encode) | st.binary(max_size=60) | objects("env", lora_r=3, dataset_name="x").map(lambda x: yaml.safe_dump(x).encode())
+)
 def test_a_file_of_settings_is_read_or_refused(content, folder):
     path = folder / "config.yaml"
     path.write_bytes(content)
@@ -157,7 +164,7 @@ OWN = [name for name in PPOConfig.__annotations__ if name not in ("trust_remote_
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
-@given(change=st.dictionaries(st.sampled_from(OWN), values, min_size=1, max_size=2))
+@given(change=st.dictionaries(st.sampled_from(OWN), numbers | st.floats(0, 2) | st.integers(0, 9) | scalars | values, min_size=1, max_size=2))
 def test_a_setting_of_ppo_with_any_value_is_taken_or_refused(change, folder):
     path = folder / "ppo.yaml"
     path.write_text(yaml.safe_dump({"use_cpu": True, "num_rollouts": 1, "output_dir": str(folder / "out"), **change}))
@@ -167,8 +174,11 @@ def test_a_setting_of_ppo_with_any_value_is_taken_or_refused(change, folder):
 
 # Rows
 
-messages = st.lists(st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant", "x"]) | values, "content": values}), max_size=2)
-lines = st.lists(as_bytes(objects("prompt", "text", "chosen", "rejected") | st.fixed_dictionaries({"messages": messages})), max_size=4).map(b"\n".join)
+roles = st.sampled_from(["user", "assistant", "x"])
+messages = st.lists(st.fixed_dictionaries({}, optional={"role": roles | values, "content": st.text() | values}), max_size=2)
+lines = st.lists(as_bytes(objects("prompt", "text", "chosen", "rejected") | st.fixed_dictionaries({"messages": messages})), max_size=4).map(
+    b"\n".join
+)
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)

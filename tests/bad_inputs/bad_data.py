@@ -14,7 +14,10 @@ def _both(*changes):
     return lambda folder: {name: value for change in changes for name, value in change(folder).items()}
 
 
-REFUSING = "{{ raise_exception('no system messages here') if messages[0]['role'] == 'system' else '' }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+REFUSING = (
+    "{{ raise_exception('no system messages here') if messages[0]['role'] == 'system' else '' }}"
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+)
 
 CASES = [
     # Files

@@ -66,6 +66,7 @@ CASES = [
     Case("max_steps and num_rollouts contradict", "ppo", {"max_steps": 7}, ("max_steps=7 and num_rollouts=1", "set one")),
     Case("ptx_coef without texts", "ppo", {"ptx_coef": 0.5}, ("ptx_coef=0.5", "set ptx_dataset_name too")),
     Case("stop_token_ids that are words", "ppo", {"stop_token_ids": ["end"]}, ("stop_token_ids: ['end'] is not a list of whole numbers",)),
+    Case("a filter that hides NaN", "ppo", {"logging_nan_inf_filter": True}, ("it hides broken losses", "leave it false")),
     Case("a seed below 0", "ppo", {"seed": -1}, ("seed=-1", "must not be negative")),
     Case("a seed too large", "sft", {"seed": 2**40}, ("seed=1099511627776", "at most 4294967295")),
     # Numbers of SFT and of the reward model

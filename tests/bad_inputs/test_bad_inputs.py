@@ -82,6 +82,23 @@ def test_bad_input_ends_in_one_line_with_the_way_out_before_the_model_loads(case
     assert contents(folder / "output") == before
 
 
+def test_debug_shows_the_traceback_too(folder, mains, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *words(folder, Case("", "ppo", {"kl_coef": -1.0}, ())), "--debug"])
+    with pytest.raises(SystemExit) as end:
+        cli.command(mains["ppo"])()
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "Traceback" in printed and "error: kl_coef=-1.0" in printed and HINT not in printed
+
+
+def test_a_process_of_its_own_ends_alike(folder):
+    line = words(folder, next(case for case in CASES if case.name == "a reward adapter that is a pickle"))
+    done = subprocess.run([sys.executable, str(ROOT / "recipes" / "evaluate.py"), *line], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    error, hint = done.stderr.splitlines()[-2:]
+    assert error.startswith("error: reward_adapter: ") and "a pickle, which can run code" in error and hint == HINT
+    assert contents(folder / "output") == {"precious.txt": b"kept"}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_sound_settings_get_as_far_as_the_model(recipe, folder, mains, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *words(folder, Case("", recipe, {}, ()))])
