@@ -250,7 +250,7 @@ def import_function(spec: str) -> Callable[..., object]:
         module = sys.modules[key] = importlib.util.module_from_spec(module_spec)  # dataclasses and pickle look for it there
         try:
             module_spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _broken_module(spec, source, error) from error
     else:
         if not all(part.isidentifier() for part in source.split(".")):
@@ -261,7 +261,7 @@ def import_function(spec: str) -> Callable[..., object]:
             if not f"{source}.".startswith(f"{error.name}."):
                 raise _broken_module(spec, source, error) from error  # the module exists; something it imports does not
             raise refusal(f"there is no module {source!r} on sys.path") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _broken_module(spec, source, error) from error
     try:
         function = getattr(module, name)
@@ -274,7 +274,7 @@ def import_function(spec: str) -> Callable[..., object]:
     return function
 
 
-def _broken_module(spec: str, source: str, error: Exception) -> ValueError:
+def _broken_module(spec: str, source: str, error: BaseException) -> ValueError:
     return ValueError(f"{spec!r}: importing {source!r} failed with {type(error).__name__}: {error}. Mend it, or install what it imports.")
 
 

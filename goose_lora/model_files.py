@@ -38,6 +38,9 @@ def reading(what: str, name: str, way_out: str = "Save or download it again, or 
         other = isinstance(error, RuntimeError) and "mismatch" not in str(error)
         if other or isinstance(error, (torch.OutOfMemoryError, MemoryError, ImportError)):
             raise
+        if "use_safetensors" in str(error):
+            way_out = "Pickled ones can run code as they are read: convert them where you trust them, with save_pretrained"
+            raise ValueError(f"{name}: has no weights in safetensors. {way_out}.") from error
         if not Path(name).exists() and isinstance(error, OSError):
             raise ValueError(f"{name}: {_not_found()}") from error
         if "trust_remote_code" in str(error):
@@ -119,7 +122,7 @@ def read_adapter_config(setting: str, folder: str) -> dict[str, Any]:
     config = read_json_object(path / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
-        raise ValueError(f"{setting}: {folder} is a {kind} adapter; roles are LoRA adapters. Train it with the recipes, or with LoRA.")
+        raise ValueError(f"{setting}: {folder} is a {kind} adapter; the roles of a shared base are LoRA adapters. Train one with the recipes.")
     base, rank = config.get("base_model_name_or_path"), config.get("r")
     if not isinstance(rank, int) or rank < 1 or not isinstance(base, str | None):
         raise ValueError(f"{path / ADAPTER_CONFIG}: r={rank!r}, base_model_name_or_path={base!r}: damaged. Copy the folder again, or train it again.")

@@ -12,10 +12,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_num_workers")
+_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed")
 _ABOVE_ZERO = ("num_train_epochs", "save_steps", "logging_steps", "eval_steps", "adam_epsilon", "max_length", "save_total_limit")
 _LARGEST_SEED = 2**32 - 1  # numpy's
+
+_short = reprlib.Repr()  # aliases make a few lines of YAML a value without end
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring = 2, 4, 4, 60
 
 
 def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: str) -> None:
@@ -30,7 +33,7 @@ def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: s
         hints |= get_type_hints(dataclass)
     for name, value in config.items():
         if name in hints and not _fits(value, hints[name]):
-            found = "null" if value is None else reprlib.repr(value)  # aliases make a few lines of YAML a value without end
+            found = "null" if value is None else _short.repr(value)
             quotes = " Put it in quotes." if "text" in _words(hints[name]) and isinstance(value, (int, float)) else ""
             raise ValueError(f"{where}{name}: {found} is not {_words(hints[name])}.{quotes}")
 
@@ -81,8 +84,7 @@ def check_training(args: TrainingArguments) -> None:
         ValueError: one that no training can use.
     """
     values = vars(args)
-    for name in _AT_LEAST_ONE[:-1]:
-        _require(name, values[name], values[name] >= 1, "must be 1 or more")
+    require_at_least_one(args, *_AT_LEAST_ONE)
     for name in _NOT_NEGATIVE:
         _require(name, values[name], values[name] is None or values[name] >= 0, "must not be negative")
     for name in _ABOVE_ZERO:

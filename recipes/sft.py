@@ -20,7 +20,8 @@ def main(args: list[str] | None = None) -> None:
     rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="sft")
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
-    check_chat(rows, tokenizer, data_args.dataset_name)
+    if config.chat_template_path is None:
+        check_chat(rows, tokenizer, data_args.dataset_name)
     check_fit(model_args, tokenizer, {}, trust_remote_code=config.trust_remote_code)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     trainer = SFTTrainer(model=base, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora_config(model_args, base))

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import modeling_utils
 from trl import SFTConfig
 
 from goose_lora import cli
 from goose_lora.data import DataArguments
 from goose_lora.evaluation import import_function
 from goose_lora.loading import ModelArguments, load_tokenizer
+from goose_lora.model_files import reading
 from goose_lora.report import read_jsonl
 from goose_lora.shapes import meta_model
 from goose_lora.shared_base import SharedBase
@@ -209,6 +211,21 @@ def test_an_adapter_that_is_a_pickle_is_refused_unread(role, tmp_path):
     with pytest.raises(ValueError, match=r"only adapter_model.bin, a pickle, which can run code as it is read\. Convert it where you trust it"):
         SharedBase.build(base, **roles)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_of_the_hub_with_nothing_but_pickles_is_refused():
+    libraries_words = "does not appear to have a file named model.safetensors. Please do not set `use_safetensors=True`."
+    refusal = pytest.raises(ValueError, match=r"org/old: has no weights in safetensors\. Pickled ones can run code as they are read: convert them")
+    with refusal, reading("the weights", "org/old"):
+        raise OSError(libraries_words)
+    assert all(keywords(node).get("use_safetensors") == "True" for path in FILES for node, name in calls(path) if loads_weights(path, node, name))
+    assert "Please do not set `use_safetensors=True`" in Path(modeling_utils.__file__).read_text(encoding="utf-8")
+
+
+def loads_weights(path, node, name):
+    """A call that reads a model which the user names; the demo's own comes as GGUF."""
+    auto = name.startswith(("AutoModel", "auto_class")) and name.endswith("from_pretrained")
+    return auto and path.parent.name == "goose_lora" and "gguf_file" not in keywords(node)
 
 
 @pytest.fixture

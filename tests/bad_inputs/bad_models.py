@@ -182,7 +182,7 @@ CASES = [
         "an adapter that is no LoRA",
         "ppo",
         json_edited("sft", "adapter_config.json", peft_type="IA3"),
-        ("is a IA3 adapter", "roles are LoRA adapters"),
+        ("is a IA3 adapter", "the roles of a shared base are LoRA adapters"),
     ),
     Case(
         "an adapter of another name",
@@ -224,6 +224,7 @@ CASES = [
     Case("a reward file that is not there", "ppo", {"reward_function": ["no/such.py:f"]}, ("there is no file 'no/such.py'", "Accepted")),
     Case("a reward module that does not parse", "ppo", _reward("def reward(:\n"), ("failed with SyntaxError", "Mend it")),
     Case("a reward module that raises", "ppo", _reward("1 / 0\n"), ("failed with ZeroDivisionError", "Mend it")),
+    Case("a reward module that leaves", "ppo", _reward("import sys\nsys.exit(0)\n"), ("failed with SystemExit", "Mend it")),
     Case("a reward module that needs more", "ppo", _reward("import no_such_dependency\n"), ("ModuleNotFoundError", "install what it imports")),
     Case("a reward that is not in it", "ppo", _reward("def rewards(): pass\n"), ("has no 'reward'; the nearest name is 'rewards'",)),
     Case("a reward that cannot be called", "ppo", _reward("reward = 3\n"), ("not callable but of type int", "Accepted")),

@@ -82,6 +82,15 @@ def test_bad_input_ends_in_one_line_with_the_way_out_before_the_model_loads(case
     assert contents(folder / "output") == before
 
 
+def test_a_template_given_for_fine_tuning_stands_in_for_the_tokenizers(folder, mains, monkeypatch):
+    change = next(case.change for case in CASES if case.name == "messages without a template")
+    (folder / "own.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    case = Case("", "sft", lambda folder: {**change(folder), "chat_template_path": str(folder / "own.jinja")}, ())
+    monkeypatch.setattr(sys, "argv", ["sft.py", *words(folder, case)])
+    with pytest.raises(AssertionError, match="the model loads"):
+        cli.command(mains["sft"])()
+
+
 def test_debug_shows_the_traceback_too(folder, mains, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ppo.py", *words(folder, Case("", "ppo", {"kl_coef": -1.0}, ())), "--debug"])
     with pytest.raises(SystemExit) as end:
