@@ -10,6 +10,8 @@ from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
+from goose_lora.model_files import ADAPTER_WEIGHTS, check_lineage, read_adapter_config, read_json_object, reading, tensor_shapes
+
 logger = logging.getLogger(__name__)
 
 Role = Literal["policy", "value", "reward", "reference", "ema", "base"]
@@ -20,9 +22,9 @@ LINEAGE = "goose_lora.json"
 
 
 def read_lineage(folder: str | Path) -> dict[str, Any]:
-    """What this project noted beside an adapter; nothing for an adapter of other origin."""
+    """What this project noted beside an adapter; nothing for an adapter of other origin. Raises ValueError for a damaged file."""
     path = Path(folder) / LINEAGE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return check_lineage(path, read_json_object(path)) if path.is_file() else {}
 
 
 def write_lineage(folder: str | Path | None, **facts: Any) -> None:
@@ -33,6 +35,8 @@ def write_lineage(folder: str | Path | None, **facts: Any) -> None:
 
 def load_weights(model: Any, role: Role, folder: str | Path) -> None:
     """Weights of a saved adapter, and its head if the role has one, into ``role`` of a PeftModel; raises as ``SharedBase.load_role``."""
+    read_adapter_config(role, str(folder))
+    tensor_shapes(Path(folder) / ADAPTER_WEIGHTS)
     weights = load_peft_weights(str(folder), device="cpu")
     if role in ("value", "reward") and not any(key.endswith("score.weight") for key in weights):
         raise ValueError(
@@ -76,9 +80,9 @@ def check_critic(critic: Critic | None, critic_init: CriticInit | None, *, has_r
 
 
 def adapter_config(folder: str | Path) -> LoraConfig:
-    config = LoraConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder}: a {config.peft_type} adapter; the roles of a shared base are LoRA adapters.")
+    read_adapter_config("an adapter", str(folder))
+    with reading("adapter_config.json", str(folder)):
+        config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     return without_lora_dropout(config, str(folder))
 

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from goose_lora.batch import Rollout
 from goose_lora.diagnosis import diagnose
 from goose_lora.kl_control import AdaptiveKL, FixedKL
+from goose_lora.model_files import is_number
 from goose_lora.shared_base import SharedBase
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,7 @@ class RolloutState(TrainerCallback, ExportableState):
         callbacks: Any = state.stateful_callbacks or {}
         saved = callbacks.get(type(self).__name__)
         if state.global_step > 0:
-            remembered = saved["attributes"] if isinstance(saved, dict) else {}
-            missing = [name for name in ("kl_control_state", *self.REMEMBERED) if name not in remembered]
-            if missing:
-                raise ValueError(f"the checkpoint does not say what this version needs to go on from it: {', '.join(missing)}. Start anew.")
+            remembered = _checked_state(saved)
             self.kl_control.load_state_dict(remembered["kl_control_state"])
             for name in self.REMEMBERED:
                 value = remembered[name]
@@ -63,6 +61,30 @@ class RolloutState(TrainerCallback, ExportableState):
             logger.warning(
                 "stopped at step %d: eval_objective has not been above %.3f for %d evaluations.", state.global_step, self.best_objective, patience
             )
+
+
+# How many numbers each has; None may stand for all but the last.
+_REMEMBERED_NUMBERS = {"score_scale": 2, "score_moments": 3, "evaluation_scale": 2, "best_objective": 1, "evaluations_without_gain": 1}
+
+
+def _checked_state(saved: Any) -> dict[str, Any]:
+    """What a checkpoint remembers of a run, if it is all there and numbers.
+
+    Raises:
+        ValueError: something is missing or no finite number, each named.
+    """
+    remembered = saved.get("attributes") if isinstance(saved, dict) else None
+    remembered = remembered if isinstance(remembered, dict) else {}
+    missing = [name for name in ("kl_control_state", *_REMEMBERED_NUMBERS) if name not in remembered]
+    if missing:
+        raise ValueError(f"the checkpoint does not say what this version needs to go on from it: {', '.join(missing)}. Start anew.")
+    for name, count in _REMEMBERED_NUMBERS.items():
+        value = remembered[name]
+        numbers = value if isinstance(value, list) and count > 1 else [value]
+        sound = len(numbers) == count and all(is_number(x) for x in numbers)
+        if not sound and (value is not None or name == "evaluations_without_gain"):
+            raise ValueError(f"the checkpoint is damaged: {name} is {value!r} in its trainer_state.json. Go on from another, or start anew.")
+    return remembered
 
 
 class PolicyAverage(TrainerCallback):

@@ -5,13 +5,14 @@ import ctypes
 import difflib
 import functools
 import os
+import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from goose_lora.from_trl import FROM_TRL
 from goose_lora.interrupts import Stopped
@@ -36,30 +37,66 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
         index = args.index("--config") + 1
         if index == len(args):
             raise ValueError("--config needs a file: --config recipes/configs/demo_cpu/ppo.yaml")
-        if not Path(args[index]).is_file():
-            raise ValueError(f"--config {args[index]}: no such file. The shipped ones are in recipes/configs/.")
         _check_keys(args[index], types)
     parser: Any = TrlParser(types)  # type: ignore[arg-type]
     parser.error = _raise  # argparse would print its usage of some 150 options and leave
-    *instances, unknown = parser.parse_args_and_config(args, return_remaining_strings=True, fail_with_unknown_args=False)
+    try:
+        *instances, unknown = parser.parse_args_and_config(args, return_remaining_strings=True, fail_with_unknown_args=False)
+    except ValueError as error:
+        raise ValueError(_nearest_choice(str(error))) from error
     if unknown:
         _unknown(next((word for word in unknown if word.startswith("--")), unknown[0]), types)
+    for settings in instances:
+        check_settings(settings)
     return instances[0] if len(instances) == 1 else tuple(instances)
 
 
-def _check_keys(path: str, types: Sequence[type]) -> None:
+def check_settings(settings: Any) -> None:
+    """Raise ValueError unless what holds of all settings holds: finite numbers, ranges, a folder for results. Takes the Hub's token out of them."""
+    from transformers import TrainingArguments
+
+    from goose_lora.settings import check_finite, check_training, require_output_folder, token_to_environment
+
+    check_finite(settings)
+    if isinstance(settings, TrainingArguments):
+        check_training(settings)
+        token_to_environment(settings)
+    if vars(settings).get("output_dir") is not None:
+        require_output_folder(vars(settings)["output_dir"])
+
+
+def read_config(path: str) -> dict[Any, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        ValueError: no such file, not YAML, or not settings.
+    """
     import yaml
 
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: no such file. The shipped ones are in recipes/configs/.")
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file that can be read: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError, TypeError, AttributeError) as error:
+        # All but the first from PyYAML's constructors, of a date such as 2020-99-99.
+        raise ValueError(f"{path}: not a YAML file that can be read: {' '.join(str(error).split())}. Mend it there.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected lines of the form 'setting: value', found {type(config).__name__}.")
+    return config
+
+
+def _check_keys(path: str, types: Sequence[type]) -> None:
+    from goose_lora.settings import check_types
+
+    config = read_config(path)
     known = {f.name for t in types for f in fields(t) if f.init} | {"env"}
     for key in config:
         if key not in known:
             _unknown(f"--{key}", types, where=f"{path}: ")
+    environment = config.get("env") or {}
+    if not isinstance(environment, dict) or not all(isinstance(name, str) and name and not {"=", "\0"} & set(name) for name in environment):
+        raise ValueError(f"{path}: env: expected names of environment variables with a value each: env: {{CUDA_VISIBLE_DEVICES: 0}}.")
+    check_types(config, types, where=f"{path}: ")
 
 
 def _unknown(option: str, types: Sequence[type], where: str = "") -> None:
@@ -70,6 +107,16 @@ def _unknown(option: str, types: Sequence[type], where: str = "") -> None:
         raise ValueError(f"{where}unknown setting {name!r}. It is TRL's; here it is {FROM_TRL[name]}.")
     hint = f"Did you mean {near[0]}?" if near else "--help lists the settings."
     raise ValueError(f"{where}unknown setting {name!r}. {hint}")
+
+
+def _nearest_choice(message: str) -> str:
+    """transformers answers an unknown choice with all that there are, some fifty of optimizers."""
+    found = re.search(r"^(\S+) is not a valid \w+, please select one of (\[.*\])", message)
+    if found is None:
+        return message
+    choices = [choice.strip("' ") for choice in found[2].strip("[]").split(",")]
+    near = difflib.get_close_matches(found[1], choices, n=8, cutoff=0.4) or choices[:8]
+    return f"{found[1]!r} is none of the values of its setting. Near it: {', '.join(near)}."
 
 
 def _raise(message: str) -> None:
@@ -142,6 +189,11 @@ def continuing() -> str:
     return shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"])
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. {self.prog} --help lists what there is.")
+
+
 def main() -> None:
     """The ``goose-lora`` command."""
     command(_main)()
@@ -149,7 +201,7 @@ def main() -> None:
 
 def _main() -> None:
     quiet_libraries()
-    parser = argparse.ArgumentParser(prog="goose-lora", description="RLHF on one small machine.")
+    parser = _Parser(prog="goose-lora", description="RLHF on one small machine.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="run SFT, reward model, PPO and evaluation on the embedded model and data")
     demo.add_argument("--output", default="runs/demo", help="folder of the run (default: %(default)s)")
@@ -179,13 +231,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from goose_lora.diagnosis import report
-    from goose_lora.report import read_jsonl
+    from goose_lora.report import read_metrics
 
     path = Path(arguments.run)
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Give the output_dir of a run of recipes/ppo.py.")
-    print(report(read_jsonl(path)))
+    print(report(read_metrics(path)))
 
 
 def _data(arguments: argparse.Namespace) -> None:
@@ -210,11 +262,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     from goose_lora.loading import ModelArguments
     from goose_lora.memory import PlannedRoles, planner, read_memory
     from goose_lora.ppo_config import PPOConfig
+    from goose_lora.settings import check_types
     from goose_lora.shapes import is_trained
 
-    if not Path(arguments.config).is_file():
-        raise ValueError(f"--config {arguments.config}: no such file. The shipped ones are in recipes/configs/.")
+    check_types(read_config(arguments.config), (PPOConfig, ModelArguments, PlannedRoles), where=f"{arguments.config}: ")
     parser: Any = TrlParser((PPOConfig, ModelArguments, PlannedRoles))  # type: ignore[arg-type]
+    parser.error = _raise
     options = ["--config", arguments.config]
     config, model, roles, _ = parser.parse_args_and_config(options, return_remaining_strings=True, fail_with_unknown_args=False)
     model.model_name_or_path = resolve(model.model_name_or_path)

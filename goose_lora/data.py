@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from goose_lora.data_formats import Stage, describe_dropped, take
+from goose_lora.model_files import brief
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class DataArguments:
         elif isinstance(self.column_mapping, Mapping):
             self.column_mapping = [f"{source}={target}" for source, target in self.column_mapping.items()]
         parse_column_mapping(self.column_mapping or [])
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows={self.max_rows}: must be 1 or more, or null for all rows.")
 
 
 def parse_column_mapping(pairs: Sequence[str]) -> dict[str, str]:
@@ -103,20 +108,26 @@ def _read(name: str, split: str) -> Dataset:
     suffix = Path(name).suffix.lower()
     if suffix in READERS:
         if not Path(name).is_file():
-            raise ValueError(f"{name}: no such file.")
+            raise ValueError(f"{name}: no such file. Check the path.")
         if Path(name).stat().st_size == 0:
-            raise ValueError(f"{name}: the file is empty.")
+            raise ValueError(f"{name}: the file is empty. Write rows into it, or give another.")
         if suffix != ".parquet":
             _check_encoding(Path(name))
         try:
             rows = load_dataset(READERS[suffix], data_files=name, split="train")
         except (DatasetGenerationError, ValueError) as error:
             broken = _broken_json(Path(name)) if READERS[suffix] == "json" else None
-            raise ValueError(f"{name}: {broken or error.__cause__ or error}") from error
+            if "corresponds to no data" in str(error):
+                broken = "no rows. Was it written to its end?"
+            raise ValueError(f"{name}: {broken or f'{brief(error.__cause__ or error)}. Mend the file, or write it again.'}") from error
     elif Path(name).exists():
         raise ValueError(f"{name}: cannot read this kind of file. Use {', '.join(READERS)} or the name of a Hub dataset.")
     else:
-        rows = load_dataset(name, split=split)
+        try:
+            rows = load_dataset(name, split=split)
+        except Exception as error:  # what httpx, fsspec, pyarrow and pandas raise, passed on
+            way_out = "Unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "Check the name, dataset_split and the network"
+            raise ValueError(f"{name}: no file here, and not to be had from the Hub: {brief(error)}. {way_out}, or give a file.") from error
     if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
         raise ValueError(f"{name}: expected one split of rows; name it with dataset_split.")
     return rows
@@ -141,6 +152,8 @@ def _broken_json(path: Path) -> str | None:
             json.loads(text)
         except json.JSONDecodeError as error:
             return f"line {error.lineno} is not JSON: {error.msg} at character {error.colno}."
+        except RecursionError:
+            return "the JSON is nested too deep."
         return None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -149,6 +162,8 @@ def _broken_json(path: Path) -> str | None:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             return f"line {number} is not JSON: {error.msg} at character {error.colno}. Each line must be one object."
+        except RecursionError:
+            return f"line {number} is JSON nested too deep. Each line must be one object, with text or a list of messages."
         if not isinstance(row, dict):
             return f"line {number} is a JSON {type(row).__name__}; each line must be one object, with columns as keys."
     return None
@@ -162,8 +177,39 @@ def require_columns(rows: Dataset, name: str, *alternatives: Sequence[str]) -> N
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         raise ValueError(f"{name}: the rows are chat messages, but the tokenizer has no chat template. Use a chat model, or text.")
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **how: Any) -> Any:
+    """Messages through the tokenizer's chat template.
+
+    Raises:
+        ValueError: the template is broken, or refuses messages of this kind, as many do a system message or two turns of one role.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the tokenizer's chat template refuses messages of {roles}: {error}. Change the rows, or use another template.") from error
+
+
+def check_chat(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether rows for fine-tuning are chat messages. If so, each goes through the chat template once, before the model loads.
+
+    Raises:
+        ValueError: there is no template, or it refuses a row.
+    """
+    columns = [column for column in ("messages", "prompt", "completion") if column in rows.column_names]
+    if not columns or isinstance(rows[0][columns[0]], str):
+        return False
+    require_chat_template(tokenizer, name)
+    for number, row in enumerate(rows, 1):
+        try:
+            apply_template(tokenizer, [message for column in columns for message in row[column]], tokenize=False)  # type: ignore[index]
+        except ValueError as error:
+            raise ValueError(f"{name}: row {number}: {error}") from error
+    return True
 
 
 def begins_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -177,7 +223,7 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         bos: Any = tokenizer.bos_token_id
         ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return [bos, *ids] if ids and ids[0] != bos and begins_texts_with_bos(tokenizer) else ids
-    encoded: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    encoded: Any = apply_template(tokenizer, prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
     return encoded["input_ids"]
 
 
@@ -192,7 +238,14 @@ def tokenize_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name:
     require_columns(rows, name, ["prompt"])
     if not isinstance(rows[0]["prompt"], str):
         require_chat_template(tokenizer, name)
-    encoded: Any = rows.map(lambda row: {"input_ids": prompt_ids(row["prompt"], tokenizer)}, desc=f"Tokenizing {name}")
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return {"input_ids": prompt_ids(row["prompt"], tokenizer)}
+        except ValueError as error:
+            raise ValueError(f"{name}: row {index + 1} of those that are left: {error}") from error
+
+    encoded: Any = rows.map(encode, with_indices=True, desc=f"Tokenizing {name}")
     kept = encoded.filter(lambda row: 0 < len(row["input_ids"]) <= max_prompt_tokens)
     if len(kept) < len(encoded):
         left_out = len(encoded) - len(kept)

@@ -60,7 +60,7 @@ def find_format(columns: Iterable[str], stage: Stage, name: str) -> Format:
             return format
     accepted = " or ".join("+".join(format.columns) for format in FORMATS if stage in format.stages)
     others = [other for other in get_args(Stage) if any(other in f.stages and set(f.columns) <= set(columns) for f in FORMATS)]
-    hint = f"They suit {' and '.join(others)}." if others else "Rename yours, for example column_mapping: [instruction=prompt]."
+    hint = (f"They suit {' and '.join(others)}. " if others else "") + "Rename yours, for example column_mapping: [instruction=prompt]."
     raise ValueError(f"{name}: has the columns {', '.join(columns)}; {stage} takes {accepted}. {hint}")
 
 
@@ -91,7 +91,7 @@ def take(rows: Dataset, stage: Stage, name: str) -> Taken:
         else:
             dropped[reason].append(number)
     if not kept:
-        raise ValueError(f"{name}: none of {len(rows)} rows is left: {describe_dropped(dropped)}.")
+        raise ValueError(f"{name}: none of {len(rows)} rows is left: {describe_dropped(dropped)}. Mend the rows, or give others.")
     rows = rows.select(kept) if dropped else rows
     if stage != "ppo":
         rows = rows.remove_columns([column for column in rows.column_names if column in FORMAT_COLUMNS and column not in columns])
@@ -229,7 +229,7 @@ def _kind_of_rows(rows: Dataset, column: str, name: str) -> tuple[Kind, int]:
                 return _kind_of(row[column], column), number
             except ValueError as error:
                 raise ValueError(f"{name}: row {number}: {error}") from error
-    raise ValueError(f"{name}: there is nothing in the column {column}.")
+    raise ValueError(f"{name}: there is nothing in the column {column}. Rename another to it with column_mapping, or give other rows.")
 
 
 def _value_reason(value: Any, column: str, kind: Kind, *, may_be_empty: bool = False) -> str | None:

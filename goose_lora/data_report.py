@@ -25,6 +25,7 @@ from goose_lora.data_formats import (
     take,
 )
 from goose_lora.evaluation import table
+from goose_lora.model_files import reading, require_name
 
 SHOWN_ROWS = 3
 SHOWN_CHARACTERS = 1500  # of one part of a row; the middle of a longer one is left out
@@ -62,10 +63,16 @@ def describe(
     """
     if max_length is not None and tokenizer is None:
         raise ValueError(f"--max_length {max_length} counts tokens: give --tokenizer too, a Hub id, a folder or embedded.")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"--max_rows {max_rows}: must be 1 or more.")
     rows = load_rows(dataset, split, max_rows, column_mapping)
     stage = stage or _main_stage(rows.column_names, dataset)
     taken = take(rows, stage, dataset)
-    encoder = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+    encoder = None
+    if tokenizer is not None:
+        require_name(tokenizer)
+        with reading("the tokenizer", tokenizer):
+            encoder = AutoTokenizer.from_pretrained(tokenizer)
     if encoder is not None and taken.kind == "chat":
         require_chat_template(encoder, dataset)
     cut = max_length if stage == "sft" else None

@@ -7,6 +7,7 @@ non-finite input is a ValueError everywhere: a nan averaged away would hide the 
 import difflib
 import importlib
 import importlib.util
+import logging
 import numbers
 import sys
 import textwrap
@@ -17,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Numbers = Sequence[float] | np.ndarray | Tensor
 
@@ -230,8 +233,8 @@ def calibration(chosen_scores: Numbers, rejected_scores: Numbers, bins: int = 5)
 def import_function(spec: str) -> Callable[..., object]:
     """The callable named by "module:function" or "path/to/file.py:function".
 
-    Only that module is imported (a file is run anew at each call) and sys.path stays as it is. Raises ValueError for a malformed spec, a
-    module or file that does not exist, a name that is missing or cannot be called. What the module itself raises is passed on."""
+    Only that module is imported (a file is run anew at each call), which is said in a warning, and sys.path stays as it is. Raises ValueError for a
+    malformed spec, a module or file that does not exist or that raises as it is imported, a name that is missing or cannot be called."""
     def refusal(problem: str) -> ValueError:
         return ValueError(f'{spec!r}: {problem}. Accepted: "module:function" or "path/to/file.py:function".')
 
@@ -245,7 +248,10 @@ def import_function(spec: str) -> Callable[..., object]:
         module_spec = importlib.util.spec_from_file_location(key, source)
         assert module_spec and module_spec.loader  # None only for a suffix that Python does not know
         module = sys.modules[key] = importlib.util.module_from_spec(module_spec)  # dataclasses and pickle look for it there
-        module_spec.loader.exec_module(module)
+        try:
+            module_spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise _broken_module(spec, source, error) from error
     else:
         if not all(part.isidentifier() for part in source.split(".")):
             raise refusal(f"{source!r} is neither a module's name nor a .py file")
@@ -253,8 +259,10 @@ def import_function(spec: str) -> Callable[..., object]:
             module = importlib.import_module(source)
         except ModuleNotFoundError as error:
             if not f"{source}.".startswith(f"{error.name}."):
-                raise  # the module exists; something it imports does not
+                raise _broken_module(spec, source, error) from error  # the module exists; something it imports does not
             raise refusal(f"there is no module {source!r} on sys.path") from error
+        except (Exception, SystemExit) as error:
+            raise _broken_module(spec, source, error) from error
     try:
         function = getattr(module, name)
     except AttributeError:
@@ -262,7 +270,12 @@ def import_function(spec: str) -> Callable[..., object]:
         raise refusal(f"{source!r} has no {name!r}" + (f"; the nearest name is {near[0]!r}" if near else "")) from None
     if not callable(function):
         raise refusal(f"{name!r} in {source!r} is not callable but of type {type(function).__name__}")
+    logger.warning("%s: runs the code of %s.", spec, getattr(module, "__file__", source))
     return function
+
+
+def _broken_module(spec: str, source: str, error: BaseException) -> ValueError:
+    return ValueError(f"{spec!r}: importing {source!r} failed with {type(error).__name__}: {error}. Mend it, or install what it imports.")
 
 
 def _printable(text: str) -> str:

@@ -245,7 +245,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, checkpoint: str | Path):
         super().__init__()
-        self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1)
+        self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1, use_safetensors=True)
         self.model.score.float()
         self.eval()
 

@@ -5,6 +5,7 @@
 
 import logging
 import math
+import sys
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
@@ -12,8 +13,9 @@ logger = logging.getLogger(__name__)
 
 def _checked_state(state: dict[str, float], *, zero_is_fine: bool) -> float:
     """The coefficient in a saved state; a bad one is refused before anything changes."""
-    coef = state.get("coef", math.nan)
-    if set(state) != {"coef"} or not math.isfinite(coef) or coef < 0 or (coef == 0 and not zero_is_fine):
+    coef = state.get("coef") if isinstance(state, dict) else None
+    number = isinstance(coef, (int, float)) and not isinstance(coef, bool) and 0 <= coef <= sys.float_info.max
+    if coef is None or not number or set(state) != {"coef"} or (coef == 0 and not zero_is_fine):
         wanted = "not negative" if zero_is_fine else "positive"
         raise ValueError(
             f"KL state {state} is not one that this controller saves: 'coef' alone, finite and {wanted}. "

@@ -1,6 +1,5 @@
 """The quantized base and its tokenizer: the rules for padding, dtypes and quantization, in one place."""
 
-import json
 import logging
 import math
 import time
@@ -22,6 +21,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from goose_lora.adapters import read_lineage
+from goose_lora.model_files import read_adapter_config, reading, require_model, require_name
 from goose_lora.trunk import decoder_layers, top_layers
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,11 @@ class ModelArguments:
 
 def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The base's tokenizer, left-padding, with a pad token that no text uses."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code, padding_side="left"
-    )
+    require_name(args.model_name_or_path)
+    with reading("the tokenizer", args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code, padding_side="left"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{args.model_name_or_path}: the tokenizer has no EOS token, so replies cannot end. Set one in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -91,7 +94,7 @@ def spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     for token in (*SPARE_TOKENS, *IMPOSSIBLE_BYTES):
         if token in vocabulary and vocabulary[token] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
             return token
-    raise ValueError("The tokenizer's pad token is its EOS, and no unused token was found. Set pad_token in its tokenizer_config.json.")
+    raise ValueError("The tokenizer has no pad token other than its EOS, and no unused token was found. Set pad_token in its tokenizer_config.json.")
 
 
 def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
@@ -115,14 +118,17 @@ def _load(
         logger.warning("this CPU multiplies bfloat16 many times slower than float32: set dtype: float32, and bf16: false where a recipe has it.")
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
-    model = auto_class.from_pretrained(
-        args.model_name_or_path,
-        revision=args.model_revision,
-        dtype=args.torch_dtype,
-        device_map={"": place},
-        quantization_config=quantization_config(args),
-        **kwargs,
-    )
+    require_model(args.model_name_or_path)
+    with reading("the weights", args.model_name_or_path):
+        model = auto_class.from_pretrained(
+            args.model_name_or_path,
+            revision=args.model_revision,
+            dtype=args.torch_dtype,
+            device_map={"": place},
+            quantization_config=quantization_config(args),
+            use_safetensors=True,
+            **kwargs,
+        )
     keep_4bit_trainable_on_cpu(model)
     keep_8bit_alike_on_cpu(model)
     model.requires_grad_(False)
@@ -223,10 +229,8 @@ def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> N
     """
     if folder is None:
         return
-    path = Path(folder)
-    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (path / name).is_file()]
-    if missing:
-        raise ValueError(f"{setting}: {folder} has no {' and no '.join(missing)}. Give the output_dir of the stage that trains it, run to its end.")
-    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_adapter_config(setting, folder).get("base_model_name_or_path")
+    read_lineage(folder)
     if base and base != args.model_name_or_path and Path(base).name != Path(args.model_name_or_path).name:
+        require_model(args.model_name_or_path)
         raise ValueError(f"{setting}: {folder} was trained on {base}, not on {args.model_name_or_path}. All stages share one base.")

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from goose_lora.from_trl import FROM_TRL, answers_trl
+from goose_lora.settings import check_finite, check_training
 from goose_lora.trunk import top_layers
 
 _SAVE_EVERY_ROLLOUTS = 10
@@ -157,14 +158,19 @@ class PPOConfig(TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
 
     def _check_ranges(self) -> None:
+        check_finite(self)
+        check_training(self)
         at_least_one = ("response_length", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size", "max_prompt_tokens")
-        at_least_one += ("ptx_batch_size", "num_eval_prompts")
+        at_least_one += ("ptx_batch_size", "num_eval_prompts", "kl_horizon")
         for name in (*at_least_one, "per_device_train_batch_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
         for name in ("gamma", "lam"):
             self._require(name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1; 1 and 0.95 are usual")
         for name in ("kl_coef", "vf_coef", "learning_rate", "entropy_coef", "ptx_coef"):
             self._require(name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("sample_rows", "value_warmup_steps", "value_learning_rate"):
+            self._require(name, (getattr(self, name) or 0) >= 0, "must not be negative")
+        self._require("num_rollouts", self.num_rollouts is None or self.num_rollouts >= 1, "must be 1 or more, or null to go by max_steps or epochs")
         self._require("temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy")
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
         self._require("cliprange_value", self.cliprange_value is None or self.cliprange_value > 0, "must be positive, or null for no bound")
@@ -189,9 +195,11 @@ class PPOConfig(TrainingArguments):
         whole = self.rollout_batch_size % max(1, self.num_generations) == 0
         self._require("num_generations", whole, f"must divide the {self.rollout_batch_size} replies of a rollout")
         self._require("kl_target", self.kl_target is None or self.kl_target > 0, "must be positive, or null for a fixed kl_coef")
+        self._require("kl_coef", self.kl_target is None or self.kl_coef > 0, "must be positive with kl_target: from 0 it could never grow")
         for name in ("bf16", "fp16"):
             self._require(name, not getattr(self, name), "the base's dtype decides in which precision all roles compute; set dtype: bfloat16")
         self._require("remove_unused_columns", not self.remove_unused_columns, "reward functions get the data's columns; leave it false")
+        self._require("logging_nan_inf_filter", not self.logging_nan_inf_filter, "it hides broken losses; leave it false")
         self._require("score_calibration_prompts", self.score_calibration_prompts >= 2, "a standard deviation needs two replies or more")
 
     def _require(self, name: str, holds: bool, why: str) -> None:

@@ -1,13 +1,14 @@
 """What people preferred, as tokens: ranked lists of completions, of which a pair is the shortest; and references, which should score 0."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.data import require_columns
+from goose_lora.data import apply_template, require_chat_template, require_columns
 from goose_lora.data_formats import ranks_of
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def encode_reply(tokenizer: PreTrainedTokenizerBase, prompt: Reply | None, reply
         end = tokenizer.eos_token if append_eos and not reply.endswith(str(tokenizer.eos_token)) else ""
         return list(tokenizer(f"{prompt or ''}{reply}{end}")["input_ids"])
     messages: list[Any] = [*(prompt or []), *reply]
-    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template)
+    encoded: Any = apply_template(tokenizer, messages, tokenize=True, return_dict=True, **template)
     ids, eos = list(encoded["input_ids"]), tokenizer.eos_token_id
     end = len(ids) - ids[::-1].index(eos) if eos in ids else len(ids)
     said, rest = messages[-1]["content"], str(tokenizer.decode(ids[end:])).strip()
@@ -80,8 +81,7 @@ def ranked_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str,
 def _require_template(tokenizer: PreTrainedTokenizerBase, name: str, append_eos: bool) -> None:
     if not append_eos:
         raise ValueError(f"{name}: append_eos: false is for plain text; these are chat messages, which their template ends. Set it to true.")
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{name}: the rows are chat messages, but the tokenizer has no chat template. Use a chat model, or text.")
+    require_chat_template(tokenizer, name)
 
 
 def tokenize_ranked(
@@ -100,8 +100,11 @@ def tokenize_ranked(
     ``chosen_ids`` and ``rejected_ids``, the best and the worst, are what ``trl.RewardTrainer`` takes for the sign that data is tokenized.
 
     Raises:
-        ValueError: no list is left.
+        ValueError: no list is left, or a margin that is no number.
     """
+    for number, margin in enumerate(margins or [], 1):
+        if not isinstance(margin, (int, float)) or not math.isfinite(margin):
+            raise ValueError(f"{name}: row {number}: margin is {margin!r}; expected numbers. Mend them, or set use_margin: false.")
     made, cut = [], 0
     for index, row in enumerate(rows):
         encoded = [encode_reply(tokenizer, row.prompt, reply, append_eos=append_eos, **row.template) for reply in row.completions]
@@ -119,7 +122,7 @@ def tokenize_ranked(
             *(name, len(rows) - len(made), len(rows), cut, max_length),
         )
     if not made:
-        raise ValueError(f"{name}: no prompt has two completions of different rank and of at most max_length={max_length} tokens.")
+        raise ValueError(f"{name}: no prompt has two completions of different rank and of at most max_length={max_length} tokens. Raise max_length.")
     return Dataset.from_list(made if margins is None else [row | {"margin": margins[row["row"]]} for row in made])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from goose_lora.model_files import is_number, read_json_object
 from goose_lora.verdict import RewardVerdict
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ _STARTED = time.monotonic()
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return read_json_object(Path(path))
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -30,8 +31,36 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """One object a line.
+
+    Raises:
+        ValueError: a line that is none, with its number.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8")) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error}. Was the run stopped as it wrote? Delete that line.") from error
+            if row is not None and not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} is a JSON {type(row).__name__}, expected an object. Delete that line.")
+            rows += [row] if row is not None else []
+    return rows
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``.
+
+    Raises:
+        ValueError: as ``read_jsonl``, or a figure that is no number.
+    """
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        for name, value in row.items():
+            if ("/" in name or name == "step") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{path}: line {number}: {name} is {value!r}, expected a number. Delete that line.")
+    return rows
 
 
 def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -74,11 +103,15 @@ def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
     if not path.is_file():
         return
     verdict = read_json(path)
-    for line in verdict.get("warnings", []):
+    interval, warnings = verdict.get("accuracy_ci"), verdict.get("warnings", [])
+    numbers = [*interval, verdict.get("accuracy"), verdict.get("n_pairs")] if isinstance(interval, list) else []
+    if len(numbers) != 4 or not all(map(is_number, numbers)) or not isinstance(warnings, list):
+        raise ValueError(f"{path}: no verdict of recipes/reward.py: accuracy_ci is {interval!r}. Train the reward model again, or delete the file.")
+    for line in warnings:
         logger.warning("the reward model: %s", line)
     if force:
         return
-    low, high = verdict["accuracy_ci"]
+    low, high = interval
     if low <= 0.5:
         raise ValueError(
             f"{path}: the reward model is right on {verdict['accuracy']:.2f} of {verdict['n_pairs']} held-out pairs ({low:.2f} to {high:.2f}), "

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from goose_lora.data import apply_template
 from goose_lora.evaluation import import_function
 from goose_lora.loading import ModelArguments, quantization_config, spare_token
+from goose_lora.model_files import reading, require_model
 
 PREFIX = "model:"
 
@@ -29,14 +31,18 @@ class RewardModel:
     def __init__(self, spec: str, *, batch_size: int = 32, trust_remote_code: bool = False):
         self.name, _, label = spec.removeprefix(PREFIX).partition("#")
         self.batch_size, self.trust_remote_code = batch_size, trust_remote_code
-        self.config: Any = AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code)
+        require_model(self.name)
+        with reading("its configuration", self.name):
+            self.config: Any = AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code)
         if not any("ForSequenceClassification" in architecture for architecture in self.config.architectures or []):
-            raise ValueError(f"{spec}: a reward model is a sequence classifier, and this is {', '.join(self.config.architectures or ['unknown'])}.")
+            found = ", ".join(self.config.architectures or ["unknown"])
+            raise ValueError(f"{spec}: a reward model is a sequence classifier, and this is {found}. Give one that was saved with its score head.")
         labels = self.config.label2id
         if (label and label not in labels) or (not label and self.config.num_labels > 1):
             raise ValueError(f"{spec}: the classifier has the labels {', '.join(labels)}. Name one of them: {PREFIX}{self.name}#{next(iter(labels))}")
         self.output = labels[label] if label else 0
-        self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=trust_remote_code, truncation_side="left")
+        with reading("the tokenizer", self.name):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=trust_remote_code, truncation_side="left")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = spare_token(self.tokenizer)
         self.__name__ = self.name.rstrip("/").rpartition("/")[2]
@@ -50,14 +56,16 @@ class RewardModel:
     def load(self, args: ModelArguments, device: torch.device) -> "RewardModel":
         """Put the weights on ``device``, quantized and in the dtype as ``args`` says; for this model's own settings give it own arguments."""
         self.config.pad_token_id = self.tokenizer.pad_token_id
-        model = AutoModelForSequenceClassification.from_pretrained(
-            self.name,
-            config=self.config,
-            dtype=args.torch_dtype,
-            device_map={"": device},
-            quantization_config=quantization_config(args),
-            trust_remote_code=self.trust_remote_code,
-        )
+        with reading("the weights", self.name):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.name,
+                config=self.config,
+                dtype=args.torch_dtype,
+                device_map={"": device},
+                quantization_config=quantization_config(args),
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+            )
         self.model = model.requires_grad_(False).eval()
         return self
 
@@ -77,11 +85,18 @@ class RewardModel:
         if isinstance(prompt, str):
             return prompt + completion
         messages = [*prompt, {"role": "assistant", "content": completion}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return apply_template(self.tokenizer, messages, tokenize=False)
 
     @property
     def _max_length(self) -> int:
         return min(self.tokenizer.model_max_length, self.config.get_text_config().max_position_embeddings)
+
+
+def check_weights(weights: Sequence[float] | None, names: Sequence[str] | str | None) -> None:
+    """Raise ValueError unless there is one weight to each source that ``--reward_function`` names."""
+    sources = [names] if isinstance(names, str) else names or ["adapter"]
+    if weights is not None and len(weights) != len(sources):
+        raise ValueError(f"reward_weights: {len(weights)} weights for {len(sources)} sources of reward ({', '.join(sources)}); give one to each.")
 
 
 def reward_sources(names: Sequence[str] | str | None, *, adapter: str | None, trust_remote_code: bool = False) -> list[Any]:

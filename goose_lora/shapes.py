@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.adapters import adapter_config
 from goose_lora.loading import ModelArguments, lora_config
+from goose_lora.model_files import reading, require_model
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.trunk import decoder_layers, top_layers
 
@@ -135,10 +136,15 @@ class Roles:
 
 def meta_model(args: ModelArguments, *, trust_remote_code: bool = False, config: Any = None) -> Any:
     """The base on the meta device."""
+    name = args.model_name_or_path
     if config is None:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision, trust_remote_code=trust_remote_code)
+        require_model(name, weights=False)
+        with reading("its configuration", name):
+            config = AutoConfig.from_pretrained(name, revision=args.model_revision, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
+        raise ValueError(f"{name}: {config.model_type} is not a causal language model, which a base must be. Use one that goes on with a text.")
     how = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    with torch.device("meta"):
+    with reading("its configuration", name, "Check attn_implementation and the config.json"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=args.torch_dtype, trust_remote_code=trust_remote_code, **how)
 
 

@@ -14,9 +14,11 @@ from goose_lora.data import DataArguments, load_rows, tokenize_prompts
 from goose_lora.dense import RolloutWeights, dense_copy
 from goose_lora.evaluation import import_function, side_by_side, table
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, require_adapter
+from goose_lora.preflight import check_fit
 from goose_lora.replies import Replies, answer, best_of, judge_all, summary
 from goose_lora.report import write_json, write_jsonl, write_stage
 from goose_lora.sampling import generation_config
+from goose_lora.settings import require_at_least_one
 from goose_lora.shared_base import SharedBase
 
 COLUMNS = ["score", "judge", "kl", "tokens", "ended", "distinct_2", "score_win_rate", "judge_win_rate", "judge_gain_at_equal_length"]
@@ -43,6 +45,11 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code from the model's repository."})
 
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "num_prompts", "response_length", "max_prompt_tokens", "batch_size")
+        if self.temperature < 0 or self.best_of < 0:
+            raise ValueError(f"temperature={self.temperature}, best_of={self.best_of}: must not be negative; 0 is for greedy replies, and for none.")
+
 
 def main(args: list[str] | None = None) -> None:
     config, model_args, data_args = cli.parse(EvaluationArguments, ModelArguments, DataArguments, args=args)
@@ -58,6 +65,9 @@ def main(args: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     prompts = tokenize_prompts(rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens)
     prompt_ids = list(prompts["input_ids"])
+    adapters = {name: getattr(config, name) for name in ("policy_adapter", "sft_adapter", "reward_adapter")}
+    how = {"tokens": max(map(len, prompt_ids)) + config.response_length, "chat": not isinstance(prompts[0]["prompt"], str)}
+    check_fit(model_args, tokenizer, adapters, **how, trust_remote_code=config.trust_remote_code)
     base = load_base(model_args, tokenizer, trust_remote_code=config.trust_remote_code)
     shared = SharedBase.build(base, config.policy_adapter, reward=config.reward_adapter, reference=config.sft_adapter or "base")
     sampling = generation_config(

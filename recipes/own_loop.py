@@ -16,6 +16,7 @@ from goose_lora.export import save_policy
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config, require_adapter
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
+from goose_lora.preflight import check_fit
 from goose_lora.report import write_stage
 from goose_lora.resumable import starting_point
 from goose_lora.shared_base import SharedBase
@@ -68,6 +69,8 @@ def main(args: list[str] | None = None) -> None:
     rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="ppo")
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     prompts = tokenize_prompts(rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens)["input_ids"]
+    tokens = max(map(len, prompts)) + config.response_length
+    check_fit(model_args, tokenizer, {"policy_adapter": game.policy_adapter}, tokens=tokens, trust_remote_code=config.trust_remote_code)
 
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     critic = config.critic if config.needs_critic else None

@@ -12,7 +12,7 @@ from typing import Literal
 
 from goose_lora import cli, demo
 from goose_lora.adapters import check_critic
-from goose_lora.data import DataArguments, load_rows, tokenize_prompts, tokenize_texts
+from goose_lora.data import DataArguments, RolloutBatches, load_rows, tokenize_prompts, tokenize_texts
 from goose_lora.dense import free_bytes
 from goose_lora.diagnosis import report
 from goose_lora.export import save_policy
@@ -20,9 +20,11 @@ from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_c
 from goose_lora.memory import planner
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
+from goose_lora.preflight import check_fit
 from goose_lora.report import plot_curves, read_jsonl, require_verdict, write_stage
 from goose_lora.resumable import starting_point
-from goose_lora.reward_models import RewardModel, reward_sources
+from goose_lora.reward_models import RewardModel, check_weights, reward_sources
+from goose_lora.settings import require_at_least_one
 from goose_lora.shared_base import SharedBase
 
 
@@ -44,10 +46,16 @@ class RoleArguments:
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One to each reward_function; 1 if unset."})
     reward_model_quantization: Literal["nf4", "int8", "none"] = field(default="none", metadata={"help": "How a classifier of model:NAME is kept."})
 
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "ptx_max_length")
+        check_weights(self.reward_weights, self.reward_function)
+
 
 def main(args: list[str] | None = None) -> None:
     config, model_args, data_args, roles = cli.parse(PPOConfig, ModelArguments, DataArguments, RoleArguments, args=args)
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)
+    if (config.ptx_coef > 0) != (roles.ptx_dataset_name is not None):
+        raise ValueError(f"ptx_coef={config.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set ptx_dataset_name too.")
     sources = reward_sources(roles.reward_function, adapter=roles.reward_adapter, trust_remote_code=config.trust_remote_code)
     critic = config.critic if config.needs_critic else None
     check_critic(critic, config.critic_init, has_reward=roles.reward_adapter is not None)
@@ -74,6 +82,10 @@ def main(args: list[str] | None = None) -> None:
 
     memory = free_bytes(config.device)
     longest = max(len(ids) for prompts in (train, *held_out) for ids in prompts["input_ids"])
+    RolloutBatches(len(train), config.rollout_batch_size // config.num_generations, 1, seed=0, num_processes=config.world_size)  # are there enough?
+    adapters = {"policy_adapter": roles.policy_adapter, "reward_adapter": roles.reward_adapter}
+    how = {"tokens": longest + config.response_length, "chat": not isinstance(train[0]["prompt"], str)}
+    check_fit(model_args, tokenizer, adapters, **how, trust_remote_code=config.trust_remote_code)
     plan = planner(model_args, config, roles, memory=memory, device=config.device.type, prompt_tokens=longest)
     if config.process_index == 0:
         print(plan.report(memory), flush=True)

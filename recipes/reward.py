@@ -21,6 +21,7 @@ from goose_lora.data import DataArguments, load_rows, require_columns
 from goose_lora.held_out import judge, prepare_held_out, reference_bias
 from goose_lora.loading import ModelArguments, adapters_to_fp32, load_reward_base, load_tokenizer, lora_config
 from goose_lora.preferences import LIST, PAIR, ranked_rows, tokenize_ranked, tokenize_references
+from goose_lora.preflight import check_fit
 from goose_lora.ranked import RankedRewardTrainer
 from goose_lora.report import write_stage, write_verdict
 from goose_lora.resumable import Resumable, starting_point
@@ -75,6 +76,7 @@ def main(args: list[str] | None = None) -> None:
         lists = ranked_rows(dataset, tokenizer, name=str(names[key]), append_eos=data_args.append_eos)
         margins = list(dataset["margin"]) if "margin" in dataset.column_names else None
         rows[key] = tokenize_ranked(lists, tokenizer, name=str(names[key]), margins=margins, **reading)
+    check_fit(model_args, tokenizer, {}, trust_remote_code=config.trust_remote_code)
     base = load_reward_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     trainer = (ListTrainer if ranked else PairTrainer)(
         model=base,

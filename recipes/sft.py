@@ -8,8 +8,9 @@ Rows: text, messages, or prompt and completion. Writes the adapter to output_dir
 from trl import SFTConfig, SFTTrainer
 
 from goose_lora import cli, demo
-from goose_lora.data import DataArguments, load_rows
+from goose_lora.data import DataArguments, check_chat, load_rows
 from goose_lora.loading import ModelArguments, adapters_to_fp32, load_base, load_tokenizer, lora_config
+from goose_lora.preflight import check_fit
 from goose_lora.report import write_stage
 from goose_lora.resumable import Resumable, starting_point
 
@@ -25,6 +26,9 @@ def main(args: list[str] | None = None) -> None:
     rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="sft")
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
+    if config.chat_template_path is None:
+        check_chat(rows, tokenizer, data_args.dataset_name)
+    check_fit(model_args, tokenizer, {}, trust_remote_code=config.trust_remote_code)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     trainer = Trainer(model=base, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora_config(model_args, base))
     adapters_to_fp32(trainer.model)

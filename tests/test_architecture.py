@@ -20,14 +20,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "logprobs": set(),
     "trunk": set(),
     "batch": set(),
-    "adapters": set(),
+    "settings": set(),
+    "model_files": set(),
+    "adapters": {"model_files"},
     "data_formats": set(),
-    "data": {"data_formats"},
+    "data": {"data_formats", "model_files"},
     "gates": set(),
     "preferences": {"data", "data_formats"},
     "ranked": {"ppo_math"},
     "rewards": {"batch"},
-    "ppo_config": {"from_trl", "trunk"},
+    "ppo_config": {"from_trl", "settings", "trunk"},
     "evaluation": set(),
     "verdict": {"evaluation"},
     "held_out": {"preferences", "ranked", "verdict"},
@@ -37,16 +39,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"from_trl"},
     # one base, and what is made with it
     "launch": set(),
-    "loading": {"trunk"},
+    "loading": {"adapters", "model_files", "trunk"},
     "trunk_sharing": {"adapters", "trunk"},
     "views": {"adapters", "batch", "logprobs", "trunk", "trunk_sharing"},
     "shared_base": {"adapters", "trunk_sharing", "views"},
-    "callbacks": {"batch", "diagnosis", "kl_control", "shared_base"},
+    "callbacks": {"batch", "diagnosis", "kl_control", "model_files", "shared_base"},
     "checkpoints": set(),
     "interrupts": set(),
     "resumable": {"adapters", "checkpoints", "interrupts", "loading", "ppo_config", "shared_base"},
     "dense": {"adapters", "shared_base"},
-    "shapes": {"adapters", "loading", "ppo_config", "trunk"},
+    "shapes": {"adapters", "loading", "model_files", "ppo_config", "trunk"},
+    "preflight": {"loading", "model_files", "shapes"},
     "memory": {"dense", "loading", "logprobs", "ppo_config", "shapes"},
     "stopping": set(),
     "sampling": {"adapters", "batch", "dense", "shared_base", "stopping", "trunk"},
@@ -62,18 +65,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"microbatches", "own_loop", "ppo_config", "ppo_math", "resumable", "rewards", "rollouts", "sampling", "schedules"}
     | {"shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
-    "reward_models": {"evaluation", "loading"},
+    "reward_models": {"data", "evaluation", "loading", "model_files"},
     "export": {"checkpoints", "shared_base"},
-    "report": {"verdict"},
-    "data_report": {"data", "data_formats", "evaluation"},
+    "report": {"model_files", "verdict"},
+    "data_report": {"data", "data_formats", "evaluation", "model_files"},
     # the command line
-    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "interrupts", "loading", "memory", "ppo_config", "report", "shapes"},
+    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "interrupts", "loading", "memory", "ppo_config", "report", "settings", "shapes"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
 RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "memory"} | {
-    "ppo_config", "ppo_trainer", "preferences", "ranked", "replies", "report", "resumable", "reward_models", "sampling", "shared_base"
+    "ppo_config", "ppo_trainer", "preferences", "preflight", "ranked", "replies", "report", "resumable", "reward_models", "sampling", "settings",
+    "shared_base"
 }  # fmt: skip
 
 

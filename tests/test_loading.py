@@ -106,7 +106,7 @@ def test_a_byte_level_vocabulary_pads_with_a_byte_that_is_in_no_text(tmp_path):
 
 
 def test_without_any_spare_token_it_is_an_error(tmp_path):
-    with raises("The tokenizer's pad token is its EOS, and no unused token was found. Set pad_token in its tokenizer_config.json."):
+    with raises("The tokenizer has no pad token other than its EOS, and no unused token was found. Set pad_token in its tokenizer_config.json."):
         loaded(word_tokenizer("<s>", "</s>", "word", eos_token="</s>", bos_token="<s>", pad_token="</s>"), tmp_path)
 
 

@@ -169,6 +169,7 @@ def assert_same_leavings(straight, broken):
     assert want[0].keys() == got[0].keys(), (want[0].keys(), got[0].keys())
     different = [name for name, weights in want[0].items() if got[0][name] != weights]
     rows = [(one, other) for one, other in zip(want[1], got[1], strict=False) if one != other]
-    first = {name: (rows[0][0].get(name), rows[0][1].get(name)) for name in rows[0][0] if rows[0][0].get(name) != rows[0][1].get(name)} if rows else {}
+    one, other = rows[0] if rows else ({}, {})
+    first = {name: (one[name], other.get(name)) for name in one if one[name] != other.get(name)}
     assert not different and not rows and len(want[1]) == len(got[1]), f"adapters {different}; the first row that differs: {first}"
     assert got[2] == want[2], "samples"

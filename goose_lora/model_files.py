@@ -1,0 +1,165 @@
+"""What stands in the folders of models and adapters, looked at before any weights are loaded, and said in one line where it is wrong.
+
+Weights are read from safetensors alone: .bin and .pt files are pickles, which can run code as they are read.
+"""
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MOST_CHARACTERS = 300
+
+
+_DAMAGED = "The file is damaged: copy it again, or train the stage again."
+
+
+def brief(error: BaseException) -> str:
+    """The message of a library's error in one line, without what comes after its first words."""
+    text = " ".join(str(error).split())
+    return textwrap.shorten(text, _MOST_CHARACTERS, placeholder=" ...").rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def reading(what: str, name: str, way_out: str = "Save or download it again, or update transformers") -> Iterator[None]:
+    """Turn whatever libraries raise of a model's files into a ValueError of one line. tokenizers raises bare Exception, safetensors an error of
+    its own, transformers KeyError, TypeError and others. Want of memory, of a package, or of a working GPU is something else, and passes."""
+    try:
+        yield
+    except Exception as error:
+        other = isinstance(error, RuntimeError) and "mismatch" not in str(error)
+        if other or isinstance(error, (torch.OutOfMemoryError, MemoryError, ImportError)):
+            raise
+        if "use_safetensors" in str(error):
+            way_out = "Pickled ones can run code as they are read: convert them where you trust them, with save_pretrained"
+            raise ValueError(f"{name}: has no weights in safetensors. {way_out}.") from error
+        if not Path(name).exists() and isinstance(error, OSError):
+            raise ValueError(f"{name}: {_not_found()}") from error
+        if "trust_remote_code" in str(error):
+            own_code = "it needs Python code of its own repository. Read that code, and set trust_remote_code: true if you trust it."
+            raise ValueError(f"{name}: {own_code}") from error
+        raise ValueError(f"{name}: {what} cannot be read: {brief(error)}. {way_out}.") from error
+
+
+def _not_found() -> str:
+    if constants.HF_HUB_OFFLINE:
+        return "not a folder here, and not in the cache of the Hub, which HF_HUB_OFFLINE=1 forbids to ask. Check the name, or unset it."
+    return "not a folder here, and not to be had from the Hub. Check the name, the network, and for a gated model the token (hf auth login)."
+
+
+def require_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is a folder or may be a name on the Hub."""
+    if Path(name).is_file():
+        raise ValueError(f"{name}: a file, not a model. Give the folder that holds its config.json, or a name on the Hub.")
+    if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name.strip()):
+        raise ValueError(f"{name or repr(name)}: no such folder. Check the path, or give a name on the Hub, such as org/model.")
+
+
+def require_model(name: str, *, weights: bool = True) -> None:
+    """Raise ValueError unless ``name`` is the folder of a model, with ``weights`` in safetensors, or may be a name on the Hub."""
+    require_name(name)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            adapter = (path / ADAPTER_CONFIG).is_file()
+            hint = " It is an adapter: model_name_or_path is its base, and the folder goes to policy_adapter or reward_adapter." if adapter else ""
+            raise ValueError(f"{name}: has no config.json, so it is no model.{hint or ' Give the folder that save_pretrained wrote.'}")
+        if weights and not any(path.glob("*.safetensors")):
+            pickled = [file.name for file in sorted(path.iterdir()) if file.suffix in (".bin", ".pt", ".pth")]
+            raise ValueError(f"{name}: has no weights in safetensors{_pickles(pickled)}.")
+        for file in path.glob("*.safetensors") if weights else ():
+            tensor_shapes(file, "Download or save the model again.")
+
+
+def _pickles(names: list[str]) -> str:
+    if not names:
+        return ". Download or save it again"
+    return f", only {', '.join(names)}, a pickle, which can run code as it is read. Convert it where you trust it, with save_pretrained"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, nested too deep, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueError
+        raise ValueError(f"{path}: not JSON that can be read: {brief(error)}. {_DAMAGED}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON {type(content).__name__}, expected an object. {_DAMAGED}")
+    return content
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold; JSON has NaN, and whole numbers of any size."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def read_adapter_config(setting: str, folder: str) -> dict[str, Any]:
+    """What ``adapter_config.json`` says.
+
+    Raises:
+        ValueError: ``folder`` holds no whole LoRA adapter in safetensors.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"{setting}: {folder} is a file. Give the folder that holds it, the output_dir of the stage that trains it.")
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (path / name).is_file()]
+    if missing == [ADAPTER_WEIGHTS] and any(path.glob("adapter_model.*")):
+        raise ValueError(f"{setting}: {folder} has no {ADAPTER_WEIGHTS}{_pickles([file.name for file in path.glob('adapter_model.*')])}.")
+    if missing:
+        raise ValueError(f"{setting}: {folder} has no {' and no '.join(missing)}. Give the output_dir of the stage that trains it, run to its end.")
+    config = read_json_object(path / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
+        raise ValueError(f"{setting}: {folder} is a {kind} adapter; the roles of a shared base are LoRA adapters. Train one with the recipes.")
+    base, rank = config.get("base_model_name_or_path"), config.get("r")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(base, str | None):
+        raise ValueError(f"{path / ADAPTER_CONFIG}: r={rank!r}, base_model_name_or_path={base!r}: damaged. Copy the folder again, or train it again.")
+    return config
+
+
+def tensor_shapes(path: Path, way_out: str = "Copy it again, or train the stage again.") -> dict[str, list[int]]:
+    """Names and shapes of the tensors of a file, read from its head.
+
+    Raises:
+        ValueError: the file is cut short or no safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({brief(error)}). {way_out}") from error
+
+
+def saved_chat_template(folder: str) -> str | None:
+    """The chat template of the tokenizer that was saved beside an adapter; None where there is no tokenizer, or none of one kind."""
+    path = Path(folder)
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    if (path / "tokenizer_config.json").is_file():
+        template = read_json_object(path / "tokenizer_config.json").get("chat_template")
+        return template if isinstance(template, str) else None
+    return None
+
+
+def check_lineage(path: Path, lineage: dict[str, Any]) -> dict[str, Any]:
+    """``lineage`` as it is, if what the reward role reads of it can be used.
+
+    Raises:
+        ValueError: a bias that is no finite number, or an append_eos that is not true or false.
+    """
+    bias, eos = lineage.get("reward_bias", 0.0), lineage.get("append_eos", True)
+    if not is_number(bias) or not isinstance(eos, bool):
+        raise ValueError(f"{path}: reward_bias={bias!r}, append_eos={eos!r}: expected a finite number, and true or false. Train the stage again.")
+    return lineage
