@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from goose_lora.adapters import local_folder
 from goose_lora.trunk import decoder_layers
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the base, or 'embedded' for the small model of the demo."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base on the Hub."})
+    base_hub_id: str | None = field(
+        default=None, metadata={"help": "Hub id of the base where model_name_or_path is a folder: what an upload names instead of the folder."}
+    )
     quantization: Literal["nf4", "int8", "none"] = field(
         default="nf4", metadata={"help": "How the frozen base is kept: nf4 (4 bits), int8, or none (in dtype)."}
     )
@@ -231,18 +235,19 @@ def adapters_to_fp32(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> None:
-    """Check, before any model is loaded, that ``folder`` holds an adapter for this base.
+def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> str | None:
+    """Check, before any model is loaded, that ``folder`` (or an adapter of the Hub) is for this base; returns the folder that it lies in.
 
     Raises:
         ValueError: no adapter there, or one that was trained on another base.
     """
     if folder is None:
-        return
-    path = Path(folder)
+        return None
+    path = local_folder(folder)
     missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (path / name).is_file()]
     if missing:
         raise ValueError(f"{setting}: {folder} has no {' and no '.join(missing)}. Give the output_dir of the stage that trains it, run to its end.")
     base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if base and base != args.model_name_or_path and Path(base).name != Path(args.model_name_or_path).name:
+    if base and base not in (args.model_name_or_path, args.base_hub_id) and Path(base).name != Path(args.model_name_or_path).name:
         raise ValueError(f"{setting}: {folder} was trained on {base}, not on {args.model_name_or_path}. All stages share one base.")
+    return str(path)

@@ -81,6 +81,8 @@ class PPOTrainer(UserLoop, Trainer):
         if args.needs_critic != (model.critic is not None):
             wanted = "SharedBase.build(..., critic=args.critic)" if args.needs_critic else "critic=None: replies are compared with one another"
             raise ValueError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
+        if args.push_to_hub:
+            raise ValueError("push_to_hub: Trainer would upload all that lies in output_dir. Save, then call goose_lora.hub.push(output_dir, repo).")
         if args.ema_decay is not None and not model.has("ema"):
             raise ValueError(f"ema_decay={args.ema_decay:g} needs a place for the average: SharedBase.build(..., average=True).")
         if (args.ptx_coef > 0) != (ptx_dataset is not None):

@@ -67,7 +67,7 @@ class SharedBase(PeftModel):
         """Put the roles on ``base``, a causal language model of transformers, quantized or not. All dropout is set to 0, the base's too.
 
         Args:
-            policy: a fresh adapter's configuration, or the folder of a trained one (SFT).
+            policy: a fresh adapter's configuration, or a trained one (SFT): a folder, or user/repo[/folder][@revision] on the Hub, as for all roles.
             reward: folder of the adapter and ``score`` head that ``trl.RewardTrainer`` saved, if there is a reward adapter.
             critic: ``adapter`` for a value adapter with its own head; ``shared`` for a head on the policy's hidden states; ``reward_features`` for
                 a head on the frozen reward adapter's, which scoring computes anyway; None for no critic.
@@ -84,6 +84,9 @@ class SharedBase(PeftModel):
         """
         critic_init = adapters.check_critic(critic, critic_init, has_reward=reward is not None)
         from_folder = not isinstance(policy, LoraConfig)
+        policy = adapters.local_folder(policy) if from_folder else policy
+        reward = None if reward is None else adapters.local_folder(reward)
+        reference = reference if reference in (None, "copy", "base") else adapters.local_folder(reference)
         head = base.get_output_embeddings()
         if reward is not None or critic is not None:
             base.score = nn.Linear(head.weight.shape[1], 1, bias=False, dtype=torch.float32, device=head.weight.device)

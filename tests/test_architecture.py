@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnosis": {"findings", "reply_verdicts"},
     "__init__": {"from_trl"},
     # one base, and what is made with it
-    "loading": {"trunk"},
+    "loading": {"adapters", "trunk"},
     "shared_base": {"adapters", "batch", "logprobs", "trunk"},
     "callbacks": {"batch", "diagnosis", "kl_control", "shared_base"},
     "dense": {"adapters", "shared_base"},
@@ -59,15 +59,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"shared_base"},
     "report": {"verdict"},
     "data_report": {"data", "data_formats", "evaluation"},
+    # what leaves a run
+    "lineage": {"adapters", "loading"},
+    "chain": {"adapters", "lineage", "report"},
+    "card": {"adapters", "chain", "data", "report"},
+    "hub": {"adapters", "card", "loading"},
+    "stages": {"card", "hub", "lineage", "loading", "report"},
+    "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "report", "sampling", "shared_base"},
     # the command line
-    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "loading", "memory", "ppo_config", "report", "shapes"},
+    "cli": {"adapters", "chain", "data_report", "demo", "dense", "diagnosis", "from_trl", "hub", "loading", "memory", "merge", "ppo_config"}
+    | {"report", "shapes"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
-RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "memory"} | {
-    "ppo_config", "ppo_trainer", "preferences", "ranked", "replies", "report", "reward_models", "sampling", "shared_base"
-}  # fmt: skip
+RECIPES_MAY_IMPORT = {"adapters", "card", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "hub", "lineage"} | {
+    "loading", "memory", "ppo_config", "ppo_trainer", "preferences", "ranked", "replies", "report", "reward_models", "sampling", "shared_base"
+} | {"stages"}  # fmt: skip
 
 
 def tree(path):
