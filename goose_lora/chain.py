@@ -84,7 +84,7 @@ def _base_name(base: dict[str, Any]) -> str:
 def _own_problems(folder: Path, lineage: dict[str, Any]) -> list[str]:
     """How the files in ``folder`` are not those that its lineage was written for."""
     problems, base = [], lineage["base"]
-    if lineage.get("sha256") not in (None, file_sha256(folder / WEIGHTS)):
+    if lineage.get("sha256") and lineage["sha256"] != file_sha256(folder / WEIGHTS):
         problems.append(f"{WEIGHTS} is not the one that {lineage['stage']} saved")
     named = read_json(folder / CONFIG).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
     if named and named not in (base["id"], base.get("hub_id")) and Path(named).name != Path(base["id"]).name:

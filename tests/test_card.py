@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from numbers import Real
 
 import pytest
@@ -31,8 +30,7 @@ REPLIES = [{"prompt": f"word {k}", "base": "<b>x</b> | y", "sft": "a *star*", "p
 
 @pytest.fixture
 def run(adapter_chain, tmp_path):
-    shutil.copytree(adapter_chain, tmp_path / "run")
-    return tmp_path / "run"
+    return tiny_chain.copy(adapter_chain, tmp_path / "run")
 
 
 def leaves(content):
@@ -118,7 +116,6 @@ def test_a_policy_that_was_not_evaluated_shows_samples_of_training(run):
 
 def test_peft_does_not_keep_its_own_card_in_place_of_ours(run):
     base = load_base(tiny_chain.arguments(str(run / "base")), load_tokenizer(tiny_chain.arguments(str(run / "base"))))
-    card.write(run / "sft")
     ours = (run / "sft" / "README.md").read_text()
     PeftModel.from_pretrained(base, run / "sft").save_pretrained(run / "sft")
     assert (run / "sft" / "README.md").read_text() != ours, "PEFT writes into a card that it finds"

@@ -23,11 +23,7 @@ def whole(adapter_chain):
 
 @pytest.fixture
 def run(whole, tmp_path):
-    """A copy to spoil, whose parents are noted where they are in it."""
-    shutil.copytree(whole, tmp_path / "run")
-    for path in [*(tmp_path / "run").rglob("goose_lora.json"), *(tmp_path / "run").rglob("adapter_config.json")]:
-        path.write_text(path.read_text().replace(str(whole), str(tmp_path / "run")))
-    return tmp_path / "run"
+    return tiny_chain.copy(whole, tmp_path / "run")
 
 
 def problems(folder):

@@ -1,5 +1,6 @@
 """A chain of adapters on a tiny base, made without training: what the tests of lineage, card, upload and merging share."""
 
+import shutil
 from pathlib import Path
 
 import tiny
@@ -64,3 +65,11 @@ def build(folder: Path, *, quantization: str = "nf4") -> Path:
     parents = {"policy": folder / "sft", "reward": folder / "reward"}
     record("ppo", {"objective/score": 1.234567, "objective/kl": 0.5}, parents, findings=["look  kl  0.5"])
     return folder
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A copy of a chain to spoil, in which all names are those of the copy; returns ``target``."""
+    shutil.copytree(source, target)
+    for path in (path for path in target.rglob("*") if path.name in ("goose_lora.json", "adapter_config.json", "README.md")):
+        path.write_text(path.read_text(encoding="utf-8").replace(str(source), str(target)), encoding="utf-8")
+    return target
