@@ -127,6 +127,11 @@ def _on_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith(("embedded/", "/", ".")) and Path(name).suffix not in READERS and not Path(name).exists()
 
 
+def _data_name(name: str) -> str:
+    """A data set as others may know it: of a file, its name alone."""
+    return name if _on_hub(name) or name.startswith("embedded/") else Path(name).name
+
+
 def _results(
     stage: str, lineage: Mapping[str, Any], evaluation: Mapping[str, Any] | None, verdict: Mapping[str, Any] | None
 ) -> list[EvalResult]:
@@ -139,7 +144,7 @@ def _results(
     else:
         return []
     task = "text-classification" if stage == "reward" else "text-generation"
-    dataset = held_out if _on_hub(held_out) else Path(held_out).name
+    dataset = _data_name(held_out)
     return [
         EvalResult(task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=key, metric_name=name, metric_value=value)
         for key, (name, value) in values.items()
@@ -185,7 +190,7 @@ def _making(lineage: Mapping[str, Any]) -> list[str]:
     table = _table(["stage", "figures", "seconds", "memory, GB", *gpu_too], [row + ["-"] * (4 + len(gpu_too) - len(row)) for row in rows])
     commands = [stage["command"] for stage in stages if stage.get("command")]
     data = [
-        f"{stage['stage']}: `{row['name']}`" + (f", split {row['split']}" if row["split"] else "") + f", {row['rows']} rows, sha256 `{row['sha256']}`"
+        f"{stage['stage']}: `{_data_name(row['name'])}`, split {row['split'] or 'all'}, {row['rows']} rows, sha256 `{row['sha256']}`"
         for stage in stages
         for row in stage.get("data", [])
     ]
@@ -218,7 +223,7 @@ def _measured(lineage: Mapping[str, Any], evaluation: Mapping[str, Any] | None) 
     figures = evaluation["figures"]
     columns = [key for key in COLUMNS if any(key in row for row in figures.values())]
     rows = [[name, *(_with_interval(row, key) for key in columns)] for name, row in figures.items()]
-    where = f" of `{evaluation['dataset']}`" if "dataset" in evaluation else ""
+    where = f" of `{_data_name(evaluation['dataset'])}`" if "dataset" in evaluation else ""
     text = f"{evaluation['prompts']} held-out prompts{where}. Win rates are against {evaluation['against']}; intervals in brackets."
     return ["## Measured", text, _table(["", *(COLUMNS[key] for key in columns)], rows)]
 

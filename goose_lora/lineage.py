@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,12 @@ def differing(*instances: Any) -> dict[str, Any]:
     found = {}
     for instance in instances:
         for field in fields(instance):
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            value = _plain(getattr(instance, field.name)) if field.init else None
-            if field.init and not field.name.startswith("_") and not SECRET_NAMES.search(field.name) and value != _plain(default):
+            if not field.init or field.name.startswith("_") or SECRET_NAMES.search(field.name):
+                continue
+            default = _plain(field.default if field.default_factory is MISSING else field.default_factory())
+            value = getattr(instance, field.name)
+            value = differing(value) if is_dataclass(value) else _plain(value)
+            if value != default and not (value in ([], {}, "", None) and not default):  # an unset list may be kept as None or as []
                 found[field.name] = value
     return found
 
