@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from goose_lora.adapters import read_lineage
 from goose_lora.chain import loading_code
 from goose_lora.data import READERS
+from goose_lora.lineage import hub_name
 from goose_lora.report import read_json, read_jsonl, write_json
 
 MARK = "<!-- Written by goose_lora from the files of the run, and again when they change. Take this line out to keep your own text. -->"
@@ -53,8 +54,8 @@ def refresh(folder: str | Path) -> None:
 
 
 def add_evaluation(policy: str | Path, evaluation: Mapping[str, Any], replies: Sequence[Mapping[str, str]]) -> None:
-    """Put what recipes/evaluate.py measured beside the policy, where its card reads it; nothing for an adapter without a lineage."""
-    if read_lineage(policy):
+    """Put what recipes/evaluate.py measured beside the policy, where its card reads it; nothing for an adapter of the Hub or without a lineage."""
+    if read_lineage(policy) and hub_name(policy) == str(policy):
         write_json(Path(policy) / "evaluation.json", {**evaluation, "samples": list(replies[:SAMPLES])})
         refresh(policy)
 

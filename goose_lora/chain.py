@@ -52,7 +52,8 @@ def _parents(child: Link) -> list[Link]:
     for role, noted in child.lineage.get("parents", {}).items():
         there = (Path(noted["name"]) / WEIGHTS).is_file()
         lineage = (read_lineage(noted["name"]) if there else {}) or noted["lineage"]
-        link = Link(noted["name"] if there else f"{noted['name']} (not here any more; as recorded)", role, lineage)
+        where = "on the Hub" if "@" in noted["name"] else "not here any more"
+        link = Link(noted["name"] if there else f"{noted['name']} ({where}; as recorded)", role, lineage)
         if there and (now := file_sha256(Path(noted["name"]) / WEIGHTS)) != noted["sha256"]:
             link.problems.append(f"has changed since {child.stage} started from it: sha256 was {noted['sha256'][:12]}, is {now[:12]}")
         link.problems += _misfits(lineage, child)

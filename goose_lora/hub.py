@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from goose_lora import card
 from goose_lora.adapters import ADAPTERS, CONFIG, LINEAGE, read_lineage, write_lineage
@@ -46,8 +47,9 @@ def check(config: TrainingArguments, model: ModelArguments) -> None:
         return
     if config.hub_model_id is None:
         raise ValueError("push_to_hub: true needs the repository's name: hub_model_id: user/name.")
-    if str(config.hub_strategy.value) not in ("every_save", "end"):
-        raise ValueError(f"hub_strategy: {config.hub_strategy.value}: checkpoints are never uploaded; the result is, once, at the end. Leave it out.")
+    strategy = HubStrategy(config.hub_strategy)
+    if strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+        raise ValueError(f"hub_strategy: {strategy.value}: checkpoints are never uploaded; the result is, once, at the end. Leave it out.")
     require_hub_base(model.base_hub_id or model.model_name_or_path)
     authorize(config.hub_model_id, token=config.hub_token, private=config.hub_private_repo)
 

@@ -96,9 +96,12 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> dict[str, An
 
 
 def _tokenizer(folder: Path, args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The run's own, where it saved one."""
-    saved = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    return load_tokenizer(replace(args, model_name_or_path=str(folder), model_revision=None) if saved else args)
+    """The run's own, where it saved one; otherwise the base's with the run's chat template."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return load_tokenizer(replace(args, model_name_or_path=str(folder), model_revision=None))
+    tokenizer = load_tokenizer(args)
+    tokenizer.chat_template = lineage.saved_template(folder) or tokenizer.chat_template
+    return tokenizer
 
 
 def _prompts(folder: Path, name: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[dict[str, Any]]]:

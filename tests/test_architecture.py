@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what leaves a run
     "lineage": {"adapters", "loading"},
     "chain": {"adapters", "lineage", "report"},
-    "card": {"adapters", "chain", "data", "report"},
+    "card": {"adapters", "chain", "data", "lineage", "report"},
     "hub": {"adapters", "card", "loading"},
     "stages": {"card", "hub", "lineage", "loading", "report"},
     "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "report", "sampling", "shared_base"},

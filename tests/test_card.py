@@ -131,6 +131,12 @@ def test_a_card_that_someone_took_over_is_left_alone(run):
     assert read_json(run / "ppo" / "evaluation.json")["samples"] == REPLIES
 
 
-def test_an_evaluation_of_an_adapter_of_other_origin_writes_nothing_beside_it(tmp_path):
+def test_an_evaluation_writes_nothing_beside_an_adapter_of_other_origin_or_in_the_hubs_cache(tmp_path):
     card.add_evaluation(tmp_path, EVALUATION, REPLIES)
     assert list(tmp_path.iterdir()) == []
+    cached = tmp_path / "models--ann--result" / "snapshots" / ("a" * 40)
+    cached.mkdir(parents=True)
+    write_lineage(cached, stage="ppo")
+    card.add_evaluation(cached, EVALUATION, REPLIES)
+    assert [path.name for path in cached.iterdir()] == ["goose_lora.json"]
+    assert lineage.hub_name(cached / "reward") == f"ann/result/reward@{'a' * 40}"

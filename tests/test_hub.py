@@ -18,8 +18,8 @@ from peft import PeftModel
 from test_recipes import options, recipe
 from transformers import TrainingArguments
 
-from goose_lora import cli, hub
-from goose_lora.adapters import read_lineage
+from goose_lora import chain, cli, hub
+from goose_lora.adapters import local_folder, read_lineage
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, require_adapter
 from goose_lora.shared_base import SharedBase
 
@@ -193,6 +193,10 @@ def test_roles_load_from_the_hub_by_name_folder_and_revision(server, run):
         torch.testing.assert_close(plain(input_ids=ids, attention_mask=mask).logits.float(), new_here.float(), rtol=0, atol=0.1)
     folder = require_adapter("policy_adapter", f"{REPO}@{old}", ModelArguments("org/base"))
     assert read_lineage(folder)["stage"] == "sft"
+    shown = chain.describe(folder)
+    assert f'PeftModel.from_pretrained(base, "{REPO}", revision="{old}")' in shown and "AutoModelForCausalLM.from_pretrained(\"org/base\"" in shown
+    reward = chain.describe(local_folder(f"{REPO}/reward"))
+    assert f'PeftModel.from_pretrained(base, "{REPO}", subfolder="reward", revision="{server.commit_id(REPO, 1)}")' in reward
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub_is_an_error_with_both_ways_out(server):
@@ -243,6 +247,7 @@ def test_a_run_whose_upload_fails_ends_well_and_prints_the_command_that_uploads_
     recipe("sft").main([*words, *options(push_to_hub=True, hub_model_id=REPO, hub_private_repo=True, gradient_checkpointing=False)])
     assert (output / "stage.json").is_file() and (output / "checkpoint-2").is_dir() and server.repos == {REPO: []}
     assert sum("/commit/" in request for request in server.requests) == 1, "Trainer did not upload its checkpoints"
+    assert read_lineage(output)["base"]["hub_id"] == "org/base"
     warning = next(record.getMessage() for record in caplog.records if "To upload it:" in record.getMessage())
     assert f"Everything is saved in {output}" in warning
     command = shlex.split(re.search(r"goose-lora push .*", warning)[0])

@@ -111,13 +111,16 @@ def test_the_kl_is_that_of_the_definition(run):
 
 
 def test_prompts_of_ones_own_are_used_and_noted(run, tmp_path):
-    (run / "ppo" / "samples.jsonl").unlink()
+    for name in ("samples.jsonl", "tokenizer.json"):  # as an adapter that came from the Hub
+        (run / "ppo" / name).unlink()
+    (run / "ppo" / "chat_template.jinja").write_text("of the run")
     with pytest.raises(ValueError, match="no prompts to measure on: --prompts FILE"):
         merge.merge(run / "ppo", tmp_path / "out")
     mine = tiny.write_rows(tmp_path / "mine.jsonl", tiny.prompts(3))
     merge.merge(run / "ppo", tmp_path / "out", prompts=mine)
     noted = read_lineage(tmp_path / "out")
     assert noted["figures"]["prompts"] == 3 and noted["data"][0]["name"] == mine and noted["data"][0]["rows"] == 3
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "of the run"
 
 
 def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(run, tmp_path):
