@@ -29,11 +29,13 @@ _READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_confi
 def local_folder(name: str | Path) -> Path:
     """The folder ``name``; or the adapter user/repo[/folder][@revision] of the Hub, all its files of one commit, in the Hub's cache.
 
+    A name without a revision, whose parent is a folder here, is a folder that is missing, not one of the Hub.
+
     Raises:
         ValueError: neither a folder nor an adapter that can be had from the Hub.
     """
     match = _HUB_NAME.fullmatch(str(name))
-    if Path(name).exists() or match is None:
+    if Path(name).exists() or match is None or (match["revision"] is None and Path(name).parent.is_dir()):
         return Path(name)
     place: dict[str, Any] = {"repo_id": match["repo"], "subfolder": match["folder"]}
     try:

@@ -50,6 +50,11 @@ def check_reference(kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, tole
         )
 
 
+def refuse_upload(*args: object, **kwargs: object) -> None:
+    """Stands in place of Trainer's ``push_to_hub``. Raises ValueError."""
+    raise ValueError("push_to_hub: Trainer would upload all that lies in output_dir. Save, then call goose_lora.hub.push(output_dir, repo).")
+
+
 def check_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Every tensor that trains has a finite gradient."""
     grads = [(name, p.grad) for name, p in named if p.requires_grad]

@@ -59,6 +59,7 @@ class PPOTrainer(UserLoop, Trainer):
     args: PPOConfig
     train_dataset: Dataset
     processing_class: PreTrainedTokenizerBase
+    push_to_hub: Any = gates.refuse_upload
     loss_is_scaled_for_ga = True  # compute_loss divides by the token count of the whole optimizer step
 
     def __init__(
@@ -82,7 +83,7 @@ class PPOTrainer(UserLoop, Trainer):
             wanted = "SharedBase.build(..., critic=args.critic)" if args.needs_critic else "critic=None: replies are compared with one another"
             raise ValueError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
         if args.push_to_hub:
-            raise ValueError("push_to_hub: Trainer would upload all that lies in output_dir. Save, then call goose_lora.hub.push(output_dir, repo).")
+            self.push_to_hub()
         if args.ema_decay is not None and not model.has("ema"):
             raise ValueError(f"ema_decay={args.ema_decay:g} needs a place for the average: SharedBase.build(..., average=True).")
         if (args.ptx_coef > 0) != (ptx_dataset is not None):

@@ -200,8 +200,16 @@ def test_roles_load_from_the_hub_by_name_folder_and_revision(server, run):
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub_is_an_error_with_both_ways_out(server):
-    with pytest.raises(ValueError, match=r"runs/sft is no folder here, and could not be had from the Hub .*output_dir.*user/repo@revision"):
+    with pytest.raises(ValueError, match=r"nobody/sft is no folder here, and could not be had from the Hub .*output_dir.*user/repo@revision"):
+        require_adapter("policy_adapter", "nobody/sft", ModelArguments("org/base"))
+
+
+def test_a_folder_that_is_missing_beside_others_is_not_looked_for_on_the_hub(server, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match=r"policy_adapter: runs/sft has no adapter_config.json"):
         require_adapter("policy_adapter", "runs/sft", ModelArguments("org/base"))
+    assert server.requests == []
 
 
 # ---- Failures ----
@@ -234,6 +242,8 @@ def test_the_push_command_answers_a_failure_in_one_line(server, run, monkeypatch
 def test_a_trainer_never_uploads_by_itself(tmp_path):
     with pytest.raises(ValueError, match=r"push_to_hub: Trainer would upload all that lies in output_dir.*goose_lora.hub.push"):
         tiny_runs.trainer(tmp_path, push_to_hub=True)
+    with pytest.raises(ValueError, match="Trainer would upload all that lies in output_dir"):
+        tiny_runs.trainer(tmp_path).push_to_hub()
     config = settings()
     assert hub.without_trainers_push(config).push_to_hub is False and config.push_to_hub is True
 

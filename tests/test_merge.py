@@ -59,6 +59,24 @@ def test_plain_transformers_loads_the_merged_model_and_it_gives_the_adapters_log
     assert 0 <= noted["kl"] + 1e-6 < 1e-2 and noted["prompts"] == 6 and "nats a token (6 prompts" in said
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
+@torch.no_grad()
+def test_a_tied_head_is_written_once_in_the_dtype_asked_for_and_the_base_keeps_its_own(architecture, tmp_path):
+    shared = tiny.shared(tiny.base(architecture), layers="top-2")
+    before = {name: (parameter.dtype, parameter.data_ptr()) for name, parameter in shared.named_parameters()}
+    merge.write_dense(shared, torch.bfloat16, tmp_path)
+    assert {name: (parameter.dtype, parameter.data_ptr()) for name, parameter in shared.named_parameters()} == before
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids, _ = tiny.batch((9, 9), seed=5)
+    with shared.role("policy") as core:
+        want = core(input_ids=ids).logits
+    with shared.role("base") as core:
+        off = (core(input_ids=ids).logits - want).abs().mean()
+    assert (merged(input_ids=ids).logits - want).abs().mean() < 0.05 * off, "weights rounded to bf16, and nothing else"
+
+
 def test_tokenizer_template_and_generation_settings_come_along_with_a_card_of_measured_numbers(run, tmp_path):
     GenerationConfig(eos_token_id=2, pad_token_id=0, do_sample=True, top_k=7).save_pretrained(run / "base")
     merge.merge(run / "ppo", tmp_path / "out")
