@@ -33,12 +33,12 @@ class DenseCopy:
         config = copy.deepcopy(core.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        dtype = dtype or core.get_output_embeddings().weight.dtype
+        merged: Any = dtype or core.get_output_embeddings().weight.dtype
         with init_empty_weights(include_buffers=False):
-            self.model: Any = type(core)._from_config(config, dtype=dtype, attn_implementation=config._attn_implementation)
+            self.model: Any = type(core)._from_config(config, dtype=merged, attn_implementation=config._attn_implementation)
         self._adapted: list[tuple[Any, nn.Parameter]] = []
         for name, module in list(self.model.named_modules()):
-            self._fill(module, core.get_submodule(name), dtype)
+            self._fill(module, core.get_submodule(name), merged)
         for name, buffer in self.model.named_buffers():
             buffer.data = core.get_buffer(name).data
         self.model.generation_config = copy.deepcopy(core.generation_config)
