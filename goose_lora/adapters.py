@@ -2,10 +2,13 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
@@ -19,6 +22,39 @@ ADAPTERS: dict[Role, str] = {"policy": "default", "value": "value", "reward": "r
 Critic = Literal["adapter", "shared", "reward_features"]
 CriticInit = Literal["reward", "policy", "zero"]
 LINEAGE = "goose_lora.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<folder>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
+_READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_config.json")
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder ``name``; or the adapter user/repo[/folder][@revision] of the Hub, all its files of one commit, in the Hub's cache.
+
+    A name without a revision, whose parent is a folder here, is a folder that is missing, not one of the Hub.
+
+    Raises:
+        ValueError: neither a folder nor an adapter that can be had from the Hub.
+    """
+    match = _HUB_NAME.fullmatch(str(name))
+    if Path(name).exists() or match is None or (match["revision"] is None and Path(name).parent.is_dir()):
+        return Path(name)
+    place: dict[str, Any] = {"repo_id": match["repo"], "subfolder": match["folder"]}
+    try:
+        config = Path(hf_hub_download(**place, filename=CONFIG, revision=match["revision"]))
+        place["revision"] = config.parts[config.parts.index("snapshots") + 1]  # what a branch points to may change in between
+        hf_hub_download(**place, filename=WEIGHTS)
+    except Exception as error:  # the Hub's client raises its own errors, the file system's, and those of its HTTP library
+        raise ValueError(
+            f"{name} is no folder here, and could not be had from the Hub ({str(error).strip().splitlines()[0]}). Give the output_dir of the "
+            "stage that trains it, run to its end, or an adapter of the Hub as user/repo, user/repo/folder or user/repo@revision."
+        ) from error
+    for filename in _READ_BESIDE:
+        try:
+            hf_hub_download(**place, filename=filename)
+        except EntryNotFoundError:
+            continue
+    return config.parent
 
 
 def read_lineage(folder: str | Path) -> dict[str, Any]:
@@ -82,7 +118,7 @@ def check_critic(critic: Critic | None, critic_init: CriticInit | None, *, has_r
 def adapter_config(folder: str | Path) -> LoraConfig:
     read_adapter_config("an adapter", str(folder))
     with reading("adapter_config.json", str(folder)):
-        config = LoraConfig.from_pretrained(str(folder))
+        config: Any = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     return without_lora_dropout(config, str(folder))
 

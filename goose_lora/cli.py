@@ -219,6 +219,22 @@ def _main() -> None:
     plan = commands.add_parser("plan", help="say how much memory a PPO run takes, phase by phase, and what fits; no weights are loaded")
     plan.add_argument("--config", required=True, metavar="FILE", help="a configuration of recipes/ppo.py; prompts count as max_prompt_tokens long")
     plan.add_argument("--memory", metavar="SIZE", help="what there is, such as 24GB or 16GiB (default: what is free now)")
+    show = commands.add_parser("show", help="print the chain from base to adapter, what in it does not fit, and the code that loads it")
+    show.add_argument("run", metavar="PATH_OR_HUB_ID", help="folder of a stage, or user/repo[/folder][@revision] on the Hub")
+    push = commands.add_parser("push", help="upload the result of a run to the Hub: the adapter, its card and its metrics, and nothing else")
+    push.add_argument("folder", metavar="RUN", help="folder of the run, or of merged weights")
+    push.add_argument("--repo", metavar="ID", help="user/name (default: the run's hub_model_id)")
+    push.add_argument("--include", type=lambda text: text.split(","), default=[], metavar="ROLES", help="further adapters: reward,value,reference")
+    push.add_argument("--private", action="store_true", default=None, help="a private repository, if it is made now")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
+    push.add_argument("--base_hub_id", metavar="ID", help="what the base is on the Hub, where the run had it in a folder")
+    merge = commands.add_parser("merge", help="merge the policy into the dequantized base, and measure how far that is from the adapter's model")
+    merge.add_argument("run", metavar="RUN", help="folder of the run, or user/repo[@revision] on the Hub")
+    merge.add_argument("--out", required=True, metavar="DIR", help="folder for the merged model; must be empty or new")
+    merge.add_argument("--dtype", choices=["bfloat16", "float32", "nf4"], default="bfloat16", help="of the weights written (default: %(default)s)")
+    merge.add_argument("--quantized", action="store_true", help="write them in nf4 all the same, and show what that costs")
+    merge.add_argument("--prompts", metavar="FILE", help="rows with a prompt, to measure on (default: the run's samples.jsonl)")
+    merge.add_argument("--base", metavar="PATH_OR_HUB_ID", help="the base, where it is no longer where the run had it")
     arguments = parser.parse_args()
     COMMANDS[arguments.command](arguments)
 
@@ -278,4 +294,29 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(planner(model, config, roles, memory=memory, device="cpu" if config.use_cpu else "cuda").report(memory))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"demo": _demo, "doctor": _doctor, "data": _data, "plan": _plan}
+def _show(arguments: argparse.Namespace) -> None:
+    from goose_lora.adapters import local_folder
+    from goose_lora.chain import describe
+
+    print(describe(local_folder(arguments.run)))
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from goose_lora.hub import push
+
+    options = vars(arguments)
+    del options["command"]
+    print(f"uploaded to {push(**options)}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from goose_lora.merge import merge
+
+    options = vars(arguments)
+    del options["command"]
+    print(merge(**options))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "demo": _demo, "doctor": _doctor, "data": _data, "plan": _plan, "show": _show, "push": _push, "merge": _merge
+}  # fmt: skip

@@ -25,20 +25,20 @@ SHARE_OF_FREE_MEMORY = 0.5  # the rest is for cache and activations
 
 
 class DenseCopy:
-    """A transformers model that ``become`` gives the weights of one role after another."""
+    """A transformers model that ``become`` gives the weights of one role after another, in the base's dtype; what is merged, in ``dtype``."""
 
-    def __init__(self, shared: SharedBase):
+    def __init__(self, shared: SharedBase, dtype: torch.dtype | None = None):
         self.shared = shared
         core: Any = shared.get_base_model()
         config = copy.deepcopy(core.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        dtype = core.get_output_embeddings().weight.dtype
+        merged: Any = dtype or core.get_output_embeddings().weight.dtype
         with init_empty_weights(include_buffers=False):
-            self.model: Any = type(core)._from_config(config, dtype=dtype, attn_implementation=config._attn_implementation)
+            self.model: Any = type(core)._from_config(config, dtype=merged, attn_implementation=config._attn_implementation)
         self._adapted: list[tuple[Any, nn.Parameter]] = []
         for name, module in list(self.model.named_modules()):
-            self._fill(module, core.get_submodule(name), dtype)
+            self._fill(module, core.get_submodule(name), merged)
         for name, buffer in self.model.named_buffers():
             buffer.data = core.get_buffer(name).data
         self.model.generation_config = copy.deepcopy(core.generation_config)

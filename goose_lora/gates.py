@@ -1,6 +1,7 @@
 """Checks at the first step of a run, for what is silent when it is wrong: each raises, and says what to look at."""
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +13,17 @@ STEP_ZERO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 class GateError(ValueError):
     """The run would train on something else than it says."""
+
+
+def check_roles(shared: Any, args: Any) -> None:
+    """Raise ValueError where a shared base was not built as the settings say."""
+    if args.needs_critic != (shared.critic is not None):
+        wanted = "SharedBase.build(..., critic=args.critic)" if args.needs_critic else "critic=None: replies are compared with one another"
+        raise ValueError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
+    if args.ema_decay is not None and not shared.has("ema"):
+        raise ValueError(f"ema_decay={args.ema_decay:g} needs a place for the average: SharedBase.build(..., average=True).")
+    if args.train_layers != shared.train_layers:
+        raise ValueError(f"train_layers={args.train_layers} goes with SharedBase.build(..., train_layers=args.train_layers).")
 
 
 def check_trainable(named: Iterable[tuple[str, nn.Parameter]], expected: Collection[str]) -> None:
@@ -51,6 +63,11 @@ def check_reference(kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, tole
             f"the KL at step 0 is not 0: policy and reference differ by up to {gap:.3g} nats a token (allowed {tolerance:g}). "
             "A policy that starts from an SFT adapter needs a frozen copy of it as reference, not the bare base."
         )
+
+
+def refuse_upload(*args: object, **kwargs: object) -> None:
+    """Stands in place of Trainer's ``push_to_hub``. Raises ValueError."""
+    raise ValueError("push_to_hub: Trainer would upload all that lies in output_dir. Save, then call goose_lora.hub.push(output_dir, repo).")
 
 
 def check_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from goose_lora.adapters import read_lineage
+from goose_lora.adapters import local_folder, read_lineage
 from goose_lora.model_files import read_adapter_config, reading, require_model, require_name
 from goose_lora.trunk import decoder_layers, top_layers
 
@@ -39,6 +39,9 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the base, or 'embedded' for the small model of the demo."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base on the Hub."})
+    base_hub_id: str | None = field(
+        default=None, metadata={"help": "Hub id of the base where model_name_or_path is a folder: what an upload names instead of the folder."}
+    )
     quantization: Literal["nf4", "int8", "none"] = field(
         default="nf4", metadata={"help": "How the frozen base is kept: nf4 (4 bits), int8, or none (in dtype)."}
     )
@@ -221,16 +224,18 @@ def adapters_to_fp32(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> None:
-    """Check, before any model is loaded, that ``folder`` holds an adapter for this base.
+def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> str | None:
+    """Check, before any model is loaded, that ``folder`` (or an adapter of the Hub) is for this base; returns the folder that it lies in.
 
     Raises:
         ValueError: no adapter there, or one that was trained on another base.
     """
     if folder is None:
-        return
-    base = read_adapter_config(setting, folder).get("base_model_name_or_path")
-    read_lineage(folder)
-    if base and base != args.model_name_or_path and Path(base).name != Path(args.model_name_or_path).name:
+        return None
+    path = local_folder(folder)
+    base = read_adapter_config(setting, str(path)).get("base_model_name_or_path")
+    read_lineage(path)
+    if base and base not in (args.model_name_or_path, args.base_hub_id) and Path(base).name != Path(args.model_name_or_path).name:
         require_model(args.model_name_or_path)
         raise ValueError(f"{setting}: {folder} was trained on {base}, not on {args.model_name_or_path}. All stages share one base.")
+    return str(path)

@@ -57,6 +57,7 @@ class PPOTrainer(UserLoop, Resumable, Trainer):
     args: PPOConfig
     train_dataset: Dataset
     processing_class: PreTrainedTokenizerBase
+    push_to_hub: Any = gates.refuse_upload
     loss_is_scaled_for_ga = True  # compute_loss divides by the token count of the whole optimizer step
 
     def __init__(
@@ -76,13 +77,9 @@ class PPOTrainer(UserLoop, Resumable, Trainer):
         reward = RewardMix(list(sources) if isinstance(sources, (list, tuple)) else [sources], reward_weights, timeout=args.reward_timeout)
         if reward.needs_adapter and not model.has("reward"):
             raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
-        if args.needs_critic != (model.critic is not None):
-            wanted = "SharedBase.build(..., critic=args.critic)" if args.needs_critic else "critic=None: replies are compared with one another"
-            raise ValueError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
-        if args.ema_decay is not None and not model.has("ema"):
-            raise ValueError(f"ema_decay={args.ema_decay:g} needs a place for the average: SharedBase.build(..., average=True).")
-        if args.train_layers != model.train_layers:
-            raise ValueError(f"train_layers={args.train_layers} goes with SharedBase.build(..., train_layers=args.train_layers).")
+        gates.check_roles(model, args)
+        if args.push_to_hub:
+            self.push_to_hub()
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError(f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set ptx_dataset_name too")
         self.ptx_dataset = ptx_dataset

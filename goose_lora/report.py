@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from goose_lora.model_files import is_number, read_json_object
 from goose_lora.verdict import RewardVerdict
 
@@ -74,13 +76,18 @@ def peak_rss_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def cost() -> dict[str, float]:
+    """What this process has taken so far: seconds, and most memory, in GB (10^9 bytes)."""
+    gpu = {"peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if torch.cuda.is_available() else {}
+    return {"seconds": round(time.monotonic() - _STARTED, 1), "peak_rss_gb": round(peak_rss_gb(), 2), **gpu}
+
+
 def write_stage(output_dir: str | None, stage: str, figures: Mapping[str, Any], log_history: Sequence[Mapping[str, Any]] | None = None) -> None:
     """``stage.json``, written last, tells that the stage is whole; ``metrics.jsonl`` holds its log, unless the trainer wrote it already."""
     folder = Path(output_dir or ".")
     if log_history is not None:
         write_jsonl(folder / "metrics.jsonl", log_history)
-    seconds = round(time.monotonic() - _STARTED, 1)
-    write_json(folder / "stage.json", {"stage": stage, **figures, "seconds": seconds, "peak_rss_gb": round(peak_rss_gb(), 2)})
+    write_json(folder / "stage.json", {"stage": stage, **cost(), **figures})
 
 
 def write_verdict(output_dir: str | None, verdict: RewardVerdict) -> None:
@@ -111,7 +118,7 @@ def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
         logger.warning("the reward model: %s", line)
     if force:
         return
-    low, high = interval
+    low, high = numbers[:2]
     if low <= 0.5:
         raise ValueError(
             f"{path}: the reward model is right on {verdict['accuracy']:.2f} of {verdict['n_pairs']} held-out pairs ({low:.2f} to {high:.2f}), "

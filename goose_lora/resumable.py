@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from goose_lora import checkpoints
-from goose_lora.adapters import ADAPTERS
+from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.interrupts import Stopped, StopSignals
 from goose_lora.loading import ModelArguments
 from goose_lora.ppo_config import PPOConfig
@@ -128,7 +128,8 @@ class Resumable:
         best, shared = self.state.best_model_checkpoint, self.accelerator.unwrap_model(self.model)
         if not (self.args.load_best_model_at_end and best and isinstance(shared, SharedBase)):
             return
-        roles = [role for role in ("value", "ema") if shared.has(role)]
+        trained: tuple[Role, ...] = ("value", "ema")
+        roles = [role for role in trained if shared.has(role)]
         for role in roles:
             shared.load_role(role, Path(best) / ADAPTERS[role])
         if self.is_world_process_zero():

@@ -57,7 +57,7 @@ class SharedBase(Views, PeftModel):
         """Put the roles on ``base``, a causal language model of transformers, quantized or not. All dropout is set to 0, the base's too.
 
         Args:
-            policy: a fresh adapter's configuration, or the folder of a trained one (SFT).
+            policy: a fresh adapter's configuration, or a trained one (SFT): a folder, or user/repo[/folder][@revision] on the Hub, as for all roles.
             reward: folder of the adapter and ``score`` head that ``trl.RewardTrainer`` saved, if there is a reward adapter.
             critic: ``adapter`` for a value adapter with its own head; ``shared`` for a head on the policy's hidden states; ``reward_features`` for
                 a head on the frozen reward adapter's, which scoring computes anyway; None for no critic.
@@ -75,16 +75,19 @@ class SharedBase(Views, PeftModel):
         """
         critic_init = adapters.check_critic(critic, critic_init, has_reward=reward is not None)
         from_folder = not isinstance(policy, LoraConfig)
+        start: Any = adapters.local_folder(policy) if from_folder else policy
+        reward = None if reward is None else adapters.local_folder(reward)
+        reference = reference if reference in (None, "copy", "base") else adapters.local_folder(reference)
         head = base.get_output_embeddings()
         if reward is not None or critic is not None:
             base.score = nn.Linear(head.weight.shape[1], 1, bias=False, dtype=torch.float32, device=head.weight.device)
             nn.init.normal_(base.score.weight, std=1 / (head.weight.shape[1] + 1) ** 0.5)
-        config = adapter_config(policy) if from_folder else adapters.without_lora_dropout(copy.deepcopy(policy), "the policy's LoraConfig")
+        config = adapter_config(start) if from_folder else adapters.without_lora_dropout(copy.deepcopy(start), "the policy's LoraConfig")
         adapters.switch_off_dropout(base)
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
         self._role = "policy"
         if from_folder:
-            self.load_role("policy", policy)
+            self.load_role("policy", start)
         reference = reference or ("copy" if from_folder else "base")
         if reference == "copy":
             self.add_adapter(ADAPTERS["reference"], copy.deepcopy(config))

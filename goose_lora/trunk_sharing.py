@@ -14,7 +14,7 @@ from goose_lora.adapters import belongs_to
 from goose_lora.trunk import lowest_layer, top_layers
 
 
-def trained_from(model: nn.Module, layers: nn.ModuleList, adapter: str, train_layers: str) -> int:
+def trained_from(model: Any, layers: nn.ModuleList, adapter: str, train_layers: str) -> int:
     """Lowest layer in which ``adapter`` trains if only ``train_layers`` do; 0 if it trains outside the layers, on embeddings or the head.
 
     Raises:
@@ -30,7 +30,7 @@ def trained_from(model: nn.Module, layers: nn.ModuleList, adapter: str, train_la
     return max(lowest, lowest_layer(layers, adapter))
 
 
-def same_below(model: nn.Module, layers: nn.ModuleList, depth: int, one: str | None, other: str | None) -> bool:
+def same_below(model: Any, layers: nn.ModuleList, depth: int, one: str | None, other: str | None) -> bool:
     """Whether two adapters (None: none at all) compute the same in ``layers[:depth]`` and outside the layers, bit for bit."""
     above = {id(module) for layer in layers[depth:] for module in layer.modules()}
     lower = (module for module in model.modules() if isinstance(module, LoraLayer) and id(module) not in above)

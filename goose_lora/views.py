@@ -76,8 +76,10 @@ class Views:
 
         ``captured``: the policy's, where it was noted while generating.
         """
-        leaders = {role: self._leader(role) for role in roles}
-        outputs: dict[Role | None, Tensor | None] = {None: None} | ({} if captured is None else {"policy": captured})
+        leaders: dict[Role, Role | None] = {role: self._leader(role) for role in roles}
+        outputs: dict[Role | None, Tensor | None] = {None: None}
+        if captured is not None:
+            outputs["policy"] = captured
         for leader in self.trained_from:
             if leader in leaders.values() and leader not in outputs:
                 with self.role(leader) as core, below(self.layers, self.trained_from[leader]) as output:

@@ -8,7 +8,7 @@ Prints a table and samples, and writes evaluation.json and replies.jsonl to outp
 
 from dataclasses import dataclass, field
 
-from goose_lora import cli, demo
+from goose_lora import card, cli, demo
 from goose_lora.adapters import Role
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts
 from goose_lora.dense import RolloutWeights, dense_copy
@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("best_of needs reward_adapter: the reward model picks the best reply.")
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)
     for name in ("policy_adapter", "sft_adapter", "reward_adapter"):
-        require_adapter(name, getattr(config, name), model_args)
+        setattr(config, name, require_adapter(name, getattr(config, name), model_args))
     judge = import_function(config.judge) if config.judge else None
     rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="ppo")
     rows = rows.select(range(min(config.num_prompts, len(rows))))
@@ -98,8 +98,11 @@ def main(args: list[str] | None = None) -> None:
     print(f"\n{len(texts)} held-out prompts; win rates and gains against {reference}:\n")
     print(table([{"": name, **row} for name, row in figures.items()], ["", *(c for c in COLUMNS if any(c in r for r in figures.values()))]))
     print("\n" + side_by_side(texts, {name: r.texts for name, r in named.items()}))
-    write_json(f"{config.output_dir}/evaluation.json", {"prompts": len(texts), "against": reference, "figures": figures})
-    write_jsonl(f"{config.output_dir}/replies.jsonl", [{"prompt": t, **{n: r.texts[i] for n, r in named.items()}} for i, t in enumerate(texts)])
+    evaluation = {"prompts": len(texts), "dataset": data_args.dataset_name, "against": reference, "figures": figures}
+    replies_of = [{"prompt": text, **{name: r.texts[i] for name, r in named.items()}} for i, text in enumerate(texts)]
+    write_json(f"{config.output_dir}/evaluation.json", evaluation)
+    write_jsonl(f"{config.output_dir}/replies.jsonl", replies_of)
+    card.add_evaluation(config.policy_adapter, evaluation, replies_of)
     write_stage(config.output_dir, "evaluate", {"prompts": len(texts)})
 
 

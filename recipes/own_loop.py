@@ -9,17 +9,17 @@ and never trained on. Replace ``Interview`` by a game, a tool or a person: what 
 
 from dataclasses import dataclass, field
 
-from goose_lora import cli, demo
+from goose_lora import cli, demo, hub
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts
 from goose_lora.evaluation import import_function
 from goose_lora.export import save_policy
+from goose_lora.lineage import fingerprint
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config, require_adapter
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.preflight import check_fit
-from goose_lora.report import write_stage
-from goose_lora.resumable import starting_point
 from goose_lora.shared_base import SharedBase
+from goose_lora.stages import begin, finish
 
 
 @dataclass
@@ -64,8 +64,8 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError("num_rollouts: a loop of your own needs to know how long it is, for the learning rate's schedule.")
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)
     rate = import_function(game.rating)
-    require_adapter("policy_adapter", game.policy_adapter, model_args)
-    start = starting_point(config, "own_loop", model_args, game.policy_adapter)
+    game.policy_adapter = require_adapter("policy_adapter", game.policy_adapter, model_args)
+    start = begin("own_loop", config, model_args, game.policy_adapter)
     rows = load_rows(demo.resolve(data_args.dataset_name), data_args.dataset_split, data_args.max_rows, data_args.column_mapping, stage="ppo")
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     prompts = tokenize_prompts(rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens)["input_ids"]
@@ -76,7 +76,7 @@ def main(args: list[str] | None = None) -> None:
     critic = config.critic if config.needs_critic else None
     starts = {"critic": critic, "critic_init": config.critic_init, "train_layers": config.train_layers}
     shared = SharedBase.build(base, game.policy_adapter or lora_config(model_args, base), **starts)
-    trainer = PPOTrainer(shared, config, None, tokenizer)
+    trainer = PPOTrainer(shared, hub.without_trainers_push(config), None, tokenizer)
     done = trainer.start(resume_from_checkpoint=start)
     count, figures = config.rollout_batch_size, {}
     for rollout in range(done, config.num_rollouts):
@@ -89,7 +89,9 @@ def main(args: list[str] | None = None) -> None:
     trainer.finish()
     if trainer.is_world_process_zero():
         save_policy(shared, tokenizer, config.output_dir)
-        write_stage(config.output_dir, "own_loop", figures)
+        data = [fingerprint(data_args.dataset_name, data_args.dataset_split, rows)]
+        options = {"figures": figures, "tokenizer": tokenizer, "data": data, "parents": {"policy": game.policy_adapter}, "args": args}
+        finish("own_loop", config, model_args, data_args, game, **options)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,23 @@ where plain PEFT loads it, the critic and the reward model to folders beside it,
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from goose_lora import cli, demo
+from goose_lora import cli, demo, hub
 from goose_lora.adapters import check_critic
 from goose_lora.data import DataArguments, RolloutBatches, load_rows, tokenize_prompts, tokenize_texts
 from goose_lora.dense import free_bytes
-from goose_lora.diagnosis import report
+from goose_lora.diagnosis import diagnose, report
 from goose_lora.export import save_policy
+from goose_lora.lineage import fingerprint
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config, require_adapter
 from goose_lora.memory import planner
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.preflight import check_fit
-from goose_lora.report import plot_curves, read_jsonl, require_verdict, write_stage
-from goose_lora.resumable import starting_point
+from goose_lora.report import plot_curves, read_jsonl, require_verdict
 from goose_lora.reward_models import RewardModel, check_weights, reward_sources
 from goose_lora.settings import require_at_least_one
 from goose_lora.shared_base import SharedBase
+from goose_lora.stages import begin, finish
 
 
 @dataclass
@@ -59,9 +60,9 @@ def main(args: list[str] | None = None) -> None:
     sources = reward_sources(roles.reward_function, adapter=roles.reward_adapter, trust_remote_code=config.trust_remote_code)
     critic = config.critic if config.needs_critic else None
     check_critic(critic, config.critic_init, has_reward=roles.reward_adapter is not None)
-    require_adapter("policy_adapter", roles.policy_adapter, model_args)
-    require_adapter("reward_adapter", roles.reward_adapter, model_args)
-    start = starting_point(config, "ppo", model_args, roles.policy_adapter)
+    roles.policy_adapter = require_adapter("policy_adapter", roles.policy_adapter, model_args)
+    roles.reward_adapter = require_adapter("reward_adapter", roles.reward_adapter, model_args)
+    start = begin("ppo", config, model_args, roles.policy_adapter)
     if roles.reward_adapter is not None:
         require_verdict(roles.reward_adapter, force=roles.force)
     if config.eval_strategy != "no" and data_args.eval_dataset_name is None:
@@ -69,6 +70,7 @@ def main(args: list[str] | None = None) -> None:
     how = {"max_rows": data_args.max_rows, "column_mapping": data_args.column_mapping, "stage": "ppo"}
     named = [(data_args.dataset_name, data_args.dataset_split), (data_args.eval_dataset_name, data_args.eval_dataset_split)]
     rows = [(name, load_rows(demo.resolve(name), split, **how)) for name, split in named if name]
+    data = [fingerprint(name, split, found) for (name, found), (_, split) in zip(rows, named, strict=False)]
 
     tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
     train, *held_out = (tokenize_prompts(found, tokenizer, name=name, max_prompt_tokens=config.max_prompt_tokens) for name, found in rows)
@@ -80,17 +82,14 @@ def main(args: list[str] | None = None) -> None:
     for model in models:
         model.check(train[0]["prompt"])
 
-    memory = free_bytes(config.device)
     longest = max(len(ids) for prompts in (train, *held_out) for ids in prompts["input_ids"])
     RolloutBatches(len(train), config.rollout_batch_size // config.num_generations, 1, seed=0, num_processes=config.world_size)  # are there enough?
     adapters = {"policy_adapter": roles.policy_adapter, "reward_adapter": roles.reward_adapter}
     how = {"tokens": longest + config.response_length, "chat": not isinstance(train[0]["prompt"], str)}
     check_fit(model_args, tokenizer, adapters, **how, trust_remote_code=config.trust_remote_code)
+    memory = free_bytes(config.device)
     plan = planner(model_args, config, roles, memory=memory, device=config.device.type, prompt_tokens=longest)
-    if config.process_index == 0:
-        print(plan.report(memory), flush=True)
-    if not roles.force:
-        plan.check(memory)
+    plan.announce(memory, say=config.process_index == 0, force=roles.force)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     for model in models:
         model.load(replace(model_args, quantization=roles.reward_model_quantization), config.device)
@@ -98,7 +97,8 @@ def main(args: list[str] | None = None) -> None:
     starts = {"reward": roles.reward_adapter, "critic": critic, "critic_init": config.critic_init, "train_layers": config.train_layers}
     shared = SharedBase.build(base, policy, average=config.ema_decay is not None, **starts)
     rewards = {"reward_function": sources, "reward_weights": roles.reward_weights}
-    trainer = PPOTrainer(shared, config, train, tokenizer, **rewards, ptx_dataset=ptx, eval_dataset=held_out[0] if held_out else None)
+    arguments = hub.without_trainers_push(config)
+    trainer = PPOTrainer(shared, arguments, train, tokenizer, **rewards, ptx_dataset=ptx, eval_dataset=held_out[0] if held_out else None)
     trainer.train(resume_from_checkpoint=start)
 
     if trainer.is_world_process_zero():
@@ -107,7 +107,11 @@ def main(args: list[str] | None = None) -> None:
         plot_curves(metrics, f"{config.output_dir}/curves.png")
         print("\n" + report(metrics))
         last = next(row for row in reversed(metrics) if "objective/score" in row)
-        write_stage(config.output_dir, "ppo", {name: last[name] for name in ("objective/score", "objective/kl", "rollout/eos_rate")})
+        figures = {name: last[name] for name in ("objective/score", "objective/kl", "rollout/eos_rate")}
+        parents = {"policy": roles.policy_adapter, "reward": roles.reward_adapter}
+        findings = [str(finding) for finding in diagnose(metrics) if finding.level != "ok"]
+        options = {"figures": figures, "tokenizer": tokenizer, "data": data, "parents": parents, "args": args, "findings": findings}
+        finish("ppo", config, model_args, data_args, roles, **options)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,18 @@ from typing import Any
 
 from trl import RewardConfig, RewardTrainer
 
-from goose_lora import cli, demo
+from goose_lora import cli, demo, hub
 from goose_lora.adapters import write_lineage
 from goose_lora.data import DataArguments, load_rows, require_columns
 from goose_lora.held_out import judge, prepare_held_out, reference_bias
+from goose_lora.lineage import fingerprint
 from goose_lora.loading import ModelArguments, adapters_to_fp32, load_reward_base, load_tokenizer, lora_config
 from goose_lora.preferences import LIST, PAIR, ranked_rows, tokenize_ranked, tokenize_references
 from goose_lora.preflight import check_fit
 from goose_lora.ranked import RankedRewardTrainer
-from goose_lora.report import write_stage, write_verdict
-from goose_lora.resumable import Resumable, starting_point
+from goose_lora.report import write_verdict
+from goose_lora.resumable import Resumable
+from goose_lora.stages import begin, finish
 
 
 class PairTrainer(Resumable, RewardTrainer):
@@ -52,11 +54,12 @@ def main(args: list[str] | None = None) -> None:
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)
     names = {"train": data_args.dataset_name, "eval": data_args.eval_dataset_name, "any": data_args.any_pairs_name}
     splits = {"train": data_args.dataset_split, "eval": data_args.eval_dataset_split, "any": data_args.eval_dataset_split}
-    start = starting_point(config, "reward", model_args)
+    start = begin("reward", config, model_args)
     if names["eval"] is None:
         raise ValueError("eval_dataset_name: a reward model is judged on held-out pairs. Keep some of yours out of training and name them.")
     how = {"max_rows": data_args.max_rows, "column_mapping": data_args.column_mapping, "stage": "reward"}
     rows: dict[str, Any] = {key: load_rows(demo.resolve(name), splits[key], **how) for key, name in names.items() if name}
+    data = [{"use": key, **fingerprint(str(names[key]), splits[key], dataset)} for key, dataset in rows.items()]
     ranked = "completions" in rows["train"].column_names
     for key, dataset in rows.items():
         require_columns(dataset, str(names[key]), PAIR, *([LIST] if ranked else []))
@@ -80,7 +83,7 @@ def main(args: list[str] | None = None) -> None:
     base = load_reward_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     trainer = (ListTrainer if ranked else PairTrainer)(
         model=base,
-        args=config,
+        args=hub.without_trainers_push(config),
         train_dataset=rows.pop("train"),
         eval_dataset=rows,
         processing_class=tokenizer,
@@ -89,11 +92,16 @@ def main(args: list[str] | None = None) -> None:
     adapters_to_fp32(trainer.model)
     result = trainer.train(resume_from_checkpoint=start)
     bias = reference_bias(trainer, references) if references else 0.0
-    write_lineage(config.output_dir, append_eos=data_args.append_eos, reward_bias=bias, reward_references=len(references))
-
-    write_verdict(config.output_dir, judge(trainer, held_out["eval"], held_out.get("any"), bias=bias))
+    verdict = judge(trainer, held_out["eval"], held_out.get("any"), bias=bias)
+    reads = {"append_eos": data_args.append_eos, "reward_bias": bias, "reward_references": len(references)}
+    if trainer.is_world_process_zero():
+        write_lineage(config.output_dir, **reads)
+        write_verdict(config.output_dir, verdict)
     trainer.save_model()  # last: without its verdict and its bias it is not the reward model
-    write_stage(config.output_dir, "reward", {"loss": result.training_loss, "steps": trainer.state.global_step}, trainer.state.log_history)
+    if trainer.is_world_process_zero():
+        figures = {"loss": result.training_loss, "steps": trainer.state.global_step}
+        options = {"figures": figures, "tokenizer": tokenizer, "data": data, "args": args, "log_history": trainer.state.log_history}
+        finish("reward", config, model_args, data_args, **options, **reads)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every test needs before it imports anything: one thread, no network, and shapes checked."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -35,3 +36,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     import tiny
 
     return tiny.save_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def adapter_chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a tiny nf4 chain, ``base``, ``sft``, ``reward`` and ``ppo``, as ``tiny_chain.build`` makes it; tests leave it as it is."""
+    import tiny_chain
+
+    return tiny_chain.build(tmp_path_factory.mktemp("chain"))

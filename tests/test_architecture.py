@@ -69,15 +69,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"checkpoints", "shared_base"},
     "report": {"model_files", "verdict"},
     "data_report": {"data", "data_formats", "evaluation", "model_files"},
+    # what leaves a run
+    "lineage": {"adapters", "loading"},
+    "chain": {"adapters", "lineage", "report"},
+    "card": {"adapters", "chain", "data", "lineage", "report"},
+    "hub": {"adapters", "card", "loading"},
+    "stages": {"card", "hub", "launch", "lineage", "loading", "report", "resumable"},
+    "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "report", "sampling", "shared_base"},
     # the command line
-    "cli": {"data_report", "demo", "dense", "diagnosis", "from_trl", "interrupts", "loading", "memory", "ppo_config", "report", "settings", "shapes"},
+    "cli": {"adapters", "chain", "data_report", "demo", "dense", "diagnosis", "from_trl", "hub", "interrupts", "loading", "memory", "merge"}
+    | {"ppo_config", "report", "settings", "shapes"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
-RECIPES_MAY_IMPORT = {"adapters", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "loading", "memory"} | {
-    "ppo_config", "ppo_trainer", "preferences", "preflight", "ranked", "replies", "report", "resumable", "reward_models", "sampling", "settings",
-    "shared_base"
+RECIPES_MAY_IMPORT = {"adapters", "card", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "hub", "lineage"} | {
+    "loading", "memory", "ppo_config", "ppo_trainer", "preferences", "preflight", "ranked", "replies", "report", "resumable", "reward_models",
+    "sampling", "settings", "shared_base", "stages"
 }  # fmt: skip
 
 

@@ -159,6 +159,26 @@ def test_evaluation_compares_base_sft_ppo_and_best_of(run):
     assert figures["ppo"]["judge"] == pytest.approx(sum(judged) / len(judged))
 
 
+def test_every_stage_leaves_its_lineage_and_a_card_with_what_was_measured_and_nothing_else(run):
+    from test_card import unexplained
+
+    from goose_lora.card import MARK
+    from goose_lora.chain import chain
+
+    links = chain(run / "ppo")
+    assert [link.stage for link in links] == ["sft", "reward", "ppo"] and [link.problems for link in links] == [[], [], []]
+    assert [{row["rows"] for row in link.lineage["data"]} for link in links] == [{24}] * 3
+    assert links[1].lineage["data"][1]["use"] == "eval" and links[1].lineage["figures"]["steps"] == 12
+    assert links[2].lineage["settings"]["num_ppo_epochs"] == 2 and "--num_ppo_epochs 2" in links[2].lineage["command"]
+    win_rate = read_json(run / "evaluation" / "evaluation.json")["figures"]["ppo"]["score_win_rate"]
+    assert f"{win_rate:.4g}" in (run / "ppo" / "README.md").read_text()
+    for stage in ("sft", "reward", "ppo"):
+        text = (run / stage / "README.md").read_text()
+        assert MARK in text and "It has been trained using" not in text, "not the trainer's card"
+        assert unexplained(run / stage, text) == []
+        assert read_json(run / stage / "stage.json").items() >= links[("sft", "reward", "ppo").index(stage)].lineage["figures"].items()
+
+
 def test_the_final_adapter_gives_the_shared_bases_greedy_replies_in_plain_peft(run):
     from goose_lora.loading import load_base, load_tokenizer
     from goose_lora.sampling import sample

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import peft.peft_model
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from test_recipes import options, recipe
 from transformers import TrainerState
 
@@ -131,6 +132,10 @@ def run(name: str, folder: Path, moment: Moment | None = None, **settings) -> En
             sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()  # a run in the parent would leave its own
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)  # background jobs ignore it
             watch = Watch(folder, moment)
             watch.install()
             sys.argv = [f"recipes/{name}.py", *options(**settings, output_dir=folder)]

@@ -63,8 +63,10 @@ def test_a_finished_run_that_is_resumed_makes_no_step_more(given, straight, tmp_
     assert_same_leavings(straight / "ppo", tmp_path / "ppo")
 
 
-def test_a_loop_of_ones_own_saves_and_stops_after_the_rollout_in_which_it_was_asked(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+def test_a_loop_of_ones_own_saves_and_stops_after_the_rollout_in_which_it_was_asked(tmp_path, request):
+    before, own_handler = signal.default_int_handler, signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)  # the background jobs of a shell ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own_handler))
     ppo = own(tmp_path, num_rollouts=3)
     assert ppo.start() == 0
     turn(ppo)

@@ -1,0 +1,55 @@
+"""The beginning of a stage, before anything is loaded, and its end: lineage, card, ``stage.json``, and the upload where it is asked for."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from goose_lora import card, hub, lineage
+from goose_lora.launch import require_ddp
+from goose_lora.loading import ModelArguments
+from goose_lora.report import cost, write_stage
+from goose_lora.resumable import starting_point
+
+
+def begin(stage: str, config: TrainingArguments, model: ModelArguments, policy_adapter: str | None = None) -> str | None:
+    """See that the launcher fits, that the result can be saved and uploaded, and find the checkpoint to resume from, if any is asked for.
+
+    Raises:
+        ValueError: one of these fails.
+    """
+    require_ddp(config, model.quantization, roles=stage in ("ppo", "own_loop"))
+    start = starting_point(config, stage, model, policy_adapter)
+    hub.check(config, model)
+    return start
+
+
+def finish(
+    stage: str,
+    config: TrainingArguments,
+    model: ModelArguments,
+    *others: Any,
+    figures: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Sequence[Mapping[str, Any]],
+    parents: Mapping[str, str | None] | None = None,
+    args: Sequence[str] | None = None,
+    log_history: Sequence[Mapping[str, Any]] | None = None,
+    **facts: Any,
+) -> str | None:
+    """Write what the saved output of ``stage`` is, and upload it if ``push_to_hub`` says so; returns the address on the Hub.
+
+    Args:
+        others: more settings, as dataclasses.
+        figures: the run's, for ``stage.json``, lineage and card.
+        args: the words of the command, where they were not the process's own.
+        facts: more for the lineage.
+    """
+    folder, figures = Path(config.output_dir or "."), {**figures, **cost()}
+    command = lineage.command_line(stage, args)
+    noted = {"settings": [config, *others], "data": data, "parents": parents, "command": command, "figures": figures}
+    lineage.record(folder, stage, model=model, tokenizer=tokenizer, **noted, **facts)
+    card.write(folder)
+    write_stage(str(folder), stage, figures, log_history)
+    return hub.push_result(config, model)
