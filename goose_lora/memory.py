@@ -271,13 +271,6 @@ class Planner:
         rows, group, tokens = (f"{name}={number}" if number else f"no {name}" for name, number in self.largest(memory).items())
         return f"{rows} and {group} at this response_length, or {tokens} at these batch sizes"
 
-    def announce(self, memory: float, *, say: bool, force: bool) -> None:
-        """Print the report if this process is to ``say`` it, and ``check`` unless the run is to go on anyway."""
-        if say:
-            print(self.report(memory), flush=True)
-        if not force:
-            self.check(memory)
-
     def check(self, memory: float) -> None:
         """Raise ValueError if the run needs more than ``memory`` bytes, naming the largest sizes that fit."""
         plan = self.plan()

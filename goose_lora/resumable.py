@@ -129,7 +129,7 @@ class Resumable:
         if not (self.args.load_best_model_at_end and best and isinstance(shared, SharedBase)):
             return
         trained: tuple[Role, ...] = ("value", "ema")
-        roles = [role for role in trained if shared.has(role)]
+        roles: list[Role] = [role for role in trained if shared.has(role)]
         for role in roles:
             shared.load_role(role, Path(best) / ADAPTERS[role])
         if self.is_world_process_zero():

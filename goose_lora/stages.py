@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from goose_lora import card, hub, lineage
 from goose_lora.launch import require_ddp
@@ -16,12 +16,15 @@ from goose_lora.resumable import starting_point
 def begin(stage: str, config: TrainingArguments, model: ModelArguments, policy_adapter: str | None = None) -> str | None:
     """See that the launcher fits, that the result can be saved and uploaded, and find the checkpoint to resume from, if any is asked for.
 
+    Random numbers begin at ``seed`` here: fresh adapters and heads are made before Trainer sets it.
+
     Raises:
         ValueError: one of these fails.
     """
     require_ddp(config, model.quantization, roles=stage in ("ppo", "own_loop"))
     start = starting_point(config, stage, model, policy_adapter)
     hub.check(config, model)
+    set_seed(config.seed)
     return start
 
 

@@ -89,16 +89,17 @@ def main(args: list[str] | None = None) -> None:
     check_fit(model_args, tokenizer, adapters, **how, trust_remote_code=config.trust_remote_code)
     memory = free_bytes(config.device)
     plan = planner(model_args, config, roles, memory=memory, device=config.device.type, prompt_tokens=longest)
-    plan.announce(memory, say=config.process_index == 0, force=roles.force)
+    if config.process_index == 0:
+        print(plan.report(memory), flush=True)
+    if not roles.force:
+        plan.check(memory)
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
     for model in models:
         model.load(replace(model_args, quantization=roles.reward_model_quantization), config.device)
-    policy = roles.policy_adapter or lora_config(model_args, base)
     starts = {"reward": roles.reward_adapter, "critic": critic, "critic_init": config.critic_init, "train_layers": config.train_layers}
-    shared = SharedBase.build(base, policy, average=config.ema_decay is not None, **starts)
-    rewards = {"reward_function": sources, "reward_weights": roles.reward_weights}
-    arguments = hub.without_trainers_push(config)
-    trainer = PPOTrainer(shared, arguments, train, tokenizer, **rewards, ptx_dataset=ptx, eval_dataset=held_out[0] if held_out else None)
+    shared = SharedBase.build(base, roles.policy_adapter or lora_config(model_args, base), average=config.ema_decay is not None, **starts)
+    more = {"reward_function": sources, "reward_weights": roles.reward_weights, "ptx_dataset": ptx, "eval_dataset": held_out[0] if held_out else None}
+    trainer = PPOTrainer(shared, hub.without_trainers_push(config), train, tokenizer, **more)
     trainer.train(resume_from_checkpoint=start)
 
     if trainer.is_world_process_zero():

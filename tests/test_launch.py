@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import TrainingArguments
 
 from goose_lora.launch import require_ddp
+from goose_lora.loading import ModelArguments
+from goose_lora.stages import begin
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "recipes" / "configs" / "accelerate").glob("*.yaml"))
 
@@ -37,3 +40,15 @@ def test_shards_by_a_setting_are_refused_too(tmp_path):
     args.fsdp = "full_shard"
     with pytest.raises(ValueError, match="^FSDP: "):
         require_ddp(args, "nf4", roles=True)
+
+
+def test_a_stage_begins_at_its_seed_whatever_was_drawn_before(tmp_path):
+    """Fresh adapters are made before Trainer sets the seed: without this they were those of the process."""
+
+    def drawn(seed, ambient):
+        torch.manual_seed(ambient)
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], seed=seed)
+        assert begin("sft", args, ModelArguments("base")) is None
+        return torch.rand(3)
+
+    assert torch.equal(drawn(0, 5), drawn(0, 6)) and not torch.equal(drawn(0, 5), drawn(1, 5))
