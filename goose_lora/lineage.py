@@ -76,7 +76,7 @@ def record(
         "hardware": hardware(),
         "versions": versions(),
     }
-    write_lineage(folder, **(read_lineage(folder) if stage == "reward" else {}), **lineage, **facts)
+    write_lineage(folder, **((read_lineage(folder) if stage == "reward" else {}) | lineage | facts))
     for role, name in ADAPTERS.items():
         if role != "policy" and (folder / name / WEIGHTS).is_file():
             came_from = lineage["parents"].get("policy" if role == "reference" else role)

@@ -93,15 +93,14 @@ def main(args: list[str] | None = None) -> None:
     result = trainer.train(resume_from_checkpoint=start)
     bias = reference_bias(trainer, references) if references else 0.0
     verdict = judge(trainer, held_out["eval"], held_out.get("any"), bias=bias)
-    reads = {"append_eos": data_args.append_eos, "reward_bias": bias, "reward_references": len(references)}
     if trainer.is_world_process_zero():
-        write_lineage(config.output_dir, **reads)
+        write_lineage(config.output_dir, append_eos=data_args.append_eos, reward_bias=bias, reward_references=len(references))
         write_verdict(config.output_dir, verdict)
     trainer.save_model()  # last: without its verdict and its bias it is not the reward model
     if trainer.is_world_process_zero():
         figures = {"loss": result.training_loss, "steps": trainer.state.global_step}
         options = {"figures": figures, "tokenizer": tokenizer, "data": data, "args": args, "log_history": trainer.state.log_history}
-        finish("reward", config, model_args, data_args, **options, **reads)
+        finish("reward", config, model_args, data_args, **options)
 
 
 if __name__ == "__main__":

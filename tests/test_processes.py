@@ -5,10 +5,13 @@ import tiny
 import tiny_runs
 import torch
 from ranks import on_ranks
+from test_recipes import options, recipe
 
 from goose_lora.batch import Rollout
 from goose_lora.data import RolloutBatches
+from goose_lora.report import read_json, read_jsonl
 from goose_lora.rollouts import Rollouts
+from goose_lora.shared_base import SharedBase
 
 
 def weights(shared):
@@ -144,3 +147,48 @@ def test_batches_are_dealt_so_that_no_rank_has_anothers_prompts():
     ranks = [batches[rank::2] for rank in range(2)]  # as accelerate deals them
     assert all(ranks[rank][block] == ranks[rank][block + 1] == ranks[rank][block + 2] for rank in range(2) for block in (0, 3))
     assert sorted(row for rank in ranks for block in (0, 3) for row in rank[block]) == list(range(16))
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The four training recipes on two processes, on a tiny base."""
+    folder = tmp_path_factory.mktemp("launched")
+    base = tiny.save_base(folder / "base")
+    data = {name: tiny.write_rows(folder / f"{name}.jsonl", getattr(tiny, name)(24)) for name in ("texts", "preferences", "prompts")}
+    model = {"model_name_or_path": base, "quantization": "none", "dtype": "float32", "lora_r": 3, "lora_alpha": 6, "lora_layers": "top-2"}
+    train = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2, "save_strategy": "no"}
+    train["per_device_train_batch_size"] = 4
+    few = {"bf16": False, "max_steps": 2, "gradient_checkpointing": False}
+    pairs = {"dataset_name": data["preferences"], "eval_dataset_name": data["preferences"]}
+    ppo = {"num_rollouts": 2, "num_ppo_epochs": 2, "response_length": 4, "score_normalization": "none", "dataset_name": data["prompts"]}
+    started = {"policy_adapter": folder / "sft", "reward_adapter": folder / "reward", "force": True}
+    stages = {
+        "sft": model | train | few | {"dataset_name": data["texts"]},
+        "reward": model | train | few | pairs,
+        "ppo": model | train | ppo | started,
+        "own_loop": model | train | ppo | {"policy_adapter": folder / "sft", "rating": f"{__file__}:short"},
+    }
+    for name, settings in stages.items():
+        main, command = recipe(name).main, options(**settings, output_dir=folder / name)
+        on_ranks(lambda rank, main=main, command=command: main(command) or {}, folder / f"of_{name}")
+    return folder
+
+
+def short(completions, **columns):
+    return [-float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "own_loop"])
+def test_a_recipe_on_two_processes_leaves_one_result(launched, name):
+    stage = read_json(launched / name / "stage.json")
+    assert stage["stage"] == name
+    rows = [row for row in read_jsonl(launched / name / "metrics.jsonl") if "train_runtime" not in row]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)), "one process writes"
+    assert (launched / name / "goose_lora.json").is_file() and (launched / name / "adapter_model.safetensors").is_file()
+    assert not list((launched / name).rglob(".unfinished"))
+
+
+def test_policy_and_critic_of_a_launched_run_load_again(launched):
+    shared = SharedBase.build(tiny.base(), launched / "ppo", reward=launched / "reward", critic="adapter")
+    shared.load_role("value", launched / "ppo" / "value")
