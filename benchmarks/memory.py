@@ -93,7 +93,7 @@ def measured_steps(folder: Path, tokenizer: Any, model: ModelArguments, config: 
     if not reward.exists():
         judge = AutoModelForSequenceClassification.from_pretrained(model.model_name_or_path, num_labels=1)
         get_peft_model(judge, lora_config(model, judge, "SEQ_CLS")).save_pretrained(str(reward))
-    critic = config.critic if config.needs_critic else None
+    critic = config.critic_for(has_reward=True)
     base = load_base(model, tokenizer, device=torch.device("cpu"))
     shared = SharedBase.build(base, lora_config(model, base), reward=reward, critic=critic, critic_init=config.critic_init)
     generator, longest = torch.Generator().manual_seed(1), config.max_prompt_tokens
@@ -178,8 +178,8 @@ def measured_fake(shapes: Any, model: ModelArguments, config: PPOConfig, *, devi
         base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).eval().requires_grad_(False)
         if model.quantization == "nf4":
             _quantize(base, dtype)
-        start = {"adapter": "policy", "shared": "zero", None: None}[config.critic if config.needs_critic else None]
-        critic: Any = config.critic if config.needs_critic else None
+        start = {"adapter": "policy", "shared": "zero", None: None}[config.critic_for(has_reward=False)]
+        critic: Any = config.critic_for(has_reward=False)
         shared = SharedBase.build(base, lora_config(model, base), critic=critic, critic_init=start)  # type: ignore[arg-type]
     before = (SharedBase.logprobs, transformers.masking_utils._ignore_causal_mask_sdpa)
     try:

@@ -206,7 +206,7 @@ class Planner:
         config, model = self.config, self.model
         state = model.hidden * model.compute * sizes.all_rows
         trunk = sizes.length * self.roles.trunks if config.reuse_trunk else 0
-        features = sizes.response_tokens if config.needs_critic and config.critic == "reward_features" else 0
+        features = sizes.response_tokens if self.roles.critic == "reward_features" else 0
         reference = sizes.response_tokens if config.kl_estimator == "exact" and config.kl_location == "loss" else 0
         return state * (trunk + features + reference)
 
@@ -230,7 +230,7 @@ class Planner:
         if config.ptx_coef > 0:
             policy += self.kept(roles.policy, config.ptx_batch_size, self.ptx_tokens)
         value = 0
-        if roles.value is not None and config.critic == "adapter":
+        if roles.value is not None and roles.critic == "adapter":
             value = self.kept(roles.value, rows, length) + rows * length * FP32 * model.hidden
         again = 0
         if config.gradient_checkpointing:

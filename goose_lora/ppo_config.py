@@ -6,6 +6,7 @@ from typing import Literal
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from goose_lora.adapters import Critic
 from goose_lora.from_trl import FROM_TRL, answers_trl
 from goose_lora.settings import check_finite, check_training
 from goose_lora.trunk import top_layers
@@ -74,9 +75,12 @@ class PPOConfig(TrainingArguments):
     ratio_threshold: float | None = field(
         default=10.0, metadata={"help": "A microbatch whose mean ratio is above this, or below 1/this, is skipped; null: never."}
     )
-    critic: Literal["adapter", "shared", "reward_features"] = field(
-        default="adapter",
-        metadata={"help": "adapter: its own, started from the reward adapter. shared: a head on the policy. reward_features: on the reward adapter."},
+    critic: Literal["adapter", "shared", "reward_features"] | None = field(
+        default=None,
+        metadata={
+            "help": "adapter: its own, started from the reward adapter. shared: a head on the policy. reward_features: a head on the reward adapter, "
+            "the default where there is one; otherwise adapter."
+        },
     )
     critic_init: Literal["reward", "policy", "zero"] | None = field(
         default=None, metadata={"help": "What the critic starts from; the reward adapter where there is one if unset. policy, zero: head of 0."}
@@ -146,6 +150,12 @@ class PPOConfig(TrainingArguments):
     def needs_critic(self) -> bool:
         """Whether advantages are taken against a learned value."""
         return self.advantage_estimator == "gae"
+
+    def critic_for(self, *, has_reward: bool) -> Critic | None:
+        """The critic of a run with or without a reward adapter; None where there is none."""
+        if not self.needs_critic:
+            return None
+        return self.critic or ("reward_features" if has_reward else "adapter")
 
     @property
     def critic_learning_rate(self) -> float:

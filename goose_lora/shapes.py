@@ -15,7 +15,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from goose_lora.adapters import adapter_config
+from goose_lora.adapters import Critic, adapter_config
 from goose_lora.loading import ModelArguments, lora_config
 from goose_lora.model_files import reading, require_model
 from goose_lora.ppo_config import PPOConfig
@@ -110,6 +110,7 @@ class Roles:
     policy: Adapter
     value: Adapter | None
     reward: Adapter | None
+    critic: Critic | None
     copies: int  # frozen copies of the policy: reference, ema
     value_copies_policy: bool = False
 
@@ -214,10 +215,10 @@ def read_roles(core: Any, model: Model, args: ModelArguments, config: PPOConfig,
 
     ours = read_adapter(config_of(policy), model, train_layers=config.train_layers)
     judge = read_adapter(config_of(reward), model, train_layers=config.train_layers, head=True) if reward else None
-    value = None
-    if config.needs_critic:
+    critic, value = config.critic_for(has_reward=judge is not None), None
+    if critic is not None:
         start = judge if judge is not None and config.critic_init != "policy" else ours
         none = Adapter({}, 0, model.layers, 0, model.layers)
-        value = replace(start if config.critic == "adapter" else none, head=model.states)
+        value = replace(start if critic == "adapter" else none, head=model.states)
     copied = config.critic_init == "policy" or (judge is None and config.critic_init != "zero")
-    return Roles(ours, value, judge, (policy is not None) + (config.ema_decay is not None), copied)
+    return Roles(ours, value, judge, critic, (policy is not None) + (config.ema_decay is not None), copied)

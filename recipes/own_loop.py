@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
     check_fit(model_args, tokenizer, {"policy_adapter": game.policy_adapter}, tokens=tokens, trust_remote_code=config.trust_remote_code)
 
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
-    critic = config.critic if config.needs_critic else None
+    critic = config.critic_for(has_reward=False)
     starts = {"critic": critic, "critic_init": config.critic_init, "train_layers": config.train_layers}
     shared = SharedBase.build(base, game.policy_adapter or lora_config(model_args, base), **starts)
     trainer = PPOTrainer(shared, hub.without_trainers_push(config), None, tokenizer)

@@ -58,7 +58,7 @@ def main(args: list[str] | None = None) -> None:
     if (config.ptx_coef > 0) != (roles.ptx_dataset_name is not None):
         raise ValueError(f"ptx_coef={config.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set ptx_dataset_name too.")
     sources = reward_sources(roles.reward_function, adapter=roles.reward_adapter, trust_remote_code=config.trust_remote_code)
-    critic = config.critic if config.needs_critic else None
+    critic = config.critic_for(has_reward=roles.reward_adapter is not None)
     check_critic(critic, config.critic_init, has_reward=roles.reward_adapter is not None)
     roles.policy_adapter = require_adapter("policy_adapter", roles.policy_adapter, model_args)
     roles.reward_adapter = require_adapter("reward_adapter", roles.reward_adapter, model_args)

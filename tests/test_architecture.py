@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preferences": {"data", "data_formats"},
     "ranked": {"ppo_math"},
     "rewards": {"batch"},
-    "ppo_config": {"from_trl", "settings", "trunk"},
+    "ppo_config": {"adapters", "from_trl", "settings", "trunk"},
     "evaluation": set(),
     "verdict": {"evaluation"},
     "held_out": {"preferences", "ranked", "verdict"},

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+import tiny_runs
 import torch
 from tiny_runs import assert_same_weights, fresh, logged, trainer, with_reward_adapter
 from transformers import TrainerCallback
@@ -171,3 +172,10 @@ def test_a_run_resumed_within_the_warm_up_is_exact(tmp_path):
 def test_a_run_without_a_critic_has_none_to_warm_up(tmp_path):
     with pytest.raises(ValueError, match="critic_warmup_rollouts=1: rloo and grpo have no critic"):
         trainer(tmp_path, critic_warmup_rollouts=1, advantage_estimator="rloo", num_generations=2)
+
+
+def test_the_default_critic_reads_the_reward_adapter_where_there_is_one(tmp_path):
+    config = tiny_runs.config(tmp_path)
+    assert (config.critic_for(has_reward=True), config.critic_for(has_reward=False)) == ("reward_features", "adapter")
+    assert tiny_runs.config(tmp_path, critic="shared").critic_for(has_reward=True) == "shared"
+    assert tiny_runs.config(tmp_path, advantage_estimator="rloo", num_generations=2).critic_for(has_reward=True) is None

@@ -1,11 +1,16 @@
 """PPO on two processes is PPO: other prompts on each, equal weights on both, and the step that one process with all replies would make."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import tiny
 import tiny_runs
 import torch
 from ranks import on_ranks
-from test_recipes import options, recipe
+from test_recipes import ROOT, options, recipe
 
 from goose_lora.batch import Rollout
 from goose_lora.data import RolloutBatches
@@ -192,3 +197,28 @@ def test_a_recipe_on_two_processes_leaves_one_result(launched, name):
 def test_policy_and_critic_of_a_launched_run_load_again(launched):
     shared = SharedBase.build(tiny.base(), launched / "ppo", reward=launched / "reward", critic="adapter")
     shared.load_role("value", launched / "ppo" / "value")
+
+
+def test_two_launchers_as_on_two_machines_make_one_run(launched):
+    """accelerate's launcher starts one process on a CPU, whatever --num_processes says; torchrun is what it uses on GPUs."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    model = {"model_name_or_path": launched / "base", "quantization": "none", "dtype": "float32", "policy_adapter": launched / "sft"}
+    train = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2, "save_strategy": "no"}
+    ppo = {"num_rollouts": 1, "num_ppo_epochs": 1, "response_length": 4, "score_normalization": "none", "per_device_train_batch_size": 4}
+    more = {"dataset_name": launched / "prompts.jsonl", "reward_function": f"{__file__}:short", "critic_init": "zero"}
+    command = options(**model | train | ppo | more, output_dir=launched / "machines")
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    where = {"env": os.environ | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *meet, "--node_rank", str(rank), str(ROOT / "recipes" / "ppo.py"), *command], **where
+        )
+        for rank in range(2)
+    ]
+    outputs = [machine.communicate(timeout=240)[0].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)[-4000:]
+    assert "first ratio" in outputs[0] and "first ratio" not in outputs[1], "the first machine speaks"
+    (row,) = tiny_runs.logged(launched / "machines")
+    assert row["epoch"] == pytest.approx(8 / 24), "eight prompts, four on each"
