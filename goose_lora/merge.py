@@ -143,7 +143,9 @@ def write_dense(shared: SharedBase, dtype: torch.dtype, folder: Path) -> None:
 
 def _load(folder: Path, dtype: torch.dtype, shared: SharedBase, quantization: Any = None) -> Any:
     place: Any = {"": _head(shared).device}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=place, quantization_config=quantization).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map=place, quantization_config=quantization, use_safetensors=True
+    ).eval()
 
 
 @torch.no_grad()

@@ -189,8 +189,10 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     assert list((tmp_path / "new" / "run").iterdir()) == []
 
 
-def test_the_first_signal_is_noted_and_the_second_does_what_it_does_without(capfd):
-    before = signal.getsignal(signal.SIGINT)
+def test_the_first_signal_is_noted_and_the_second_does_what_it_does_without(capfd, request):
+    before, own_handler = signal.default_int_handler, signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)  # the background jobs of a shell ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own_handler))
     stop = StopSignals()
     with stop.handled(), stop.handled():
         signal.raise_signal(signal.SIGINT)

@@ -219,7 +219,7 @@ def alike():
 
 
 def test_a_run_that_is_healthy_is_all_ok_and_warns_of_nothing(tmp_path, caplog):
-    findings = run(tmp_path, value_learning_rate=3e-2, rollouts=8)
+    findings = run(tmp_path, value_learning_rate=3e-2, rollouts=12)
     assert levels(findings) == {}
     assert findings.keys() == NAMES
     assert "wrong" not in caplog.text and "look" not in caplog.text
@@ -323,7 +323,7 @@ def paid_for_one_word(tmp_path_factory):
         return [[float(token == 7) for token in ids] for ids in completion_ids]
 
     steep = {"learning_rate": 5e-2, "value_learning_rate": 3e-2, "lam": 0.5, "kl_coef": 0.0, "num_ppo_epochs": 4}
-    return run(tmp_path_factory.mktemp("one_word"), reward=one_word, stop_token_ids=None, rollouts=8, **steep)
+    return run(tmp_path_factory.mktemp("one_word"), reward=one_word, stop_token_ids=None, rollouts=11, **steep)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_a_run_that_is_paid_for_length(tmp_path):
         return [float(len(ids)) for ids in completion_ids]
 
     short = {"stop_token_ids": list(range(4, 20)), "response_length": 24, "per_device_train_batch_size": 16}
-    findings = run(tmp_path, reward=length, **groups(8), **short, learning_rate=3e-2, kl_coef=0.0, num_ppo_epochs=4, rollouts=9)
+    findings = run(tmp_path, reward=length, **groups(8), **short, learning_rate=3e-2, kl_coef=0.0, num_ppo_epochs=4, rollouts=12)
     assert findings["length"].level == "look" and "compare at equal length" in findings["length"].text
     assert findings["reward hacking"].level == "look" and "replies grew from" in findings["reward hacking"].text
 
@@ -357,7 +357,7 @@ def test_a_run_that_pleases_one_source_of_reward_and_not_the_judge(tmp_path):
     def weigh(ppo):
         ppo.rollouts.reward.weights = [1.0, 0.0]
 
-    findings = run(tmp_path, reward=[ppo_runs.even_share, judge], prepare=weigh, learning_rate=2e-2, rollouts=10)
+    findings = run(tmp_path, reward=[ppo_runs.even_share, judge], prepare=weigh, learning_rate=2e-2, rollouts=14)
     assert findings["reward hacking"].level == "look" and "reward/judge fell" in findings["reward hacking"].text
 
 

@@ -34,7 +34,7 @@ def evaluated(mask=MASK, *, kl=None, values=None):
     """A policy 0.5 nats above its reference at every token."""
     logprobs = torch.where(mask, -1.0, float("nan"))
     values = torch.zeros(mask.shape) if values is None else values
-    return Evaluated(None, logprobs, logprobs - 0.5, kl, values, None, None, None)
+    return Evaluated(None, logprobs, logprobs - 0.5, kl, values, None, None, None, None)
 
 
 @pytest.fixture

@@ -42,9 +42,9 @@ def test_a_loop_with_the_trainers_prompts_and_scores_ends_where_the_trainer_ends
     straight = trainer(tmp_path / "straight", reward=score, rows=prompt_rows(16), score_normalization="none")
     generate = straight.rollouts.generate
 
-    def watched(ids, mask):
+    def watched(ids, mask, **how):
         prompts.append([row[counts.bool()].tolist() for row, counts in zip(ids, mask, strict=True)])
-        return generate(ids, mask)
+        return generate(ids, mask)  # without the trunk's states, which round otherwise than those that step computes
 
     monkeypatch.setattr(straight.rollouts, "generate", watched)
     straight.train()

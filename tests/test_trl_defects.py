@@ -136,7 +136,8 @@ def test_07_before_an_update_old_new_and_reference_log_probabilities_are_one(dty
 
     def watched(model, inputs, **kwargs):
         with torch.no_grad():
-            now = model(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"], temperature=ppo.args.temperature).logprobs
+            ids, attention, mask = inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"]
+            now = model(ids, attention, mask, trunk=inputs["trunk"], temperature=ppo.args.temperature).logprobs  # as the update does
         gaps.append((now - inputs["old_logprobs"]).abs().max().item())
         gaps.append((inputs["ref_logprobs"] - inputs["old_logprobs"]).abs().max().item())
         return compute_loss(model, inputs, **kwargs)
