@@ -139,7 +139,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     figures, dataset = evaluation["figures"], evaluation.get("dataset", "a data set")
-    columns = [key for key in COLUMNS if any(key in row for row in figures.values())]
-    rows = [[name, *(with_interval(row, key) for key in columns)] for name, row in figures.items()]
+    measured = [key for key in COLUMNS if any(key in row for row in figures.values())]
+    rows = [[COLUMNS[key], *(with_interval(row, key) for row in figures.values())] for key in measured]
     where = f"{evaluation['prompts']} prompts of {dataset}; win rates against {evaluation['against']}; 95 % intervals in brackets."
-    return {"where": where, "columns": ["", *(COLUMNS[key] for key in columns)], "rows": rows}
+    return {"where": where, "columns": ["", *figures], "rows": rows}

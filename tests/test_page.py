@@ -70,7 +70,8 @@ def test_settings_verdict_and_evaluation_of_a_hand_made_run_stand_on_its_page(sh
     assert read.row("learning_rate") == ["0.0123"]
     assert "runs/reward is right on 0.8125 (95 % interval 0.5625 to 0.9375) of 16 held-out pairs." in read.text
     assert "empty reply: score <1.5> on average" in read.text
-    assert read.row("ppo") == ["1.877 (1.503 to 2.251)", "8.512", "11.25"]
+    assert ["", "sft", "ppo"] in read.rows and read.row("tokens") == ["18.5", "11.25"]
+    assert read.row("score of the reward model") == ["0.0123 (-0.1 to 0.12)", "1.877 (1.503 to 2.251)"]
     assert "77 prompts of org/prompts" in read.text
 
 
