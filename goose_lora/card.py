@@ -223,13 +223,14 @@ def _measured(lineage: Mapping[str, Any], evaluation: Mapping[str, Any] | None) 
         return [] if lineage["stage"] in ("sft", "reward", "merge") else ["## Measured", "recipes/evaluate.py has not been run on it."]
     figures = evaluation["figures"]
     columns = [key for key in COLUMNS if any(key in row for row in figures.values())]
-    rows = [[name, *(_with_interval(row, key) for key in columns)] for name, row in figures.items()]
+    rows = [[name, *(with_interval(row, key) for key in columns)] for name, row in figures.items()]
     where = f" of `{_data_name(evaluation['dataset'])}`" if "dataset" in evaluation else ""
     text = f"{evaluation['prompts']} held-out prompts{where}. Win rates are against {evaluation['against']}; intervals in brackets."
     return ["## Measured", text, _table(["", *(COLUMNS[key] for key in columns)], rows)]
 
 
-def _with_interval(row: Mapping[str, Any], key: str) -> str:
+def with_interval(row: Mapping[str, Any], key: str) -> str:
+    """A figure of an evaluation as the card shows it, its interval in brackets where it has one."""
     interval = row.get(f"{key}_ci")
     return figure(row.get(key)) + (f" ({figure(interval[0])} to {figure(interval[1])})" if interval else "")
 

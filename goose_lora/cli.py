@@ -235,6 +235,9 @@ def _main() -> None:
     merge.add_argument("--quantized", action="store_true", help="write them in nf4 all the same, and show what that costs")
     merge.add_argument("--prompts", metavar="FILE", help="rows with a prompt, to measure on (default: the run's samples.jsonl)")
     merge.add_argument("--base", metavar="PATH_OR_HUB_ID", help="the base, where it is no longer where the run had it")
+    compare = commands.add_parser("compare", help="put PPO runs side by side: settings that differ, figures with intervals, curves on one axis")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="folders of two runs or more")
+    compare.add_argument("--output", default="compare.html", metavar="FILE", help="the page to write (default: %(default)s)")
     arguments = parser.parse_args()
     COMMANDS[arguments.command](arguments)
 
@@ -317,6 +320,12 @@ def _merge(arguments: argparse.Namespace) -> None:
     print(merge(**options))
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from goose_lora.compare import compare
+
+    print(compare(arguments.runs, arguments.output))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "demo": _demo, "doctor": _doctor, "data": _data, "plan": _plan, "show": _show, "push": _push, "merge": _merge
+    "demo": _demo, "doctor": _doctor, "data": _data, "plan": _plan, "show": _show, "push": _push, "merge": _merge, "compare": _compare
 }  # fmt: skip

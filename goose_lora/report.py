@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from goose_lora.model_files import is_number, read_json_object
+from goose_lora.pictures import curves
 from goose_lora.verdict import RewardVerdict
 
 logger = logging.getLogger(__name__)
@@ -128,23 +129,4 @@ def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Score, KL, critic loss (entropy where there is no critic) and reply length over PPO steps, as one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in metrics if "objective/score" in row]
-    panels = [
-        ("objective/score", "score (reward model, in SFT standard deviations)"),
-        ("objective/kl", "KL to the reference (nats a reply)"),
-        ("loss/value", "critic loss") if any("loss/value" in row for row in rows) else ("policy/entropy", "entropy (nats a token)"),
-        ("rollout/response_tokens", "reply length (tokens)"),
-    ]
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), layout="constrained")
-    for axis, (name, title) in zip(axes.flat, panels, strict=True):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axis.plot([step for step, _ in points], [value for _, value in points], marker=".", color="tab:blue")
-        axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    Path(path).write_bytes(curves({"": metrics}))

@@ -1,4 +1,4 @@
-"""The beginning of a stage, before anything is loaded, and its end: lineage, card, ``stage.json``, and the upload where it is asked for."""
+"""The beginning of a stage, before anything is loaded, and its end: lineage, card, page, ``stage.json``, and the upload where it is asked for."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from goose_lora import card, hub, lineage
+from goose_lora import card, hub, lineage, page
 from goose_lora.launch import require_ddp
 from goose_lora.loading import ModelArguments
 from goose_lora.report import cost, write_stage
@@ -54,5 +54,7 @@ def finish(
     noted = {"settings": [config, *others], "data": data, "parents": parents, "command": command, "figures": figures}
     lineage.record(folder, stage, model=model, tokenizer=tokenizer, **noted, **facts)
     card.write(folder)
+    if stage in ("ppo", "own_loop"):
+        page.write(folder)
     write_stage(str(folder), stage, figures, log_history)
     return hub.push_result(config, model)

@@ -8,7 +8,7 @@ Prints a table and samples, and writes evaluation.json and replies.jsonl to outp
 
 from dataclasses import dataclass, field
 
-from goose_lora import card, cli, demo
+from goose_lora import card, cli, demo, page
 from goose_lora.adapters import Role
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts
 from goose_lora.dense import RolloutWeights, dense_copy
@@ -103,6 +103,7 @@ def main(args: list[str] | None = None) -> None:
     write_json(f"{config.output_dir}/evaluation.json", evaluation)
     write_jsonl(f"{config.output_dir}/replies.jsonl", replies_of)
     card.add_evaluation(config.policy_adapter, evaluation, replies_of)
+    page.refresh(config.policy_adapter)
     write_stage(config.output_dir, "evaluate", {"prompts": len(texts)})
 
 

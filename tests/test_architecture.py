@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verdict": {"evaluation"},
     "held_out": {"preferences", "ranked", "verdict"},
     "findings": set(),
+    "pictures": {"findings"},
     "reply_verdicts": {"findings"},
     "diagnosis": {"findings", "reply_verdicts"},
     "__init__": {"from_trl"},
@@ -67,24 +68,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "reward_models": {"data", "evaluation", "loading", "model_files"},
     "export": {"checkpoints", "shared_base"},
-    "report": {"model_files", "verdict"},
+    "report": {"model_files", "pictures", "verdict"},
     "data_report": {"data", "data_formats", "evaluation", "model_files"},
     # what leaves a run
     "lineage": {"adapters", "loading"},
     "chain": {"adapters", "lineage", "report"},
     "card": {"adapters", "chain", "data", "lineage", "report"},
+    "page": {"adapters", "card", "diagnosis", "pictures", "report"},
+    "compare": {"adapters", "card", "evaluation", "page", "pictures", "report"},
     "hub": {"adapters", "card", "loading"},
-    "stages": {"card", "hub", "launch", "lineage", "loading", "report", "resumable"},
+    "stages": {"card", "hub", "launch", "lineage", "loading", "page", "report", "resumable"},
     "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "report", "sampling", "shared_base"},
     # the command line
-    "cli": {"adapters", "chain", "data_report", "demo", "dense", "diagnosis", "from_trl", "hub", "interrupts", "loading", "memory", "merge"}
-    | {"ppo_config", "report", "settings", "shapes"},
+    "cli": {"adapters", "chain", "compare", "data_report", "demo", "dense", "diagnosis", "from_trl", "hub", "interrupts", "loading", "memory"}
+    | {"merge", "ppo_config", "report", "settings", "shapes"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
 RECIPES_MAY_IMPORT = {"adapters", "card", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "hub", "lineage"} | {
-    "loading", "memory", "ppo_config", "ppo_trainer", "preferences", "preflight", "ranked", "replies", "report", "resumable", "reward_models",
+    "loading", "memory", "page", "ppo_config", "ppo_trainer", "preferences", "preflight", "ranked", "replies", "report", "resumable", "reward_models",
     "sampling", "settings", "shared_base", "stages"
 }  # fmt: skip
 

@@ -137,6 +137,8 @@ def test_the_reward_head_is_in_the_adapter(run):
 def test_ppo_writes_policy_roles_metrics_samples_and_curves(run):
     names = {path.name for path in (run / "ppo").iterdir()}
     assert {"adapter_model.safetensors", "value", "reward", "reference", "metrics.jsonl", "samples.jsonl", "curves.png", "stage.json"} <= names
+    page = (run / "ppo" / "report.html").read_text(encoding="utf-8")
+    assert "right on" in page and "win rates against sft" in page, "the reward model's verdict, and what recipes/evaluate.py measured afterwards"
     assert (run / "ppo" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len([row for row in read_jsonl(run / "ppo" / "metrics.jsonl") if "objective/score" in row]) == 2
 
