@@ -219,7 +219,7 @@ def alike():
 
 
 def test_a_run_that_is_healthy_is_all_ok_and_warns_of_nothing(tmp_path, caplog):
-    findings = run(tmp_path, value_learning_rate=3e-2, rollouts=12)
+    findings = run(tmp_path, value_learning_rate=3e-2, rollouts=8, per_device_train_batch_size=16)
     assert levels(findings) == {}
     assert findings.keys() == NAMES
     assert "wrong" not in caplog.text and "look" not in caplog.text
