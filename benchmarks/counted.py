@@ -68,18 +68,18 @@ class Work:
 def goose(shape: Shape, work: Work, *, layers: int, critic: str | None) -> dict[str, int]:
     """This project's PPO with adapters in the ``layers`` uppermost layers; ``critic`` as in PPOConfig, None for RLOO and GRPO with a reward adapter.
 
-    Generation is by the merged copy: no adapters.
+    Generation is by the merged copy, without adapters; the trunk is noted on the way, with one more step of its layers for the last tokens.
     """
     lora, upper = shape.lora(work.rank), layers * shape.layer
-    whole = (shape.layers - layers) * shape.layer * work.tokens
     own = (upper + layers * lora) * work.tokens  # one role's pass above the trunk
     head = shape.head * work.replies
     scored = own + upper * work.tokens + own  # policy; reference, the bare base; reward adapter
-    score = whole + scored + 2 * head + (own if critic == "adapter" else 0)
+    score = scored + 2 * head + (own if critic == "adapter" else 0)
     passes = 2 if critic == "adapter" else 1
     backward = (upper - (shape.layer - _above_lowest(shape)) + 2 * layers * lora) * work.tokens
     update = work.epochs * (passes * (own + backward) + 2 * head)
-    return {"generate": _generate(shape, work), "score": score, "update": update}
+    last = (shape.layers - layers) * shape.layer * work.batch
+    return {"generate": _generate(shape, work) + last, "score": score, "update": update}
 
 
 def trl_ppo(shape: Shape, work: Work) -> dict[str, int]:

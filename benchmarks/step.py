@@ -76,8 +76,9 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
         flops, by_hand = row["flops"], counted(name)
         work, peers = (x["flops"]["score"] + x["flops"]["update"] for x in (row, peer))
         seconds, peer_seconds = (sum(x["seconds"].values()) for x in (row, peer))
-        cells = [name, dtype, ", ".join(f"{flops[phase] / 1e9:,.0f}" for phase in PHASES)]
-        cells += ["-" if by_hand is None else ", ".join(f"{by_hand[phase] / 1e9:,.0f}" for phase in PHASES), f"{peers / work:.2f}"]
+        seen = CASES[name].get("quantization") != "nf4"  # to the counter, a product with a 4-bit matrix is nothing
+        cells = [name, dtype, ", ".join(f"{flops[phase] / 1e9:,.0f}" for phase in PHASES) if seen else "-"]
+        cells += ["-" if by_hand is None else ", ".join(f"{by_hand[phase] / 1e9:,.0f}" for phase in PHASES), f"{peers / work:.2f}" if seen else "-"]
         cells += [", ".join(f"{row['seconds'].get(phase, 0):.1f}" for phase in PHASES), f"{peer_seconds / seconds:.2f}"]
         cells += [f"{row['peak_mb']:,.0f}", f"{peer['peak_mb'] / row['peak_mb']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -111,7 +112,8 @@ def plot(found: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
     for axis, key, title, unit in ((axes[0], "flops", "GFLOP a step", 1e9), (axes[1], "seconds", "CPU seconds a step, one thread", 1)):
         left = [0.0] * len(found)
         for phase, colour in zip(PHASES, ("#8fb8de", "#f2b36b", "#c96567"), strict=True):
-            widths = [row[key].get(phase, 0) / unit for row in found.values()]
+            shown = [counted(name) if key == "flops" and CASES[name].get("quantization") == "nf4" else row[key] for (name, _), row in found.items()]
+            widths = [(figures or {}).get(phase, 0) / unit for figures in shown]
             axis.barh(places, widths, left=left, color=colour, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.set_title(title)

@@ -1,8 +1,8 @@
 """What the two sides of benchmarks/step.py have in common, in either environment: the work, the clock, the FLOPs and the memory of one step."""
 
+import gc
 import json
 import os
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -77,6 +77,8 @@ class Steps:
     def end(self) -> None:
         if not self.seconds:
             self._counter.__exit__(None, None, None)
+            gc.collect()
+            _reset_peak()  # the counter holds on to tensors
 
     def lapped(self, owner: Any, method: str, phase: str) -> None:
         """Let each call of ``method`` be ``phase``, and what is before it the update."""
@@ -91,11 +93,10 @@ class Steps:
         setattr(owner, method, outer)
 
     def write(self, path: str, **facts: Any) -> None:
-        """Figures as JSON: FLOPs, the median step's seconds, and the peak above what the process held before models were made."""
-        steps = sorted(self.seconds, key=lambda step: sum(step.values()))
-        peak = max(_status_mb("VmHWM"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        figures = {"flops": self.flops, "seconds": steps[len(steps) // 2], "all_seconds": [sum(step.values()) for step in self.seconds]}
-        Path(path).write_text(json.dumps(figures | {"peak_mb": peak - self.start_mb, "imports_mb": self.start_mb} | facts, indent=2))
+        """Figures as JSON: FLOPs, the mean step's seconds, and the peak of the timed steps above what the process held before models were made."""
+        seconds = {phase: sum(step[phase] for step in self.seconds) / len(self.seconds) for phase in self.seconds[0]}
+        figures = {"flops": self.flops, "seconds": seconds, "all_seconds": [sum(step.values()) for step in self.seconds]}
+        Path(path).write_text(json.dumps(figures | {"peak_mb": _status_mb("VmHWM") - self.start_mb, "imports_mb": self.start_mb} | facts, indent=2))
 
 
 def arguments() -> dict[str, Any]:

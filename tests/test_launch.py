@@ -38,7 +38,7 @@ def test_shards_of_a_quantized_base_are_refused_with_the_way_out(variable, name,
 def test_shards_by_a_setting_are_refused_too(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     args.fsdp = "full_shard"
-    with pytest.raises(ValueError, match="^FSDP: "):
+    with pytest.raises(ValueError, match=r"^FSDP: "):
         require_ddp(args, "nf4", roles=True)
 
 
