@@ -203,7 +203,8 @@ def _making(lineage: Mapping[str, Any]) -> list[str]:
 
 
 def _stages(lineage: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    before = [stage for parent in lineage["parents"].values() for stage in _stages(parent["lineage"]) if parent["lineage"].get("parents") is not None]
+    known = [parent["lineage"] for parent in lineage["parents"].values() if parent["lineage"].get("parents") is not None]
+    before = [stage for parent in known for stage in _stages(parent)]
     return [*before, lineage]
 
 

@@ -140,3 +140,15 @@ def test_an_evaluation_writes_nothing_beside_an_adapter_of_other_origin_or_in_th
     card.add_evaluation(cached, EVALUATION, REPLIES)
     assert [path.name for path in cached.iterdir()] == ["goose_lora.json"]
     assert lineage.hub_name(cached / "reward") == f"ann/result/reward@{'a' * 40}"
+
+
+def test_parents_of_other_origin_have_no_history_to_tell(run):
+    """Adapters that were trained elsewhere, or before there was lineage, have an empty one or a short note."""
+    noted = read_lineage(run / "ppo")
+    for role, facts in zip(noted["parents"], ({}, {"append_eos": False}), strict=False):
+        noted["parents"][role]["lineage"] = facts
+    assert len(noted["parents"]) == 2
+    write_lineage(run / "ppo", **noted)
+    text = card.render(run / "ppo")
+    assert not unexplained(run / "ppo", text)
+    assert "recipes/ppo.py" in text and "recipes/sft.py" not in text
