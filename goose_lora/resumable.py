@@ -112,6 +112,7 @@ class Resumable:
             self.saving = folder
             if self.args.should_save:
                 checkpoints.discard(folder)
+            PartialState().wait_for_everyone()  # or this would take away the random state of a process that is ahead
             super().save_model(str(folder), True)  # type: ignore[misc]
             return
         if not self.args.should_save:

@@ -49,7 +49,7 @@ def run(tmp_path_factory):
     recipe("sft").main(options(**model, **train, dataset_name=data["texts"], output_dir=folder / "sft"))
     recipe("reward").main(
         options(
-            **(model | train | {"max_steps": 12}),
+            **(model | train | {"max_steps": 24}),
             dataset_name=data["preferences"],
             eval_dataset_name=data["preferences"],
             output_dir=folder / "reward",

@@ -164,7 +164,7 @@ def test_a_line_that_was_cut_off_is_dropped_and_so_is_what_the_checkpoint_does_n
         ("ppo", "ppo", {"model_name_or_path": "some/other"}, "base name is base there and other here"),
         ("ppo", "ppo", {"quantization": "nf4"}, "base quantization is none there and nf4 here"),
         ("ppo", "ppo", {"num_ppo_epochs": 1, "save_steps": 1}, "num_ppo_epochs is 2 there and 1 here"),
-        ("ppo", "ppo", {"critic": "shared"}, "critic is adapter there and shared here"),
+        ("ppo", "ppo", {"critic": "shared"}, "critic is None there and shared here"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_before_the_model_loads(name, source, changes, told, given, straight, tmp_path, monkeypatch):
