@@ -13,7 +13,7 @@ from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
-from goose_lora.model_files import ADAPTER_WEIGHTS, check_lineage, read_adapter_config, read_json_object, reading, tensor_shapes
+from goose_lora.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_lineage, read_adapter_config, read_json_object, reading, tensor_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ ADAPTERS: dict[Role, str] = {"policy": "default", "value": "value", "reward": "r
 Critic = Literal["adapter", "shared", "reward_features"]
 CriticInit = Literal["reward", "policy", "zero"]
 LINEAGE = "goose_lora.json"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<folder>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 _READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_config.json")

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from goose_lora.adapters import CONFIG, WEIGHTS, read_lineage
-from goose_lora.lineage import file_sha256, hub_name, saved_template, template_sha256
+from goose_lora.checkpoints import file_sha256
+from goose_lora.lineage import hub_name, template_sha256
+from goose_lora.model_files import saved_template
 from goose_lora.report import read_json
 
 

@@ -45,7 +45,7 @@ def seal(folder: str | Path, facts: Mapping[str, Any]) -> None:
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     _to_disk(folder)
-    entries = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
+    entries = {path.relative_to(folder).as_posix(): [path.stat().st_size, file_sha256(path)] for path in files}
     content = {"format": FORMAT, "saved": time.time(), **facts, "files": entries}
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -75,7 +75,7 @@ def problem(folder: str | Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
-        if _checksum(path) != checksum:
+        if file_sha256(path) != checksum:
             return f"{name} is damaged: its checksum is not the saved one"
     return None
 
@@ -251,7 +251,7 @@ def _told(differing: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{name} is {there} there and {here} here" for name, (there, here) in differing.items())
 
 
-def _checksum(path: Path) -> str:
+def file_sha256(path: str | Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from goose_lora import card
-from goose_lora.adapters import ADAPTERS, CONFIG, LINEAGE, read_lineage, write_lineage
+from goose_lora.adapters import ADAPTERS, CONFIG, LINEAGE, WEIGHTS, read_lineage, write_lineage
 from goose_lora.loading import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Settings = TypeVar("Settings", bound=TrainingArguments)
 
 # What goes up, and nothing else: no checkpoint, no optimizer, no pickle, and not samples.jsonl, whose prompts may be nobody else's business.
-ADAPTER_FILES = (CONFIG, "adapter_model.safetensors", LINEAGE, "verdict.json")
+ADAPTER_FILES = (CONFIG, WEIGHTS, LINEAGE, "verdict.json")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json") + (
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
 from goose_lora.adapters import ADAPTERS, WEIGHTS, read_lineage, write_lineage
+from goose_lora.checkpoints import file_sha256
 from goose_lora.loading import ModelArguments
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "goose-lora")
@@ -153,27 +154,10 @@ def hub_name(folder: str | Path) -> str:
     return f"{match['owner']}/{match['name']}{(match['rest'] or '').replace(os.sep, '/')}@{match['commit']}"
 
 
-def file_sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def template_sha256(template: Any) -> str | None:
     """Of a chat template, or of several by name; None for none."""
     text = json.dumps(template, sort_keys=True) if isinstance(template, (dict, list)) else template
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
-
-
-def saved_template(folder: str | Path) -> str | None:
-    """The chat template of the tokenizer in ``folder``; None without a tokenizer or without a template."""
-    folder = Path(folder)
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
 
 
 def hardware() -> dict[str, Any]:

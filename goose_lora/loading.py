@@ -122,16 +122,7 @@ def _load(
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
     require_model(args.model_name_or_path)
-    with reading("the weights", args.model_name_or_path):
-        model = auto_class.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision,
-            dtype=args.torch_dtype,
-            device_map={"": place},
-            quantization_config=quantization_config(args),
-            use_safetensors=True,
-            **kwargs,
-        )
+    model = read_weights(auto_class, args.model_name_or_path, args, place, revision=args.model_revision, **kwargs)
     keep_4bit_trainable_on_cpu(model)
     keep_8bit_alike_on_cpu(model)
     model.requires_grad_(False)
@@ -140,6 +131,18 @@ def _load(
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(**tokens)
     return model.eval()
+
+
+def read_weights(auto_class: Any, name: str, args: ModelArguments, place: Any, **kwargs: Any) -> Any:
+    """The model ``name`` on one device, quantized and in the dtype as ``args`` says, from safetensors alone.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with reading("the weights", name):
+        return auto_class.from_pretrained(
+            name, dtype=args.torch_dtype, device_map={"": place}, quantization_config=quantization_config(args), use_safetensors=True, **kwargs
+        )
 
 
 def cpu_multiplies_bf16() -> bool:

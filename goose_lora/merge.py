@@ -22,6 +22,7 @@ from goose_lora.batch import Rollout
 from goose_lora.data import left_pad, load_rows, tokenize_prompts
 from goose_lora.dense import DenseCopy
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, quantization_config
+from goose_lora.model_files import saved_template
 from goose_lora.report import cost, read_jsonl
 from goose_lora.sampling import generation_config, sample
 from goose_lora.shared_base import SharedBase
@@ -100,7 +101,7 @@ def _tokenizer(folder: Path, args: ModelArguments) -> PreTrainedTokenizerBase:
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return load_tokenizer(replace(args, model_name_or_path=str(folder), model_revision=None))
     tokenizer = load_tokenizer(args)
-    tokenizer.chat_template = lineage.saved_template(folder) or tokenizer.chat_template
+    tokenizer.chat_template = saved_template(folder) or tokenizer.chat_template
     return tokenizer
 
 

@@ -142,15 +142,19 @@ def tensor_shapes(path: Path, way_out: str = "Copy it again, or train the stage 
         raise ValueError(f"{path} is damaged or cut short ({brief(error)}). {way_out}") from error
 
 
-def saved_chat_template(folder: str) -> str | None:
-    """The chat template of the tokenizer that was saved beside an adapter; None where there is no tokenizer, or none of one kind."""
+def saved_template(folder: str | Path) -> Any:
+    """The chat template of the tokenizer in ``folder``, or several by name; None without a tokenizer or without a template."""
     path = Path(folder)
     if (path / "chat_template.jinja").is_file():
         return (path / "chat_template.jinja").read_text(encoding="utf-8")
-    if (path / "tokenizer_config.json").is_file():
-        template = read_json_object(path / "tokenizer_config.json").get("chat_template")
-        return template if isinstance(template, str) else None
-    return None
+    settings = path / "tokenizer_config.json"
+    return read_json_object(settings).get("chat_template") if settings.is_file() else None
+
+
+def saved_chat_template(folder: str) -> str | None:
+    """``saved_template`` where it is one; None where there are several."""
+    template = saved_template(folder)
+    return template if isinstance(template, str) else None
 
 
 def check_lineage(path: Path, lineage: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from goose_lora import checkpoints
 from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.interrupts import Stopped, StopSignals
 from goose_lora.loading import ModelArguments
+from goose_lora.model_files import read_adapter_config
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.shared_base import SharedBase
 
@@ -38,7 +39,7 @@ def starting_point(args: TrainingArguments, stage: str, model: ModelArguments, p
     checkpoints.require_writable(args.output_dir or ".")
     adapter = {"r": model.lora_r, "lora_alpha": model.lora_alpha}
     if policy_adapter is not None:
-        saved = json.loads((Path(policy_adapter) / checkpoints.LAST).read_text(encoding="utf-8"))
+        saved = read_adapter_config("policy_adapter", policy_adapter)
         adapter = {name: saved[name] for name in adapter}
     facts = {
         "stage": stage,
@@ -121,8 +122,6 @@ class Resumable:
             with checkpoints.replacing(folder) as temporary:
                 super().save_model(str(temporary), True)  # type: ignore[misc]
                 (temporary / TRAINING_ARGUMENTS_PICKLE).unlink(missing_ok=True)  # settings that stand in plain text beside it
-        if self.args.push_to_hub and not _internal_call:  # as Trainer does
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_best_roles(self: Any) -> None:
         """Trainer loads the policy of the best checkpoint: what was trained with it belongs to the same step."""

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from goose_lora.data import apply_template
 from goose_lora.evaluation import import_function
-from goose_lora.loading import ModelArguments, quantization_config, spare_token
+from goose_lora.loading import ModelArguments, read_weights, spare_token
 from goose_lora.model_files import reading, require_model
 
 PREFIX = "model:"
@@ -56,16 +56,8 @@ class RewardModel:
     def load(self, args: ModelArguments, device: torch.device) -> "RewardModel":
         """Put the weights on ``device``, quantized and in the dtype as ``args`` says; for this model's own settings give it own arguments."""
         self.config.pad_token_id = self.tokenizer.pad_token_id
-        with reading("the weights", self.name):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                self.name,
-                config=self.config,
-                dtype=args.torch_dtype,
-                device_map={"": device},
-                quantization_config=quantization_config(args),
-                trust_remote_code=self.trust_remote_code,
-                use_safetensors=True,
-            )
+        own = {"config": self.config, "trust_remote_code": self.trust_remote_code}
+        model = read_weights(AutoModelForSequenceClassification, self.name, args, device, **own)
         self.model = model.requires_grad_(False).eval()
         return self
 

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {"batch", "diagnosis", "kl_control", "model_files", "shared_base"},
     "checkpoints": set(),
     "interrupts": set(),
-    "resumable": {"adapters", "checkpoints", "interrupts", "loading", "ppo_config", "shared_base"},
+    "resumable": {"adapters", "checkpoints", "interrupts", "loading", "model_files", "ppo_config", "shared_base"},
     "dense": {"adapters", "shared_base"},
     "shapes": {"adapters", "loading", "model_files", "ppo_config", "trunk"},
     "preflight": {"loading", "model_files", "shapes"},
@@ -71,14 +71,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"model_files", "pictures", "verdict"},
     "data_report": {"data", "data_formats", "evaluation", "model_files"},
     # what leaves a run
-    "lineage": {"adapters", "loading"},
-    "chain": {"adapters", "lineage", "report"},
+    "lineage": {"adapters", "checkpoints", "loading"},
+    "chain": {"adapters", "checkpoints", "lineage", "model_files", "report"},
     "card": {"adapters", "chain", "data", "lineage", "report"},
     "page": {"adapters", "card", "diagnosis", "pictures", "report"},
     "compare": {"adapters", "card", "evaluation", "page", "pictures", "report"},
     "hub": {"adapters", "card", "loading"},
     "stages": {"card", "hub", "launch", "lineage", "loading", "page", "report", "resumable"},
-    "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "report", "sampling", "shared_base"},
+    "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "model_files", "report", "sampling", "shared_base"},
     # the command line
     "cli": {"adapters", "chain", "compare", "data_report", "demo", "dense", "diagnosis", "from_trl", "hub", "interrupts", "loading", "memory"}
     | {"merge", "ppo_config", "report", "settings", "shapes"},
