@@ -11,6 +11,7 @@ import tiny
 import tiny_runs
 import torch
 from ranks import on_ranks
+from safetensors.torch import load_file
 from test_recipes import ROOT, options, recipe
 
 from goose_lora import checkpoints
@@ -212,6 +213,8 @@ def test_a_recipe_on_two_processes_leaves_one_result(launched, name):
 def test_policy_and_critic_of_a_launched_run_load_again(launched):
     shared = SharedBase.build(tiny.base(), launched / "ppo", reward=launched / "reward", critic="reward_features")
     shared.load_role("value", launched / "ppo" / "value")
+    (saved,) = (x for name, x in load_file(launched / "ppo" / "value" / "adapter_model.safetensors").items() if name.endswith("score.weight"))
+    assert torch.equal(shared.score_head("value").weight, saved) and saved.abs().max() > 0
 
 
 def test_two_launchers_as_on_two_machines_make_one_run(launched):
