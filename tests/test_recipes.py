@@ -170,7 +170,7 @@ def test_every_stage_leaves_its_lineage_and_a_card_with_what_was_measured_and_no
     links = chain(run / "ppo")
     assert [link.stage for link in links] == ["sft", "reward", "ppo"] and [link.problems for link in links] == [[], [], []]
     assert [{row["rows"] for row in link.lineage["data"]} for link in links] == [{24}] * 3
-    assert links[1].lineage["data"][1]["use"] == "eval" and links[1].lineage["figures"]["steps"] == 12
+    assert links[1].lineage["data"][1]["use"] == "eval" and links[1].lineage["figures"]["steps"] == 24
     assert links[2].lineage["settings"]["num_ppo_epochs"] == 2 and "--num_ppo_epochs 2" in links[2].lineage["command"]
     win_rate = read_json(run / "evaluation" / "evaluation.json")["figures"]["ppo"]["score_win_rate"]
     assert f"{win_rate:.4g}" in (run / "ppo" / "README.md").read_text()
