@@ -16,7 +16,7 @@ from goose_lora.rewards import RewardMix, Scores
 from goose_lora.sampling import sample
 from goose_lora.shared_base import SharedBase
 from goose_lora.stopping import StopStrings
-from goose_lora.views import before_response
+from goose_lora.views import before_response, columns_read
 
 
 class Evaluated(NamedTuple):
@@ -106,9 +106,10 @@ class Rollouts:
         parts = []
         for ids, attention, mask, closed, captured in self._groups(rollout):
             trunks = shared.trunks(ids, attention, roles, captured) if self.reuse_trunk else dict.fromkeys(roles)
-            judged: Any = shared.hidden("reward", ids, attention, trunks["reward"]) if on_features or score else None
+            read = columns_read(mask)
+            judged: Any = shared.hidden("reward", ids, attention, trunks["reward"], read) if on_features or score else None
             features = before_response(judged, mask).clone() if on_features else None
-            reference = shared.hidden("reference", ids, attention, trunks["reference"])
+            reference = shared.hidden("reference", ids, attention, trunks["reference"], read)
             ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=temperature)
             ref_hidden = before_response(reference, mask).clone() if self.exact_kl else None
             trunk, value_trunk = trunks["policy"], trunks.get("value")

@@ -6,7 +6,7 @@ folder, where plain ``PeftModel.from_pretrained`` looks for it, and the others (
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -243,9 +243,20 @@ class SharedBase(Views, PeftModel):
                 "gradient checkpointing with use_reentrant=True cannot tell the adapters of policy and critic apart. "
                 "Use gradient_checkpointing_kwargs: {use_reentrant: false}."
             )
-        options.update(use_reentrant=False, context_fn=lambda: (nullcontext(), adapters.Reentrant(lambda role=self._role: self.role(role))))
+        options.update(use_reentrant=False, context_fn=lambda: (nullcontext(), adapters.Reentrant(self._as_now())))
         core: Any = self.get_base_model()
         core.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+
+    def _as_now(self) -> Callable[[], Any]:
+        """Makes a context in which the base is what it is now: its role, and how many columns are read."""
+        role, columns = self._role, self._columns
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self.role(role), self.reading(columns):
+                yield
+
+        return again
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """transformers' older name for the same; PEFT would pass it on to the base, which knows no roles."""

@@ -56,8 +56,8 @@ def lowest_layer(layers: nn.ModuleList, adapter: str) -> int:
 
 
 @contextmanager
-def _replaced(layers: list[nn.Module], forwards: list) -> Iterator[None]:
-    """Give each layer another ``forward``, and put the old one back, whatever happens."""
+def replaced(layers: list[nn.Module], forwards: list) -> Iterator[None]:
+    """Give each module another ``forward``, and put the old one back, whatever happens."""
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward
@@ -82,7 +82,7 @@ def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
     hook = layers[depth - 1].register_forward_hook(lambda module, args, out: output.append(out))
     try:
         upper = list(layers[depth:])
-        with _replaced(upper, [_pass_through] * len(upper)):
+        with replaced(upper, [_pass_through] * len(upper)):
             yield output
     finally:
         hook.remove()
@@ -124,6 +124,6 @@ def above(layers: nn.ModuleList, depth: int, hidden_states: Tensor) -> Iterator[
     argument, which gradient checkpointing keeps for its recompute; a hook would be gone by then.
     """
     lower = list(layers[:depth])
-    with _replaced(lower, [_pass_through] * (depth - 1) + [lambda *args, **kwargs: hidden_states]):
+    with replaced(lower, [_pass_through] * (depth - 1) + [lambda *args, **kwargs: hidden_states]):
         yield
 

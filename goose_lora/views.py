@@ -1,7 +1,7 @@
 """The four models that one base is: hidden states, log-probabilities, values and scores under each role, and one forward for the update."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.batch import last_counted
+from goose_lora.last_layer import reading
 from goose_lora.logprobs import token_kl, token_logprobs
 from goose_lora.trunk import above, below, decoder_layers
 from goose_lora.trunk_sharing import same_below
@@ -36,6 +37,7 @@ class Views:
     role: Any
     has: Any
     value_states: Any
+    _columns: int | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -88,12 +90,30 @@ class Views:
         return {role: outputs[leader] for role, leader in leaders.items()}
 
     def hidden(
-        self, role: Role, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"], trunk: Float[Tensor, "B L H"] | None = None
+        self,
+        role: Role,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        trunk: Float[Tensor, "B L H"] | None = None,
+        columns: int | None = None,
     ) -> Float[Tensor, "B L H"]:
-        """Last hidden states under ``role``, resumed from ``trunk`` if given. Padding may stand on either side."""
+        """Last hidden states under ``role``, resumed from ``trunk`` if given. Padding may stand on either side.
+
+        ``columns``: how many of the last columns are read, all if None; the others' states are then worthless, and the last layer mostly spared them.
+        """
         resumed = nullcontext() if trunk is None else above(self.layers, self.trunk_depth(role), trunk)
-        with self.role(role) as core, resumed:
+        with self.role(role) as core, resumed, self.reading(columns):
             return self._decode(core, input_ids, attention_mask)
+
+    @contextmanager
+    def reading(self, columns: int | None) -> Iterator[None]:
+        """Inside, only the last ``columns`` columns of hidden states are read. A recompute of checkpointing enters it again."""
+        before, self._columns = self._columns, columns
+        try:
+            with reading(self.layers[-1], columns):
+                yield
+        finally:
+            self._columns = before
 
     def _decode(self, core: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # GPT-2's learned positions count padding unless told otherwise (TRL#6800).
@@ -210,7 +230,8 @@ class Views:
         ``ptx``: pretraining texts and their attention mask; their mean negative log-likelihood a token is PPO-ptx's term.
         """
         ptx_loss = None if ptx is None else self.negative_log_likelihood(*ptx)
-        hidden = self.hidden("policy", input_ids, attention_mask, trunk)
+        read = columns_read(response_mask)
+        hidden = self.hidden("policy", input_ids, attention_mask, trunk, read)
         logprobs, entropy = self.logprobs(hidden, input_ids, response_mask, temperature=temperature, entropy_gradient=entropy_gradient)
         kl = None if ref_hidden is None else self.exact_kl(before_response(hidden, response_mask), ref_hidden, response_mask, temperature=temperature)
         if self.critic is None:
@@ -219,7 +240,8 @@ class Views:
             values = torch.where(response_mask, self.apply_head("value", features), 0.0)
         else:
             below = trunk if value_trunk is None else value_trunk
-            values = self.values(hidden if self.critic == "shared" else self.hidden("value", input_ids, attention_mask, below), response_mask)
+            states = hidden if self.critic == "shared" else self.hidden("value", input_ids, attention_mask, below, read)
+            values = self.values(states, response_mask)
         return PolicyAndValue(logprobs, entropy, values, kl, ptx_loss)
 
     def negative_log_likelihood(self, input_ids: Int[Tensor, "P N"], attention_mask: Int[Tensor, "P N"]) -> Float[Tensor, ""]:
@@ -227,6 +249,11 @@ class Views:
         predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
         logprobs, _ = self.logprobs(self.hidden("policy", input_ids, attention_mask), input_ids, predicted)
         return -logprobs.sum() / predicted.sum()
+
+
+def columns_read(response_mask: Bool[Tensor, "B T"]) -> int:
+    """How many of the last columns of hidden states the heads read of a rollout: those of the reply, and the one before."""
+    return response_mask.shape[1] + 1
 
 
 def before_response(hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
