@@ -26,6 +26,11 @@ class Shape:
         return [*attention, (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)]
 
     @property
+    def by_position(self) -> list[tuple[int, int]]:
+        """Those that the last layer runs only where its states are read: all but keys and values."""
+        return [matrix for index, matrix in enumerate(self.linears) if index not in (1, 2)]
+
+    @property
     def layer(self) -> int:
         """FLOPs of one token through one layer without adapters."""
         return 2 * sum(inputs * outputs for inputs, outputs in self.linears)
@@ -71,12 +76,16 @@ def goose(shape: Shape, work: Work, *, layers: int, critic: str | None) -> dict[
     Generation is by the merged copy, without adapters; the trunk is noted on the way, with one more step of its layers for the last tokens.
     """
     lora, upper = shape.lora(work.rank), layers * shape.layer
-    own = (upper + layers * lora) * work.tokens  # one role's pass above the trunk
+    unread = work.batch * (work.prompt - 1)  # positions that the last layer's matrices are spared, but for keys and values
+    spared = unread * 2 * sum(inputs * outputs for inputs, outputs in shape.by_position)
+    spared_lora = unread * 2 * work.rank * sum(inputs + outputs for inputs, outputs in shape.by_position)
+    bare = upper * work.tokens - spared  # the reference's pass above the trunk
+    own = bare + layers * lora * work.tokens - spared_lora  # that of a role with an adapter
     head = shape.head * work.replies
-    scored = own + upper * work.tokens + own  # policy; reference, the bare base; reward adapter
+    scored = own + bare + own  # policy, reference, reward adapter
     score = scored + 2 * head + (own if critic == "adapter" else 0)
     passes = 2 if critic == "adapter" else 1
-    backward = (upper - (shape.layer - _above_lowest(shape)) + 2 * layers * lora) * work.tokens
+    backward = (upper - (shape.layer - _above_lowest(shape)) + 2 * layers * lora) * work.tokens - spared - 2 * spared_lora
     update = work.epochs * (passes * (own + backward) + 2 * head)
     last = (shape.layers - layers) * shape.layer * work.batch
     return {"generate": _generate(shape, work) + last, "score": score, "update": update}

@@ -25,14 +25,14 @@ CASES: dict[str, dict[str, Any]] = {
     "trl-ppo": {"side": "trl_ppo"},
     "ours-all-adapter": OURS | {"layers": "all", "critic": "adapter"},
     "ours-all-shared": OURS | {"layers": "all", "critic": "shared"},
-    "ours-top8-adapter": OURS | {"layers": "top-8", "critic": "adapter"},
-    "ours-top8-shared": OURS | {"layers": "top-8", "critic": "shared"},
-    "ours-top8-reward_features": OURS | {"layers": "top-8", "critic": "reward_features"},
-    "ours-top8-adapter-nf4": OURS | {"layers": "top-8", "critic": "adapter", "quantization": "nf4"},
-    "ours-top8-adapter-nf4-shared_rollouts": OURS | {"layers": "top-8", "critic": "adapter", "quantization": "nf4", "rollout_weights": "shared"},
+    "ours-top7-adapter": OURS | {"layers": "top-7", "critic": "adapter"},
+    "ours-top7-shared": OURS | {"layers": "top-7", "critic": "shared"},
+    "ours-top7-reward_features": OURS | {"layers": "top-7", "critic": "reward_features"},
+    "ours-top7-adapter-nf4": OURS | {"layers": "top-7", "critic": "adapter", "quantization": "nf4"},
+    "ours-top7-adapter-nf4-shared_rollouts": OURS | {"layers": "top-7", "critic": "adapter", "quantization": "nf4", "rollout_weights": "shared"},
     "trl-grpo": {"side": "trl_group", "estimator": "grpo", "generations": 4},
     "trl-rloo": {"side": "trl_group", "estimator": "rloo", "generations": 4},
-    "ours-top8-grpo": OURS | {"layers": "top-8", "critic": None, "estimator": "grpo", "generations": 4},
+    "ours-top7-grpo": OURS | {"layers": "top-7", "critic": None, "estimator": "grpo", "generations": 4},
 }
 PHASES = ("generate", "score", "update")
 
@@ -93,7 +93,7 @@ def growth() -> str:
         for prompt, response, batch, epochs in ((32, 32, 16, 4), (512, 256, 16, 4), (512, 256, 64, 4), (512, 256, 16, 1), (2048, 1024, 16, 4)):
             work = Work(batch, prompt, response, epochs)
             peer = sum(trl_ppo(shape, work).values())
-            ours = [sum(goose(shape, work, layers=round(shape.layers / 4), critic=critic).values()) for critic in ("adapter", "shared")]
+            ours = [sum(goose(shape, work, layers=shape.layers // 4, critic=critic).values()) for critic in ("adapter", "shared")]
             times = " / ".join(f"{peer / own:.1f}" for own in ours)
             tera = [f"{flops / 1e12:,.1f}" for flops in (peer, *ours)]
             lines.append("| " + " | ".join([name, f"{prompt} + {response}", str(batch), str(epochs), *tera, times]) + " |")

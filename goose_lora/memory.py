@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from goose_lora.dense import SHARE_OF_FREE_MEMORY
+from goose_lora.last_layer import BY_POSITION
 from goose_lora.loading import ModelArguments
 from goose_lora.logprobs import CHUNK_TOKENS
 from goose_lora.ppo_config import PPOConfig
@@ -113,28 +114,36 @@ class Planner:
 
     # ---- What one token, or one row, takes ----
 
-    def saved(self, adapter: Adapter, layer: int, length: int) -> int:
-        """Bytes a token that one layer under ``adapter`` keeps for its backward pass."""
+    def saved(self, adapter: Adapter, layer: int, length: int, read: float = 1.0) -> int:
+        """Bytes a token that one layer under ``adapter`` keeps for its backward pass. ``read``: the share of the last layer's positions that are."""
         model, number = self.model, self.model.compute
         linears = [x for x in model.linears if x.layer == layer]
-        adapted = [x for x in linears if x.name in adapter.ranks]
+        spared = [x for x in linears if read < 1 and set(x.name.split(".")) & set(BY_POSITION)]
         feed = [x for x in linears if not x.in_attention]
-        if model.casts:
-            inputs = sum(x.inputs for x in adapted)
-        else:  # the input itself; the attention's output is kept anyway
-            inputs = sum(max((x.inputs for x in part if x in adapted), default=0) for part in _by_input(linears))
         gates = sum(x.outputs for x in feed[:-1]) if feed else 0
-        activation = gates + (model.wide if gates >= 2 * model.wide else 0)
+        activation = (gates + (model.wide if gates >= 2 * model.wide else 0)) * (read if feed and feed[0] in spared else 1)
         attention = 4 * model.queries * number + FP32 * model.heads
         attention += length * (number if model.fused_attention else model.heads * (FP32 + number))
-        return FP32 * model.norms + number * (inputs + activation + sum(adapter.ranks[x.name] for x in adapted)) + attention
+        inputs = self._inputs(adapter, linears, [x for x in linears if x not in spared]) + read * self._inputs(adapter, linears, spared)
+        return int(FP32 * model.norms + number * (inputs + activation) + attention)
 
-    def kept(self, adapter: Adapter, rows: int, length: int) -> int:
+    def _inputs(self, adapter: Adapter, linears: list[Linear], part: list[Linear]) -> int:
+        """Numbers a token that the linears of ``part`` keep of their inputs and of LoRA's inner states; ``linears`` are all of their layer."""
+        adapted = [x for x in part if x.name in adapter.ranks]
+        inner = sum(adapter.ranks[x.name] for x in adapted)
+        if self.model.casts:
+            return sum(x.inputs for x in adapted) + inner
+        # the input itself; the attention's output is kept anyway
+        return sum(max((x.inputs for x in group if x in adapted), default=0) for group in _by_input(linears)) + inner
+
+    def kept(self, adapter: Adapter, rows: int, length: int, read: float = 1.0) -> int:
         """Bytes that a forward of ``rows`` rows keeps until the backward pass: of all layers, or with checkpointing of their inputs."""
         layers = range(adapter.trained_from, self.model.layers)
         if self.config.gradient_checkpointing:
             return rows * length * self.model.hidden * self.model.compute * len(layers)
-        return rows * length * sum(self.saved(adapter, layer, length) for layer in layers) + self.cast(adapter)
+        shares = [read if layer == self.model.layers - 1 else 1.0 for layer in layers]
+        saved = sum(self.saved(adapter, layer, length, share) for layer, share in zip(layers, shares, strict=True))
+        return rows * length * saved + self.cast(adapter)
 
     def cast(self, adapter: Adapter) -> int:
         """Bytes of the copies of an adapter in the base's dtype, which autocast keeps during a forward."""
@@ -226,12 +235,13 @@ class Planner:
             rows = min(rows, max(1, config.max_tokens_per_microbatch // length))
         number = model.compute
         replies = rows * sizes.response_tokens * model.hidden * (3 * number + FP32)
-        policy = self.kept(roles.policy, rows, length) + rows * length * FP32 * model.hidden + replies
+        read = min(1.0, (sizes.response_tokens + 1) / length)
+        policy = self.kept(roles.policy, rows, length, read) + rows * length * FP32 * model.hidden + replies
         if config.ptx_coef > 0:
             policy += self.kept(roles.policy, config.ptx_batch_size, self.ptx_tokens)
         value = 0
         if roles.value is not None and roles.critic == "adapter":
-            value = self.kept(roles.value, rows, length) + rows * length * FP32 * model.hidden
+            value = self.kept(roles.value, rows, length, read) + rows * length * FP32 * model.hidden
         again = 0
         if config.gradient_checkpointing:
             again = rows * length * max(self.saved(roles.policy, layer, length) for layer in range(roles.policy.trained_from, model.layers))

@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dense": {"adapters", "shared_base"},
     "shapes": {"adapters", "loading", "model_files", "ppo_config", "trunk"},
     "preflight": {"loading", "model_files", "shapes"},
-    "memory": {"dense", "loading", "logprobs", "ppo_config", "shapes"},
+    "memory": {"dense", "last_layer", "loading", "logprobs", "ppo_config", "shapes"},
     "stopping": set(),
     "sampling": {"adapters", "batch", "dense", "shared_base", "stopping", "trunk"},
     "replies": {"adapters", "data", "dense", "evaluation", "sampling", "shared_base", "stopping"},
