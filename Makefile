@@ -25,9 +25,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/pyright
 
-# The pages of docs/ as a site in site/, without a network; a link that leads nowhere fails. mkdocs serve in its place shows it, with its search.
+# The pages of docs/ as a site in site/, without a network; a link that leads nowhere fails (not with --quiet, which hides it). mkdocs serve shows it, with its search.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py

@@ -21,7 +21,7 @@ def on_files(files: Files, config, **kwargs) -> Files:
         path = root / target.removeprefix("../")
         if path.is_file() and path.suffix in LANGUAGES:
             name = target.removeprefix("../")
-            text = f"# {name}\n\n````{LANGUAGES[path.suffix]}\n{path.read_text(encoding='utf-8')}\n````\n"
+            text = f"---\nhide: [navigation, toc]\n---\n\n# {name}\n\n````{LANGUAGES[path.suffix]}\n{path.read_text(encoding='utf-8')}\n````\n"
             files.append(File.generated(config, f"source/{name}.md", content=text))
     return files
 
