@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types mutants parity bench clean
+.PHONY: install demo test lint types docs mutants parity bench clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,10 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/pyright
+
+# The pages of docs/ as a site in site/, without a network; a link that leads nowhere fails (not with --quiet, which hides it). mkdocs serve shows it, with its search.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py
@@ -49,4 +53,4 @@ bench: $(INSTALLED) $(PARITY)/.installed
 	$(BIN)/python benchmarks/step.py --trl-ppo $(PARITY)/bin/python --output runs/bench
 
 clean:
-	rm -rf .venv .venv-parity runs .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-parity runs site .pytest_cache .hypothesis .ruff_cache

@@ -201,6 +201,12 @@ def main() -> None:
 
 def _main() -> None:
     quiet_libraries()
+    arguments = command_line().parse_args()
+    COMMANDS[arguments.command](arguments)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of ``goose-lora``. A bad argument is a ValueError."""
     parser = _Parser(prog="goose-lora", description="RLHF on one small machine.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="run SFT, reward model, PPO and evaluation on the embedded model and data")
@@ -238,8 +244,7 @@ def _main() -> None:
     compare = commands.add_parser("compare", help="put PPO runs side by side: settings that differ, figures with intervals, curves on one axis")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="folders of two runs or more")
     compare.add_argument("--output", default="compare.html", metavar="FILE", help="the page to write (default: %(default)s)")
-    arguments = parser.parse_args()
-    COMMANDS[arguments.command](arguments)
+    return parser
 
 
 def _demo(arguments: argparse.Namespace) -> None:

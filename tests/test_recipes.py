@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -237,29 +236,23 @@ def test_a_loop_of_ones_own_trains_over_two_turns_and_goes_on_from_a_checkpoint(
 CONFIGS = sorted(path for path in (ROOT / "recipes" / "configs").glob("*/*.yaml") if path.parent.name != "accelerate")  # tests/test_launch.py
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_shipped_configuration_parses_with_its_recipes_own_parser(path):
+def settings_of(name):
+    """The dataclasses that a recipe's settings are parsed into."""
     from trl import RewardConfig, SFTConfig
 
-    types = {
-        "sft": (SFTConfig, ModelArguments, DataArguments),
-        "reward": (RewardConfig, ModelArguments, recipe("reward").RewardArguments),
-        "ppo": (PPOConfig, ModelArguments, DataArguments, recipe("ppo").RoleArguments),
-        "own_loop": (PPOConfig, ModelArguments, DataArguments, recipe("own_loop").InterviewArguments),
-        "evaluate": (recipe("evaluate").EvaluationArguments, ModelArguments, DataArguments),
-    }["ppo" if path.parent.name == "from_trl" else path.stem]
+    return {
+        "sft": lambda: (SFTConfig, ModelArguments, DataArguments),
+        "reward": lambda: (RewardConfig, ModelArguments, recipe("reward").RewardArguments),
+        "ppo": lambda: (PPOConfig, ModelArguments, DataArguments, recipe("ppo").RoleArguments),
+        "own_loop": lambda: (PPOConfig, ModelArguments, DataArguments, recipe("own_loop").InterviewArguments),
+        "evaluate": lambda: (recipe("evaluate").EvaluationArguments, ModelArguments, DataArguments),
+    }[name]()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_configuration_parses_with_its_recipes_own_parser(path):
     on_cpu = [] if path.stem == "evaluate" or "use_cpu" in path.read_text() else ["--use_cpu", "True"]
+    types = settings_of("ppo" if path.parent.name == "from_trl" else path.stem)
     parsed = cli.parse(*types, args=["--config", str(path), *on_cpu])
     settings = yaml.safe_load(path.read_text())
     assert any(instance.__dict__.get("model_name_or_path") == settings["model_name_or_path"] for instance in parsed)
-
-
-def test_every_command_in_the_readme_names_files_and_targets_that_exist():
-    text = (ROOT / "README.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
-    targets, files = re.findall(r"`?make (\w+)`?", text), re.findall(r"recipes/[\w/]+\.(?:py|yaml)", text)
-    assert {"demo", "test"} <= set(targets) and files
-    assert all(f"\n{target}:" in makefile for target in targets)
-    assert all((ROOT / file).is_file() for file in files)
-
-
