@@ -86,8 +86,10 @@ class Experience:
 
         Their ``num_tokens`` is the number of response tokens of the whole optimizer step, averaged over processes by ``mean_tokens``
         since DistributedDataParallel averages gradients: with it, losses add up to the mean over tokens, however the rows are cut.
+        In one microbatch, rows keep their order.
         """
         order = torch.randperm(len(self.rollout.input_ids), device="cpu").to(self.rollout.input_ids.device)
+        order = order.sort().values if len(order) <= rows else order
         for step in order.split(rows * per_step):
             num_tokens = mean_tokens(self.rollout.response_mask[step].sum())
             for chosen in step.split(rows):

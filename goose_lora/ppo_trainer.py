@@ -4,12 +4,11 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,8 +24,8 @@ from goose_lora.experience import ExperienceMaker
 from goose_lora.from_trl import TRAINER_ARGUMENTS, answers_trl
 from goose_lora.kl_control import AdaptiveKL, FixedKL
 from goose_lora.loss import leaves_bounds, total_loss
-from goose_lora.microbatches import halves, padded_tokens, within
 from goose_lora.own_loop import UserLoop, unscored
+from goose_lora.passes import Passes
 from goose_lora.ppo_config import PPOConfig
 from goose_lora.resumable import Resumable
 from goose_lora.rewards import RewardMix, RewardSource, Scores, ScoreScale, score_scale
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @answers_trl(TRAINER_ARGUMENTS)
-class PPOTrainer(UserLoop, Resumable, Trainer):
+class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
     """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et al. 2022).
 
     Args:
@@ -100,8 +99,6 @@ class PPOTrainer(UserLoop, Resumable, Trainer):
         self._microbatches_done = 0  # since the last log
         self._gates_open = False
         self._rollout_is_fresh = False
-        self._most_tokens = args.max_tokens_per_microbatch
-        self._part = (1.0, True)  # share of its microbatch's rows in the part that is computed, and whether it carries pretraining text
         generation = generation_config(
             response_tokens=args.response_length,
             temperature=args.temperature,
@@ -118,6 +115,7 @@ class PPOTrainer(UserLoop, Resumable, Trainer):
             reward=reward,
             stop_strings=args.stop_strings,
             exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
+            entropy_gradient=args.entropy_coef > 0,
         )
         in_units_of_scores = model.values_are_scores and reward.needs_adapter  # other sources have a scale of their own
         self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=in_units_of_scores)
@@ -192,51 +190,26 @@ class PPOTrainer(UserLoop, Resumable, Trainer):
         self._microbatches_done += 1
         return torch.where(loss.isfinite(), loss, 0.0)  # Trainer adds it up: one that is not finite would be all that is logged from then on
 
-    def _learn(self, model: nn.Module, microbatch: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Gradients of one microbatch, in parts where it would be too large; out of memory, the parts are halved from then on."""
-        loss = torch.zeros((), device=self.args.device)
-        parts, rows = within(microbatch, self._most_tokens), len(microbatch["input_ids"])
-        carries_ptx = True
-        while parts:
-            part = parts.pop(0)
-            before = {name: p.grad if p.grad is None else p.grad.clone() for name, p in self.shared.named_parameters() if p.requires_grad}
-            metrics = dict(self._update_metrics)
-            self._part = (len(part["input_ids"]) / rows, carries_ptx)
-            try:
-                with self.accelerator.no_sync(model) if parts else nullcontext():
-                    loss = loss + super().training_step(model, part, num_items_in_batch)
-                carries_ptx = False
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not should_reduce_batch_size(error) or len(part["input_ids"]) == 1 or self.accelerator.num_processes > 1:
-                    raise
-                for name, parameter in self.shared.named_parameters():
-                    parameter.grad = before.get(name)
-                self._update_metrics = defaultdict(float, metrics)
-                self._most_tokens = padded_tokens(part) // 2
-                parts = [*halves(part), *parts]
-                logger.warning("out of memory with a microbatch of %d tokens: going on with parts of %d. Set max_tokens_per_microbatch to that.",
-                               padded_tokens(part), self._most_tokens)  # fmt: skip
-                clear_device_cache(garbage_collection=True)
-        return loss
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The clipped PPO loss, a mean over the response tokens of the optimizer step: microbatches and processes add up to it."""
         args, mask = self.args, inputs["response_mask"]
         share, carries_ptx = self._part
-        output = model(
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            mask,
-            trunk=inputs.get("trunk"),
-            value_trunk=inputs.get("value_trunk"),
-            features=inputs.get("features"),
-            ref_hidden=inputs.get("ref_hidden"),
-            temperature=args.temperature,
-            entropy_gradient=args.entropy_coef > 0,
-            ptx=self._pretraining_texts() if carries_ptx else None,
-        )
+        output = self._take_first_output()
+        if output is None:
+            output = model(
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                mask,
+                trunk=inputs.get("trunk"),
+                value_trunk=inputs.get("value_trunk"),
+                features=inputs.get("features"),
+                ref_hidden=inputs.get("ref_hidden"),
+                temperature=args.temperature,
+                entropy_gradient=args.entropy_coef > 0,
+                ptx=self._pretraining_texts() if carries_ptx else None,
+            )
         if self._rollout_is_fresh:
             self._rollout_is_fresh = False
             if not self._gates_open and self.state.global_step == 0:
@@ -338,7 +311,7 @@ class PPOTrainer(UserLoop, Resumable, Trainer):
         """What the update needs of a rollout; scored by the trainer's own sources of reward if no scores are given."""
         args, control = self.args, self.rollout_state.kl_control
         with self._timed("score"):
-            seen = self.rollouts.evaluate(rollout, score=scores is None)
+            seen = self._evaluate(rollout, score=scores is None)
             scores = self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
         if self.state.global_step == 0:
             gates.check_reference(seen.logprobs - seen.ref_logprobs, rollout.response_mask, tolerance=self._tolerance)

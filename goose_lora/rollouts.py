@@ -16,14 +16,14 @@ from goose_lora.rewards import RewardMix, Scores
 from goose_lora.sampling import sample
 from goose_lora.shared_base import SharedBase
 from goose_lora.stopping import StopStrings
-from goose_lora.views import before_response, columns_read
+from goose_lora.views import PolicyAndValue, before_response, columns_read
 
 
 class Evaluated(NamedTuple):
     """What the roles say of a rollout, before any normalisation; parts that nobody needs are None.
 
     ``trunk`` is the policy's, ``value_trunk`` the critic's where it is another. ``kl`` is the exact one, ``ref_hidden`` the reference's states for
-    a loss on it. ``by_adapter`` has the reward adapter's scores.
+    a loss on it. ``by_adapter`` has the reward adapter's scores. ``output`` is policy and critic with their graph, where it was kept.
     """
 
     by_adapter: Float[Tensor, " B"] | None
@@ -35,6 +35,7 @@ class Evaluated(NamedTuple):
     value_trunk: Float[Tensor, "B L H"] | None
     features: Float[Tensor, "B T H"] | None
     ref_hidden: Float[Tensor, "B T H"] | None
+    output: PolicyAndValue | None = None
 
 
 class Rollouts:
@@ -45,6 +46,7 @@ class Rollouts:
         stop_strings: texts that end a reply, besides the tokens of ``generation``.
         reuse_trunk: run the layers that the roles share once.
         exact_kl: sum the KL over the vocabulary; for a loss, the reference's states are kept too.
+        entropy_gradient: whether a graph that is kept reaches the entropy.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class Rollouts:
         stop_strings: Sequence[str] | None = None,
         reuse_trunk: bool = True,
         exact_kl: Literal["reward", "loss"] | None = None,
+        entropy_gradient: bool = False,
     ):
         self.shared, self.tokenizer, self.generation = shared, tokenizer, generation
         self.batch_size, self.reuse_trunk, self.reward = batch_size, reuse_trunk, reward
-        self.stop_strings, self.exact_kl = stop_strings, exact_kl
+        self.stop_strings, self.exact_kl, self.entropy_gradient = stop_strings, exact_kl, entropy_gradient
         self.dense = dense_copy(shared, weights)
 
     @torch.no_grad()
@@ -95,10 +98,12 @@ class Rollouts:
         return StopStrings(self.tokenizer, self.stop_strings, prompt_tokens) if self.stop_strings else None
 
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout, *, score: bool = True) -> Evaluated:
+    def evaluate(self, rollout: Rollout, *, score: bool = True, keep_graph: bool = False) -> Evaluated:
         """All roles in one sweep, a group of replies at a time, so that each group's shared layers are run once. The reward adapter scores where it
-        is a source, unless ``score`` is false.
+        is a source, unless ``score`` is false. ``keep_graph``: that of policy and critic, of a rollout that is one group.
         """
+        if keep_graph and len(rollout.ended) > self.batch_size:
+            raise ValueError(f"keep_graph: {len(rollout.ended)} replies are more than one group of {self.batch_size}")
         score = score and self.reward.needs_adapter
         shared, temperature = self.shared, self.generation.temperature
         on_features = shared.critic == "reward_features"
@@ -114,12 +119,15 @@ class Rollouts:
             ref_hidden = before_response(reference, mask).clone() if self.exact_kl else None
             trunk, value_trunk = trunks["policy"], trunks.get("value")
             value_trunk = None if value_trunk is trunk else value_trunk
-            policy = shared(ids, attention, mask, trunk, value_trunk, features=features, ref_hidden=ref_hidden, temperature=temperature)
+            states = {"trunk": trunk, "value_trunk": value_trunk, "features": features, "ref_hidden": ref_hidden}
+            with torch.set_grad_enabled(keep_graph):
+                output = shared(ids, attention, mask, temperature=temperature, entropy_gradient=self.entropy_gradient, **states)
+            policy = PolicyAndValue(*(None if x is None else x.detach() for x in output))
             scores = shared.read_scores(judged, attention, closed) if score else None
             kept = ref_hidden if self.exact_kl == "loss" else None
             own_trunk = trunk if captured is None else None
             parts.append((scores, policy.logprobs, ref_logprobs, policy.kl, policy.values, own_trunk, value_trunk, features, kept))
-        seen = Evaluated(*(_together(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
+        seen = Evaluated(*(_together(column) for column in zip(*parts, strict=True)), output=output if keep_graph else None)  # type: ignore[arg-type]
         return seen if rollout.trunk is None else seen._replace(trunk=rollout.trunk)
 
     @torch.no_grad()

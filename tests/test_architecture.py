@@ -63,9 +63,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedules": {"ppo_config"},
     "loss": {"ppo_config", "ppo_math", "views"},
     "microbatches": set(),
+    "passes": {"batch", "microbatches", "rollouts", "views"},
     "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control", "loss"}
-    | {"microbatches", "own_loop", "ppo_config", "ppo_math", "resumable", "rewards", "rollouts", "sampling", "schedules"}
-    | {"shared_base"},
+    | {"own_loop", "passes", "ppo_config", "ppo_math", "resumable", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "reward_models": {"data", "evaluation", "loading", "model_files"},
     "export": {"checkpoints", "shared_base"},
