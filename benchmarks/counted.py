@@ -73,6 +73,7 @@ class Work:
 def goose(shape: Shape, work: Work, *, layers: int, critic: str | None) -> dict[str, int]:
     """This project's PPO with adapters in the ``layers`` uppermost layers; ``critic`` as in PPOConfig, None for RLOO and GRPO with a reward adapter.
 
+    One minibatch: the update's first forward is the one that scoring makes, as in every rollout but a run's first.
     Generation is by the merged copy, without adapters; the trunk is noted on the way, with one more step of its layers for the last tokens.
     """
     lora, upper = shape.lora(work.rank), layers * shape.layer
@@ -83,10 +84,10 @@ def goose(shape: Shape, work: Work, *, layers: int, critic: str | None) -> dict[
     own = bare + layers * lora * work.tokens - spared_lora  # that of a role with an adapter
     head = shape.head * work.replies
     scored = own + bare + own  # policy, reference, reward adapter
-    score = scored + 2 * head + (own if critic == "adapter" else 0)
+    score = scored + 2 * head + head + (own if critic == "adapter" else 0)  # with the policy's slope, for the update's first backward
     passes = 2 if critic == "adapter" else 1
     backward = (upper - (shape.layer - _above_lowest(shape)) + 2 * layers * lora) * work.tokens - spared - 2 * spared_lora
-    update = work.epochs * (passes * (own + backward) + 2 * head)
+    update = work.epochs * (passes * (own + backward) + 2 * head) - passes * own - 2 * head  # the first forward is that of scoring
     last = (shape.layers - layers) * shape.layer * work.batch
     return {"generate": _generate(shape, work) + last, "score": score, "update": update}
 

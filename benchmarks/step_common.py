@@ -46,21 +46,27 @@ def prompts(count: int, tokens: int) -> list[list[int]]:
 
 
 class Steps:
-    """CPU seconds and FLOPs of the phases of PPO steps. FLOPs are counted in the first step, which warms up too and is not timed."""
+    """CPU seconds and FLOPs of the phases of PPO steps. FLOPs are counted in the first step after ``warm_up``, which is not timed."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int = 0) -> None:
         _reset_peak()
+        self.warm_up = warm_up
         self.start_mb = _status_mb("VmRSS")
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: list[dict[str, float]] = []
         self._counter: Any = FlopCounterMode(display=False)
+        self._counting = False
 
     def begin(self) -> None:
         """At the start of a step."""
-        if not self.seconds and not self.flops:
-            self._counter.__enter__()
-        else:
+        if self.flops:
             self.seconds.append(defaultdict(float))
+        elif self.warm_up:
+            self.warm_up -= 1
+            return
+        else:
+            self._counter.__enter__()
+            self._counting = True
         self._since, self._counted = time.process_time(), 0.0
 
     def lap(self, phase: str) -> None:
@@ -69,13 +75,14 @@ class Steps:
             now = time.process_time()
             self.seconds[-1][phase] += now - self._since
             self._since = now
-        else:
+        elif self._counting:
             total = self._counter.get_total_flops()
             self.flops[phase] += total - self._counted
             self._counted = total
 
     def end(self) -> None:
-        if not self.seconds:
+        if self._counting:
+            self._counting = False
             self._counter.__exit__(None, None, None)
             gc.collect()
             _reset_peak()  # the counter holds on to tensors

@@ -45,18 +45,18 @@ def main() -> None:
     folder, dtype = Path(tempfile.mkdtemp()), DTYPES[case["dtype"]]
     words = tokenizer()
     _in_a_fork(lambda: make_models(folder, case, dtype))
-    steps = Steps()
+    steps = Steps(warm_up=1)  # the first rollout passes twice, to compare
     model = ModelArguments(str(folder / "base"), quantization=case["quantization"], dtype=case["dtype"], lora_layers=case["layers"])
     base = load_base(model, words, device=torch.device("cpu"))
     estimator = case.get("estimator", "gae")
     shared = SharedBase.build(base, lora_config(model, base), reward=folder / "reward", critic=case["critic"] if estimator == "gae" else None)
     args = PPOConfig(
         output_dir=str(folder / "run"), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", sample_rows=0,
-        per_device_train_batch_size=case["batch"], num_ppo_epochs=case["epochs"], response_length=case["response"], num_rollouts=1 + case["steps"],
+        per_device_train_batch_size=case["batch"], num_ppo_epochs=case["epochs"], response_length=case["response"], num_rollouts=2 + case["steps"],
         kl_coef=0.05, learning_rate=1e-4, score_normalization="none", advantage_estimator=estimator, num_generations=case.get("generations", 1),
         rollout_weights=case.get("rollout_weights", "auto"),
     )  # fmt: skip
-    rows = Dataset.from_dict({"input_ids": prompts(case["batch"] * (1 + case["steps"]), case["prompt"])})
+    rows = Dataset.from_dict({"input_ids": prompts(case["batch"] * (2 + case["steps"]), case["prompt"])})
     trainer = PPOTrainer(shared, args, rows, words)
     trainer.rollouts.generation.eos_token_id = [PAD]  # replies of full length, as in the other side
     trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"))
