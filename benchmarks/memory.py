@@ -12,6 +12,7 @@ import argparse
 import gc
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,8 @@ def measured_fake(shapes: Any, model: ModelArguments, config: PPOConfig, *, devi
     finally:
         SharedBase.logprobs, transformers.masking_utils._ignore_causal_mask_sdpa = before  # type: ignore[method-assign]
         torch.is_autocast_enabled = real
-    return Planner(meta_model(model, config=shapes), model, config, device=device).plan(), peaks
+    planned = replace(config, max_tokens_per_microbatch=10**9)  # scored without a graph, as here
+    return Planner(meta_model(model, config=shapes), model, planned, device=device).plan(), peaks
 
 
 def _fake_step(shared: SharedBase, config: PPOConfig, live: LiveBytes) -> dict[str, int]:

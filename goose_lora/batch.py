@@ -67,7 +67,8 @@ class Experience:
     """A rollout with what the update needs, all (B, T) and fp32; values and returns where there is a critic.
 
     Besides, the output of the policy's trunk, and of the critic's if it is another, (B, L, H) where it is reused; the states that the critic's
-    head reads (B, T, H) where they are frozen; and the reference's (B, T, H) where the exact KL to it is part of the loss.
+    head reads (B, T, H) where they are frozen; and the reference's (B, T, H) where the exact KL to it is part of the loss. These may be in the
+    host's memory.
     """
 
     rollout: Rollout
@@ -110,7 +111,7 @@ class Experience:
             "features": self.features,
             "ref_hidden": self.ref_hidden,
         }
-        return {name: x[rows] for name, x in everything.items() if x is not None}
+        return {name: x[rows.to(x.device)] for name, x in everything.items() if x is not None}
 
 
 def last_counted(mask: Int[Tensor, "B L"]) -> Int[Tensor, " B"]:

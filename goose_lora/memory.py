@@ -100,6 +100,8 @@ class Planner:
         self.model = read_model(core, args, device)
         self.roles = read_roles(core, self.model, args, config, policy, reward)
         self.dense = self._dense_bytes(memory)
+        self.free = math.inf if memory is None or device == "cpu" else memory - self.model.base - self.roles.bytes - self.dense
+        self.has_host = device != "cpu"
         microbatches = config.gradient_accumulation_steps * config.num_mini_batches
         batch, group = config.per_device_train_batch_size, config.local_rollout_forward_batch_size
         self.sizes = Sizes(batch, group, config.response_length, prompt_tokens or config.max_prompt_tokens, microbatches)
@@ -196,7 +198,7 @@ class Planner:
         prompt = self.forward(rows, sizes.prompt_tokens, None if self.dense else self.roles.policy) - cache * sizes.response_tokens // sizes.length
         logits = rows * model.vocabulary * (model.compute + FP32)
         # Noted on the way, but for what is generated to learn the scale of scores or to evaluate.
-        noted = model.hidden * model.compute * sizes.all_rows * sizes.length if self._notes_trunk else 0
+        noted = model.hidden * model.compute * sizes.all_rows * sizes.length if self._notes_trunk and not self._waits_on_host(sizes) else 0
         return {"cache": cache, "trunk": noted, "activations": max(prompt - logits, grown), "logits": logits}
 
     @property
@@ -219,36 +221,58 @@ class Planner:
         reference = sizes.response_tokens if config.kl_estimator == "exact" and config.kl_location == "loss" else 0
         return state * (trunk + features + reference)
 
+    def _waits_on_host(self, sizes: Sizes) -> bool:
+        how = self.config.trunk_memory if self.has_host else "device"
+        return how == "host" or (how == "auto" and self._experience(sizes) > SHARE_OF_FREE_MEMORY * self.free)
+
     def _score(self, sizes: Sizes) -> dict[str, int]:
         rows = min(sizes.rollout_rows, sizes.all_rows)
         kept = self._experience(sizes)
+        if self._waits_on_host(sizes):
+            kept = kept * rows // sizes.all_rows
         states = 2 * rows * sizes.length * self.model.hidden * self.model.compute  # of the reward model and the reference
         run = states + self.forward(rows, sizes.length, self.roles.policy)
-        logits = self.head(rows * sizes.response_tokens, training=False)
+        logits = states + self.head(rows * sizes.response_tokens, training=False)
+        if self._keeps_graph(sizes):
+            policy, value = self._graph(rows, sizes)
+            run = max(run, states + policy + value)
+            logits = states + policy + self.head(rows * sizes.response_tokens, training=True)
         # At the end the groups' parts are put together, when both are there.
-        return {"trunk": kept, "activations": max(run, kept, states), "logits": max(0, logits + states - max(run, kept, states))}
+        widest = max(run, kept, states)
+        return {"trunk": kept, "activations": widest, "logits": max(0, logits - widest)}
 
     def _update(self, sizes: Sizes) -> dict[str, int]:
         config, model, roles = self.config, self.model, self.roles
         rows, length = sizes.rows, sizes.length
         if config.max_tokens_per_microbatch is not None:
             rows = min(rows, max(1, config.max_tokens_per_microbatch // length))
-        number = model.compute
-        replies = rows * sizes.response_tokens * model.hidden * (3 * number + FP32)
-        read = min(1.0, (sizes.response_tokens + 1) / length)
-        policy = self.kept(roles.policy, rows, length, read) + rows * length * FP32 * model.hidden + replies
-        if config.ptx_coef > 0:
-            policy += self.kept(roles.policy, config.ptx_batch_size, self.ptx_tokens)
-        value = 0
-        if roles.value is not None and roles.critic == "adapter":
-            value = self.kept(roles.value, rows, length, read) + rows * length * FP32 * model.hidden
+        policy, value = self._graph(rows, sizes)
         again = 0
         if config.gradient_checkpointing:
             again = rows * length * max(self.saved(roles.policy, layer, length) for layer in range(roles.policy.trained_from, model.layers))
         backward = policy + value + again + self.backward(rows, length)
         logits = self.head(rows * sizes.response_tokens, training=True)
         slices = self._experience(replace(sizes, microbatches=1))
-        return {"trunk": self._experience(sizes) + slices, "activations": backward, "logits": max(0, policy + logits - backward)}
+        waiting = 0 if self._waits_on_host(sizes) else self._experience(sizes)
+        return {"trunk": waiting + slices, "activations": backward, "logits": max(0, policy + logits - backward)}
+
+    def _graph(self, rows: int, sizes: Sizes) -> tuple[int, int]:
+        """What the passes of policy and critic over ``rows`` rows keep for the backward pass."""
+        config, model, roles, length = self.config, self.model, self.roles, sizes.length
+        read = min(1.0, (sizes.response_tokens + 1) / length)
+        replies = rows * sizes.response_tokens * model.hidden * (3 * model.compute + FP32)
+        policy = self.kept(roles.policy, rows, length, read) + rows * length * FP32 * model.hidden + replies
+        if config.ptx_coef > 0:
+            policy += self.kept(roles.policy, config.ptx_batch_size, self.ptx_tokens)
+        value = 0
+        if roles.value is not None and roles.critic == "adapter":
+            value = self.kept(roles.value, rows, length, read) + rows * length * FP32 * model.hidden
+        return policy, value
+
+    def _keeps_graph(self, sizes: Sizes) -> bool:
+        """Whether scoring makes the first pass of the update: see ``passes``."""
+        config = self.config
+        return sizes.all_rows <= min(sizes.rows, sizes.rollout_rows) and config.max_tokens_per_microbatch is None and config.ptx_coef == 0
 
     # ---- What fits ----
 

@@ -45,6 +45,7 @@ class Passes:
         whole = len(rollout.ended) <= rows and self._most_tokens is None and self.ptx_dataset is None
         if not whole or self.state.global_step == 0 or self.accelerator.num_processes > 1:
             return self.rollouts.evaluate(rollout, score=score)
+        self.shared.train()  # as for the other passes of the update, also in a run's first rollout after a checkpoint
         try:
             seen = self.rollouts.evaluate(rollout, score=score, keep_graph=True)
         except (torch.OutOfMemoryError, RuntimeError) as error:

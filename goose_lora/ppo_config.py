@@ -101,6 +101,10 @@ class PPOConfig(TrainingArguments):
         default="all", metadata={"help": "all, or top-K: train the K uppermost layers only; those below are run once a rollout."}
     )
     reuse_trunk: bool = field(default=True, metadata={"help": "Run the layers below what trains once a rollout; all passes use the output."})
+    trunk_memory: Literal["auto", "device", "host"] = field(
+        default="auto",
+        metadata={"help": "Where that output waits for the update. auto: on the host where it needs more than half of the memory that is left."},
+    )
 
     # Evaluation: eval_strategy, eval_steps and load_best_model_at_end are those of transformers
     num_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts that an evaluation answers, the same ones each time."})

@@ -116,6 +116,7 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
             stop_strings=args.stop_strings,
             exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
             entropy_gradient=args.entropy_coef > 0,
+            trunk_memory=args.trunk_memory,
         )
         in_units_of_scores = model.values_are_scores and reward.needs_adapter  # other sources have a scale of their own
         self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=in_units_of_scores)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from goose_lora.adapters import Role
 from goose_lora.batch import Rollout
-from goose_lora.dense import RolloutWeights, dense_copy
+from goose_lora.dense import SHARE_OF_FREE_MEMORY, RolloutWeights, dense_copy, free_bytes
 from goose_lora.rewards import RewardMix, Scores
 from goose_lora.sampling import sample
 from goose_lora.shared_base import SharedBase
@@ -47,6 +47,8 @@ class Rollouts:
         reuse_trunk: run the layers that the roles share once.
         exact_kl: sum the KL over the vocabulary; for a loss, the reference's states are kept too.
         entropy_gradient: whether a graph that is kept reaches the entropy.
+        trunk_memory: where states that the update needs wait for it, on the device or the host; ``auto`` takes the host where they would need more
+            than half of what the device has left.
     """
 
     def __init__(
@@ -62,11 +64,20 @@ class Rollouts:
         reuse_trunk: bool = True,
         exact_kl: Literal["reward", "loss"] | None = None,
         entropy_gradient: bool = False,
+        trunk_memory: Literal["auto", "device", "host"] = "auto",
     ):
         self.shared, self.tokenizer, self.generation = shared, tokenizer, generation
         self.batch_size, self.reuse_trunk, self.reward = batch_size, reuse_trunk, reward
         self.stop_strings, self.exact_kl, self.entropy_gradient = stop_strings, exact_kl, entropy_gradient
+        self.trunk_memory = trunk_memory
         self.dense = dense_copy(shared, weights)
+
+    def _keep_on(self, rows: int, columns: int) -> torch.device:
+        """The device on which a rollout of this size leaves its states."""
+        weight = self.shared.get_base_model().get_output_embeddings().weight
+        number = rows * columns * weight.shape[1] * weight.element_size() * self.shared.kept_trunks()
+        short = self.trunk_memory == "auto" and number > SHARE_OF_FREE_MEMORY * free_bytes(weight.device)
+        return torch.device("cpu") if short or self.trunk_memory == "host" else weight.device
 
     @torch.no_grad()
     def generate(
@@ -83,7 +94,8 @@ class Rollouts:
             config = copy.deepcopy(config)
             config.do_sample = False
         depth = self.shared.capture_depth(merged=self.dense is not None) if keep_trunk and self.reuse_trunk else 0
-        how = {"dense": self.dense, "trunk_depth": depth}
+        columns = input_ids.shape[1] + config.max_new_tokens
+        how = {"dense": self.dense, "trunk_depth": depth, "keep_trunk_on": self._keep_on(len(input_ids), columns) if depth else None}
         if len(input_ids) <= self.batch_size:
             return sample(self.shared, input_ids, attention_mask, config, stop=self._stop(input_ids.shape[1]), **how)
         order = attention_mask.sum(-1).argsort(stable=True)  # like lengths together: less padding, and fewer steps that only one reply needs
@@ -109,7 +121,9 @@ class Rollouts:
         on_features = shared.critic == "reward_features"
         roles: list[Role] = ["policy", "reference", *(["reward"] if on_features or score else []), *(["value"] if shared.critic == "adapter" else [])]
         parts = []
+        keep_on = self._keep_on(*rollout.input_ids.shape)
         for ids, attention, mask, closed, captured in self._groups(rollout):
+            captured = None if captured is None else captured.to(ids.device)
             trunks = shared.trunks(ids, attention, roles, captured) if self.reuse_trunk else dict.fromkeys(roles)
             read = columns_read(mask)
             judged: Any = shared.hidden("reward", ids, attention, trunks["reward"], read) if on_features or score else None
@@ -126,7 +140,8 @@ class Rollouts:
             scores = shared.read_scores(judged, attention, closed) if score else None
             kept = ref_hidden if self.exact_kl == "loss" else None
             own_trunk = trunk if captured is None else None
-            parts.append((scores, policy.logprobs, ref_logprobs, policy.kl, policy.values, own_trunk, value_trunk, features, kept))
+            waiting = (None if x is None else x.to(keep_on) for x in (own_trunk, value_trunk, features, kept))
+            parts.append((scores, policy.logprobs, ref_logprobs, policy.kl, policy.values, *waiting))
         seen = Evaluated(*(_together(column) for column in zip(*parts, strict=True)), output=output if keep_graph else None)  # type: ignore[arg-type]
         return seen if rollout.trunk is None else seen._replace(trunk=rollout.trunk)
 
@@ -168,7 +183,8 @@ def joined(parts: Sequence[Rollout], order: Int[Tensor, " B"], pad_token_id: Any
         for part, x in zip(parts, found, strict=True):
             left = 0 if of_reply else prompt_tokens - part.prompt_tokens
             padded.append(torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 2), left, reply_tokens - part.response_tokens), value=fill))
-        return torch.cat(padded)[order.argsort()]
+        whole = torch.cat(padded)
+        return whole[order.argsort().to(whole.device)]
 
     return Rollout(
         column("input_ids", pad_token_id, of_reply=False),  # type: ignore[arg-type]

@@ -53,11 +53,12 @@ def sample(
     dense: DenseCopy | None = None,
     stop: StopStrings | None = None,
     trunk_depth: int = 0,
+    keep_trunk_on: torch.device | None = None,
 ) -> Rollout:
     """One reply to each left-padded prompt under ``role``; by ``dense`` if given, which must have become that role.
 
     ``stop`` ends replies at a text, besides the end-of-text tokens of ``config``; it serves one call. With ``trunk_depth``, the output of so
-    many of the lowest layers is kept: they run for every token anyway.
+    many of the lowest layers is kept, on ``keep_trunk_on`` or the model's device: they run for every token anyway.
     """
     chooser = Chooser(config.temperature if config.do_sample else None)
     settings = copy.deepcopy(config)
@@ -65,7 +66,8 @@ def sample(
     acting = nullcontext(dense.model) if dense else shared.role(role, generating=True)
     settings.return_dict_in_generate = True
     with acting as model, _nothing_shipped(model), _contiguous_head(model), shared.autocast():
-        capture = Capture(decoder_layers(model), trunk_depth, input_ids.shape[1] + config.max_new_tokens) if trunk_depth else None
+        columns = input_ids.shape[1] + config.max_new_tokens
+        capture = Capture(decoder_layers(model), trunk_depth, columns, keep_trunk_on) if trunk_depth else None
         with capture.watching() if capture else nullcontext():
             output = model.generate(
                 input_ids=input_ids,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -93,16 +94,17 @@ class Capture:
 
     Args:
         columns: how many tokens there will be at most, prompt and reply together.
+        keep_on: the device that the states go to; the model's if None.
     """
 
-    def __init__(self, layers: nn.ModuleList, depth: int, columns: int):
-        self.layers, self.depth, self.columns = layers, depth, columns
+    def __init__(self, layers: nn.ModuleList, depth: int, columns: int, keep_on: torch.device | None = None):
+        self.layers, self.depth, self.columns, self.keep_on = layers, depth, columns, keep_on
         self.states: Any = None
         self.seen = 0
 
     def note(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if self.states is None:
-            self.states = output.new_zeros(output.shape[0], self.columns, output.shape[2])
+            self.states = output.new_zeros(output.shape[0], self.columns, output.shape[2], device=self.keep_on)
         until = min(self.columns, self.seen + output.shape[1])  # generate may sample on while it learns that all have ended
         self.states[:, self.seen : until] = output[:, : until - self.seen]
         self.seen = until

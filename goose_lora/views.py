@@ -48,6 +48,11 @@ class Views:
         leader = role if role in self.trained_from else self._leader(role)
         return 0 if leader is None else self.trained_from[leader]
 
+    def kept_trunks(self) -> int:
+        """How many trunks of a rollout the update needs: policy and critic may have one together."""
+        roles: list[Role] = ["policy", "value"] if self.critic == "adapter" else ["policy"]
+        return len({self._leader(role) for role in roles} - {None})
+
     def capture_depth(self, *, merged: bool) -> int:
         """How many of the lowest layers may be noted while the policy generates: those of its trunk, unless merging changes their weights."""
         depth = self.trunk_depth("policy")

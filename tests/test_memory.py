@@ -34,9 +34,9 @@ def settings(folder="unused", **changes):
     return BENCHMARK["settings"](folder, **sizes | {"rollout_weights": "shared"} | changes)
 
 
-def plan_of(model=None, **changes):
+def plan_of(model=None, memory=None, **changes):
     model = model or ModelArguments("m", quantization="none", dtype="float32")
-    return Planner(meta_model(model, config=shape()), model, settings(**changes))
+    return Planner(meta_model(model, config=shape()), model, settings(**changes), memory=memory)
 
 
 def test_the_plan_of_a_real_run_is_within_a_tenth_of_what_the_allocator_gave_out(tmp_path):
@@ -78,10 +78,18 @@ def test_base_and_adapters_are_counted_to_the_byte(architecture):
 
 @pytest.mark.parametrize("name", ["per_device_train_batch_size", "local_rollout_forward_batch_size", "response_length", "max_prompt_tokens"])
 def test_more_rows_or_tokens_never_take_less(name):
-    plans = [plan_of(**{name: number}, score_normalization="reference").plan() for number in (1, 2, 16, 64)]
+    # Whether scoring keeps a graph goes by the sizes: see the next test.
+    plans = [plan_of(**{name: number}, score_normalization="reference", max_tokens_per_microbatch=10**9).plan() for number in (1, 2, 16, 64)]
     totals = {phase: [plan.total(phase) for plan in plans] for phase in ("generate", "score", "update")}
     assert all(numbers == sorted(numbers) for numbers in totals.values())
     assert any(numbers[0] < numbers[-1] for numbers in totals.values())
+
+
+def test_scoring_with_a_graph_never_takes_most():
+    for rows in (1, 4, 5, 64):
+        plan, without = (plan_of(per_device_train_batch_size=rows, max_tokens_per_microbatch=limit).plan() for limit in (None, 10**9))
+        assert (plan.total("score") > without.total("score")) == (rows <= 4), "a rollout of more rows is not one group"
+        assert plan.phase == "update" and plan.peak == without.peak
 
 
 def test_each_largest_size_fits_and_one_more_does_not():
@@ -105,6 +113,19 @@ def test_microbatches_in_parts_take_what_their_parts_take():
     whole, parts, one = (plan_of(per_device_train_batch_size=16, max_tokens_per_microbatch=n).plan().phases["update"] for n in (None, 4 * length, 1))
     assert parts["activations"] == plan_of(per_device_train_batch_size=4).plan().phases["update"]["activations"] < whole["activations"]
     assert one["activations"] == plan_of(per_device_train_batch_size=1).plan().phases["update"]["activations"]
+
+
+def test_a_trunk_in_the_hosts_memory_is_not_the_devices():
+    def of(where, memory=10**9):
+        model = ModelArguments("m", quantization="none", dtype="float32", lora_layers="top-2")
+        plan = plan_of(model, memory, num_mini_batches=8, trunk_memory=where, local_rollout_forward_batch_size=16).plan()
+        return plan, {phase: plan.phases[phase]["trunk"] for phase in ("generate", "score", "update")}
+
+    (plan, device), (_, host) = of("device"), of("host")
+    assert host["generate"] == 0 < host["update"] < device["update"] / 8 and host["score"] < device["score"]
+    held = sum(plan.phases["update"][part] for part in ("base", "adapters"))
+    assert of("auto", held + 2 * device["score"])[1] == device, "no more than half of what is left"
+    assert of("auto", held + 2 * device["score"] - 2)[1] == host
 
 
 def test_a_refusal_names_the_largest_sizes_that_fit():
