@@ -1,15 +1,34 @@
 """The page of ``goose-lora chat --serve``: a column a role, all asked the same."""
 
+import copy
 import html
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
 from goose_lora import pages
 from goose_lora.voices import Prompt, Reply, Voices
 
-CSS = ".facts { color: var(--body-text-color-subdued); font-size: 0.85rem; min-height: 1.3rem; }"
+CSS = """
+.html-container { padding: 0 !important; }
+.exchange { margin-bottom: 1.4rem; }
+.asked { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: 0.5rem; }
+.replies { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 1rem; }
+.reply { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 0.7rem 1rem; min-height: 5rem; }
+.words { margin: 0.3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
+.note { opacity: 0.75; font-size: 0.9rem; }
+@media (max-width: 40rem) { .replies { grid-auto-flow: row; } }
+"""
+
+
+@dataclass
+class Exchange:
+    """What was asked, and for each role what stands in its box: the reply as far as it is written, and a note."""
+
+    line: str
+    boxes: dict[str, tuple[str, str]]
 
 
 def stream(voices: Voices, name: str, prompt: Prompt, *, seed: int) -> Iterator[str | Reply]:
@@ -36,65 +55,75 @@ def build(voices: Voices, names: Sequence[str], *, seed: int) -> Any:
     """The page, not served yet. Its conversation is the tab's own."""
     gradio = pages.load_gradio()
     chat = voices.found.chat
-    title = f"{', '.join(names)} of {voices.found.folder}"
-    with gradio.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
-        gradio.HTML(f'<span class="facts">{html.escape(voices.found.describe(names))}</span>')
-        with gradio.Row():
-            columns = [_column(gradio, name) for name in names]
-        line = gradio.Textbox(
-            show_label=False, placeholder="A message" if chat else "A beginning, which is gone on from", elem_id="line", autofocus=True, lines=1
-        )
+    with gradio.Blocks(title=f"{', '.join(names)} of {voices.found.folder}", analytics_enabled=False, fill_width=True) as page:
+        gradio.HTML(f'<span class="note">{html.escape(voices.found.describe(names))}</span>', padding=False)
+        placeholder = "A message" if chat else "The beginning of a text, which they go on from"
+        line = gradio.Textbox(show_label=False, container=False, placeholder=placeholder, elem_id="line", lines=1)
         with gradio.Row():
             send = gradio.Button("Ask" if chat else "Go on", variant="primary", elem_id="send")
             anew = gradio.Button("New conversation" if chat else "Clear", elem_id="anew")
-        turns, count = gradio.State({name: [] for name in names}), gradio.State(0)
-        shown = [*(part for column in columns for part in column), turns, count, line]
+        log = gradio.HTML(elem_id="log", padding=False)
+        talk = gradio.State(Talk(voices, names, seed=seed))
 
-        def say(text: str, turns: dict[str, list[Any]], count: int, *logs: list[Any]) -> Iterator[list[Any]]:
+        def say(text: str, talk: Talk) -> Iterator[tuple[str, str, Talk]]:
             if not text.strip():
                 raise gradio.Error("There is nothing to answer. Write something first.", print_exception=False)
-            logs = tuple([*log, {"role": "user", "content": text}] for log in logs)
-            facts = [""] * len(names)
-            turns = dict(turns)
-
-            def state() -> list[Any]:
-                return [*(part for log, fact in zip(logs, facts, strict=True) for part in (log, _facts(fact))), turns, count + 1, ""]
-
-            for column, name in enumerate(names):
-                prompt, before = voices.found.asked(turns[name], text)
-                logs[column].append({"role": "assistant", "content": before})
-                facts[column] = "writes"
-                try:
-                    for piece in stream(voices, name, prompt, seed=seed + count):
-                        words = piece if isinstance(piece, str) else piece.text
-                        logs[column][-1] = {"role": "assistant", "content": before + words}
-                        if isinstance(piece, Reply):
-                            facts[column] = piece.facts()
-                            turns[name] = [*prompt, {"role": "assistant", "content": words}] if isinstance(prompt, list) else []
-                        yield state()
-                except ValueError as error:
-                    raise gradio.Error(str(error), print_exception=False) from error
-
-        def forget() -> list[Any]:
-            return [*([], "") * len(names), {name: [] for name in names}, 0, ""]
+            for _ in talk.say(text):
+                yield _log(talk.exchanges), "", talk
 
         how = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
-        for event in (line.submit, send.click):
-            event(say, [line, turns, count, *(log for log, _ in columns)], shown, **how)
-        anew.click(forget, None, shown, **how)
+        said = gradio.on([line.submit, send.click], say, [line, talk], [log, line, talk], **how)
+        anew.click(lambda: ("", "", Talk(voices, names, seed=seed)), None, [log, line, talk], cancels=[said], **how)
     return page
 
 
-def _column(gradio: Any, name: str) -> tuple[Any, Any]:
-    with gradio.Column():
-        log = gradio.Chatbot(
-            label=name, elem_id=f"log-{name}", height="60vh", render_markdown=False, buttons=["copy"], feedback_options=None, placeholder=""
-        )
-        return log, gradio.HTML(elem_id=f"facts-{name}")
+class Talk:
+    """One tab's conversation: the turns of each role, and what is shown of them."""
+
+    def __init__(self, voices: Voices, names: Sequence[str], *, seed: int):
+        self.voices, self.seed = voices, seed
+        self.turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        self.exchanges: list[Exchange] = []
+
+    def __deepcopy__(self, memo: Any) -> "Talk":
+        other = Talk(self.voices, list(self.turns), seed=self.seed)  # gradio copies what a tab begins with, and must not copy the model
+        other.turns, other.exchanges = copy.deepcopy(self.turns, memo), copy.deepcopy(self.exchanges, memo)
+        return other
+
+    def say(self, line: str) -> Iterator[None]:
+        """Ask every role in turn; something more can be shown at each step."""
+        exchange = Exchange(line, {name: ("", "waits") for name in self.turns})
+        self.exchanges.append(exchange)
+        for name, turns in self.turns.items():
+            prompt, before = self.voices.found.asked(turns, line)
+            exchange.boxes[name] = (before, "writes")
+            yield
+            try:
+                for piece in stream(self.voices, name, prompt, seed=self.seed + len(self.exchanges) - 1):
+                    if isinstance(piece, str):
+                        exchange.boxes[name] = (before + piece, "writes")
+                    else:
+                        exchange.boxes[name] = (before + piece.text, piece.facts())
+                        if isinstance(prompt, list):
+                            self.turns[name] = [*prompt, {"role": "assistant", "content": piece.text}]
+                    yield
+            except ValueError as error:
+                exchange.boxes[name] = (before, str(error))
+                yield
 
 
-def _facts(words: str) -> str:
-    return f'<div class="facts">{html.escape(words)}</div>'
+def _log(exchanges: Sequence[Exchange]) -> str:
+    """The last first, so that it stands below the line that is written in."""
+
+    def box(name: str, words: str, note: str) -> str:
+        words, note = html.escape(words), html.escape(note)
+        return f'<div class="reply {name}"><span class="note">{name}</span><div class="words">{words}</div><span class="note">{note}</span></div>'
+
+    return "".join(
+        f'<div class="exchange"><div class="asked">{html.escape(exchange.line)}</div>'
+        f'<div class="replies">{"".join(box(name, *shown) for name, shown in exchange.boxes.items())}</div></div>'
+        for exchange in reversed(exchanges)
+    )
 
 
 def serve_chat(voices: Voices, names: Sequence[str], *, seed: int, port: int | None) -> None:

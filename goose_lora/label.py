@@ -150,7 +150,9 @@ def row_of(pair: Pair, choice: str, better: str | None = None) -> dict[str, Any]
         return {"choice": choice, "replies": [written(pair.left.text), written(pair.right.text)]}
     chosen, rejected = (pair.left.text, pair.right.text) if choice == "left" else (pair.right.text, pair.left.text)
     if better is not None:
-        if not better.strip() or better == chosen:
+        if isinstance(pair.prompt, str) and not better[:1].isspace():
+            better = chosen[: len(chosen) - len(chosen.lstrip())] + better  # or it would stick to the prompt's last word
+        if not better.strip() or better.strip() == chosen.strip():
             raise ValueError("the edited reply is " + ("the same as before. Change it, or choose it as it is." if better.strip() else "empty."))
         chosen, rejected = better, chosen
     return {"chosen": written(chosen), "rejected": written(rejected), "edited": better is not None}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from goose_lora import pages
-from goose_lora.label import Choose, LabelQueue, Pair, open_queue
+from goose_lora.label import Choose, LabelQueue, open_queue
 from goose_lora.voices import Prompt
 
 # A tab is a labeler: its name lives as long as the tab does, reloads included.
@@ -25,15 +25,19 @@ document.addEventListener("keydown", (event) => {
 });
 </script>"""
 CSS = """
+.html-container { padding: 0 !important; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
-.card { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 0.8rem 1rem; min-height: 5rem; }
-.prompt { background: var(--background-fill-secondary); min-height: 0; }
-.who { color: var(--body-text-color-subdued); font-size: 0.85rem; }
-.bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; margin-bottom: 0.4rem; }
+.card { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 0.8rem 1rem; }
+.prompt { background: var(--background-fill-secondary); }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+.two .card { min-height: 5rem; }
+.note { opacity: 0.75; font-size: 0.9rem; }
+.bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; margin: 0.4rem 0; }
 .bar div { height: 100%; background: #4a7a4f; }
+@media (max-width: 40rem) { .two { grid-template-columns: 1fr; } }
 """
 SAID = {"left": "Kept: 1 is better.", "right": "Kept: 2 is better.", "tie": "Kept: no difference.", "skip": "Skipped."}
-DONE = "There is no prompt left: all are labelled, or are before someone else just now. Reload the page to look again, or end with Ctrl-C."
+MEANWHILE = "That prompt had been labelled meanwhile, so this choice was not written. Here is the next."
 
 
 def label(policy: str, prompts: str, out: str, *, port: int | None = None, choose: Choose = "random", **options: Any) -> None:
@@ -52,75 +56,75 @@ def build(queue: LabelQueue, *, title: str) -> Any:
     gradio = pages.load_gradio()
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
         who, key = (gradio.Textbox(visible="hidden", elem_id=name) for name in ("who", "key"))
-        progress = gradio.HTML(elem_id="progress")
-        prompt = gradio.HTML(elem_id="prompt")
-        with gradio.Row() as replies:
-            sides = [_side(gradio, side, number) for side, number in (("left", 1), ("right", 2))]
+        progress, prompt, replies = (gradio.HTML(elem_id=name, padding=False) for name in ("progress", "prompt", "replies"))
+        with gradio.Row() as choosing:
+            left = gradio.Button("1 is better (1 or ←)", variant="primary", elem_id="left")
+            right = gradio.Button("2 is better (2 or →)", variant="primary", elem_id="right")
         with gradio.Row() as others:
             tie = gradio.Button("No difference (0)", elem_id="tie")
             skip = gradio.Button("Skip this prompt (s)", elem_id="skip")
-        said = gradio.HTML(elem_id="said")
-        shown = [key, progress, prompt, replies, others, said, *(part for side in sides for part in (side["reply"], side["better"], side["edit"]))]
+        with gradio.Row() as editing:
+            edits = [_edit(gradio, side, number) for number, side in enumerate(("left", "right"), 1)]
+        said = gradio.HTML(elem_id="said", padding=False)
+        shown = [key, progress, prompt, replies, choosing, others, editing, said, *(part for edit in edits for part in edit[:2])]
 
         def show(labeler: str, words: str = "") -> list[Any]:
             pair = queue.next(labeler)
-            there = pair is not None
-            visible = [gradio.update(visible=there)] * 2
-            texts = (pair.left.text, pair.right.text) if pair else ("", "")
-            parts = [part for text in texts for part in (_card(text), text, gradio.update(open=False))]
-            return [pair.key if pair else "", _progress(queue.progress()), _prompt(pair), *visible, _note(words), *parts]
+            counts = _progress(queue.progress(), title, str(queue.file.path), done=pair is None)
+            visible = [gradio.update(visible=pair is not None)] * 3
+            if pair is None:
+                return ["", counts, "", "", *visible, _note(words), *[gradio.update(open=False), ""] * 2]
+            texts = [reply.text.strip() for reply in (pair.left, pair.right)]
+            parts = [part for text in texts for part in (gradio.update(open=False), text)]
+            return [pair.key, counts, _prompt(pair.prompt), _two(*texts), *visible, _note(words), *parts]
 
-        def choose(choice: str, edited: bool) -> Any:
+        def choose(choice: str, *, edited: bool = False) -> Any:
             def record(labeler: str, key: str, better: str = "") -> list[Any]:
                 try:
                     kept = queue.record(labeler, key, choice, better if edited else None)
                 except ValueError as error:
                     raise gradio.Error(str(error), print_exception=False) from error
-                words = SAID[choice] if not edited else "Kept: your text is better."
-                return show(labeler, words if kept else "That prompt had been labelled meanwhile, so this choice was not written. Here is the next.")
+                said = "Kept: your text is better." if edited else SAID[choice]
+                return show(labeler, said if kept else MEANWHILE)
 
             return record
 
-        page.load(show, [who], shown, js=WHO, api_visibility="private")
+        how = {"concurrency_limit": None, "api_visibility": "private", "show_progress_on": replies}
+        page.load(show, [who], shown, js=WHO, **how)
         page.load(None, None, [who], js=WHO, api_visibility="private")
-        how = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
-        for button, choice in ((sides[0]["choose"], "left"), (sides[1]["choose"], "right"), (tie, "tie"), (skip, "skip")):
-            button.click(choose(choice, False), [who, key], shown, **how)
-        for side, choice in zip(sides, ("left", "right"), strict=True):
-            side["save"].click(choose(choice, True), [who, key, side["better"]], shown, **how)
+        for button, choice in ((left, "left"), (right, "right"), (tie, "tie"), (skip, "skip")):
+            button.click(choose(choice), [who, key], shown, **how)
+        for (_, better, save), choice in zip(edits, ("left", "right"), strict=True):
+            save.click(choose(choice, edited=True), [who, key, better], shown, **how)
     return page
 
 
-def _side(gradio: Any, side: str, number: int) -> dict[str, Any]:
-    with gradio.Column():
-        reply = gradio.HTML(elem_id=f"{side}-reply")
-        choose = gradio.Button(f"{number} is better ({number} or {'←' if number == 1 else '→'})", variant="primary", elem_id=side)
-        with gradio.Accordion(f"Write a better one from {number}", open=False, elem_id=f"{side}-edit") as edit:
-            better = gradio.Textbox(show_label=False, lines=4, elem_id=f"{side}-better")
-            save = gradio.Button("Keep this text as the better reply", elem_id=f"{side}-save")
-    return {"reply": reply, "choose": choose, "edit": edit, "better": better, "save": save}
+def _edit(gradio: Any, side: str, number: int) -> tuple[Any, Any, Any]:
+    with gradio.Accordion(f"Write a better one, from {number}", open=False, elem_id=f"{side}-edit") as part:
+        better = gradio.Textbox(show_label=False, container=False, lines=4, elem_id=f"{side}-better")
+        save = gradio.Button("Keep this text as the better reply", elem_id=f"{side}-save")
+    return part, better, save
 
 
-def _card(text: str) -> str:
-    return f'<div class="text card">{html.escape(text)}</div>'
+def _two(left: str, right: str) -> str:
+    return f'<div class="two">{"".join(f"""<div class="text card">{html.escape(text)}</div>""" for text in (left, right))}</div>'
 
 
-def _prompt(pair: Pair | None) -> str:
-    return _note(DONE) if pair is None else f'<div class="text card prompt">{_turns(pair.prompt)}</div>'
+def _prompt(prompt: Prompt) -> str:
+    turns = html.escape(prompt) if isinstance(prompt, str) else "\n\n".join(
+        f'<span class="note">{html.escape(turn["role"])}</span>\n{html.escape(turn["content"] or "")}' for turn in prompt
+    )
+    return f'<div class="text card prompt">{turns}</div>'
 
 
-def _turns(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return html.escape(prompt)
-    return "\n\n".join(f'<span class="who">{html.escape(turn["role"])}</span>\n{html.escape(turn["content"] or "")}' for turn in prompt)
-
-
-def _progress(counts: Mapping[str, int]) -> str:
-    done, total = counts["pairs"] + counts["passed"], counts["prompts"]
+def _progress(counts: Mapping[str, int], title: str, path: str, *, done: bool) -> str:
+    seen, total = counts["pairs"] + counts["passed"] + counts["alike"], counts["prompts"]
     alike = f", {counts['alike']} without two different replies" if counts["alike"] else ""
-    words = f"{done} of {total} prompts: {counts['pairs']} pairs, {counts['passed']} ties or skipped{alike}"
-    return f'<div class="bar"><div style="width: {100 * done / total:.1f}%"></div></div><span class="who">{words}</span>'
+    words = f"{seen} of {total} prompts: {counts['pairs']} as pairs, {counts['passed']} ties or skipped{alike}. Choices go to {path}."
+    if done:
+        words += " That is all. Ctrl-C in the terminal ends." if seen == total else " The rest are before someone else: reload to look again."
+    return f'{_note(title)}<div class="bar"><div style="width: {100 * seen / total:.1f}%"></div></div>{_note(words)}'
 
 
 def _note(words: str) -> str:
-    return f'<span class="who">{html.escape(words)}</span>'
+    return f'<span class="note">{html.escape(words)}</span>'

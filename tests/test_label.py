@@ -71,13 +71,14 @@ def test_choices_of_chat_messages_are_messages(tmp_path):
 def test_an_edited_reply_is_chosen_over_the_one_that_it_was_made_from(tmp_path):
     asked = queue(tmp_path)
     pair = asked.next("a")
-    for better, says in (("", "is empty"), (" ", "is empty"), (pair.right.text, "the same as before")):
+    same = "the same as before"
+    for better, says in (("", "is empty"), (" ", "is empty"), (pair.right.text.strip(), same), (pair.right.text, same)):
         with pytest.raises(ValueError, match=says):
             asked.record("a", pair.key, "right", better)
     with pytest.raises(ValueError, match="goes with left or right, not with tie"):
         asked.record("a", pair.key, "tie", "x")
     assert not (tmp_path / "pairs.jsonl").exists()
-    assert asked.record("a", pair.key, "right", " a better one")
+    assert asked.record("a", pair.key, "right", "a better one"), "the space before its first word is the prompt's need"
     (row,) = read_jsonl(tmp_path / "pairs.jsonl")
     assert (row["chosen"], row["rejected"], row["edited"]) == (" a better one", pair.right.text, True)
 
