@@ -31,6 +31,8 @@ CSS = """
 .prompt { background: var(--background-fill-secondary); }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 .two .card { min-height: 5rem; }
+.two .card::before { content: "1"; display: block; opacity: 0.75; font-size: 0.9rem; }
+.two .card + .card::before { content: "2"; }
 .note { opacity: 0.75; font-size: 0.9rem; }
 .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; margin: 0.4rem 0; }
 .bar div { height: 100%; background: #4a7a4f; }
