@@ -249,8 +249,11 @@ def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArgu
     """Those with which a run had its base, from ``base`` in its lineage; ``base`` says where it is, if not where the run had it.
 
     Raises:
-        ValueError: the base is not there any more.
+        ValueError: the base is not there any more, or the lineage does not say how it was quantized.
     """
+    missing = [name for name in ("id", "quantization", "dtype") if not isinstance(noted, Mapping) or not isinstance(noted.get(name), str)]
+    if missing:
+        raise ValueError(f"goose_lora.json does not say what the base's {missing[0]} was in training. Copy the folder again, or train it again.")
     try:
         require_name(base or noted["id"])
     except ValueError as error:

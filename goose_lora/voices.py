@@ -96,12 +96,13 @@ def find(run: str | Path, *, base: str | None = None) -> Found:
     lineage = read_lineage(folder)
     if "base" not in lineage:
         raise ValueError(f"{run} has no goose_lora.json that tells its base and how that was quantized. Give the output_dir of a stage.")
-    if lineage["stage"] in ("reward", "merge") or not (folder / CONFIG).is_file():
-        raise ValueError(f"{run} is what {lineage['stage']} left, and no policy's adapter. Give the output_dir of recipes/ppo.py or recipes/sft.py.")
+    stage = lineage.get("stage")
+    if stage not in ("sft", "ppo", "own_loop") or not (folder / CONFIG).is_file():
+        raise ValueError(f"{run} is what {stage} left, and no policy's adapter. Give the output_dir of recipes/ppo.py or recipes/sft.py.")
     arguments = arguments_of(lineage["base"], base)
     reference = reward = None
     roles: dict[str, Role] = {"base": "base", "sft": "policy"}
-    if lineage["stage"] != "sft":
+    if stage != "sft":
         reference, reward = (_adapter_of(folder, lineage, role) for role in ("reference", "reward"))
         roles = {"base": "base", "sft": "reference", "ppo": "policy"} if reference else {"base": "base", "ppo": "policy"}
     chat = any(row.get("chat") for row in lineage.get("data", []))

@@ -1,8 +1,12 @@
 """Chatting with a run: each role says what its own model says, streamed, and a terminal, a pipe and a page show the same."""
 
 import io
+import re
+import shlex
 import socket
 import sys
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,17 +15,22 @@ import tiny_chain
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from test_recipes import recipe
+from trl import RewardConfig
 
 from goose_lora import chat_page, cli, lineage, pages, voices
 from goose_lora.adapters import read_lineage, write_lineage
 from goose_lora.chat import Conversation
-from goose_lora.data import prompt_ids
+from goose_lora.data import DataArguments, prompt_ids
 from goose_lora.loading import load_base, load_tokenizer
+from goose_lora.ppo_config import PPOConfig
 from goose_lora.replies import answer
 from goose_lora.sampling import generation_config
 from goose_lora.voices import Reply, Voices, find
 
+ROOT = Path(__file__).parent.parent
 TOKENS = 6
+TYPES = {"recipes/reward.py": (RewardConfig, DataArguments), "recipes/ppo.py": (PPOConfig, recipe("ppo").RoleArguments)}
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +261,26 @@ def test_pages_are_served_on_the_loopback_address_with_nothing_shared_recorded_o
     assert pages.open_page(page, port=None) == "http://127.0.0.1:1/"
     off = ("share", "run_history", "enable_monitoring", "mcp_server", "ssr_mode", "pwa", "inbrowser")
     assert given["server_name"] == "127.0.0.1" and [given[name] for name in off] == [False] * 7
+
+
+# What the documentation says
+
+
+@pytest.mark.parametrize("name", ["trying", "labeling"])
+def test_commands_in_the_documentation_of_chat_and_label_are_ones_that_the_parsers_take(name, monkeypatch):
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    taken = []
+    monkeypatch.setattr(cli, "COMMANDS", {command: lambda arguments: taken.append(arguments.command) for command in cli.COMMANDS})
+    for line in lines:
+        words = shlex.split(line.rpartition("| ")[2])
+        monkeypatch.setattr(sys, "argv", words)
+        if words[0] == "goose-lora":
+            cli._main()
+        elif words[0] == "python":
+            recipe, _, config, *options = words[1:]
+            known = {field.name for kind in TYPES[recipe] for field in fields(kind)}
+            assert (ROOT / recipe).is_file() and (ROOT / config).is_file() and {word[2:] for word in options[::2]} <= known
+        else:
+            assert words == ["pip", "install", "goose-lora[web]"]
+    assert len(taken) == len([line for line in lines if "goose-lora " in line]) >= 2

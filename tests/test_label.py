@@ -3,9 +3,11 @@
 import json
 import logging
 import random
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import tiny
@@ -17,6 +19,7 @@ from goose_lora.label_file import ChoiceFile, key_of
 from goose_lora.report import read_jsonl
 from goose_lora.voices import Reply
 
+ROOT = Path(__file__).parent.parent
 PROMPTS = [f"prompt {number}" for number in range(6)]
 CHAT = [[{"role": "user", "content": f"question {number}"}] for number in range(3)]
 
@@ -323,3 +326,12 @@ def test_a_policy_that_only_was_fine_tuned_can_be_labelled_and_has_no_uncertaint
     assert asked.next("a").left.score is None
     with pytest.raises(ValueError, match=r"--choose uncertain asks the reward model, and .*sft has none. Use --choose random"):
         open_queue(adapter_chain / "sft", prompt_file, tmp_path / "pairs.jsonl", choose="uncertain")
+
+
+def test_the_example_in_the_documentation_labels_all_prompts(adapter_chain, prompt_file, tmp_path, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "labeling.md").read_text(encoding="utf-8"), re.DOTALL)
+    for name, place in (("runs/demo/sft", adapter_chain / "sft"), ("my_prompts.jsonl", prompt_file), ("runs/mine", tmp_path / "new")):
+        assert name in code
+        code = code.replace(name, str(place))
+    exec(code, {})
+    assert "'prompts': 4, 'pairs': 4" in capsys.readouterr().out and len(read_jsonl(tmp_path / "new" / "pairs.jsonl")) == 4
