@@ -12,6 +12,7 @@ from transformers.generation.streamers import TextStreamer
 
 from goose_lora.adapters import ADAPTERS, CONFIG, Role, local_folder, read_lineage
 from goose_lora.data import left_pad, prompt_ids
+from goose_lora.dense import dense_copy
 from goose_lora.lineage import hub_name
 from goose_lora.loading import ModelArguments, arguments_of, load_base, tokenizer_of
 from goose_lora.ppo_config import PPOConfig
@@ -155,6 +156,7 @@ class Voices:
         self.found, self.tokenizer = found, found.tokenizer
         base = load_base(found.arguments, self.tokenizer)
         self.shared = SharedBase.build(base, found.folder, reward=found.reward, reference=found.reference or "base")
+        self.dense, self._merged = dense_copy(self.shared, "auto"), ""  # as rollouts are sampled, and the name whose adapter is merged in
         temperature = found.temperature if temperature is None else temperature
         tokenizer: Any = self.tokenizer
         self.sampling = generation_config(
@@ -184,7 +186,11 @@ class Voices:
             torch.manual_seed(seed)
             stop = StopStrings(self.tokenizer, strings, len(ids)) if strings else None
             streamer = Pieces(self.tokenizer, write) if write else None
-            rollout = sample(self.shared, tokens, mask, self.sampling, role=self.found.roles[name], stop=stop, streamer=streamer)
+            if self.dense is not None and self._merged != name:
+                self.dense.become(self.found.roles[name])
+                self._merged = name
+            how = {"role": self.found.roles[name], "dense": self.dense, "stop": stop, "streamer": streamer}
+            rollout = sample(self.shared, tokens, mask, self.sampling, **how)
             scores: Sequence[float | None] = [None] * count
             if self.shared.has("reward"):
                 closed = rollout.closes_with(self.tokenizer.eos_token_id)

@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages": {"card", "hub", "launch", "lineage", "loading", "page", "report", "resumable"},
     "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "report", "sampling", "shared_base"},
     # people who ask, and who choose
-    "voices": {"adapters", "data", "lineage", "loading", "ppo_config", "preflight", "sampling", "shared_base", "stopping"},
+    "voices": {"adapters", "data", "dense", "lineage", "loading", "ppo_config", "preflight", "sampling", "shared_base", "stopping"},
     "pages": set(),
     "chat_page": {"pages", "voices"},
     "chat": {"chat_page", "pages", "voices"},

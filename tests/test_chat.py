@@ -49,18 +49,20 @@ def say(monkeypatch, capsys, run, lines, *options):
 
 
 @torch.no_grad()
-def test_each_role_of_a_run_says_what_its_own_separately_loaded_model_says(adapter_chain):
-    greedy = Voices(find(adapter_chain / "ppo"), temperature=0, max_new_tokens=TOKENS)
-    args = tiny_chain.arguments(str(adapter_chain / "base"))
+def test_each_role_of_a_run_says_what_its_own_separately_loaded_model_says(adapter_chain, tmp_path):
+    run = tiny_chain.copy(adapter_chain, tmp_path / "run")
+    noted = read_lineage(run / "ppo")
+    write_lineage(run / "ppo", **(noted | {"base": noted["base"] | {"dtype": "float32"}}))  # in bfloat16 two ways of adding may differ
+    greedy = Voices(find(run / "ppo"), temperature=0, max_new_tokens=TOKENS)
+    args = tiny.arguments(str(run / "base"), quantization="nf4")
     tokenizer = load_tokenizer(args)
     config = generation_config(response_tokens=TOKENS, temperature=1.0, eos_token_ids=[tiny.EOS], pad_token_id=tiny.PAD, do_sample=False)
     ids = torch.tensor([prompt_ids("ba be", tokenizer)])
     said = {}
     for name, folder in (("base", None), ("sft", "sft"), ("ppo", "ppo")):
         model = load_base(args, tokenizer)
-        model = PeftModel.from_pretrained(model, adapter_chain / folder).eval() if folder else model
-        with torch.autocast("cpu", torch.bfloat16):
-            (alone,) = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        model = PeftModel.from_pretrained(model, run / folder).eval() if folder else model
+        (alone,) = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         want = tokenizer.decode(alone, skip_special_tokens=True).removeprefix("ba be")
         (said[name],) = (reply.text for reply in greedy.ask(name, "ba be", seed=0))
         assert said[name] == want
@@ -71,7 +73,8 @@ def test_reply_score_length_and_end_are_those_of_the_evaluation(loaded):
     for name in ("base", "sft", "ppo"):
         (got,) = loaded.ask(name, "ba be", seed=3)
         ids = [prompt_ids("ba be", loaded.tokenizer)]
-        want = answer(loaded.shared, loaded.found.roles[name], ids, loaded.tokenizer, loaded.sampling, batch_size=1, seed=3)
+        how = {"batch_size": 1, "seed": 3, "dense": loaded.dense}
+        want = answer(loaded.shared, loaded.found.roles[name], ids, loaded.tokenizer, loaded.sampling, **how)
         assert (got.text.strip(), got.tokens, got.ended) == (want.texts[0], want.lengths[0], want.ended[0])
         assert got.score == pytest.approx(want.scores[0]) and f"score {got.score:.3f}" in got.facts()
 
