@@ -42,6 +42,8 @@ def require(port: int | None) -> None:
 def open_page(blocks: Any, *, port: int | None, css: str = "", head: str = "") -> str:
     """Serve ``blocks`` on the loopback address in a thread; returns the address. ``blocks.block_thread()`` waits for Ctrl-C."""
     gradio = load_gradio()
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page whether it is there, which a proxy would look for on the network
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     private = {"share": False, "run_history": False, "enable_monitoring": False, "mcp_server": False, "ssr_mode": False, "pwa": False}
     looks = {"theme": theme, "css": css, "head": head, "footer_links": []}

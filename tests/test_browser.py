@@ -39,7 +39,7 @@ class Watched:
         self.context = browser.new_context(viewport={"width": 1200, "height": 800})
         self.requests, self.wrong = [], []
         self.context.on("request", lambda request: self.requests.append(request.url))
-        self.context.on("console", lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None)
+        self.context.on("console", lambda message: self.wrong.append(message.text) if message.type == "error" else None)
         self.context.on("weberror", lambda error: self.wrong.append(str(error.error)))
 
     def tab(self, url):
@@ -205,7 +205,9 @@ def test_the_chat_page_answers_with_the_replies_of_each_role_and_clears(window, 
     assert {url.split("/")[2].split(":")[0] for url in window.requests if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
 
 
-def test_serving_a_page_connects_to_no_other_machine(labelling, window):
+def test_serving_a_page_connects_to_no_other_machine_and_needs_no_proxy(labelling, window, monkeypatch):
+    for name, value in (("http_proxy", "http://127.0.0.1:9"), ("NO_PROXY", ""), ("no_proxy", "")):
+        monkeypatch.setenv(name, value)
     asked = []
     sys.addaudithook(lambda event, args: asked.append(args) if event in ("socket.connect", "socket.getaddrinfo") else None)
     blocks = label_page.build(LabelQueue(["x"], lambda number: None, ChoiceFile(labelling[1]), policy="p"), title="t")

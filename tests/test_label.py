@@ -248,6 +248,21 @@ def test_two_processes_on_one_file_write_whole_lines_and_no_prompt_twice(tmp_pat
     assert {len(row["chosen"]) for row in rows} == {3000}
 
 
+def test_a_process_that_is_killed_has_lost_no_choice_that_it_acknowledged(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    endless = APPENDS.replace("range(30)", "range(10**6)") + "    print(number, flush=True)\n"
+    with subprocess.Popen([sys.executable, "-c", endless, str(path), "a"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        acknowledged = [process.stdout.readline() for _ in range(20)]
+        process.kill()
+        acknowledged += process.stdout.readlines()
+    ChoiceFile(path)
+    written = [row["prompt"] for row in read_jsonl(path)]
+    assert written[: len(acknowledged)] == [f"prompt {int(number)}" for number in acknowledged] and len(written) <= len(acknowledged) + 1
+
+
 def test_what_another_process_has_labelled_meanwhile_is_not_shown_and_not_written_again(tmp_path):
     ours, theirs = queue(tmp_path, prompts=PROMPTS[:3]), queue(tmp_path, prompts=PROMPTS[:3])
     first = theirs.next("b")
