@@ -244,6 +244,22 @@ def command_line() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="put PPO runs side by side: settings that differ, figures with intervals, curves on one axis")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="folders of two runs or more")
     compare.add_argument("--output", default="compare.html", metavar="FILE", help="the page to write (default: %(default)s)")
+    chat = commands.add_parser("chat", help="ask base, SFT and PPO of a run the same, in the terminal or on a local page")
+    chat.add_argument("run", metavar="RUN_OR_HUB_ID", help="folder of the run, or user/repo[@revision] on the Hub")
+    chat.add_argument("--roles", type=lambda text: text.split(","), default=[], metavar="ROLES", help="who answers (default: base,sft,ppo)")
+    chat.add_argument("--serve", action="store_true", help="on a page of this machine, by gradio: pip install goose-lora[web]")
+    label = commands.add_parser("label", help="choose between two replies of a policy on a local page, and write pairs for recipes/reward.py")
+    label.add_argument("--policy", required=True, metavar="RUN", help="folder of the run whose replies are compared")
+    label.add_argument("--prompts", required=True, metavar="FILE", help="rows with a prompt, or embedded/NAME")
+    label.add_argument("--out", required=True, metavar="FILE.jsonl", help="where choices are appended; what stands there is not asked again")
+    label.add_argument("--choose", choices=["random", "uncertain"], default="random", help="uncertain: those that the reward model scores most alike")
+    label.add_argument("--candidates", type=int, default=4, metavar="N", help="replies sampled to a prompt, of which two are shown (default: 4)")
+    for asking in (chat, label):
+        asking.add_argument("--temperature", type=float, help="of the sampling (default: the run's)" + "; 0 for greedy replies" * (asking is chat))
+        asking.add_argument("--max_new_tokens", type=int, metavar="N", help="most tokens of a reply (default: the run's response_length)")
+        asking.add_argument("--seed", type=int, default=0)
+        asking.add_argument("--base", metavar="PATH_OR_HUB_ID", help="the base, where it is no longer where the run had it")
+        asking.add_argument("--port", type=int, metavar="N", help="of the page (default: the first free one from 7860)")
     return parser
 
 
@@ -331,6 +347,28 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(compare(arguments.runs, arguments.output))
 
 
+def _chat(arguments: argparse.Namespace) -> None:
+    from goose_lora.chat import chat
+    from goose_lora.demo import resolve
+
+    options = vars(arguments)
+    del options["command"]
+    chat(**{**options, "base": options["base"] and resolve(options["base"])})
+
+
+def _label(arguments: argparse.Namespace) -> None:
+    from datasets import disable_progress_bars
+
+    from goose_lora.demo import resolve
+    from goose_lora.label_page import label
+
+    disable_progress_bars()
+    options = vars(arguments)
+    del options["command"]
+    label(**{**options, "base": options["base"] and resolve(options["base"]), "prompts": resolve(options["prompts"])})
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "demo": _demo, "doctor": _doctor, "data": _data, "plan": _plan, "show": _show, "push": _push, "merge": _merge, "compare": _compare
+    "demo": _demo, "doctor": _doctor, "data": _data, "plan": _plan, "show": _show, "push": _push, "merge": _merge, "compare": _compare,
+    "chat": _chat, "label": _label,
 }  # fmt: skip

@@ -87,11 +87,13 @@ def record(
 
 
 def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
-    """A data set as a stage saw it: name, split, number of rows, and the sha256 of the rows as lines of JSON with sorted keys."""
+    """A data set as a stage saw it: name, split, number of rows, the sha256 of the rows as lines of JSON with sorted keys, and whether anything
+    in the first row is chat messages."""
     digest = hashlib.sha256()
+    chat = any(isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0] for value in rows[0].values())
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
-    return {"name": name, "split": split, "rows": len(rows), "sha256": digest.hexdigest()}
+    return {"name": name, "split": split, "rows": len(rows), "sha256": digest.hexdigest(), "chat": chat}
 
 
 def differing(*instances: Any) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.adapters import local_folder, read_lineage
-from goose_lora.model_files import read_adapter_config, reading, require_model, require_name
+from goose_lora.model_files import read_adapter_config, reading, require_model, require_name, saved_template
 from goose_lora.trunk import decoder_layers, top_layers
 
 logger = logging.getLogger(__name__)
@@ -242,3 +243,37 @@ def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> s
         require_model(args.model_name_or_path)
         raise ValueError(f"{setting}: {folder} was trained on {base}, not on {args.model_name_or_path}. All stages share one base.")
     return str(path)
+
+
+def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:
+    """Those with which a run had its base, from ``base`` in its lineage; ``base`` says where it is, if not where the run had it.
+
+    Raises:
+        ValueError: the base is not there any more, or the lineage does not say how it was quantized.
+    """
+    missing = [name for name in ("id", "quantization", "dtype") if not isinstance(noted, Mapping) or not isinstance(noted.get(name), str)]
+    if missing:
+        raise ValueError(f"goose_lora.json does not say what the base's {missing[0]} was in training. Copy the folder again, or train it again.")
+    try:
+        require_name(base or noted["id"])
+    except ValueError as error:
+        if base:
+            raise
+        known = f" On the Hub it is {noted['hub_id']}." if noted.get("hub_id") else ""
+        raise ValueError(f"the run's base was {noted['id']}, and that is not here.{known} Say where it is: --base PATH_OR_HUB_ID.") from error
+    return ModelArguments(
+        base or noted["id"],
+        model_revision=None if base else noted.get("commit") or noted.get("revision"),
+        base_hub_id=noted.get("hub_id"),
+        quantization=noted["quantization"],
+        dtype=noted["dtype"],
+    )
+
+
+def tokenizer_of(folder: Path, args: ModelArguments) -> PreTrainedTokenizerBase:
+    """A run's own tokenizer, where it saved one; otherwise the base's with the run's chat template."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return load_tokenizer(replace(args, model_name_or_path=str(folder), model_revision=None))
+    tokenizer = load_tokenizer(args)
+    tokenizer.chat_template = saved_template(folder) or tokenizer.chat_template
+    return tokenizer

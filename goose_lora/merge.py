@@ -21,8 +21,7 @@ from goose_lora.adapters import local_folder, read_lineage
 from goose_lora.batch import Rollout
 from goose_lora.data import left_pad, load_rows, tokenize_prompts
 from goose_lora.dense import DenseCopy
-from goose_lora.loading import ModelArguments, load_base, load_tokenizer, quantization_config
-from goose_lora.model_files import saved_template
+from goose_lora.loading import ModelArguments, arguments_of, load_base, quantization_config, tokenizer_of
 from goose_lora.report import cost, read_jsonl
 from goose_lora.sampling import generation_config, sample
 from goose_lora.shared_base import SharedBase
@@ -48,14 +47,8 @@ def merge(
     """
     folder, out = local_folder(run), Path(out)
     noted = _check(folder, out, dtype, quantized)
-    args = ModelArguments(
-        base or noted["id"],
-        model_revision=None if base else noted.get("commit") or noted.get("revision"),
-        base_hub_id=noted.get("hub_id"),
-        quantization=noted["quantization"],
-        dtype=noted["dtype"],
-    )
-    tokenizer = _tokenizer(folder, args)
+    args = arguments_of(noted, base)
+    tokenizer = tokenizer_of(folder, args)
     prompt_ids, data = _prompts(folder, prompts, tokenizer)
     shared = SharedBase.build(load_base(args, tokenizer), folder)
     rollout = _replies(shared, tokenizer, prompt_ids)
@@ -94,15 +87,6 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> dict[str, An
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty. Give a new folder.")
     return noted["base"]
-
-
-def _tokenizer(folder: Path, args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The run's own, where it saved one; otherwise the base's with the run's chat template."""
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return load_tokenizer(replace(args, model_name_or_path=str(folder), model_revision=None))
-    tokenizer = load_tokenizer(args)
-    tokenizer.chat_template = saved_template(folder) or tokenizer.chat_template
-    return tokenizer
 
 
 def _prompts(folder: Path, name: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from goose_lora.adapters import Role
 from goose_lora.batch import Rollout
@@ -54,11 +55,13 @@ def sample(
     stop: StopStrings | None = None,
     trunk_depth: int = 0,
     keep_trunk_on: torch.device | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> Rollout:
     """One reply to each left-padded prompt under ``role``; by ``dense`` if given, which must have become that role.
 
     ``stop`` ends replies at a text, besides the end-of-text tokens of ``config``; it serves one call. With ``trunk_depth``, the output of so
-    many of the lowest layers is kept, on ``keep_trunk_on`` or the model's device: they run for every token anyway.
+    many of the lowest layers is kept, on ``keep_trunk_on`` or the model's device: they run for every token anyway. ``streamer`` gets the tokens
+    of one reply as they are drawn.
     """
     chooser = Chooser(config.temperature if config.do_sample else None)
     settings = copy.deepcopy(config)
@@ -75,6 +78,7 @@ def sample(
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([chooser]),
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                streamer=streamer,
             )
         sequences = output.sequences
         trunk = _trunk(model, capture, output, attention_mask) if capture else None

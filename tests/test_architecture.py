@@ -79,10 +79,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare": {"adapters", "card", "evaluation", "page", "pictures", "report"},
     "hub": {"adapters", "card", "loading"},
     "stages": {"card", "hub", "launch", "lineage", "loading", "page", "report", "resumable"},
-    "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "model_files", "report", "sampling", "shared_base"},
+    "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "report", "sampling", "shared_base"},
+    # people who ask, and who choose
+    "voices": {"adapters", "data", "dense", "lineage", "loading", "ppo_config", "preflight", "sampling", "shared_base", "stopping"},
+    "pages": set(),
+    "chat_page": {"pages", "voices"},
+    "chat": {"chat_page", "pages", "voices"},
+    "label_file": set(),
+    "label": {"adapters", "checkpoints", "data", "label_file", "ppo_config", "voices"},
+    "label_page": {"label", "pages", "voices"},
     # the command line
-    "cli": {"adapters", "chain", "compare", "data_report", "demo", "dense", "diagnosis", "from_trl", "hub", "interrupts", "loading", "memory"}
-    | {"merge", "ppo_config", "report", "settings", "shapes"},
+    "cli": {"adapters", "chain", "chat", "compare", "data_report", "demo", "dense", "diagnosis", "from_trl", "hub", "interrupts", "label_page"}
+    | {"loading", "memory", "merge", "ppo_config", "report", "settings", "shapes"},
     "demo": {"cli", "evaluation", "export", "loading", "report"},
 }
 # A cycle, opened by cli's import of demo at the moment when its command is called.

@@ -22,6 +22,7 @@ from goose_lora import chain, cli, hub
 from goose_lora.adapters import local_folder, read_lineage
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, require_adapter
 from goose_lora.shared_base import SharedBase
+from goose_lora.voices import find
 
 REPO = f"{fake_hub.USER}/result"
 ALWAYS = {"adapter_config.json", "adapter_model.safetensors", "README.md", "goose_lora.json", "stage.json", "tokenizer.json", "tokenizer_config.json"}
@@ -197,6 +198,15 @@ def test_roles_load_from_the_hub_by_name_folder_and_revision(server, run):
     assert f'PeftModel.from_pretrained(base, "{REPO}", revision="{old}")' in shown and "AutoModelForCausalLM.from_pretrained(\"org/base\"" in shown
     reward = chain.describe(local_folder(f"{REPO}/reward"))
     assert f'PeftModel.from_pretrained(base, "{REPO}", subfolder="reward", revision="{server.commit_id(REPO, 1)}")' in reward
+
+
+def test_whom_one_can_talk_to_is_found_in_a_run_of_the_hub_at_its_commit(server, run):
+    hub.push(run / "ppo", REPO, base_hub_id="org/base", include=["reward", "reference"])
+    found = find(REPO, base=str(run / "base"))
+    assert list(found.roles) == ["base", "sft", "ppo"] and found.tokenizer.chat_template
+    for folder, name in ((found.reference, "reference"), (found.reward, "reward")):
+        assert folder == found.folder / name and server.commit_id(REPO, 0) in str(folder)
+    found.check()
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub_is_an_error_with_both_ways_out(server):

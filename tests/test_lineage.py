@@ -43,7 +43,7 @@ def test_every_output_names_base_parents_settings_data_versions_and_figures(whol
     assert noted["versions"].keys() >= {"torch", "transformers", "peft", "trl", "bitsandbytes"}
     assert noted["versions"]["torch"] == torch.__version__
     assert noted["figures"] == {"objective/score": 1.234567, "objective/kl": 0.5, "seconds": 7.5, "peak_rss_gb": 1.25}
-    assert noted["data"] == [{"name": "tiny/prompts", "split": "train", "rows": 8, "sha256": noted["data"][0]["sha256"]}]
+    assert noted["data"] == [{"name": "tiny/prompts", "split": "train", "rows": 8, "sha256": noted["data"][0]["sha256"], "chat": False}]
     for role, stage in (("policy", "sft"), ("reward", "reward")):
         parent = noted["parents"][role]
         assert parent["name"] == str(whole / stage) and parent["sha256"] == lineage.file_sha256(whole / stage / "adapter_model.safetensors")

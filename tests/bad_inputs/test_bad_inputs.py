@@ -9,6 +9,7 @@ from pathlib import Path
 import bad_data
 import bad_models
 import bad_settings
+import bad_web
 import pytest
 from bad_case import Case, command_line, contents, make_files, place
 
@@ -16,7 +17,7 @@ from goose_lora import cli, loading
 from goose_lora.reward_models import RewardModel
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES: list[Case] = [*bad_settings.CASES, *bad_data.CASES, *bad_models.CASES]
+CASES: list[Case] = [*bad_settings.CASES, *bad_data.CASES, *bad_models.CASES, *bad_web.CASES]
 RECIPES = ("sft", "reward", "ppo", "own_loop", "evaluate")
 HINT = "(--debug shows where)"
 
