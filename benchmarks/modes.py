@@ -1,9 +1,10 @@
 """PPO's modes on the demo, several seeds: what each ends at, and what it costs.
 
     python benchmarks/modes.py --output runs/modes [--modes reward_features rloo ...] [--seeds 0 1 2] [--dtype float32] [--rows 16]
+    python benchmarks/modes.py --output runs/top-4 --lora_layers top-4 --modes reward_features
 
 Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is the demo's PPO stage with the settings below
-(``--rows``: of so many replies a minibatch, where the demo has 32), then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds
+(``--rows``: of so many replies a minibatch, where the demo has 32; ``--lora_layers``: adapters in other layers, in all stages), then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds
 are of the PPO stage without its imports, of its process alone, so that other work on the machine does not enter. What is finished is not run
 again; several calls may share the output folder. Prints a table, mean and range over the seeds.
 """
@@ -94,11 +95,11 @@ def recipe(name: str, folder: Path, seed: int, dtype: str, **settings: object) -
     return run(lambda: start_recipe(name, arguments), folder.with_suffix(".log"))
 
 
-def stages(seed_folder: Path, seed: int, dtype: str) -> dict[str, object]:
+def stages(seed_folder: Path, seed: int, dtype: str, layers: dict[str, str]) -> dict[str, object]:
     """The two stages before PPO, and the settings that point at them."""
     for name in ("sft", "reward"):
         if not (seed_folder / name / "stage.json").is_file():
-            recipe(name, seed_folder / name, seed, dtype)
+            recipe(name, seed_folder / name, seed, dtype, **layers)
     return {"policy_adapter": seed_folder / "sft", "reward_adapter": seed_folder / "reward"}
 
 
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--lora_layers", help="top-K or all; give it an output folder of its own (default: the demo's)")
     arguments = parser.parse_args()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     dtype, size = arguments.dtype, {"per_device_train_batch_size": arguments.rows, "score_calibration_prompts": 4 * arguments.rows}
@@ -159,7 +161,7 @@ def main() -> None:
             folder = seed_folder / mode
             if (folder / "mode.json").is_file():
                 continue
-            start = stages(seed_folder, seed, dtype)
+            start = stages(seed_folder, seed, dtype, {"lora_layers": arguments.lora_layers} if arguments.lora_layers else {})
             seconds = recipe("ppo", folder, seed, dtype, **start, **size, **MODES[mode])
             figures = judge(seed_folder, folder, seed, dtype)
             if (folder / "ema").is_dir():
