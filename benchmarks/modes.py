@@ -4,9 +4,9 @@
     python benchmarks/modes.py --output runs/top-4 --lora_layers top-4 --modes reward_features
 
 Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is the demo's PPO stage with the settings below
-(``--rows``: of so many replies a minibatch, where the demo has 32; ``--lora_layers``: adapters in other layers, in all stages), then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds
-are of the PPO stage without its imports, of its process alone, so that other work on the machine does not enter. What is finished is not run
-again; several calls may share the output folder. Prints a table, mean and range over the seeds.
+(``--rows``: of so many replies a minibatch, where the demo has 32; ``--lora_layers``: adapters in other layers, in all stages), then 200 held-out
+prompts at temperature 1, judged by VADER. CPU seconds are of the PPO stage without its imports, of its process alone, so that other work on the
+machine does not enter. What is finished is not run again; several calls may share the output folder. Prints a table, mean and range over seeds.
 """
 
 import argparse
