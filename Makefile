@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types mutants parity bench clean
+.PHONY: install demo test lint types mutants matrix parity bench clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,10 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/pyright
+
+# All 480 cells of docs/reliability.md, in five minutes of one CPU thread; the suite runs 120 of them.
+matrix: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_matrix.py --full
 
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py

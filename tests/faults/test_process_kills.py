@@ -21,6 +21,7 @@ SAYS = "error: another process of this run has ended, so that this one cannot go
 BOUND = 30  # seconds in which the process that is left must have ended
 
 
+@pytest.mark.timeout(900)
 def test_a_run_of_two_processes_that_are_killed_again_and_again_ends_where_it_would_have_ended(given, tmp_path, request, capsys):
     settings = given["ppo"] | CHANGES
     straight, _ = forks.run_ranks("ppo", tmp_path / "straight", {}, **settings)
@@ -51,26 +52,30 @@ def test_a_run_of_two_processes_that_are_killed_again_and_again_ends_where_it_wo
     assert all((who, kind) in killed for who in WHO for kind in KINDS)
 
 
+@pytest.mark.timeout(900)
 def test_under_torchrun_the_launcher_ends_and_the_same_command_goes_on(given, tmp_path, request):
     if not request.config.getoption("--full"):
         pytest.skip("four starts of torchrun: with --full")
-    settings = given["ppo"] | CHANGES
+    settings, log = given["ppo"] | CHANGES, tmp_path / "log"
 
     def start(folder):
         meet = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
         recipe = [str(ROOT / "recipes" / "ppo.py"), *options(**settings, output_dir=folder, resume_from_checkpoint="latest")]
-        environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *meet, *recipe], env=environment, stderr=subprocess.DEVNULL)
+        environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        with open(log, "w") as output:
+            command = [sys.executable, "-m", "torch.distributed.run", *meet, *recipe]
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
-    assert start(tmp_path / "straight").wait(240) == 0
+    assert start(tmp_path / "straight").wait(240) == 0, log.read_text()[-3000:]
     for victim in range(2):
         launcher = start(tmp_path / "broken")
         while not list((tmp_path / "broken").glob(f"checkpoint-{2 + 2 * victim}/checkpoint.json")):
+            assert launcher.poll() is None, log.read_text()[-3000:]
             time.sleep(0.02)
         workers = sorted(psutil.Process(launcher.pid).children(), key=lambda process: process.pid)
         os.kill(workers[victim].pid, signal.SIGKILL)
         killed = time.monotonic()
         assert launcher.wait(2 * BOUND + 30) not in (0, None)  # it gives the other 30 s
         assert time.monotonic() - killed < BOUND + 30
-    assert start(tmp_path / "broken").wait(240) == 0
+    assert start(tmp_path / "broken").wait(240) == 0, log.read_text()[-3000:]
     assert_same_leavings(tmp_path / "straight", tmp_path / "broken")
