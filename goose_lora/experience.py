@@ -64,7 +64,7 @@ class ExperienceMaker:
         values = None if seen.values is None else torch.where(mask, self.values(seen.values), 0.0)
         advantages, returns = self.advantages(rewards, values, mask)
         everywhere, everyones = self._everywhere, self._everywhere(mask.long()).bool()
-        spread = advantages if returns is None else returns - values  # before it was whitened
+        spread = advantages if values is None or returns is None else returns - values  # before it was whitened
         shown = _figures(rollout, seen, normalised, scores, everywhere) | {
             "objective/reward": rewards.sum(-1).mean(),
             "objective/kl_coef": torch.tensor(self.state.kl_control.coef),

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from goose_lora.diagnosis import diagnose
 from goose_lora.report import read_jsonl
 
 STEPS, WARM_UP = 200, 50
@@ -168,6 +169,18 @@ def test_a_step_takes_as_long_at_the_end_as_at_the_start(long, capsys):
     assert ratio < 1.15
     ramp = numpy.linspace(1, 1.5, len(seconds))
     assert slowdown(numpy.asarray(seconds) * ramp, width) > 1.15, "steps that become slower by half are detected"
+
+
+def test_the_diagnosis_of_a_long_log_takes_time_in_proportion_to_it(long):
+    rows = [row for row in read_jsonl(long[0] / "metrics.jsonl") if "objective/score" in row]
+
+    def seconds(copies):
+        longer = [row | {"step": STEPS * copy + row["step"]} for copy in range(copies) for row in rows]
+        started = time.process_time()
+        diagnose(longer)
+        return time.process_time() - started
+
+    assert seconds(40) < 25 * seconds(5), "eight times the rows, where the square would be 64 times"
 
 
 def test_files_stay_but_for_a_row_a_log_and_the_samples(long):
