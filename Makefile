@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types docs mutants parity bench clean
+.PHONY: install demo test lint types docs mutants matrix parity bench clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ types: $(INSTALLED)
 # The pages of docs/ as a site in site/, without a network; a link that leads nowhere fails (not with --quiet, which hides it). mkdocs serve shows it, with its search.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# All 480 cells of docs/reliability.md, in five minutes of one CPU thread; the suite runs 120 of them.
+matrix: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_matrix.py --full
 
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py

@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from goose_lora.adapters import ADAPTERS, Role
 from goose_lora.shared_base import SharedBase
@@ -36,7 +37,7 @@ class DenseCopy:
         merged: Any = dtype or core.get_output_embeddings().weight.dtype
         with init_empty_weights(include_buffers=False):
             self.model: Any = type(core)._from_config(config, dtype=merged, attn_implementation=config._attn_implementation)
-        self._adapted: list[tuple[Any, nn.Parameter]] = []
+        self._adapted: list[tuple[Any, Tensor]] = []
         for name, module in list(self.model.named_modules()):
             self._fill(module, core.get_submodule(name), merged)
         for name, buffer in self.model.named_buffers():
@@ -48,14 +49,17 @@ class DenseCopy:
         """Give ``module`` the parameters of ``source``: the same tensors, except for matrices that are quantized or adapted."""
         adapted = isinstance(source, LoraLayer)
         inner: Any = source.get_base_layer() if adapted else source
+        turned = isinstance(module, Conv1D) and not isinstance(inner, Conv1D)  # GPT-2's (in, out), of which bitsandbytes makes (out, in)
         for name, _ in list(module.named_parameters(recurse=False)):
             parameter = getattr(inner, name)
             if name == "weight" and (adapted or _is_quantized(inner)):
-                parameter = nn.Parameter(torch.empty(_shape(inner), dtype=dtype, device=parameter.device), requires_grad=False)
+                weight = torch.empty(_shape(inner), dtype=dtype, device=parameter.device)
+                parameter = nn.Parameter(weight.T.contiguous() if turned else weight, requires_grad=False)
+                weight = parameter.data.T if turned else parameter.data
                 if adapted:
-                    self._adapted.append((source, parameter))
+                    self._adapted.append((source, weight))
                 else:
-                    parameter.data.copy_(_dense_weight(inner))
+                    weight.copy_(_dense_weight(inner))
             setattr(module, name, parameter)
 
     @torch.no_grad()
@@ -65,11 +69,11 @@ class DenseCopy:
         The sum is taken in fp32 and rounded once to the model's dtype.
         """
         adapter = ADAPTERS.get(role) if self.shared.has(role) else None
-        for source, parameter in self._adapted:
+        for source, merged in self._adapted:
             weight = _dense_weight(source.get_base_layer())
             if adapter in source.lora_A or adapter in source.lora_embedding_A:
                 weight = weight.float() + source.get_delta_weight(adapter).float()
-            parameter.copy_(weight)
+            merged.copy_(weight)
         return self.model
 
 

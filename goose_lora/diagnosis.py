@@ -1,5 +1,6 @@
 """What the metrics of a PPO run say about it: a verdict a line, each with its figure and what to do."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import inf
@@ -114,7 +115,8 @@ def _reference(rows: Rows) -> Iterator[Finding]:
     if len(logged) < 2:
         return
     away = [(min(abs(row["objective/kl"]), row["objective/kl_k3"]) / row["rollout/response_tokens"]) ** 0.5 for row in logged]
-    moves = [_movement(rows, row["step"], after["step"]) for row, after in pairwise([*logged, {"step": inf}])]
+    updates = sorted((row["step"], row["policy/kl_from_rollout"]) for row in rows if "step" in row and "policy/kl_from_rollout" in row)
+    moves = [_movement(updates, row["step"], after["step"]) for row, after in pairwise([*logged, {"step": inf}])]
     from_the_start = logged[0]["step"] <= logged[1]["step"] - logged[0]["step"]  # not resumed: the policy is its reference still
     if from_the_start and away[0] > 0.1 + moves[0] * (rollouts_in(logged[0]) - 1):
         text = (
@@ -135,12 +137,14 @@ def _reference(rows: Rows) -> Iterator[Finding]:
     yield Finding("ok", "reference", "the policy goes from it no faster than the updates take it")
 
 
-def _movement(rows: Rows, start: float, end: float) -> float:
+def _movement(updates: list[tuple[float, float]], start: float, end: float) -> float:
     """How far a rollout's updates may have moved the policy, logged at a step from ``start`` to before ``end``, with room to spare.
+
+    ``updates``: steps in order, and the KL from the rollout that was logged there. Searched, since a log is read anew each time that it grows.
 
     0 where that was not seen: with one optimizer step a rollout, all of it comes after the measurement.
     """
-    seen = max((row.get("policy/kl_from_rollout", 0.0) for row in rows if start <= row.get("step", -1) < end), default=0.0)
+    seen = max((kl for _, kl in updates[bisect_left(updates, (start,)) : bisect_left(updates, (end,))]), default=0.0)
     return 5 * seen**0.5 if seen > 1e-8 else 0.0
 
 

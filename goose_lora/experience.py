@@ -1,5 +1,6 @@
 """What becomes of a rollout and its scores: rewards a token, advantages, and the figures that a run shows of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ class ExperienceMaker:
         # All scores alike so far: nothing to count in, and no reason to stop, since a sparse reward begins so.
         self.state.score_scale = (merged.mean.item(), merged.var.sqrt().item() if merged.var > 1e-12 else 1.0)
 
-    def make(self, rollout: Rollout, seen: Evaluated, scores: Scores) -> tuple[Experience, dict[str, Tensor]]:
-        """Rewards and advantages of a rollout, and figures of them by name, means over this process."""
+    def make(self, rollout: Rollout, seen: Evaluated, scores: Scores) -> tuple[Experience, dict[str, float]]:
+        """Rewards and advantages of a rollout, and figures of them by name, over the rollouts of all processes."""
         args, mask = self.args, rollout.response_mask
         self.learn_scale(scores.total)
         kl = seen.kl if seen.kl is not None else ppo_math.kl_per_token(seen.logprobs, seen.ref_logprobs, estimator=args.kl_estimator)  # type: ignore[arg-type]
@@ -62,21 +63,28 @@ class ExperienceMaker:
         rewards = token_rewards(self._penalised(normalised, rollout), kl, mask, kl_coef=kl_coef, by_token=by_token)
         values = None if seen.values is None else torch.where(mask, self.values(seen.values), 0.0)
         advantages, returns = self.advantages(rewards, values, mask)
-        shown = _figures(rollout, seen, normalised, scores) | {
+        everywhere, everyones = self._everywhere, self._everywhere(mask.long()).bool()
+        spread = advantages if values is None or returns is None else returns - values  # before it was whitened
+        shown = _figures(rollout, seen, normalised, scores, everywhere) | {
             "objective/reward": rewards.sum(-1).mean(),
             "objective/kl_coef": torch.tensor(self.state.kl_control.coef),
-            "advantage/std": ppo_math.moments(advantages, mask).var.sqrt(),
-            "advantage/largest": advantages.abs().max(),
+            "advantage/std": ppo_math.moments(everywhere(spread), everyones).var.sqrt(),
+            "advantage/largest": everywhere(advantages).abs().max(),
         }
         if values is not None and returns is not None:
             shown |= {
-                "value/explained_variance": ppo_math.explained_variance(values, returns, mask),
-                "value/mean": ppo_math.masked_mean(values, mask),
-                "advantage/std": ppo_math.moments(returns - values, mask).var.sqrt(),  # before it was whitened
+                "value/explained_variance": ppo_math.explained_variance(everywhere(values), everywhere(returns), everyones),
+                "value/mean": ppo_math.masked_mean(everywhere(values), everyones),
             }
         states = (seen.trunk, seen.value_trunk, seen.features, seen.ref_hidden)
         kept = Experience(rollout, seen.logprobs, seen.ref_logprobs, advantages, values, returns, *states)
-        return kept, shown
+        own = torch.stack([value.to(mask.device, torch.float32) for value in shown.values()])
+        mean: Any = self.accelerator.reduce(own, reduction="mean")  # each has as many replies; what counts tokens is equal
+        return kept, dict(zip(shown, mean.tolist(), strict=True))
+
+    def _everywhere(self, x: Tensor) -> Any:
+        """The rows of all processes, those of (B, T) padded to one width."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
 
     def _penalised(self, scores: Float[Tensor, " B"], rollout: Rollout) -> Float[Tensor, " B"]:
         args = self.args
@@ -106,11 +114,14 @@ class ExperienceMaker:
         return ppo_math.merge_moments([ppo_math.Moments(*row) for row in self.accelerator.gather(own[None])])
 
 
-def _figures(rollout: Rollout, seen: Evaluated, normalised: Float[Tensor, " B"], scores: Scores) -> dict[str, Tensor]:
+def _figures(
+    rollout: Rollout, seen: Evaluated, normalised: Float[Tensor, " B"], scores: Scores, everywhere: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     mask = rollout.response_mask
     k1 = torch.where(mask, seen.logprobs - seen.ref_logprobs, 0.0)
     k3 = torch.where(mask, ppo_math.kl_per_token(seen.logprobs, seen.ref_logprobs, estimator="k3"), 0.0)
     replies = rollout.response_ids()
+    everyones = everywhere(torch.tensor([hash(tuple(reply)) for reply in replies], device=mask.device))
     shown = {
         "objective/score": normalised.mean(),
         "objective/raw_score": scores.total.mean(),
@@ -119,14 +130,15 @@ def _figures(rollout: Rollout, seen: Evaluated, normalised: Float[Tensor, " B"],
         "rollout/response_tokens": rollout.lengths.float().mean(),
         "rollout/eos_rate": rollout.ended.float().mean(),
         "rollout/repetition": torch.tensor(sum(map(repeated_trigrams, replies)) / len(replies)),
-        "rollout/distinct_replies": torch.tensor(len({tuple(reply) for reply in replies}) / len(replies)),
+        "rollout/distinct_replies": torch.tensor(len(everyones.unique()) / len(everyones)),
     }
     if seen.kl is not None:
         shown["objective/kl_exact"] = torch.where(mask, seen.kl, 0.0).sum(-1).mean()
     if rollout.sampling_logprobs is not None:
-        shown["rollout/sampling_gap"] = ppo_math.masked_mean((rollout.sampling_logprobs - seen.logprobs).abs(), mask)
+        gap = torch.where(mask, (rollout.sampling_logprobs - seen.logprobs).abs(), 0.0)
+        shown["rollout/sampling_gap"] = ppo_math.masked_mean(everywhere(gap), everywhere(mask.long()).bool())
     if len(scores.by_source) > 1:
-        shown |= {f"reward/{name}": values.nanmean() for name, values in scores.by_source.items()}
+        shown |= {f"reward/{name}": everywhere(values.to(mask.device)).nanmean() for name, values in scores.by_source.items()}
     return shown
 
 

@@ -215,8 +215,9 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
             self._rollout_is_fresh = False
             if not self._gates_open and self.state.global_step == 0:
                 gates.check_ratio(output.logprobs, inputs["old_logprobs"], mask, tolerance=self._tolerance)
-            gap = ppo_math.masked_mean((output.logprobs.detach() - inputs["old_logprobs"]).abs(), mask)
-            self._rollout_metrics["policy/first_ratio_gap"].append(gap.item())
+            gaps = ppo_math.masked_sum((output.logprobs.detach() - inputs["old_logprobs"]).abs(), mask)
+            gap, tokens = self.accelerator.reduce(torch.stack([gaps, mask.sum()]), reduction="sum").tolist()  # type: ignore[union-attr]
+            self._rollout_metrics["policy/first_ratio_gap"].append(gap / tokens)
         if args.ratio_threshold is not None:
             skipped = leaves_bounds(output, inputs, args.ratio_threshold)
             counted = share * skipped.float() / args.gradient_accumulation_steps
@@ -312,18 +313,18 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
         """What the update needs of a rollout; scored by the trainer's own sources of reward if no scores are given."""
         args, control = self.args, self.rollout_state.kl_control
         with self._timed("score"):
-            seen = self._evaluate(rollout, score=scores is None)
+            seen = self._ask_the_roles(rollout, score=scores is None)
             scores = self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
         if self.state.global_step == 0:
             gates.check_reference(seen.logprobs - seen.ref_logprobs, rollout.response_mask, tolerance=self._tolerance)
         experience, shown = self.experiences.make(rollout, seen, scores)
-        self.last_figures = {name: value.item() for name, value in shown.items()}
-        for name, value in self.last_figures.items():
+        self.last_figures = dict(shown)
+        for name, value in shown.items():
             self._rollout_metrics[name].append(value)
-        kl: Any = self.accelerator.reduce(shown["objective/kl"], reduction="mean")
+        kl = shown["objective/kl"]
         if not self._critic_warms_up:
-            control.update(kl.item(), len(rollout.ended) * self.accelerator.num_processes)
-        self._stop_above_max_kl(kl.item())
+            control.update(kl, len(rollout.ended) * self.accelerator.num_processes)
+        self._stop_above_max_kl(kl)
         k1 = torch.where(rollout.response_mask, seen.logprobs - seen.ref_logprobs, 0.0)
         if self.is_world_process_zero():
             step, rows = self.state.global_step, args.sample_rows

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING_ARGUMENTS_PICKLE = "training_args.bin"
 SKIPPED_IN_A_ROW = 3
+LOST = ("Connection closed by peer", "Connection reset by peer")  # gloo, of a process that is no longer there
 
 
 class NotFinite(ValueError):
@@ -75,7 +76,7 @@ class Resumable:
         Raises:
             ValueError: a checkpoint that cannot be resumed.
             Stopped: the run was asked to stop, and has saved.
-            OSError: a checkpoint could not be saved, or a process that loads data died.
+            OSError: a checkpoint could not be saved, or a process that loads data or another process of the run died.
         """
         args = self.args
         chosen_here = resume_from_checkpoint in (True, "latest")  # a recipe has chosen before, and said so
@@ -86,6 +87,11 @@ class Resumable:
             with keeper.takes_over(), self.stop.handled():
                 result = super().train(folder, trial, ignore_keys_for_eval)  # type: ignore[misc]
         except Exception as error:
+            if self.args.world_size > 1 and any(says in str(error) for says in LOST):
+                raise ChildProcessError(
+                    "another process of this run has ended, so that this one cannot go on; why is in what that one printed. "
+                    "Go on with --resume_from_checkpoint latest, on as many processes."
+                ) from error
             if self.saving is not None and self.args.should_save:
                 raise checkpoints.unsaved(self.saving, error) from error
             if "DataLoader worker" in str(error):

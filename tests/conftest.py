@@ -22,6 +22,10 @@ settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all cells of test_matrix.py, and more kills of test_process_kills.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

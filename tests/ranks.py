@@ -13,9 +13,7 @@ def on_ranks(work, folder, count=2):
     """What ``work(rank)`` returned on each of ``count`` processes; an assertion with the traceback where one failed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     children = {os.fork() or _serve(work, folder, rank, count, port): rank for rank in range(count)}
     failed = []
     for child, rank in children.items():
@@ -25,14 +23,25 @@ def on_ranks(work, folder, count=2):
     return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(count)]
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def become(rank, count, port):
+    """Let this process, a fork, be one of ``count`` that meet at ``port``."""
+    torch.set_num_threads(1)  # GNU's OpenMP hangs in a fork
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+
 def _serve(work, folder, rank, count, port):
     status = 1
     try:
-        torch.set_num_threads(1)  # GNU's OpenMP hangs in a fork
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        become(rank, count, port)
         torch.save(work(rank), folder / f"result{rank}.pt")
         status = 0
     except BaseException:

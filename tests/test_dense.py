@@ -51,6 +51,19 @@ def test_a_quantized_base_is_copied_as_it_computes(shared):
         torch.testing.assert_close(logits(copy.become(role), ids, mask), want, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@torch.no_grad()
+def test_gpt2_whose_matrices_bitsandbytes_turns_is_copied_the_right_way_round(quantization, tmp_path):
+    arguments = tiny.arguments(tiny.save_base(tmp_path / "base", "gpt2"), quantization=quantization)
+    shared = tiny.shared(load_base(arguments, load_tokenizer(arguments)), layers="top-2")
+    ids, mask = tiny.batch()
+    copy = DenseCopy(shared)
+    for role in ("policy", "base"):
+        with shared.role(role) as core:
+            want = logits(core, ids, mask)
+        torch.testing.assert_close(logits(copy.become(role), ids, mask), want, rtol=0, atol=2e-3)
+
+
 @torch.no_grad()
 def test_the_copy_follows_the_policy_and_leaves_the_base_alone(shared):
     ids, mask = tiny.batch()

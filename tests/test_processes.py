@@ -17,6 +17,7 @@ from test_recipes import ROOT, options, recipe
 from goose_lora import checkpoints
 from goose_lora.batch import Rollout
 from goose_lora.data import RolloutBatches
+from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.report import read_json, read_jsonl
 from goose_lora.rollouts import Rollouts
 from goose_lora.shared_base import SharedBase
@@ -39,12 +40,29 @@ def note_rollouts(seen):
 
 
 def canned(self, input_ids, attention_mask, **how):
-    """Replies that follow from the prompts alone, so that one process and two have the same."""
-    last = input_ids[:, -1:]
-    replies = 4 + (last * torch.arange(1, 7) * 7 + input_ids.sum(-1, keepdim=True)) % (tiny.VOCABULARY - 4)
-    lengths = 2 + last % 5
+    """Replies that follow from the prompts alone, so that one process and two have the same; some are written more than once."""
+    kind = input_ids[:, -1:] % 9
+    replies = 4 + (kind * torch.arange(1, 7) * 7) % (tiny.VOCABULARY - 4)
+    lengths = 2 + kind % 3 + 2 * (kind == 8)
     mask = torch.arange(6) < lengths
-    return Rollout(torch.cat([input_ids, replies], 1), torch.cat([attention_mask, mask.long()], 1), mask, lengths[:, 0] < 6)
+    ids, attention = torch.cat([input_ids, replies], 1), torch.cat([attention_mask, mask.long()], 1)
+    cut = int(lengths.max()) - 6 or None  # as wide as the longest reply, which need not be so on another process
+    return Rollout(ids[:, :cut], attention[:, :cut], mask[:, :cut], lengths[:, 0] < 6, torch.full(mask[:, :cut].shape, -2.0))
+
+
+def shifted(evaluate):
+    """Log-probabilities of the rollout that are not those of the update, by so much more the later a token comes."""
+
+    def evaluating(self, rollout, **how):
+        seen = evaluate(self, rollout, **how)
+        return seen._replace(logprobs=seen.logprobs + 0.03 * torch.arange(rollout.response_tokens) * rollout.response_mask)
+
+    return evaluating
+
+
+def sometimes(completion_ids, **columns):
+    """A reward that says nothing of short replies, of which one process has more."""
+    return [len(ids) / 2 if len(ids) > 4 else None for ids in completion_ids]
 
 
 @pytest.fixture(scope="module")
@@ -101,35 +119,38 @@ def test_only_the_first_writes_and_a_row_a_rollout(two):
 
 STEP = {
     "num_rollouts": 1, "num_mini_batches": 1, "gradient_accumulation_steps": 1, "num_ppo_epochs": 2, "learning_rate": 1.0, "optim": "sgd",
-    "whiten_rewards": True, "score_normalization": "running", "max_grad_norm": 0.5, "max_tokens_per_microbatch": 40,
+    "whiten_rewards": True, "score_normalization": "running", "max_grad_norm": 0.5,
 }  # fmt: skip
 
 
-def one_step(folder, rows, batch):
+def one_step(folder, rows, batch, **changes):
     """Weights and figures after one rollout of canned replies."""
-    generate, Rollouts.generate = Rollouts.generate, canned
-    try:
-        trainer = tiny_runs.trainer(folder, rows=rows, per_device_train_batch_size=batch, **STEP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rollouts, "generate", canned)
+        patch.setattr(Rollouts, "evaluate", shifted(Rollouts.evaluate))
+        patch.setattr(PPOTrainer, "_tolerance", 1.0)
+        rewards = [tiny_runs.even_share, sometimes]
+        trainer = tiny_runs.trainer(folder, rows=rows, per_device_train_batch_size=batch, reward=rewards, **STEP, **changes)
         trainer.train()
-    finally:
-        Rollouts.generate = generate
     return weights(trainer.shared)
 
 
-def test_two_processes_make_the_step_that_one_makes_of_all_replies(tmp_path):
+@pytest.mark.parametrize("parts", [None, 40])
+def test_two_processes_make_the_step_that_one_makes_of_all_replies_and_log_its_figures(parts, tmp_path):
     rows = tiny_runs.prompt_rows(16)
-    results = on_ranks(lambda rank: one_step(tmp_path / "two", rows, 8), tmp_path)
-    want = one_step(tmp_path / "one", rows, 16)
+    results = on_ranks(lambda rank: one_step(tmp_path / "two", rows, 8, max_tokens_per_microbatch=parts), tmp_path)
+    want = one_step(tmp_path / "one", rows, 16, max_tokens_per_microbatch=parts)
     start = tiny_runs.trained_parameters(tiny_runs.fresh())
     for name, parameter in want.items():
         step = parameter - start[name]
         assert step.norm() > 1e-4, name
         assert (results[0][name] - start[name] - step).norm() < 1e-3 * step.norm(), name
     one, two = (tiny_runs.logged(tmp_path / name)[0] for name in ("one", "two"))
-    local = {"value/mean", "value/explained_variance", "advantage/std", "advantage/largest"}  # shown of the replies of each process, then averaged
-    assert {key: value for key, value in two.items() if key not in local} == pytest.approx(
-        {key: value for key, value in one.items() if key not in local}, rel=1e-3, abs=1e-5
-    )
+    if parts:  # is that of the first part, which has other rows
+        one.pop("policy/first_ratio_gap"), two.pop("policy/first_ratio_gap")
+    assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert min(abs(one[name]) for name in ("rollout/sampling_gap", "value/explained_variance", "reward/sometimes")) > 0.01
+    assert one["rollout/distinct_replies"] < 1
 
 
 def test_a_run_resumed_on_two_processes_ends_where_the_uninterrupted_one_does(two, tmp_path):

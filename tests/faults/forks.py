@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import sys
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import peft.peft_model
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from ranks import become, free_port
 from test_recipes import options, recipe
 from transformers import TrainerState
 
@@ -119,40 +122,84 @@ class Watch:
         self.cut(goose_lora.callbacks, "append_line", 0)
 
 
+def kill_all():
+    """This process and the others of its run."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
 def run(name: str, folder: Path, moment: Moment | None = None, **settings) -> Ended:
     """``recipes/NAME.py`` with ``output_dir`` ``folder`` in a child, to its end or its moment."""
-    log, counts = folder.with_suffix(".log"), folder.with_suffix(".counts")
+    child = _start(name, folder, folder.with_suffix(".log"), moment, settings)
+    _, status = os.waitpid(child, 0)
+    return _ended(folder.with_suffix(".log"), status)
+
+
+def run_ranks(name: str, folder: Path, moments: dict[int, Moment], *, limit: float = 60, **settings) -> tuple[list[Ended], float]:
+    """The same in two children that are the processes of one run, and the seconds from the end of the first to that of the other.
+
+    Raises:
+        TimeoutError: one goes on ``limit`` seconds after the other has ended. It is killed.
+    """
+    port, logs = free_port(), [folder.with_suffix(f".{rank}.log") for rank in range(2)]
+    children: list[int] = []
+    for rank, log in enumerate(logs):
+        children.append(_start(name, folder, log, moments.get(rank), settings, lambda rank=rank: become(rank, 2, port)))
+        os.setpgid(children[rank], children[0])
+    statuses: dict[int, int] = {}
+    first = 0.0
+    while len(statuses) < 2:
+        for child in set(children) - statuses.keys():
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                first = first or time.monotonic()
+                statuses[child] = status
+        if first and time.monotonic() > first + limit:
+            os.killpg(children[0], signal.SIGKILL)
+            for child in set(children) - statuses.keys():
+                os.waitpid(child, 0)
+            raise TimeoutError(f"one of two processes goes on {limit} s after the other has ended; {[log.read_text()[-1500:] for log in logs]}")
+        time.sleep(0.02)
+    return [_ended(log, statuses[child]) for log, child in zip(logs, children, strict=True)], time.monotonic() - first
+
+
+def _start(name: str, folder: Path, log: Path, moment: Moment | None, settings: dict, prepare: Callable[[], None] | None = None) -> int:
+    """The process id of a child that runs a recipe and leaves its output in ``log``, and, unless it is killed, its counts beside it."""
+    counts = log.with_suffix(".counts")
     counts.unlink(missing_ok=True)
     sys.stdout.flush()
     child = os.fork()
-    if child == 0:
-        code = 70
+    if child:
+        return child
+    code = 70
+    try:
+        handle = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()  # a run in the parent would leave its own
+        if prepare:
+            prepare()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)  # background jobs ignore it
+        watch = Watch(folder, moment)
+        watch.install()
+        sys.argv = [f"recipes/{name}.py", *options(**settings, output_dir=folder)]
         try:
-            handle = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-            sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()  # a run in the parent would leave its own
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)  # background jobs ignore it
-            watch = Watch(folder, moment)
-            watch.install()
-            sys.argv = [f"recipes/{name}.py", *options(**settings, output_dir=folder)]
-            try:
-                cli.command(RECIPES[name].main)()
-                code = 0
-            except SystemExit as error:
-                code = error.code
-            counts.write_text(json.dumps(watch.counts))
-        except BaseException:
-            import traceback
+            cli.command(RECIPES[name].main)()
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        counts.write_text(json.dumps(watch.counts))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
+
+def _ended(log: Path, status: int) -> Ended:
+    counts = log.with_suffix(".counts")
     seen = Counter(json.loads(counts.read_text())) if counts.is_file() else Counter()
     return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), seen)
 
