@@ -3,7 +3,22 @@
 import os
 from typing import Any
 
+SIZES = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # set by torchrun and by MPI's launchers
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
+
+def require_all_processes() -> None:
+    """Refuse to be one process where the launcher was asked for several.
+
+    Raises:
+        ValueError: ``accelerate launch --cpu --num_processes 2``, which starts one, without a word, and leaves the address where they should meet.
+    """
+    environment = os.environ
+    if environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_ADDR" in environment and not SIZES & set(environment):
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one: on a CPU it starts several through MPI only. "
+            "Launch with torchrun --nproc_per_node 2 recipes/..., or with --num_processes 1."
+        )
 
 
 def require_ddp(args: Any, quantization: str, *, roles: bool) -> None:

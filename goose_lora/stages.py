@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from goose_lora import card, hub, lineage, page
-from goose_lora.launch import require_ddp
+from goose_lora.launch import require_all_processes, require_ddp
 from goose_lora.loading import ModelArguments
 from goose_lora.report import cost, write_stage
 from goose_lora.resumable import starting_point
@@ -21,6 +21,7 @@ def begin(stage: str, config: TrainingArguments, model: ModelArguments, policy_a
     Raises:
         ValueError: one of these fails.
     """
+    require_all_processes()
     require_ddp(config, model.quantization, roles=stage in ("ppo", "own_loop"))
     start = starting_point(config, stage, model, policy_adapter)
     hub.check(config, model)

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from transformers import TrainingArguments
 
-from goose_lora.launch import require_ddp
+from goose_lora.launch import require_all_processes, require_ddp
 from goose_lora.loading import ModelArguments
 from goose_lora.stages import begin
 
@@ -33,6 +35,23 @@ def test_shards_of_a_quantized_base_are_refused_with_the_way_out(variable, name,
     with pytest.raises(ValueError, match=rf"^{name}: policy, critic, reward model and reference are adapters on one base"):
         require_ddp(args, "none", roles=True)
     require_ddp(args, "none", roles=False)
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(processes, monkeypatch):
+    """The environment is what accelerate's launcher makes of the command."""
+    parser = launch_command_parser()
+    _, environment = prepare_simple_launcher_cmd_env(parser.parse_args(["--cpu", "--num_processes", processes, "--num_machines", "1", "recipes/ppo.py"]))
+    for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if name in environment:
+            monkeypatch.setenv(name, environment[name])
+    if processes == "1":
+        return require_all_processes()
+    with pytest.raises(ValueError, match=r"asked for several processes and started one.*torchrun --nproc_per_node 2"):
+        require_all_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_all_processes()
 
 
 def test_shards_by_a_setting_are_refused_too(tmp_path):
