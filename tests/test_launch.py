@@ -1,19 +1,20 @@
 """Launchers: the shipped configurations are accelerate's, and those that would cut the base into shards are refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
-from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from transformers import TrainingArguments
 
 from goose_lora.launch import require_all_processes, require_ddp
 from goose_lora.loading import ModelArguments
 from goose_lora.stages import begin
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "recipes" / "configs" / "accelerate").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "recipes" / "configs" / "accelerate").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -37,18 +38,17 @@ def test_shards_of_a_quantized_base_are_refused_with_the_way_out(variable, name,
     require_ddp(args, "none", roles=False)
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(processes, monkeypatch):
-    """The environment is what accelerate's launcher makes of the command."""
-    parser = launch_command_parser()
-    _, environment = prepare_simple_launcher_cmd_env(parser.parse_args(["--cpu", "--num_processes", processes, "--num_machines", "1", "recipes/ppo.py"]))
-    for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-        if name in environment:
-            monkeypatch.setenv(name, environment[name])
-    if processes == "1":
-        return require_all_processes()
-    with pytest.raises(ValueError, match=r"asked for several processes and started one.*torchrun --nproc_per_node 2"):
+def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    """By accelerate's own launcher, of a script that asks."""
+    script = tmp_path / "ask.py"
+    script.write_text(f"import runpy; runpy.run_path({str(ROOT / 'goose_lora' / 'launch.py')!r})['require_all_processes']()")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes"]
+    one, two = (subprocess.run([*launch, number, str(script)], capture_output=True, text=True, timeout=120) for number in ("1", "2"))
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 1 and "asked for several processes and started one" in two.stderr and "torchrun --nproc_per_node 2" in two.stderr
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="started one"):
         require_all_processes()
     monkeypatch.setenv("WORLD_SIZE", "2")
     require_all_processes()
