@@ -39,7 +39,7 @@ class Passes:
     def _most_tokens(self) -> int | None:
         return self.args.max_tokens_per_microbatch if self._fewer_tokens is None else self._fewer_tokens
 
-    def _evaluate(self, rollout: Rollout, *, score: bool) -> Evaluated:
+    def _look_at(self, rollout: Rollout, *, score: bool) -> Evaluated:
         """What the roles say of a rollout, with the graph of policy and critic where the update goes on from it."""
         rows = min(self.args.per_device_train_batch_size, self.rollouts.batch_size)
         whole = len(rollout.ended) <= rows and self._most_tokens is None and self.ptx_dataset is None

@@ -318,7 +318,7 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
         """What the update needs of a rollout; scored by the trainer's own sources of reward if no scores are given."""
         args, control = self.args, self.rollout_state.kl_control
         with self._timed("score"):
-            seen = self._evaluate(rollout, score=scores is None)
+            seen = self._look_at(rollout, score=scores is None)
             scores = self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
         if self.state.global_step == 0:
             gates.check_reference(seen.logprobs - seen.ref_logprobs, rollout.response_mask, tolerance=self._tolerance)
