@@ -10,6 +10,7 @@ import torch
 from tiny_runs import assert_same_weights, even_share, logged, prompt_rows
 
 from goose_lora.data import left_pad
+from goose_lora.loading import load_base
 from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.rewards import RewardMix
 from goose_lora.rollouts import Rollouts
@@ -53,7 +54,7 @@ def sampling():
 
 
 def start(shared, stop_strings=None):
-    how = {"rows": 4, "prompt_tokens": 16, "memory_share": 0.3, "stop_strings": stop_strings}
+    how = {"rows": 32, "prompt_tokens": 16, "memory_share": 0.3, "stop_strings": stop_strings}
     return VLLMEngine(shared, tiny.tokenizer(), sampling(), **how)
 
 
@@ -99,15 +100,15 @@ def test_sampled_tokens_have_the_log_probability_that_the_update_computes(shared
 
 
 def test_tokens_come_as_often_as_the_policy_says(shared, engine):
-    """The first token of 2048 replies to one prompt, by chi-square: its 99.9 % point is that of a normal approximation."""
+    """The first token of 1024 replies to one prompt, by chi-square: its 99.9 % point is that of a normal approximation."""
     ids, mask = prompts()
-    ids, mask = ids[:1].repeat(2048, 1), mask[:1].repeat(2048, 1)
+    ids, mask = ids[:1].repeat(1024, 1), mask[:1].repeat(1024, 1)
     torch.manual_seed(1)
     rollout = rollouts(shared, engine).generate(ids, mask)
     first = rollout.input_ids[:, ids.shape[1]].cpu()
     with shared.role("policy") as model, torch.no_grad():
         probabilities = (model(input_ids=ids[:1], attention_mask=mask[:1]).logits[0, -1].float().cpu() / TEMPERATURE).softmax(-1)
-    expected, counts = 2048 * probabilities, torch.bincount(first, minlength=tiny.VOCABULARY)
+    expected, counts = 1024 * probabilities, torch.bincount(first, minlength=tiny.VOCABULARY)
     common = expected > 5
     distance = ((counts - expected).square() / expected)[common].sum().item()
     freedom = int(common.sum()) - 1
@@ -152,6 +153,17 @@ def test_a_stop_text_ends_replies_where_it_does_with_transformers(shared):
     want = rollouts(shared, stop_strings=texts).generate(*prompts(), greedy=True)
     got = rollouts(shared, start(shared, texts)).generate(*prompts(), greedy=True)
     assert got.response_ids() == want.response_ids() != said and got.ended.tolist() == want.ended.tolist()
+
+
+def test_a_4_bit_base_is_sampled_as_it_computes(tmp_path):
+    args = tiny.arguments(tiny.save_base(tmp_path, **SIZES), quantization="nf4", dtype=str(DTYPE).removeprefix("torch."))
+    shared = tiny.shared(load_base(args, tiny.tokenizer(), device=torch.device(DEVICE)))
+    tiny.randomise(shared, "default", std=0.2)
+    rollout = rollouts(shared, start(shared)).generate(*prompts())
+    assert gap(shared, rollout) < TOLERANCE
+    whole = tiny.shared(tiny.base(**SIZES).to(DEVICE, DTYPE))
+    tiny.randomise(whole, "default", std=0.2)
+    assert gap(whole, rollout) > 10 * TOLERANCE
 
 
 def trainer(folder, shared=None, **changes):
