@@ -86,6 +86,7 @@ class VLLMEngine:
             # No adapter is called so: what is written is the base as it computes here.
             DenseCopy(shared).become("base").save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            self._give_back()
             self.llm = vllm.LLM(
                 model=folder,
                 dtype=str(weight.dtype).removeprefix("torch."),
@@ -136,14 +137,19 @@ class VLLMEngine:
     @contextmanager
     def _awake(self) -> Iterator[None]:
         """Inside, vLLM's weights and cache are on the device; otherwise the weights wait in the host's memory."""
+        self._give_back()
         if self._sleeps:
-            torch.cuda.empty_cache()  # what torch's allocator keeps for itself, vLLM cannot have
             self.llm.wake_up()
         try:
             yield
         finally:
             if self._sleeps:
                 self.llm.sleep(level=1)
+
+    def _give_back(self) -> None:
+        """Memory that torch's allocator holds and does not use: vLLM cannot have it otherwise."""
+        if self._sleeps:
+            torch.cuda.empty_cache()
 
     @contextmanager
     def _policy(self) -> Iterator[Any]:
@@ -171,7 +177,8 @@ class VLLMEngine:
     def _rollout(self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], replies: Sequence[Any]) -> Rollout:
         """Replies side by side, each cut where the project's own rules end it, which vLLM's agree with but for how it decodes a stop text."""
         width, rows, device = max(len(reply.token_ids) for reply in replies), len(replies), input_ids.device
-        ids = torch.full((rows, width), self.tokenizer.pad_token_id)
+        pad: Any = self.tokenizer.pad_token_id
+        ids = torch.full((rows, width), pad)
         logprobs, written = torch.zeros(rows, width), torch.zeros(rows, width, dtype=torch.bool)
         for row, reply in enumerate(replies):
             count = len(reply.token_ids)
