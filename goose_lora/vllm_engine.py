@@ -77,7 +77,7 @@ class VLLMEngine:
         vllm = require_vllm()
         self.shared, self.tokenizer, self.generation = shared, tokenizer, generation
         self.stop_strings = list(stop_strings or [])
-        self._syncs = 0
+        self.prompt_tokens, self._syncs = prompt_tokens, 0
         rank = _rank(shared)
         weight: Any = shared.get_base_model().get_output_embeddings().weight  # type: ignore[operator]
         self._sleeps = weight.device.type == "cuda"
@@ -109,7 +109,13 @@ class VLLMEngine:
         """One reply to each left-padded prompt, by the policy as it is now.
 
         Each reply has a seed of its own, which torch's generator draws, so that a resumed run writes what the uninterrupted one would have.
+
+        Raises:
+            ValueError: a prompt that is too long, or log-probabilities that are not finite.
         """
+        longest = int(attention_mask.sum(-1).max())
+        if longest > self.prompt_tokens:
+            raise ValueError(f"a prompt of {longest} tokens, and rollout_engine: vllm has room for {self.prompt_tokens}. Raise max_prompt_tokens.")
         prompts = [{"prompt_token_ids": ids[seen].tolist()} for ids, seen in zip(input_ids, attention_mask.bool(), strict=True)]
         seeds = [None] * len(prompts) if greedy else torch.randint(2**31, (len(prompts),)).tolist()
         with _random_numbers_kept(), self._awake(), self._policy() as adapter:

@@ -203,6 +203,11 @@ def test_log_probabilities_that_are_not_finite_end_the_run(shared):
         engine.sample(*tiny.batch())
 
 
+def test_a_prompt_that_vllm_has_no_room_for_is_refused_by_its_length(shared):
+    with pytest.raises(ValueError, match="a prompt of 11 tokens, and rollout_engine: vllm has room for 10"):
+        start(shared, prompt_tokens=10).sample(*tiny.batch())
+
+
 def test_without_vllm_the_error_says_how_to_get_it_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     args = config(tmp_path, rollout_engine="vllm")
