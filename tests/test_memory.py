@@ -128,6 +128,22 @@ def test_a_trunk_in_the_hosts_memory_is_not_the_devices():
     assert of("auto", held + 2 * device["score"] - 2)[1] == host
 
 
+def test_vllms_share_is_counted_while_it_generates_and_never_less_than_its_base_and_cache():
+    def of(share, quantization="none", device="cuda", memory=10**9):
+        model = ModelArguments("m", quantization=quantization, dtype="float32")
+        args = settings(rollout_engine="vllm", vllm_memory_share=share, rollout_weights="auto")
+        return Planner(meta_model(model, config=shape()), model, args, memory=memory, device=device).plan()
+
+    plan = of(0.5)
+    assert plan.phases["generate"]["vllm"] == 5 * 10**8 and plan.phases["generate"].keys() == {"base", "adapters", "optimizer", "dense copy", "vllm"}
+    assert all("vllm" not in plan.phases[phase] for phase in ("load", "score", "update")) and plan.phases["update"]["dense copy"] == 0
+    least = of(0.5, memory=None).phases["generate"]["vllm"]
+    cache = 4 * 64 * 2 * 128 * 4 * 4  # rows, tokens, keys and values, of 4 heads of 32, bytes, layers
+    assert of(0.001).phases["generate"]["vllm"] == least == plan.phases["load"]["base"] + cache
+    assert of(0.001, "nf4").phases["generate"]["vllm"] > least > of(0.001, "nf4").phases["load"]["base"]
+    assert {phase for phase, parts in of(0.5, device="cpu").phases.items() if "vllm" in parts} == {"generate", "score", "update"}
+
+
 def test_a_refusal_names_the_largest_sizes_that_fit():
     plan = plan_of(per_device_train_batch_size=64)
     memory = 200 * 10**6
