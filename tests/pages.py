@@ -37,8 +37,11 @@ class Command(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """Without comments, variables before the command, the folder of the environment, and dots that stand for more; S is a number."""
+        """Without comments, variables before the command, the folder of the environment, what is piped into it, and dots that stand for more; S is a
+        number."""
         words = [{"S": "0"}.get(word, word) for word in shlex.split(self.text, comments=" #" in self.text) if word != "..."]
+        if "|" in words:
+            words = words[words.index("|") + 1 :]
         while words and re.match(r"[A-Z_]+=", words[0]):
             words.pop(0)
         return [words[0].removeprefix(".venv/bin/"), *words[1:]] if words else []

@@ -146,7 +146,7 @@ def test_paths_and_options_in_code_spans_exist(path, known):
     """Of the log the newest names hold: what has been renamed since is history."""
     options = {name for types in known.values() for name in names_of(types)}
     options |= {option.lstrip("-") for parser in subparsers() for action in parser._actions for option in action.option_strings}
-    options |= {"debug", "help", "machine_rank", "cpu"}
+    options |= {"debug", "help", "machine_rank", "cpu", "full"}
     wrong = []
     for line, span in spans(path):
         if re.fullmatch(r"(?:recipes|goose_lora|tests|benchmarks|docs)/[\w./]+", span) and not (ROOT / span).exists():
