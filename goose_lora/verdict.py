@@ -105,7 +105,7 @@ class RewardVerdict:
             (
                 f"calibration error {self.calibration_error:.2f}",
                 self.calibration_error > CALIBRATION_ERROR_LIMIT,
-                "the size of a score difference is not to be trusted; more pairs, and keep whiten_rewards on",
+                "the size of a score difference is not to be trusted; more pairs, and leave score_normalization on",
             ),
             *((_probe_text(name, probe), probe.fails, PROBES[name]) for name, probe in self.probes.items()),
         ]
