@@ -70,7 +70,10 @@ def _misfits(parent: dict[str, Any], child: Link) -> list[str]:
         return []
     problems = []
     if _base_name(ours) != _base_name(theirs):
-        problems.append(f"was trained on another base: {theirs['id']}, {child.stage} on {ours['id']}")
+        if Path(ours["id"]).is_absolute() == Path(theirs["id"]).is_absolute():
+            problems.append(f"was trained on another base: {theirs['id']}, {child.stage} on {ours['id']}")
+        else:  # as after a push with --base_hub_id
+            problems.append(f"names the base {theirs['id']}, and {child.stage} {ours['id']}: one is a folder, see that they are the same")
     elif ours.get("commit") and theirs.get("commit") and ours["commit"] != theirs["commit"]:
         problems.append(f"was trained on another commit of the base: {theirs['commit'][:12]}, {child.stage} on {ours['commit'][:12]}")
     if ours.get("quantization") and ours["quantization"] != theirs["quantization"]:

@@ -110,7 +110,8 @@ def test_a_policy_whose_weights_are_not_those_it_was_written_for_is_noticed(run)
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"id": "org/other"}, "reward: was trained on another base: org/other, ppo on "),
+        ({"id": "/models/other"}, "reward: was trained on another base: /models/other, ppo on "),
+        ({"id": "org/other"}, "reward: names the base org/other, and ppo /"),
         ({"quantization": "int8"}, "reward: was trained on a base in int8, ppo on one in nf4"),
     ],
 )
