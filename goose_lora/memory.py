@@ -99,23 +99,21 @@ class Planner:
         self.config, self.ptx_tokens, self.name = config, ptx_tokens, f"{args.model_name_or_path}, {args.quantization}, {args.dtype}"
         self.model = read_model(core, args, device)
         self.roles = read_roles(core, self.model, args, config, policy, reward)
-        self.dense = self._dense_bytes(memory)
-        self.memory = memory
-        self.free = math.inf if memory is None or device == "cpu" else memory - self.model.base - self.roles.bytes - self.dense
-        self.has_host = device != "cpu"
+        self.memory, self.device = memory, device
+        self.free = math.inf if memory is None else memory - self.model.base - self.roles.bytes  # for dense copy and trunk
+        self.dense = self._dense_bytes()
         microbatches = config.gradient_accumulation_steps * config.num_mini_batches
         batch, group = config.per_device_train_batch_size, config.local_rollout_forward_batch_size
         self.sizes = Sizes(batch, group, config.response_length, prompt_tokens or config.max_prompt_tokens, microbatches)
 
-    def _dense_bytes(self, memory: int | None) -> int:
+    def _dense_bytes(self) -> int:
         """Of the merged copy for rollouts: the quantized and the adapted matrices."""
         if self.config.rollout_engine == "vllm":
             return 0
         chosen = [x for x in self.model.linears if self.model.quantization != "none" or x.name in self.roles.policy.ranks]
         need = sum(x.inputs * x.outputs for x in chosen) * self.model.compute
-        free = math.inf if memory is None else memory - self.model.base - self.roles.bytes
         wanted = self.config.rollout_weights
-        return need if wanted == "dense" or (wanted == "auto" and need <= SHARE_OF_FREE_MEMORY * free) else 0
+        return need if wanted == "dense" or (wanted == "auto" and need <= SHARE_OF_FREE_MEMORY * self.free) else 0
 
     def _vllm_bytes(self, sizes: Sizes) -> int:
         """What vLLM takes of the device: its share, or what a base of its own and the cache need if that is more. A base that is quantized here is
@@ -192,7 +190,7 @@ class Planner:
         sizes = sizes or self.sizes
         loaded = {"base": self.model.base, "adapters": self.roles.bytes}
         trainer = loaded | {"optimizer": 2 * FP32 * self.roles.trained, "dense copy": self.dense}
-        if self.config.rollout_engine == "vllm" and not self.has_host:
+        if self.config.rollout_engine == "vllm" and self.device == "cpu":
             trainer["vllm"] = self._vllm_bytes(sizes)  # it sleeps on a GPU alone
         phases = {
             "load": {"base": self.model.base, "activations": self.model.largest_weight},
@@ -239,8 +237,8 @@ class Planner:
         return state * (trunk + features + reference)
 
     def _waits_on_host(self, sizes: Sizes) -> bool:
-        how = self.config.trunk_memory if self.has_host else "device"
-        return how == "host" or (how == "auto" and self._experience(sizes) > SHARE_OF_FREE_MEMORY * self.free)
+        how = "device" if self.device == "cpu" else self.config.trunk_memory
+        return how == "host" or (how == "auto" and self._experience(sizes) > SHARE_OF_FREE_MEMORY * (self.free - self.dense))
 
     def _score(self, sizes: Sizes) -> dict[str, int]:
         rows = min(sizes.rollout_rows, sizes.all_rows)

@@ -51,7 +51,7 @@ class Passes:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not should_reduce_batch_size(error):
                 raise
-            self._go_on_with(rollout.attention_mask.numel() // 2, rollout.attention_mask.numel())
+            self._go_on_with_half(rollout.attention_mask.numel())
             return self.rollouts.evaluate(rollout, score=score)
         self._first_output = seen.output
         return seen
@@ -82,12 +82,12 @@ class Passes:
                     parameter.grad = before.get(name)
                 self._update_metrics = defaultdict(float, metrics)
                 parts = [*halves(part), *parts]
-                self._go_on_with(padded_tokens(part) // 2, padded_tokens(part))
+                self._go_on_with_half(padded_tokens(part))
         return loss
 
-    def _go_on_with(self, tokens: int, before: int) -> None:
-        self._fewer_tokens = tokens
+    def _go_on_with_half(self, tokens: int) -> None:
+        self._fewer_tokens = tokens // 2
         logger.warning(
-            "out of memory with a microbatch of %d tokens: going on with parts of %d. Set max_tokens_per_microbatch to that.", before, tokens
+            "out of memory with a microbatch of %d tokens: going on with parts of %d. Set max_tokens_per_microbatch to that.", tokens, tokens // 2
         )
         clear_device_cache(garbage_collection=True)

@@ -41,14 +41,18 @@ def test_the_copy_computes_what_the_role_computes(architecture):
     assert (seen[0] - seen[1]).abs().max() > 0.1 and (seen[0] - seen[2]).abs().max() > 0.1, "the roles must differ"
 
 
-@torch.no_grad()
-def test_a_quantized_base_is_copied_as_it_computes(shared):
+def assert_computes_alike(shared):
     ids, mask = tiny.batch()
     copy = DenseCopy(shared)
     for role in ("policy", "base"):
         with shared.role(role) as core:
             want = logits(core, ids, mask)
         torch.testing.assert_close(logits(copy.become(role), ids, mask), want, rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_a_quantized_base_is_copied_as_it_computes(shared):
+    assert_computes_alike(shared)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
@@ -56,12 +60,7 @@ def test_a_quantized_base_is_copied_as_it_computes(shared):
 def test_gpt2_whose_matrices_bitsandbytes_turns_is_copied_the_right_way_round(quantization, tmp_path):
     arguments = tiny.arguments(tiny.save_base(tmp_path / "base", "gpt2"), quantization=quantization)
     shared = tiny.shared(load_base(arguments, load_tokenizer(arguments)), layers="top-2")
-    ids, mask = tiny.batch()
-    copy = DenseCopy(shared)
-    for role in ("policy", "base"):
-        with shared.role(role) as core:
-            want = logits(core, ids, mask)
-        torch.testing.assert_close(logits(copy.become(role), ids, mask), want, rtol=0, atol=2e-3)
+    assert_computes_alike(shared)
 
 
 @torch.no_grad()
