@@ -24,7 +24,7 @@ def begin(stage: str, config: TrainingArguments, model: ModelArguments, policy_a
     Raises:
         ValueError: one of these fails.
     """
-    require_all_processes()
+    require_all_processes(config)
     require_ddp(config, model.quantization, roles=stage in ("ppo", "own_loop"))
     if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
         require_vllm()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,17 +42,28 @@ def test_shards_of_a_quantized_base_are_refused_with_the_way_out(variable, name,
 def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(tmp_path, monkeypatch):
     """By accelerate's own launcher, of a script that asks."""
     script = tmp_path / "ask.py"
-    script.write_text(f"import runpy; runpy.run_path({str(ROOT / 'goose_lora' / 'launch.py')!r})['require_all_processes']()")
+    launch_module = str(ROOT / "goose_lora" / "launch.py")
+    script.write_text(f"import runpy, types; runpy.run_path({launch_module!r})['require_all_processes'](types.SimpleNamespace(world_size=1))")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes"]
     one, two = (subprocess.run([*launch, number, str(script)], capture_output=True, text=True, timeout=120) for number in ("1", "2"))
     assert one.returncode == 0, one.stderr
-    assert two.returncode == 1 and "asked for several processes and started one" in two.stderr and "torchrun --nproc_per_node 2" in two.stderr
+    assert two.returncode == 1 and "asked for several processes and started one" in two.stderr and "--use_cpu true" in two.stderr
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ValueError, match="started one"):
-        require_all_processes()
+        require_all_processes(SimpleNamespace(world_size=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    require_all_processes()
+    require_all_processes(SimpleNamespace(world_size=2))
+
+
+def test_processes_that_would_train_each_alone_are_refused(tmp_path, monkeypatch):
+    """On a machine without a GPU, transformers takes several launched processes for several runs unless use_cpu is on."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[])
+    if args.device.type != "cpu":
+        pytest.skip("there is a GPU, on which the processes find one another")
+    with pytest.raises(ValueError, match=r"^2 processes .* alone.*--use_cpu true"):
+        begin("sft", args, ModelArguments("never loaded"))
 
 
 def test_shards_by_a_setting_are_refused_too(tmp_path):

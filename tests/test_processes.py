@@ -239,7 +239,7 @@ def test_policy_and_critic_of_a_launched_run_load_again(launched):
 
 
 def test_two_launchers_as_on_two_machines_make_one_run(launched):
-    """accelerate's launcher starts one process on a CPU, whatever --num_processes says; torchrun is what it uses on GPUs."""
+    """By accelerate's launcher and the shipped configuration, which --use_cpu true turns into processes of a CPU."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -250,11 +250,13 @@ def test_two_launchers_as_on_two_machines_make_one_run(launched):
     rewards.write_text("def short(completions, **columns):\n    return [-float(len(text)) for text in completions]\n")
     more = {"dataset_name": launched / "prompts.jsonl", "reward_function": f"{rewards}:short", "critic_init": "zero"}
     command = options(**model | train | ppo | more, output_dir=launched / "machines")
-    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    meet = ["--config_file", str(ROOT / "recipes/configs/accelerate/several_gpus.yaml"), "--num_machines", "2", "--num_processes", "2"]
+    meet += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     where = {"env": os.environ | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     machines = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *meet, "--node_rank", str(rank), str(ROOT / "recipes" / "ppo.py"), *command], **where
+            [sys.executable, "-m", "accelerate.commands.launch", *meet, "--machine_rank", str(rank), str(ROOT / "recipes" / "ppo.py"), *command],
+            **where,
         )
         for rank in range(2)
     ]
