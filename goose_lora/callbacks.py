@@ -127,25 +127,18 @@ class Diagnosis(TrainerCallback):
     CALM = 3  # logged rollouts that a finding stays away before it counts as gone: it does not come and go with the noise
 
     def __init__(self):
-        self.rows: list[dict[str, Any]] = []
         self.said: dict[str, str] = {}  # level last warned of, by name of the finding
         self.calm: Counter[str] = Counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take what is there of the run that is resumed. It was warned of already, so that only what is new is said."""
-        path = Path(args.output_dir or ".") / "metrics.jsonl"
-        if state.is_world_process_zero and path.is_file():
-            self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            if any("objective/score" in row for row in self.rows):
-                self.said = {finding.name: finding.level for finding in diagnose(self.rows) if finding.level != "ok"}
+        if state.is_world_process_zero and any("objective/score" in row for row in state.log_history):
+            self.said = {finding.name: finding.level for finding in diagnose(state.log_history) if finding.level != "ok"}
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero or "objective/score" not in (logs or ()):
             return
-        self.rows.append({"step": state.global_step, **logs})
-        if "objective/score" not in logs:
-            return
-        findings = {finding.name: finding for finding in diagnose(self.rows) if finding.level != "ok"}
+        findings = {finding.name: finding for finding in diagnose(state.log_history) if finding.level != "ok"}
         if state.global_step <= args.critic_warmup_rollouts * args.steps_per_rollout:  # type: ignore[attr-defined]
             findings.pop("learning rate", None)  # the policy's is 0 on purpose
         for name, finding in findings.items():

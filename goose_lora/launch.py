@@ -5,8 +5,8 @@ from typing import Any
 
 SIZES = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # set by torchrun and by MPI's launchers
 ON_CPU = (
-    "For several on a CPU: accelerate launch --config_file recipes/configs/accelerate/several_gpus.yaml --num_processes 2 recipes/... --use_cpu true. "
-    "For one: --num_processes 1."
+    "For several on a CPU: accelerate launch --config_file recipes/configs/accelerate/several_gpus.yaml --num_processes 2 recipes/... "
+    "--use_cpu true. For one: --num_processes 1."
 )
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
@@ -22,8 +22,9 @@ def require_all_processes(args: Any) -> None:
             or several that do not know one another, since there is no GPU and ``use_cpu`` is off: each would write over the others' files.
     """
     environment = os.environ
-    if environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_ADDR" in environment and not SIZES & set(environment):
-        raise ValueError(f"accelerate launch was asked for several processes and started one: with --cpu it starts several through MPI only. {ON_CPU}")
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if on_cpu and "MASTER_ADDR" in environment and not SIZES & set(environment):
+        raise ValueError(f"accelerate launch was asked for several processes and started one: --cpu starts several through MPI only. {ON_CPU}")
     launched = max(int(environment.get(name, 1)) for name in SIZES)
     if launched > args.world_size:
         raise ValueError(f"{launched} processes were launched and found no GPU, so that each would train alone. {ON_CPU}")

@@ -90,7 +90,7 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
             rollouts = args.rollout_batch_size // args.num_generations * args.world_size
             train_dataset = Dataset.from_dict({"input_ids": [[processing_class.eos_token_id]] * rollouts})
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
-        for callback in (self.rollout_state, MetricsFile(), Diagnosis()):  # the last reads the rows that MetricsFile keeps of a resumed run
+        for callback in (self.rollout_state, MetricsFile(), Diagnosis()):
             self.add_callback(callback)
         if args.ema_decay is not None:
             self.add_callback(PolicyAverage(model, args.ema_decay))

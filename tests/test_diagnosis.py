@@ -323,7 +323,7 @@ def paid_for_one_word(tmp_path_factory):
         return [[float(token == 7) for token in ids] for ids in completion_ids]
 
     steep = {"learning_rate": 5e-2, "value_learning_rate": 3e-2, "lam": 0.5, "kl_coef": 0.0, "num_ppo_epochs": 4}
-    return run(tmp_path_factory.mktemp("one_word"), reward=one_word, stop_token_ids=None, rollouts=11, **steep)
+    return run(tmp_path_factory.mktemp("one_word"), reward=one_word, stop_token_ids=None, rollouts=18, **steep)
 
 
 @pytest.mark.parametrize(
@@ -364,46 +364,47 @@ def test_a_run_that_pleases_one_source_of_reward_and_not_the_judge(tmp_path):
 # ---- What is said while it runs, and by the command ----
 
 
-def watch(folder, rows, *, watcher=None, resumed=0, warmup=0):
-    """Lines logged by the callback over ``rows``."""
-    watcher = watcher or Diagnosis()
-    args = SimpleNamespace(output_dir=str(folder), critic_warmup_rollouts=warmup, steps_per_rollout=4)
-    state = SimpleNamespace(is_world_process_zero=True, global_step=resumed)
+def watch(rows, *, before=(), warmup=0):
+    """The callback over ``rows``, of a run that is resumed after the rows ``before``."""
+    watcher = Diagnosis()
+    args = SimpleNamespace(critic_warmup_rollouts=warmup, steps_per_rollout=4)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, log_history=list(before))
     watcher.on_train_begin(args, state, None)
     for row in rows:
         state.global_step = row["step"]
+        state.log_history.append(row)
         watcher.on_log(args, state, None, logs={name: value for name, value in row.items() if name != "step"})
-    return watcher
 
 
-def test_a_finding_is_warned_of_once_when_it_comes_and_once_when_it_has_gone(tmp_path, caplog):
-    watch(tmp_path, healthy(**{"rollout/sampling_gap": lambda t: 0.4 if 0.2 < t < 0.5 else 0.05}))
+def test_a_finding_is_warned_of_once_when_it_comes_and_once_when_it_has_gone(caplog):
+    watch(healthy(**{"rollout/sampling_gap": lambda t: 0.4 if 0.2 < t < 0.5 else 0.05}))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2, lines
     assert lines[0].startswith("step 20: wrong  sampling        tokens are drawn")
     assert "ok     sampling        well again for 3 rollouts" in lines[1]
 
 
-def test_nothing_of_a_trend_is_said_before_there_can_be_one(tmp_path, caplog):
+def test_nothing_of_a_trend_is_said_before_there_can_be_one(caplog):
     rows = healthy(**BROKEN["critic"][1], **BROKEN["endings"][1], **BROKEN["score"][1])
-    watch(tmp_path, rows[:4])
+    watch(rows[:4])
     assert not caplog.records
-    watch(tmp_path, rows)
+    watch(rows)
     assert {"critic", "endings", "score"} == {record.getMessage().split()[3] for record in caplog.records}
 
 
-def test_a_resumed_run_goes_on_from_what_was_said(tmp_path, caplog):
+def test_a_resumed_run_goes_on_from_what_was_said(caplog):
     rows = healthy(**BROKEN["critic"][1])
-    write_jsonl(tmp_path / "metrics.jsonl", rows[:10])
-    watcher = watch(tmp_path, rows[10:], resumed=40)
-    assert watcher.rows == rows and not caplog.records
-
-
-def test_the_policys_learning_rate_may_be_zero_while_the_critic_warms_up(tmp_path, caplog):
-    still = {"learning_rate": lambda t: 1e-4 if t > 0.2 else 0.0}
-    watch(tmp_path, healthy(**still), warmup=4)
+    watch(rows[10:], before=rows[:10])
     assert not caplog.records
-    watch(tmp_path, healthy(**still))
+    watch(rows[10:])
+    assert "critic" in caplog.text, "a run without that beginning is warned of it"
+
+
+def test_the_policys_learning_rate_may_be_zero_while_the_critic_warms_up(caplog):
+    still = {"learning_rate": lambda t: 1e-4 if t > 0.2 else 0.0}
+    watch(healthy(**still), warmup=4)
+    assert not caplog.records
+    watch(healthy(**still))
     assert "learning rate" in caplog.text
 
 
