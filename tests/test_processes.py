@@ -1,7 +1,6 @@
 """PPO on two processes is PPO: other prompts on each, equal weights on both, and the step that one process with all replies would make."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import pytest
 import tiny
 import tiny_runs
 import torch
-from ranks import on_ranks
+from ranks import free_port, on_ranks
 from safetensors.torch import load_file
 from test_recipes import ROOT, options, recipe
 
@@ -117,6 +116,7 @@ def test_only_the_first_writes_and_a_row_a_rollout(two):
     assert len({row["prompt"] for row in tiny_runs.read_jsonl(folder / "run" / "samples.jsonl")}) > 4
 
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/configs/accelerate/several_gpus.yaml")]
 STEP = {
     "num_rollouts": 1, "num_mini_batches": 1, "gradient_accumulation_steps": 1, "num_ppo_epochs": 2, "learning_rate": 1.0, "optim": "sgd",
     "whiten_rewards": True, "score_normalization": "running", "max_grad_norm": 0.5,
@@ -192,14 +192,15 @@ def test_batches_are_dealt_so_that_no_rank_has_anothers_prompts():
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """The four training recipes on two processes, on a tiny base."""
+def launched(tmp_path_factory, request):
+    """The four training recipes on two processes, on a tiny base: forks of this one, or with --full started by accelerate's launcher."""
     folder = tmp_path_factory.mktemp("launched")
     base = tiny.save_base(folder / "base")
     data = {name: tiny.write_rows(folder / f"{name}.jsonl", getattr(tiny, name)(24)) for name in ("texts", "preferences", "prompts")}
     model = {"model_name_or_path": base, "quantization": "none", "dtype": "float32", "lora_r": 3, "lora_alpha": 6, "lora_layers": "top-2"}
     train = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2, "save_strategy": "no"}
     train["per_device_train_batch_size"] = 4
+    (folder / "my_rewards.py").write_text("def short(completions, **columns):\n    return [-float(len(text)) for text in completions]\n")
     few = {"bf16": False, "max_steps": 2, "gradient_checkpointing": False}
     pairs = {"dataset_name": data["preferences"], "eval_dataset_name": data["preferences"]}
     ppo = {"num_rollouts": 2, "num_ppo_epochs": 2, "response_length": 4, "score_normalization": "none", "dataset_name": data["prompts"]}
@@ -208,16 +209,16 @@ def launched(tmp_path_factory):
         "sft": model | train | few | {"dataset_name": data["texts"]},
         "reward": model | train | few | pairs,
         "ppo": model | train | ppo | started,
-        "own_loop": model | train | ppo | {"policy_adapter": folder / "sft", "rating": f"{__file__}:short"},
+        "own_loop": model | train | ppo | {"policy_adapter": folder / "sft", "rating": f"{folder}/my_rewards.py:short"},
     }
     for name, settings in stages.items():
         main, command = recipe(name).main, options(**settings, output_dir=folder / name)
+        if request.config.getoption("--full"):
+            start = [*LAUNCH, "--main_process_port", str(free_port()), str(ROOT / "recipes" / f"{name}.py")]
+            subprocess.run([*start, *command], check=True, timeout=240)
+            continue
         on_ranks(lambda rank, main=main, command=command: main(command) or {}, folder / f"of_{name}")
     return folder
-
-
-def short(completions, **columns):
-    return [-float(len(text)) for text in completions]
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo", "own_loop"])
@@ -240,25 +241,15 @@ def test_policy_and_critic_of_a_launched_run_load_again(launched):
 
 def test_two_launchers_as_on_two_machines_make_one_run(launched):
     """By accelerate's launcher and the shipped configuration, which --use_cpu true turns into processes of a CPU."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     model = {"model_name_or_path": launched / "base", "quantization": "none", "dtype": "float32", "policy_adapter": launched / "sft"}
     train = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2, "save_strategy": "no"}
     ppo = {"num_rollouts": 1, "num_ppo_epochs": 1, "response_length": 4, "score_normalization": "none", "per_device_train_batch_size": 4}
-    rewards = launched / "my_rewards.py"
-    rewards.write_text("def short(completions, **columns):\n    return [-float(len(text)) for text in completions]\n")
-    more = {"dataset_name": launched / "prompts.jsonl", "reward_function": f"{rewards}:short", "critic_init": "zero"}
+    more = {"dataset_name": launched / "prompts.jsonl", "reward_function": f"{launched}/my_rewards.py:short", "critic_init": "zero"}
     command = options(**model | train | ppo | more, output_dir=launched / "machines")
-    meet = ["--config_file", str(ROOT / "recipes/configs/accelerate/several_gpus.yaml"), "--num_machines", "2", "--num_processes", "2"]
-    meet += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    meet = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     where = {"env": os.environ | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     machines = [
-        subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *meet, "--machine_rank", str(rank), str(ROOT / "recipes" / "ppo.py"), *command],
-            **where,
-        )
-        for rank in range(2)
+        subprocess.Popen([*LAUNCH, *meet, "--machine_rank", str(rank), str(ROOT / "recipes" / "ppo.py"), *command], **where) for rank in range(2)
     ]
     outputs = [machine.communicate(timeout=240)[0].decode() for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)[-4000:]
