@@ -257,3 +257,14 @@ def test_nothing_private_of_the_libraries_trainer_is_overridden():
     names = {name for cls in ours for name in vars(cls) if name.startswith("_") and not name.startswith("__")}
     assert len(ours) >= 4 and len(names) > 10
     assert {name for name in names if hasattr(Trainer, name)} == set()
+
+
+def test_each_mutant_stands_in_its_source():
+    """`make mutants` takes minutes: a bug whose place is gone is found here."""
+    source = ast.parse((ROOT / "tests" / "mutants.py").read_text())
+    (listed,) = (node.value for node in source.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MUTANTS")
+    files = {"MATH": "ppo_math.py", "CONTROL": "kl_control.py"}
+    mutants = [(files[mutant.elts[0].id], mutant.elts[1].value) for mutant in listed.elts]
+    sources = {name: (ROOT / "goose_lora" / name).read_text() for name in files.values()}
+    assert len(mutants) > 90
+    assert not [(name, old) for name, old in mutants if old not in sources[name]]
