@@ -4,11 +4,13 @@ import argparse
 import ctypes
 import difflib
 import functools
+import logging
 import os
 import re
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +22,8 @@ from goose_lora.interrupts import Stopped
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+for _name in ("bitsandbytes", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)  # here, since it warns when it is imported that a kernel could be faster
 
 
 def parse(*types: type, args: Sequence[str] | None = None) -> Any:
@@ -125,15 +129,13 @@ def _raise(message: str) -> None:
 
 def quiet_libraries() -> None:
     """No telemetry, and no lines that tell the user nothing. Set HF_HUB_DISABLE_TELEMETRY=0 to send it."""
-    import logging
-
     import huggingface_hub.constants
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") == "1":
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # What peft, trl and transformers say to one another.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def keep_freed_memory() -> None:

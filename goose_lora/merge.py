@@ -21,7 +21,7 @@ from goose_lora.adapters import local_folder, read_lineage
 from goose_lora.batch import Rollout
 from goose_lora.data import left_pad, load_rows, tokenize_prompts
 from goose_lora.dense import DenseCopy
-from goose_lora.loading import ModelArguments, arguments_of, load_base, quantization_config, tokenizer_of
+from goose_lora.loading import ModelArguments, arguments_of, keep_4bit_trainable_on_cpu, load_base, quantization_config, tokenizer_of
 from goose_lora.report import cost, read_jsonl
 from goose_lora.sampling import generation_config, sample
 from goose_lora.shared_base import SharedBase
@@ -128,9 +128,9 @@ def write_dense(shared: SharedBase, dtype: torch.dtype, folder: Path) -> None:
 
 def _load(folder: Path, dtype: torch.dtype, shared: SharedBase, quantization: Any = None) -> Any:
     place: Any = {"": _head(shared).device}
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map=place, quantization_config=quantization, use_safetensors=True
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=place, quantization_config=quantization, use_safetensors=True)
+    keep_4bit_trainable_on_cpu(model)  # the other form knows no layer whose width is not a multiple of 32
+    return model.eval()
 
 
 @torch.no_grad()
