@@ -117,7 +117,7 @@ def test_a_state_restores_the_coefficient_bit_for_bit_through_json(make):
     assert after.coef == before.coef and after.state_dict() == before.state_dict()
 
 
-@pytest.mark.parametrize("state", [{}, {"value": 0.1}, {"coef": 0.1, "target": 6.0}, *({"coef": x} for x in (-0.1, True, "0.1", 10**400, *NOT_FINITE))])
+@pytest.mark.parametrize("state", [{}, {"value": 0.1}, {"coef": 0.1, "target": 6.0}, *({"coef": x} for x in (-0.1, True, "0.1", *NOT_FINITE))])
 @pytest.mark.parametrize("make", [adaptive, lambda: FixedKL(0.5)])
 def test_a_damaged_state_is_refused_and_changes_nothing(make, state):
     control = make()
