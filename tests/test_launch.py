@@ -58,10 +58,12 @@ def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(tm
 
 def test_processes_that_would_train_each_alone_are_refused(tmp_path, monkeypatch):
     """On a machine without a GPU, transformers takes several launched processes for several runs unless use_cpu is on."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
     args = TrainingArguments(output_dir=str(tmp_path), report_to=[])
     if args.device.type != "cpu":
         pytest.skip("there is a GPU, on which the processes find one another")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_all_processes(args)  # some clouds set it for all of their machines
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match=r"^2 processes .* alone.*--use_cpu true"):
         begin("sft", args, ModelArguments("never loaded"))
 
