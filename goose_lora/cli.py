@@ -23,7 +23,7 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 for _name in ("bitsandbytes", "bitsandbytes.autograd._functions"):
-    logging.getLogger(_name).setLevel(logging.ERROR)  # here, since it warns when it is imported that a kernel could be faster
+    logging.getLogger(_name).setLevel(logging.ERROR)  # not later: imported after this module, it would say that a kernel could be faster
 
 
 def parse(*types: type, args: Sequence[str] | None = None) -> Any:

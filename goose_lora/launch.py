@@ -25,7 +25,7 @@ def require_all_processes(args: Any) -> None:
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if on_cpu and "MASTER_ADDR" in environment and not SIZES & set(environment):
         raise ValueError(f"accelerate launch was asked for several processes and started one: --cpu starts several through MPI only. {ON_CPU}")
-    launched = int(environment["WORLD_SIZE"]) if "LOCAL_RANK" in environment and environment.get("WORLD_SIZE") else 1
+    launched = int(environment.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in environment else 1  # torchrun sets both
     if launched > args.world_size:
         raise ValueError(f"{launched} processes were launched and found no GPU, so that each would train alone. {ON_CPU}")
 

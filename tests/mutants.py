@@ -3,7 +3,7 @@
     python tests/mutants.py [TEXT]    # with TEXT, only the bugs that are planted where it stands
 
 Prints a line for each bug and exits 1 if a test run passes with one of them. The sources in place are never touched.
-5 minutes of one core.
+6 minutes of one core.
 """
 
 import multiprocessing

@@ -216,8 +216,8 @@ def launched(tmp_path_factory, request):
         if request.config.getoption("--full"):
             start = [*LAUNCH, "--main_process_port", str(free_port()), str(ROOT / "recipes" / f"{name}.py")]
             subprocess.run([*start, *command], check=True, timeout=240)
-            continue
-        on_ranks(lambda rank, main=main, command=command: main(command) or {}, folder / f"of_{name}")
+        else:
+            on_ranks(lambda rank, main=main, command=command: main(command) or {}, folder / f"of_{name}")
     return folder
 
 
