@@ -122,21 +122,31 @@ class MetricsFile(TrainerCallback):
 
 
 class Diagnosis(TrainerCallback):
-    """After each log with a rollout, a warning for each finding that is new; and a word when one has been well for some rollouts."""
+    """After each log with a rollout, a warning for each finding that is new; and a word when one has been well for some rollouts.
 
-    CALM = 3  # logged rollouts that a finding stays away before it counts as gone: it does not come and go with the noise
+    The whole log is read, so that a longer one is looked at less often: after ``OFTEN`` rollouts at each second, after twice as many at each third.
+    """
+
+    CALM = 3  # looks in a row that a finding stays away before it counts as gone: it does not come and go with the noise
+    OFTEN = 50
 
     def __init__(self):
+        self.logged = 0
         self.said: dict[str, str] = {}  # level last warned of, by name of the finding
         self.calm: Counter[str] = Counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take what is there of the run that is resumed. It was warned of already, so that only what is new is said."""
-        if state.is_world_process_zero and any("objective/score" in row for row in state.log_history):
+        self.logged = sum("objective/score" in row for row in state.log_history)
+        if state.is_world_process_zero and self.logged:
             self.said = {finding.name: finding.level for finding in diagnose(state.log_history) if finding.level != "ok"}
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "objective/score" not in (logs or ()):
+            return
+        self.logged += 1
+        every = 1 + self.logged // self.OFTEN
+        if self.logged % every:
             return
         findings = {finding.name: finding for finding in diagnose(state.log_history) if finding.level != "ok"}
         if state.global_step <= args.critic_warmup_rollouts * args.steps_per_rollout:  # type: ignore[attr-defined]
@@ -148,7 +158,7 @@ class Diagnosis(TrainerCallback):
         for name in list(self.said):
             self.calm[name] = 0 if name in findings else self.calm[name] + 1
             if self.calm[name] == self.CALM:
-                logger.warning("step %d: ok     %-14s  well again for %d rollouts.", state.global_step, name, self.CALM)
+                logger.warning("step %d: ok     %-14s  well again for %d rollouts.", state.global_step, name, self.CALM * every)
                 del self.said[name]
 
 

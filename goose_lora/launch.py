@@ -25,9 +25,23 @@ def require_all_processes(args: Any) -> None:
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if on_cpu and "MASTER_ADDR" in environment and not SIZES & set(environment):
         raise ValueError(f"accelerate launch was asked for several processes and started one: --cpu starts several through MPI only. {ON_CPU}")
-    launched = int(environment.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in environment else 1  # torchrun sets both
-    if launched > args.world_size:
-        raise ValueError(f"{launched} processes were launched and found no GPU, so that each would train alone. {ON_CPU}")
+    if _launched() > args.world_size:
+        raise ValueError(f"{_launched()} processes were launched and found no GPU, so that each would train alone. {ON_CPU}")
+
+
+def require_one_process(recipe: str) -> None:
+    """Refuse to be one of several processes that would each do the whole work.
+
+    Raises:
+        ValueError: several were launched.
+    """
+    if _launched() > 1:
+        raise ValueError(f"{_launched()} processes were launched; {recipe} runs as one: accelerate launch --num_processes 1 {recipe} ...")
+
+
+def _launched() -> int:
+    """How many processes torchrun, which sets both variables, has started; some clouds set WORLD_SIZE for all of their machines."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def require_ddp(args: Any, quantization: str, *, roles: bool) -> None:

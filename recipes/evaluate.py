@@ -13,6 +13,7 @@ from goose_lora.adapters import Role
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts
 from goose_lora.dense import RolloutWeights, dense_copy
 from goose_lora.evaluation import import_function, side_by_side, table
+from goose_lora.launch import require_one_process
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, require_adapter
 from goose_lora.preflight import check_fit
 from goose_lora.replies import Replies, answer, best_of, judge_all, summary
@@ -53,6 +54,7 @@ class EvaluationArguments:
 
 def main(args: list[str] | None = None) -> None:
     config, model_args, data_args = cli.parse(EvaluationArguments, ModelArguments, DataArguments, args=args)
+    require_one_process("recipes/evaluate.py")
     if config.best_of and not config.reward_adapter:
         raise ValueError("best_of needs reward_adapter: the reward model picks the best reply.")
     model_args.model_name_or_path = demo.resolve(model_args.model_name_or_path)

@@ -10,7 +10,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import TrainingArguments
 
-from goose_lora.launch import require_all_processes, require_ddp
+from goose_lora.launch import require_all_processes, require_ddp, require_one_process
 from goose_lora.loading import ModelArguments
 from goose_lora.stages import begin
 
@@ -66,6 +66,17 @@ def test_processes_that_would_train_each_alone_are_refused(tmp_path, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match=r"^2 processes .* alone.*--use_cpu true"):
         begin("sft", args, ModelArguments("never loaded"))
+
+
+def test_evaluation_is_one_process(tmp_path):
+    """Two would each answer all prompts and write over each other's files. By accelerate's own launcher, which names the one line of a process."""
+    require_one_process("recipes/evaluate.py")
+    several = ["--config_file", str(CONFIGS[0].parent / "several_gpus.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    settings = ["--policy_adapter", "runs/none", "--output_dir", str(tmp_path / "out")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *several, "recipes/evaluate.py", "--model_name_or_path", "base", *settings]
+    ended = subprocess.run([*launch, "--dataset_name", "prompts.jsonl"], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode != 0 and "--num_processes 1 recipes/evaluate.py" in ended.stderr + ended.stdout
+    assert "2 processes were launched" in ended.stderr + ended.stdout and not (tmp_path / "out").exists()
 
 
 def test_shards_by_a_setting_are_refused_too(tmp_path):
