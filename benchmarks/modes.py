@@ -52,6 +52,10 @@ MODES: dict[str, dict[str, object]] = {
     "adapter_from_zero": {"critic": "adapter", "critic_init": "zero"},
     "critic_warmup": {"critic_warmup_rollouts": 2, "num_rollouts": 20},
     "running_scores": {"score_normalization": "running"},
+    "kl_coef_low": {"kl_coef": 0.075},
+    "kl_coef_high": {"kl_coef": 0.3},
+    "kl_k3_in_loss_low": {"kl_location": "loss", "kl_estimator": "k3", "kl_coef": 0.075},
+    "kl_k3_in_loss_high": {"kl_location": "loss", "kl_estimator": "k3", "kl_coef": 0.3},
     "ptx": {"ptx_coef": 0.1, "ptx_dataset_name": "embedded/sft", "ptx_batch_size": 8},
 }
 

@@ -97,8 +97,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # A cycle, opened by cli's import of demo at the moment when its command is called.
 LATE = {("cli", "demo")}
 RECIPES_MAY_IMPORT = {"adapters", "card", "cli", "data", "demo", "dense", "diagnosis", "evaluation", "export", "held_out", "hub", "launch"} | {
-    "lineage", "loading", "memory", "page", "ppo_config", "ppo_trainer", "preferences", "preflight", "ranked", "replies", "report", "resumable", "reward_models",
-    "sampling", "settings", "shared_base", "stages"
+    "lineage", "loading", "memory", "page", "ppo_config", "ppo_trainer", "preferences", "preflight", "ranked", "replies", "report", "resumable",
+    "reward_models", "sampling", "settings", "shared_base", "stages"
 }  # fmt: skip
 
 
