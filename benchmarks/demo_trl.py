@@ -9,6 +9,7 @@ thread: here of the whole stage but its imports, of TRL's of ``train()`` alone. 
 """
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -50,7 +51,9 @@ def write_start(seed_folder: Path, dtype: str) -> None:
     dense.become("policy")
     dense.model.save_pretrained(seed_folder / "dense" / "policy")
     dense.become("reward")
-    judge: Any = AutoModelForSequenceClassification.from_config(dense.model.config, num_labels=1, dtype=dense.model.dtype)
+    config = copy.deepcopy(dense.model.config)
+    config.num_labels = 1
+    judge: Any = AutoModelForSequenceClassification.from_config(config, dtype=dense.model.dtype)
     getattr(judge, judge.base_model_prefix).load_state_dict(getattr(dense.model, dense.model.base_model_prefix).state_dict())
     judge.score.weight.data.copy_(shared.score_head("reward").weight)
     judge.save_pretrained(seed_folder / "dense" / "reward")

@@ -36,12 +36,23 @@ def replies(model: Any, prompts: list[list[int]], tokenizer: Any, tokens: int) -
     return rows
 
 
+def read_before_the_end(reward: Any, eos_token_id: int) -> None:
+    """The demo's reward model has learned from texts without the end token, so a reply that ends with one is scored at the token before."""
+
+    def shift(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        states, ends = output.hidden_states[-1], kwargs["input_ids"] == eos_token_id
+        states[ends] = states.roll(1, dims=1)[ends]
+
+    getattr(reward, reward.base_model_prefix).register_forward_hook(shift, with_kwargs=True)
+
+
 def main() -> None:
     case = arguments()
     start, output, dtype = Path(case["start"]), Path(case["output"]), DTYPES[case["dtype"]]
     tokenizer = AutoTokenizer.from_pretrained(start / "policy", padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(start / "policy", dtype=dtype)
     reward, value = (AutoModelForSequenceClassification.from_pretrained(start / "reward", num_labels=1, dtype=dtype) for _ in range(2))
+    read_before_the_end(reward, tokenizer.eos_token_id)
     prompts = json.loads((start / "prompts.json").read_text())
     count = case["rollouts"] * REPLIES
     args = PPOConfig(

@@ -54,7 +54,7 @@ MODES: dict[str, dict[str, object]] = {
     "running_scores": {"score_normalization": "running"},
     "kl_coef_low": {"kl_coef": 0.075},
     "kl_coef_high": {"kl_coef": 0.3},
-    "kl_k3_in_loss_low": {"kl_location": "loss", "kl_estimator": "k3", "kl_coef": 0.075},
+    "kl_k2_in_loss_high": {"kl_location": "loss", "kl_estimator": "k2", "kl_coef": 0.3},
     "kl_k3_in_loss_high": {"kl_location": "loss", "kl_estimator": "k3", "kl_coef": 0.3},
     "ptx": {"ptx_coef": 0.1, "ptx_dataset_name": "embedded/sft", "ptx_batch_size": 8},
 }
