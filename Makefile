@@ -1,19 +1,25 @@
 # The first command on a fresh clone may be any of these: each makes .venv, installs, and runs.
 PYTHON ?= python3
 BIN := .venv/bin
+RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 
 .PHONY: install demo test lint types docs mutants matrix parity vllm bench clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+# What the demo needs, and then what tests, types and pages need.
+$(RUNS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+$(INSTALLED): $(RUNS)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: $(INSTALLED)
+demo: $(RUNS)
 	$(BIN)/goose-lora demo
 
 test: $(INSTALLED)
