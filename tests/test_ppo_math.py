@@ -527,6 +527,22 @@ def test_only_k2_has_the_gradient_of_the_kl_as_a_loss(both):
 
     close(gradient(lambda x: expected(x, ref_logits, "k2")), gradient(lambda x: exact_kl(x, ref_logits)))
     close(gradient(lambda x: expected(x, ref_logits, "k1")), torch.zeros_like(logits))
+    close(gradient(lambda x: expected(x, ref_logits, "k3")), gradient(lambda x: exact_kl(ref_logits, x)))
+
+
+@given(two_logits())
+def test_only_k1_has_the_gradient_of_the_kl_as_a_reward(both):
+    """Of one token: E[grad log pi(y) KL(y)]. The exact sum is the same for every y, so that it says nothing about which to take."""
+    logits, ref_logits = both
+    logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+
+    def policy_gradient(reward):
+        x = logits.clone().requires_grad_()
+        return torch.autograd.grad((logprobs.exp() * x.log_softmax(-1) * reward).sum(), x)[0]
+
+    x = logits.clone().requires_grad_()
+    close(policy_gradient(kl_per_token(logprobs, ref_logprobs, estimator="k1")), torch.autograd.grad(exact_kl(x, ref_logits).sum(), x)[0])
+    close(policy_gradient(exact_kl(logits, ref_logits)[..., None].expand_as(logits)), torch.zeros_like(logits))
 
 
 @given(ragged(tensors=2))
