@@ -8,13 +8,15 @@ Prints a table and samples, and writes evaluation.json and replies.jsonl to outp
 
 from dataclasses import dataclass, field
 
-from goose_lora import card, cli, demo, page
+from goose_lora import cli, demo
 from goose_lora.adapters import Role
+from goose_lora.card import add_evaluation
 from goose_lora.data import DataArguments, load_rows, tokenize_prompts
 from goose_lora.dense import RolloutWeights, dense_copy
 from goose_lora.evaluation import import_function, side_by_side, table
 from goose_lora.launch import require_one_process
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, require_adapter
+from goose_lora.page import refresh
 from goose_lora.preflight import check_fit
 from goose_lora.replies import Replies, answer, best_of, judge_all, summary
 from goose_lora.report import write_json, write_jsonl, write_stage
@@ -104,8 +106,8 @@ def main(args: list[str] | None = None) -> None:
     replies_of = [{"prompt": text, **{name: r.texts[i] for name, r in named.items()}} for i, text in enumerate(texts)]
     write_json(f"{config.output_dir}/evaluation.json", evaluation)
     write_jsonl(f"{config.output_dir}/replies.jsonl", replies_of)
-    card.add_evaluation(config.policy_adapter, evaluation, replies_of)
-    page.refresh(config.policy_adapter)
+    add_evaluation(config.policy_adapter, evaluation, replies_of)
+    refresh(config.policy_adapter)
     write_stage(config.output_dir, "evaluate", {"prompts": len(texts)})
 
 

@@ -13,8 +13,6 @@ with length, mean and spread of scores and margins, calibration, and how often a
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import RewardConfig, RewardTrainer
-
 from goose_lora import cli, demo, hub
 from goose_lora.adapters import write_lineage
 from goose_lora.data import DataArguments, load_rows, require_columns
@@ -27,6 +25,8 @@ from goose_lora.ranked import RankedRewardTrainer
 from goose_lora.report import write_verdict
 from goose_lora.resumable import Resumable
 from goose_lora.stages import begin, finish
+
+from trl import RewardConfig, RewardTrainer  # isort: skip  (after cli, which quiets what bitsandbytes says when it is imported)
 
 
 class PairTrainer(Resumable, RewardTrainer):

@@ -5,8 +5,6 @@
 Rows: text, messages, or prompt and completion. Writes the adapter to output_dir, loadable with plain PEFT.
 """
 
-from trl import SFTConfig, SFTTrainer
-
 from goose_lora import cli, demo, hub
 from goose_lora.data import DataArguments, check_chat, load_rows
 from goose_lora.lineage import fingerprint
@@ -14,6 +12,8 @@ from goose_lora.loading import ModelArguments, adapters_to_fp32, load_base, load
 from goose_lora.preflight import check_fit
 from goose_lora.resumable import Resumable
 from goose_lora.stages import begin, finish
+
+from trl import SFTConfig, SFTTrainer  # isort: skip  (after cli, which quiets what bitsandbytes says when it is imported)
 
 
 class Trainer(Resumable, SFTTrainer):

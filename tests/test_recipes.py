@@ -256,3 +256,25 @@ def test_every_shipped_configuration_parses_with_its_recipes_own_parser(path):
     parsed = cli.parse(*types, args=["--config", str(path), *on_cpu])
     settings = yaml.safe_load(path.read_text())
     assert any(instance.__dict__.get("model_name_or_path") == settings["model_name_or_path"] for instance in parsed)
+
+
+WHEN_IMPORTED = """
+import importlib.abc, logging, runpy, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "bitsandbytes":
+            print("bitsandbytes says:", logging.getLevelName(logging.getLogger(name).getEffectiveLevel()))
+
+sys.meta_path.insert(0, Watch())
+sys.argv = [sys.argv[1], "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "evaluate", "own_loop"])
+def test_what_bitsandbytes_says_of_its_kernels_when_it_is_imported_is_not_shown(name):
+    """On a CPU with AVX512-BF16 it asks for a package that it does not need."""
+    ended = subprocess.run([sys.executable, "-c", WHEN_IMPORTED, f"recipes/{name}.py"], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0 and "bitsandbytes says: ERROR" in ended.stdout, ended.stderr
+    assert "kernels" not in ended.stderr
