@@ -23,7 +23,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="all cells of test_matrix.py, more kills of test_process_kills.py, accelerate's launcher")
+    parser.addoption("--full", action="store_true", help="all cells of the matrix, more kills, accelerate's launcher, a step's time to 15 %")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

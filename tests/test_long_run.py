@@ -2,7 +2,8 @@
 
 Resident memory is read after garbage collection and after what is free has been given back to the system: what is left grows only if something
 is held. Tensors that Python knows of are counted beside it, without noise. What a step takes is counted in calls, which are the same on every
-machine; its time, the processor's, is bounded widely, since a core does half as much where its neighbour is busy.
+machine; its time, the processor's, is bounded widely, since a core does half as much where its neighbour is busy, and with --full, for a quiet
+machine, to 15 %.
 """
 
 import ctypes
@@ -184,7 +185,7 @@ class Scan(TrainerCallback):
         self.found = sum(abs(figure) > 0 for _ in range(30) for row in state.log_history for figure in row.values())
 
 
-def test_a_step_takes_as_much_at_the_end_as_at_the_start(long, capsys):
+def test_a_step_takes_as_much_at_the_end_as_at_the_start(long, capsys, request):
     _, watch, _ = long
     width = watch.width[WARM_UP : STEPS - 1]
     calls, seconds = slowdown(watch.calls[WARM_UP:], width), slowdown(watch.seconds[WARM_UP:], width)
@@ -192,7 +193,7 @@ def test_a_step_takes_as_much_at_the_end_as_at_the_start(long, capsys):
         median = numpy.median(watch.seconds[WARM_UP:])
         print(f"\na step, last third over first: {calls:.3f} in calls, {seconds:.3f} in processor time (median {median * 1000:.0f} ms, profiled)")
     assert calls < 1.03
-    assert seconds < 2
+    assert seconds < (1.15 if request.config.getoption("--full") else 2)
 
 
 def test_a_step_that_looks_through_the_whole_log_is_detected(tmp_path):
