@@ -3,6 +3,8 @@
     python benchmarks/memory.py steps    # whole PPO runs of small models, every byte that torch's CPU allocator gives out counted
     python benchmarks/memory.py fake     # 0.5B to 8B models in nf4: the real forward and backward on tensors that have shapes and no memory
     python benchmarks/memory.py fits     # what the plan says fits into 8, 12, 16 and 24 GB with checkpointing, and the fake update at that size
+    python benchmarks/memory.py gpu      # on a GPU: whole PPO runs of these models with random weights, and the peak of CUDA's caching allocator
+    python benchmarks/memory.py caps     # on a GPU: the same with no more memory than a small card has, at the size that the plan says fits there
 
 Fake tensors stand on the CPU; that PEFT casts inputs there, and not on a GPU, is put right. What a kernel takes inside itself does not show.
 Prints tables: what the plan says, what was measured (MB of 10^6 bytes), and the error.
@@ -11,10 +13,13 @@ Prints tables: what the plan says, what was measured (MB of 10^6 bytes), and the
 import argparse
 import gc
 import tempfile
+import time
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -32,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from goose_lora.loading import ModelArguments, load_base, lora_config
+from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config
 from goose_lora.logprobs import token_logprobs
 from goose_lora.memory import Plan, Planner
 from goose_lora.ppo_config import PPOConfig
@@ -66,8 +71,9 @@ def shape(name: str) -> Any:
 
 def settings(folder: str | Path, **changes: Any) -> PPOConfig:
     return PPOConfig(
-        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", num_rollouts=2,
-        **{"score_normalization": "none", "sample_rows": 0, "gradient_accumulation_steps": 1, "num_ppo_epochs": 1} | changes,
+        output_dir=str(folder), report_to=[], disable_tqdm=True, save_strategy="no",
+        **{"use_cpu": True, "num_rollouts": 2, "score_normalization": "none", "sample_rows": 0, "gradient_accumulation_steps": 1,
+           "num_ppo_epochs": 1} | changes,
     )  # fmt: skip
 
 
@@ -79,11 +85,37 @@ def small_model(folder: Any, **changes: Any) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SMALL | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(config.vocab_size)}, unk_token="<3>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>", padding_side="left")
+    tokenizer = words(config.vocab_size)
     tokenizer.save_pretrained(str(folder))
     return tokenizer
+
+
+def words(number: int) -> Any:
+    inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(number)}, unk_token="<3>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>", padding_side="left")
+
+
+def ready_run(tokenizer: Any, model: ModelArguments, config: PPOConfig, reward: Path | None, inside: Callable[[str], Any]) -> PPOTrainer:
+    """A PPO run whose prompts and replies have full length, which is what the plan is for; each phase is inside of what ``inside`` makes of it."""
+    base = load_base(model, tokenizer, device=config.device)
+    critic: Any = config.critic_for(has_reward=reward is not None)
+    shared = SharedBase.build(base, lora_config(model, base), reward=reward, critic=critic, critic_init=config.critic_init)
+    generator, longest = torch.Generator().manual_seed(1), config.max_prompt_tokens
+    rows = [torch.randint(4, len(tokenizer), (longest - row % 3,), generator=generator).tolist() for row in range(config.rollout_batch_size)]
+    function = None if reward is not None else zero_reward
+    trainer = PPOTrainer(shared, config, Dataset.from_dict({"input_ids": rows}), tokenizer, reward_function=function)
+    trainer.rollouts.generation.eos_token_id = [len(tokenizer) + 1]
+    for owner, method, phase in (
+        (trainer.rollouts, "generate", "generate"), (trainer, "_experience", "score"), (trainer, "compute_loss", "update"),
+        (trainer.accelerator, "backward", "update"),
+    ):  # fmt: skip
+        _mark(owner, method, phase, inside)
+    return trainer
+
+
+def zero_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return [0.0] * len(completion_ids)
 
 
 def measured_steps(folder: Path, tokenizer: Any, model: ModelArguments, config: PPOConfig) -> tuple[Plan, dict[str, int]]:
@@ -94,18 +126,8 @@ def measured_steps(folder: Path, tokenizer: Any, model: ModelArguments, config: 
     if not reward.exists():
         judge = AutoModelForSequenceClassification.from_pretrained(model.model_name_or_path, num_labels=1)
         get_peft_model(judge, lora_config(model, judge, "SEQ_CLS")).save_pretrained(str(reward))
-    critic = config.critic_for(has_reward=True)
-    base = load_base(model, tokenizer, device=torch.device("cpu"))
-    shared = SharedBase.build(base, lora_config(model, base), reward=reward, critic=critic, critic_init=config.critic_init)
-    generator, longest = torch.Generator().manual_seed(1), config.max_prompt_tokens
-    rows = [torch.randint(4, len(tokenizer), (longest - row % 3,), generator=generator).tolist() for row in range(config.rollout_batch_size)]
-    trainer = PPOTrainer(shared, config, Dataset.from_dict({"input_ids": rows}), tokenizer)
-    trainer.rollouts.generation.eos_token_id = [len(tokenizer) + 1]  # replies of full length, which is what the plan is for
-    for owner, method, phase in (
-        (trainer.rollouts, "generate", "generate"), (trainer, "_experience", "score"), (trainer, "compute_loss", "update"),
-        (trainer.accelerator, "backward", "update"),
-    ):  # fmt: skip
-        _mark(owner, method, phase)
+    trainer = ready_run(tokenizer, model, config, reward, lambda phase: record_function(f"phase:{phase}"))
+    shared = trainer.shared
     resident = storage_bytes(shared, *([] if trainer.rollouts.dense is None else [trainer.rollouts.dense.model]))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         trainer.train()
@@ -113,12 +135,12 @@ def measured_steps(folder: Path, tokenizer: Any, model: ModelArguments, config: 
     return plan, _peaks(trace, resident)
 
 
-def _mark(owner: Any, method: str, phase: str) -> None:
-    """Name the time that ``method`` takes in the profile."""
+def _mark(owner: Any, method: str, phase: str, inside: Callable[[str], Any]) -> None:
+    """Let each call of ``method`` be inside of ``inside(phase)``."""
     inner = getattr(owner, method)
 
     def outer(*args: Any, **kwargs: Any) -> Any:
-        with record_function(f"phase:{phase}"):
+        with inside(phase):
             return inner(*args, **kwargs)
 
     setattr(owner, method, outer)
@@ -143,6 +165,49 @@ def _peaks(trace: Any, resident: int) -> dict[str, int]:
             for name in {name for name, start, end in spans if start <= event.start_ns() <= end}:
                 highest[name] = max(highest[name], total)
     return highest
+
+
+# ---- Real steps on a GPU ----
+
+
+class Peak(NamedTuple):
+    """Most bytes of a phase: of tensors, and of what the caching allocator kept for them."""
+
+    allocated: int = 0
+    reserved: int = 0
+
+
+def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[Plan, dict[str, Peak], bool]:
+    """The plan of a PPO run with a critic and no reward adapter, the peaks of its phases on the GPU, and whether microbatches had to be halved."""
+    peaks = dict.fromkeys(PHASES, Peak())
+
+    @contextmanager
+    def inside(phase: str) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        now = Peak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        peaks[phase] = Peak(*map(max, peaks[phase], now))
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    plan = Planner(meta_model(model), model, config, device="cuda").plan()
+    trainer = ready_run(load_tokenizer(model), model, config, None, inside)
+    torch.cuda.empty_cache()
+    trainer.train()
+    return plan, peaks, trainer._fewer_tokens is not None
+
+
+def random_model(folder: Path, name: str) -> str:
+    """Folder of a model of that shape with random weights in bfloat16, and a tokenizer of as many words."""
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        config = shape(name)
+        config.eos_token_id, config.pad_token_id = 2, 0
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        words(config.vocab_size).save_pretrained(str(folder))
+    return str(folder)
 
 
 # ---- Fake steps ----
@@ -340,9 +405,49 @@ def fits() -> None:
             print(f"| {name} | {gigabytes} GB | {rows or '-'} | {group or '-'} | {cell} |", flush=True)
 
 
+LONG = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared", "use_cpu": False, "num_rollouts": 1}
+
+
+def gpu() -> None:
+    """``fake``'s sizes; scored without a graph, as there."""
+    print("| run | " + " | ".join(f"{phase}: plan / allocated; reserved" for phase in PHASES) + " |\n|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as top:
+        for name in MODELS:
+            path = random_model(Path(top) / name, name)
+            for rows, changes, layers in ((4, {}, "top-8"), (8, {"gradient_checkpointing": True}, "all")):
+                sizes = {"per_device_train_batch_size": rows, "local_rollout_forward_batch_size": rows, "max_tokens_per_microbatch": 10**9}
+                config = settings(Path(top) / "run", **LONG, **sizes, **changes)
+                plan, peaks, _ = measured_gpu(ModelArguments(path, lora_layers=layers), config)
+                cells = line("", plan, {phase: peak.allocated for phase, peak in peaks.items()})[5:-2].split(" | ")
+                cells = [f"{cell}; {peak.reserved / 1e6:.0f}" for cell, peak in zip(cells, peaks.values(), strict=True)]
+                how = f"{name}, {rows} rows, {layers}{', checkpointing' if changes else ''}"
+                print(f"| {how} | " + " | ".join(cells) + " |", flush=True)
+
+
+def caps() -> None:
+    """The largest microbatch that the plan lets into a card, in a process that may reserve no more than that, less what CUDA's context takes."""
+    print("| model | memory | microbatch | plan | reserved, MB | parts halved | seconds |\n|---|---|---|---|---|---|---|", flush=True)
+    total = torch.cuda.get_device_properties(0).total_memory
+    with tempfile.TemporaryDirectory() as top:
+        for name, gigabytes in (("0.5B", 8), ("1.7B", 8), ("1.7B", 24), ("8B", 12)):
+            path = random_model(Path(top) / name, name)
+            model = ModelArguments(path)
+            how = LONG | {"gradient_checkpointing": True, "score_normalization": "none"}
+            largest = Planner(meta_model(model), model, settings(top, **how)).largest(gigabytes * 10**9)
+            rows, group = largest["per_device_train_batch_size"], largest["local_rollout_forward_batch_size"]
+            torch.cuda.set_per_process_memory_fraction((gigabytes * 10**9) / total)
+            started = time.monotonic()
+            config = settings(Path(top) / "run", per_device_train_batch_size=rows, local_rollout_forward_batch_size=min(rows, group), **how)
+            plan, peaks, halved = measured_gpu(model, config)
+            cells = [name, f"{gigabytes} GB", str(rows), f"{max(map(plan.total, PHASES)) / 1e6:.0f}"]
+            cells += [f"{max(peak.reserved for peak in peaks.values()) / 1e6:.0f}", "yes" if halved else "no"]
+            print("| " + " | ".join([*cells, f"{time.monotonic() - started:.0f}"]) + " |", flush=True)
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"steps": steps, "fake": fake, "fits": fits}
+    tables = {"steps": steps, "fake": fake, "fits": fits, "gpu": gpu, "caps": caps}
     parser.add_argument("table", choices=tables)
     tables[parser.parse_args().table]()
 

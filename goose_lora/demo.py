@@ -268,6 +268,7 @@ def run_demo(output: Path, *, seed: int = 0) -> None:
     started = time.monotonic()
     print("Fetching the model and the ratings" if not (cache_dir() / "film-ratings").is_dir() else "Model and ratings are in the cache", flush=True)
     model, _ = model_folder(), data_folder()
+    print(f"On {gpu() or 'the CPU'}", flush=True)
     for number, stage in enumerate(STAGES, 1):
         recipe = "evaluate" if stage == "evaluation" else stage
         if (output / stage / "stage.json").is_file():
@@ -288,14 +289,28 @@ def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
         del options["sft_adapter"]
     for name, folder in options.items():
         command += [f"--{name}", str(output / folder)]
-    command += _slow_bf16_options(stage)
-    # One process on the CPU needs no launcher, whose own traceback would be the answer to Ctrl-C.
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", **os.environ, "ACCELERATE_USE_CPU": "true"}
+    # One process needs no launcher, whose own traceback would be the answer to Ctrl-C.
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", **os.environ}
+    if gpu() is None:
+        command += _slow_bf16_options(stage)
+        environment["ACCELERATE_USE_CPU"] = "true"
+    elif stage != "evaluation":  # which takes what there is
+        command += ["--use_cpu", "false"]
     done = subprocess.run([sys.executable, *command, "--seed", str(seed)], env=environment)
     if done.returncode == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if done.returncode != 0:
         raise ValueError(f"the stage {stage} ended with exit code {done.returncode}; what it printed is above. Stages before it are kept.")
+
+
+def gpu() -> str | None:
+    """Name of the GPU that the demo runs on: one that multiplies bfloat16, unless ACCELERATE_USE_CPU says otherwise."""
+    import torch
+
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
+    if asked_for_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    return torch.cuda.get_device_name()
 
 
 def _slow_bf16_options(stage: str) -> list[str]:

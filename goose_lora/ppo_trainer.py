@@ -374,7 +374,7 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
 
     @property
     def _tolerance(self) -> float:
-        return gates.STEP_ZERO_TOLERANCE.get(self.shared.get_base_model().get_output_embeddings().weight.dtype, 1e-5)
+        return gates.STEP_ZERO_TOLERANCE.get(self.shared.get_base_model().get_output_embeddings().weight.dtype, 1e-4)
 
     @property
     def _training_roles(self) -> tuple[Role, ...]:

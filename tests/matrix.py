@@ -57,14 +57,15 @@ class Architecture:
 class Base:
     """One base, quantized and in a dtype, and the plain models on it: a language model with two adapters, and a classifier with two."""
 
-    def __init__(self, architecture: Architecture, quantization: str, dtype: str):
+    def __init__(self, architecture: Architecture, quantization: str, dtype: str, device: torch.device | None = None):
         self.architecture, self.dtype = architecture, getattr(torch, dtype)
+        self.device = device or torch.device("cpu")
         args = tiny.arguments(architecture.base, quantization=quantization, dtype=dtype)
         tokenizer = load_tokenizer(args)
-        self.base = load_base(args, tokenizer)
+        self.base, causal = (load_base(args, tokenizer, device=self.device) for _ in range(2))
         self.lora = tiny.lora(self.base)
-        self.causal = PeftModel.from_pretrained(load_base(args, tokenizer), architecture.policy, "policy").eval()
-        self.judge = PeftModel.from_pretrained(load_reward_base(args, tokenizer), architecture.reward, "reward").eval()
+        self.causal = PeftModel.from_pretrained(causal, architecture.policy, "policy").eval()
+        self.judge = PeftModel.from_pretrained(load_reward_base(args, tokenizer, device=self.device), architecture.reward, "reward").eval()
         self.causal.load_adapter(architecture.policy, "reference")
         self.judge.load_adapter(architecture.reward, "value")
         self.steps: dict[tuple, Step] = {}
@@ -77,7 +78,7 @@ class Base:
         shared = SharedBase.build(base, policy, reward=self.architecture.reward, critic=critic, reference=reference)
         tiny.randomise(shared, "value", seed=3)
         before = {name: parameter.detach().clone() for name, parameter in shared.named_parameters()}
-        how = STEP | {"gradient_checkpointing": checkpointing}
+        how = STEP | {"gradient_checkpointing": checkpointing, "use_cpu": self.device.type == "cpu"}
         ppo = tiny_runs.trainer(folder, shared=shared, reward=None, rows=tiny_runs.prompt_rows(4), callbacks=[gradients], **how)
         ppo.train()
         changed = {name for name, parameter in shared.named_parameters() if not torch.equal(parameter, before[name])}
@@ -95,7 +96,7 @@ class Base:
             weights = load_peft_weights(str(place), device="cpu")
             assert not set_peft_model_state_dict(model, weights, adapter).unexpected_keys
             assert len(weights) == sum(f".{adapter}." in name for name, _ in model.named_parameters())
-        self.head = load_peft_weights(str(folder / "value"), device="cpu")["base_model.model.score.weight"][0]
+        self.head = load_peft_weights(str(folder / "value"), device=self.device.type)["base_model.model.score.weight"][0]
 
     @torch.no_grad()
     def plain(self, adapter: str | None, ids: torch.Tensor, mask: torch.Tensor):
@@ -104,7 +105,7 @@ class Base:
         if adapter is not None:
             model.set_adapter(adapter)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False, "output_hidden_states": True}
             if adapter is None:
                 with model.disable_adapter():

@@ -73,8 +73,7 @@ def assert_gradients(shared, step, *, fresh):
 
 
 def assert_views(shared, base, critic, reference):
-    ids, mask = tiny.batch((9, 6, 8))
-    response = tiny.response_mask((4, 4, 4))
+    ids, mask, response = (x.to(base.device) for x in (*tiny.batch((9, 6, 8)), tiny.response_mask((4, 4, 4))))
     tolerance = TOLERANCE[base.dtype]
     seen = {}
     with torch.no_grad():
