@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint types docs mutants matrix parity vllm bench clean
+.PHONY: install demo test test-gpu lint types docs mutants matrix parity vllm bench clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,10 @@ demo: $(RUNS)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# On a machine with a CUDA GPU; make test leaves the GPU alone.
+test-gpu: $(INSTALLED)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

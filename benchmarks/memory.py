@@ -3,8 +3,7 @@
     python benchmarks/memory.py steps    # whole PPO runs of small models, every byte that torch's CPU allocator gives out counted
     python benchmarks/memory.py fake     # 0.5B to 8B models in nf4: the real forward and backward on tensors that have shapes and no memory
     python benchmarks/memory.py fits     # what the plan says fits into 8, 12, 16 and 24 GB with checkpointing, and the fake update at that size
-    python benchmarks/memory.py gpu      # on a GPU: whole PPO runs of these models with random weights, and the peak of CUDA's caching allocator
-    python benchmarks/memory.py caps     # on a GPU: the same with no more memory than a small card has, at the size that the plan says fits there
+    python benchmarks/memory.py gpu      # on a GPU: rollout and update of these models with random weights, and the peak of CUDA's caching allocator
 
 Fake tensors stand on the CPU; that PEFT casts inputs there, and not on a GPU, is put right. What a kernel takes inside itself does not show.
 Prints tables: what the plan says, what was measured (MB of 10^6 bytes), and the error.
@@ -13,7 +12,6 @@ Prints tables: what the plan says, what was measured (MB of 10^6 bytes), and the
 import argparse
 import gc
 import tempfile
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,8 +175,11 @@ class Peak(NamedTuple):
     reserved: int = 0
 
 
-def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[Plan, dict[str, Peak], bool]:
-    """The plan of a PPO run with a critic and no reward adapter, the peaks of its phases on the GPU, and whether microbatches had to be halved."""
+def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[dict[str, int], dict[str, Peak]]:
+    """What the plan says of each phase of the first rollout of a PPO run with a critic and no reward adapter, and the phase's peaks on the GPU.
+
+    AdamW makes its averages in the first step, after all that is measured; they, and nothing else, are left out of the plan.
+    """
     peaks = dict.fromkeys(PHASES, Peak())
 
     @contextmanager
@@ -192,9 +193,10 @@ def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[Plan, dict[s
     torch.cuda.empty_cache()
     plan = Planner(meta_model(model), model, config, device="cuda").plan()
     trainer = ready_run(load_tokenizer(model), model, config, None, inside)
+    averages = 2 * 4 * sum(parameter.numel() for parameter in trainer.shared.parameters() if parameter.requires_grad)
     torch.cuda.empty_cache()
     trainer.train()
-    return plan, peaks, trainer._fewer_tokens is not None
+    return {phase: plan.total(phase) - averages for phase in PHASES}, peaks
 
 
 def random_model(folder: Path, name: str) -> str:
@@ -351,8 +353,11 @@ def _pack(module: Any, dtype: torch.dtype) -> None:
 
 
 def line(name: str, plan: Plan, peaks: dict[str, int]) -> str:
-    cells = [f"{plan.total(phase) / 1e6:.1f} / {peak / 1e6:.1f} ({100 * (plan.total(phase) / peak - 1):+.1f} %)" for phase, peak in peaks.items()]
-    return f"| {name} | " + " | ".join(cells) + " |"
+    return f"| {name} | " + " | ".join(cell(plan.total(phase), peak) for phase, peak in peaks.items()) + " |"
+
+
+def cell(planned: int, peak: int) -> str:
+    return f"{planned / 1e6:.1f} / {peak / 1e6:.1f} ({100 * (planned / peak - 1):+.1f} %)"
 
 
 def steps() -> None:
@@ -405,49 +410,29 @@ def fits() -> None:
             print(f"| {name} | {gigabytes} GB | {rows or '-'} | {group or '-'} | {cell} |", flush=True)
 
 
+# One rollout, scored without a graph.
 LONG = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared", "use_cpu": False, "num_rollouts": 1}
+LONG["max_tokens_per_microbatch"] = 10**9
 
 
 def gpu() -> None:
-    """``fake``'s sizes; scored without a graph, as there."""
+    """``fake``'s sizes."""
     print("| run | " + " | ".join(f"{phase}: plan / allocated; reserved" for phase in PHASES) + " |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as top:
         for name in MODELS:
             path = random_model(Path(top) / name, name)
             for rows, changes, layers in ((4, {}, "top-8"), (8, {"gradient_checkpointing": True}, "all")):
-                sizes = {"per_device_train_batch_size": rows, "local_rollout_forward_batch_size": rows, "max_tokens_per_microbatch": 10**9}
+                sizes = {"per_device_train_batch_size": rows, "local_rollout_forward_batch_size": rows}
                 config = settings(Path(top) / "run", **LONG, **sizes, **changes)
-                plan, peaks, _ = measured_gpu(ModelArguments(path, lora_layers=layers), config)
-                cells = line("", plan, {phase: peak.allocated for phase, peak in peaks.items()})[5:-2].split(" | ")
-                cells = [f"{cell}; {peak.reserved / 1e6:.0f}" for cell, peak in zip(cells, peaks.values(), strict=True)]
+                planned, peaks = measured_gpu(ModelArguments(path, lora_layers=layers), config)
+                cells = [f"{cell(planned[phase], peak.allocated)}; {peak.reserved / 1e6:.0f}" for phase, peak in peaks.items()]
                 how = f"{name}, {rows} rows, {layers}{', checkpointing' if changes else ''}"
                 print(f"| {how} | " + " | ".join(cells) + " |", flush=True)
 
 
-def caps() -> None:
-    """The largest microbatch that the plan lets into a card, in a process that may reserve no more than that, less what CUDA's context takes."""
-    print("| model | memory | microbatch | plan | reserved, MB | parts halved | seconds |\n|---|---|---|---|---|---|---|", flush=True)
-    total = torch.cuda.get_device_properties(0).total_memory
-    with tempfile.TemporaryDirectory() as top:
-        for name, gigabytes in (("0.5B", 8), ("1.7B", 8), ("1.7B", 24), ("8B", 12)):
-            path = random_model(Path(top) / name, name)
-            model = ModelArguments(path)
-            how = LONG | {"gradient_checkpointing": True, "score_normalization": "none"}
-            largest = Planner(meta_model(model), model, settings(top, **how)).largest(gigabytes * 10**9)
-            rows, group = largest["per_device_train_batch_size"], largest["local_rollout_forward_batch_size"]
-            torch.cuda.set_per_process_memory_fraction((gigabytes * 10**9) / total)
-            started = time.monotonic()
-            config = settings(Path(top) / "run", per_device_train_batch_size=rows, local_rollout_forward_batch_size=min(rows, group), **how)
-            plan, peaks, halved = measured_gpu(model, config)
-            cells = [name, f"{gigabytes} GB", str(rows), f"{max(map(plan.total, PHASES)) / 1e6:.0f}"]
-            cells += [f"{max(peak.reserved for peak in peaks.values()) / 1e6:.0f}", "yes" if halved else "no"]
-            print("| " + " | ".join([*cells, f"{time.monotonic() - started:.0f}"]) + " |", flush=True)
-            torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"steps": steps, "fake": fake, "fits": fits, "gpu": gpu, "caps": caps}
+    tables = {"steps": steps, "fake": fake, "fits": fits, "gpu": gpu}
     parser.add_argument("table", choices=tables)
     tables[parser.parse_args().table]()
 

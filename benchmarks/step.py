@@ -1,12 +1,10 @@
 """One PPO step of this project and of its peers, side by side: FLOPs, CPU seconds and peak memory.
 
     python benchmarks/step.py --trl-ppo .venv-parity/bin/python --output runs/bench [--dtypes float32 bfloat16] [--cases ours-all-adapter ...]
-    python benchmarks/step.py --device cuda --shape 1.7B --dtypes bfloat16 --prompt 256 --response 128    # on a GPU
 
 ``make bench`` does that. The work is that of SmolLM2-135M with random weights: 16 prompts of 32 tokens, replies of 32, 4 epochs, LoRA of rank 16
 on all linear layers. Each case is a process on one thread; run it on a quiet machine, since they are compared. FLOPs are those of torch's counter,
-seconds those of the process, memory is what was resident at the peak above what the imports took; on a GPU seconds are the clock's and memory is
-the peak of what torch's allocator gave out. What is finished is not run again.
+seconds those of the process, memory is what was resident at the peak above what the imports took. What is finished is not run again.
 Writes step.json, step.md and step.png.
 """
 
@@ -39,16 +37,14 @@ CASES: dict[str, dict[str, Any]] = {
 PHASES = ("generate", "score", "update")
 
 
-def run(name: str, dtype: str, output: Path, trl_python: str, how: dict[str, Any], shape: str) -> None:
+def run(name: str, dtype: str, output: Path, trl_python: str, steps: int) -> None:
     """One case in a process of its own."""
     result, case = output / f"{name}-{dtype}.json", CASES[name]
     if result.is_file():
         return
     python = trl_python if case["side"] == "trl_ppo" else sys.executable
-    words = json.dumps(case | how | {"dtype": dtype, "output": str(result)})
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "BENCHMARK_SHAPE": shape}
-    if how["device"] == "cpu":
-        environment["ACCELERATE_USE_CPU"] = "true"
+    words = json.dumps(case | WORK | {"dtype": dtype, "steps": steps, "output": str(result)})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     log = result.with_suffix(".log")
     print(f"{name}, {dtype} ...", flush=True)
     with open(log, "w", encoding="utf-8") as file:
@@ -57,9 +53,9 @@ def run(name: str, dtype: str, output: Path, trl_python: str, how: dict[str, Any
         sys.exit(f"{name} ended with exit code {done.returncode}; see {log}")
 
 
-def counted(name: str, size: str, work: Work) -> dict[str, int] | None:
+def counted(name: str) -> dict[str, int] | None:
     """The FLOPs that the design needs, where they are counted by hand."""
-    case, shape = CASES[name], SHAPES[size]
+    case, shape, work = CASES[name], SHAPES["135M"], Work(**WORK)
     if case["side"] == "trl_ppo":
         return trl_ppo(shape, work)
     if case["side"] != "goose":
@@ -68,21 +64,21 @@ def counted(name: str, size: str, work: Work) -> dict[str, int] | None:
     return goose(shape, work, layers=layers, critic=case["critic"])
 
 
-def table(found: dict[tuple[str, str], dict[str, Any]], size: str, work: Work) -> str:
+def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     """A line a case: GFLOP and seconds by phase, memory, and how many times less than TRL's PPO in the same dtype."""
     lines = [
         "| case | dtype | GFLOP: generate, score, update | counted | score + update, times fewer "
-        "| seconds: generate, score, update | whole step, times faster | peak MB | times less |",
+        "| CPU s: generate, score, update | whole step, times faster | peak MB | times less |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (name, dtype), row in found.items():
         peer = found.get(("trl-ppo", dtype), row)
-        flops, by_hand = row["flops"], counted(name, size, work)
-        own, peers = (x["flops"]["score"] + x["flops"]["update"] for x in (row, peer))
+        flops, by_hand = row["flops"], counted(name)
+        work, peers = (x["flops"]["score"] + x["flops"]["update"] for x in (row, peer))
         seconds, peer_seconds = (sum(x["seconds"].values()) for x in (row, peer))
         seen = CASES[name].get("quantization") != "nf4"  # to the counter, a product with a 4-bit matrix is nothing
         cells = [name, dtype, ", ".join(f"{flops[phase] / 1e9:,.0f}" for phase in PHASES) if seen else "-"]
-        cells += ["-" if by_hand is None else ", ".join(f"{by_hand[phase] / 1e9:,.0f}" for phase in PHASES), f"{peers / own:.2f}" if seen else "-"]
+        cells += ["-" if by_hand is None else ", ".join(f"{by_hand[phase] / 1e9:,.0f}" for phase in PHASES), f"{peers / work:.2f}" if seen else "-"]
         cells += [", ".join(f"{row['seconds'].get(phase, 0):.1f}" for phase in PHASES), f"{peer_seconds / seconds:.2f}"]
         cells += [f"{row['peak_mb']:,.0f}", f"{peer['peak_mb'] / row['peak_mb']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -104,7 +100,7 @@ def growth() -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[tuple[str, str], dict[str, Any]], size: str, work: Work, path: Path) -> None:
+def plot(found: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,11 +109,10 @@ def plot(found: dict[tuple[str, str], dict[str, Any]], size: str, work: Work, pa
     names = [f"{name}\n{dtype}" if len({d for _, d in found}) > 1 else name for name, dtype in found]
     figure, axes = plt.subplots(1, 3, figsize=(15, 0.42 * len(found) + 1.6), sharey=True)
     places = range(len(found))[::-1]
-    for axis, key, title, unit in ((axes[0], "flops", "GFLOP a step", 1e9), (axes[1], "seconds", "seconds a step", 1)):
+    for axis, key, title, unit in ((axes[0], "flops", "GFLOP a step", 1e9), (axes[1], "seconds", "CPU seconds a step, one thread", 1)):
         left = [0.0] * len(found)
         for phase, colour in zip(PHASES, ("#8fb8de", "#f2b36b", "#c96567"), strict=True):
-            unseen = {name for name, _ in found if key == "flops" and CASES[name].get("quantization") == "nf4"}
-            shown = [counted(name, size, work) if name in unseen else row[key] for (name, _), row in found.items()]
+            shown = [counted(name) if key == "flops" and CASES[name].get("quantization") == "nf4" else row[key] for (name, _), row in found.items()]
             widths = [(figures or {}).get(phase, 0) / unit for figures in shown]
             axis.barh(places, widths, left=left, color=colour, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -138,10 +133,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE.parent / "runs" / "bench")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], help="both where the CPU multiplies bfloat16, else float32")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", choices=["135M", "1.7B"], default="135M", help="of the model, whose weights are random")
-    for length, tokens in WORK.items():
-        parser.add_argument(f"--{length}", type=int, default=tokens)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each case, after one that is counted")
     arguments = parser.parse_args()
     dtypes = arguments.dtypes
@@ -150,16 +141,15 @@ def main() -> None:
 
         dtypes = ["float32", "bfloat16"] if cpu_multiplies_bf16() else ["float32"]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    size, lengths = arguments.shape, {name: getattr(arguments, name) for name in WORK}
     for dtype in dtypes:
         for name in arguments.cases:
-            run(name, dtype, arguments.output, arguments.trl_ppo, lengths | {"steps": arguments.steps, "device": arguments.device}, size)
+            run(name, dtype, arguments.output, arguments.trl_ppo, arguments.steps)
     paths = {(name, dtype): arguments.output / f"{name}-{dtype}.json" for dtype in dtypes for name in CASES}
     found = {key: json.loads(path.read_text(encoding="utf-8")) for key, path in paths.items() if path.is_file()}
-    text = f"{table(found, size, Work(**lengths))}\n\nCounted by hand, whole step, adapters in the top quarter of the layers:\n\n{growth()}\n"
+    text = f"{table(found)}\n\nCounted by hand, whole step, adapters in the top quarter of the layers:\n\n{growth()}\n"
     (arguments.output / "step.md").write_text(text, encoding="utf-8")
     (arguments.output / "step.json").write_text(json.dumps({f"{n}, {d}": row for (n, d), row in found.items()}, indent=2), encoding="utf-8")
-    plot(found, size, Work(**lengths), arguments.output / "step.png")
+    plot(found, arguments.output / "step.png")
     print(text)
 
 

@@ -53,14 +53,12 @@ def prompts(count: int, tokens: int) -> list[list[int]]:
 
 
 class Steps:
-    """Seconds and FLOPs of the phases of PPO steps: CPU seconds, on a GPU those of the clock. FLOPs are counted in the first step after
-    ``warm_up``, which is not timed."""
+    """CPU seconds and FLOPs of the phases of PPO steps. FLOPs are counted in the first step after ``warm_up``, which is not timed."""
 
-    def __init__(self, warm_up: int = 0, device: str = "cpu") -> None:
-        self.on_gpu = device == "cuda"
-        self._reset_peak()
+    def __init__(self, warm_up: int = 0) -> None:
+        _reset_peak()
         self.warm_up = warm_up
-        self.start_mb = self._memory_mb("VmRSS")
+        self.start_mb = _status_mb("VmRSS")
         self.flops: dict[str, float] = defaultdict(float)
         self.seconds: list[dict[str, float]] = []
         self._counter: Any = FlopCounterMode(display=False)
@@ -76,12 +74,12 @@ class Steps:
         else:
             self._counter.__enter__()
             self._counting = True
-        self._since, self._counted = self._now(), 0.0
+        self._since, self._counted = time.process_time(), 0.0
 
     def lap(self, phase: str) -> None:
         """Everything since the last lap was ``phase``."""
         if self.seconds:
-            now = self._now()
+            now = time.process_time()
             self.seconds[-1][phase] += now - self._since
             self._since = now
         elif self._counting:
@@ -94,7 +92,7 @@ class Steps:
             self._counting = False
             self._counter.__exit__(None, None, None)
             gc.collect()
-            self._reset_peak()  # the counter holds on to tensors
+            _reset_peak()  # the counter holds on to tensors
 
     def lapped(self, owner: Any, method: str, phase: str) -> None:
         """Let each call of ``method`` be ``phase``, and what is before it the update."""
@@ -112,23 +110,7 @@ class Steps:
         """Figures as JSON: FLOPs, the mean step's seconds, and the peak of the timed steps above what the process held before models were made."""
         seconds = {phase: sum(step[phase] for step in self.seconds) / len(self.seconds) for phase in self.seconds[0]}
         figures = {"flops": self.flops, "seconds": seconds, "all_seconds": [sum(step.values()) for step in self.seconds]}
-        figures |= {"peak_mb": self._memory_mb("VmHWM") - self.start_mb, "imports_mb": self.start_mb, **facts}
-        Path(path).write_text(json.dumps(figures, indent=2))
-
-    def _now(self) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
-
-    def _memory_mb(self, key: str) -> float:
-        return torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu else _status_mb(key)
-
-    def _reset_peak(self) -> None:
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
+        Path(path).write_text(json.dumps(figures | {"peak_mb": _status_mb("VmHWM") - self.start_mb, "imports_mb": self.start_mb} | facts, indent=2))
 
 
 def arguments() -> dict[str, Any]:
@@ -141,3 +123,7 @@ def arguments() -> dict[str, Any]:
 def _status_mb(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")

@@ -22,11 +22,9 @@ from goose_lora.shared_base import SharedBase
 
 def make_models(folder: Path, case: dict[str, Any], dtype: torch.dtype) -> None:
     """The base and an untrained reward adapter, saved."""
-    with torch.device(case["device"]):
-        AutoModelForCausalLM.from_config(model_config(), dtype=dtype).save_pretrained(folder / "base")
-        judge = AutoModelForSequenceClassification.from_config(model_config(num_labels=1), dtype=dtype)
-    number = judge.config.num_hidden_layers
-    layers = None if case["layers"] == "all" else list(range(number - int(case["layers"].partition("-")[2]), number))
+    AutoModelForCausalLM.from_config(model_config(), dtype=dtype).save_pretrained(folder / "base")
+    judge = AutoModelForSequenceClassification.from_config(model_config(num_labels=1), dtype=dtype)
+    layers = None if case["layers"] == "all" else list(range(30 - int(case["layers"].partition("-")[2]), 30))
     adapter = LoraConfig(**LORA, target_modules=TARGETS, layers_to_transform=layers, task_type="SEQ_CLS")
     get_peft_model(judge, adapter).save_pretrained(folder / "reward")
 
@@ -46,18 +44,14 @@ def main() -> None:
     keep_freed_memory()
     folder, dtype = Path(tempfile.mkdtemp()), DTYPES[case["dtype"]]
     words = tokenizer()
-    device = case["device"]
-    if device == "cpu":
-        _in_a_fork(lambda: make_models(folder, case, dtype))
-    else:
-        make_models(folder, case, dtype)
-    steps = Steps(warm_up=1, device=device)  # the first rollout passes twice, to compare
+    _in_a_fork(lambda: make_models(folder, case, dtype))
+    steps = Steps(warm_up=1)  # the first rollout passes twice, to compare
     model = ModelArguments(str(folder / "base"), quantization=case["quantization"], dtype=case["dtype"], lora_layers=case["layers"])
-    base = load_base(model, words, device=torch.device(device))
+    base = load_base(model, words, device=torch.device("cpu"))
     estimator = case.get("estimator", "gae")
     shared = SharedBase.build(base, lora_config(model, base), reward=folder / "reward", critic=case["critic"] if estimator == "gae" else None)
     args = PPOConfig(
-        output_dir=str(folder / "run"), use_cpu=device == "cpu", report_to=[], disable_tqdm=True, save_strategy="no", sample_rows=0,
+        output_dir=str(folder / "run"), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", sample_rows=0,
         per_device_train_batch_size=case["batch"], num_ppo_epochs=case["epochs"], response_length=case["response"], num_rollouts=2 + case["steps"],
         kl_coef=0.05, learning_rate=1e-4, score_normalization="none", advantage_estimator=estimator, num_generations=case.get("generations", 1),
         rollout_weights=case.get("rollout_weights", "auto"),

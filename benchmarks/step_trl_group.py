@@ -2,8 +2,7 @@
 
 from step_common import DTYPES, LORA, SHAPE, TARGETS, Steps, arguments, model_config, prompts, tokenizer
 
-import torch  # isort: skip
-from datasets import Dataset
+from datasets import Dataset  # isort: skip
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -16,14 +15,12 @@ def share(completion_ids, **columns):
 
 def main() -> None:
     case = arguments()
-    steps = Steps(device=case["device"])
-    with torch.device(case["device"]):
-        policy = AutoModelForCausalLM.from_config(model_config(), dtype=DTYPES[case["dtype"]])
+    steps = Steps()
+    policy = AutoModelForCausalLM.from_config(model_config(), dtype=DTYPES[case["dtype"]])
     config, trainer_class = (GRPOConfig, GRPOTrainer) if case["estimator"] == "grpo" else (RLOOConfig, RLOOTrainer)
     texts = [" ".join(f"<{token}>" for token in row) for row in prompts(case["batch"] // case["generations"] * (1 + case["steps"]), case["prompt"])]
     args = config(
-        output_dir="/tmp/step_trl_group", report_to="none", save_strategy="no", disable_tqdm=True, bf16=False, logging_steps=1,
-        use_cpu=case["device"] == "cpu",
+        output_dir="/tmp/step_trl_group", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, logging_steps=1,
         per_device_train_batch_size=case["batch"], gradient_accumulation_steps=1, steps_per_generation=1, num_generations=case["generations"],
         num_iterations=case["epochs"], max_steps=(1 + case["steps"]) * case["epochs"], max_completion_length=case["response"], temperature=1.0,
         top_p=1.0, top_k=0, beta=0.05, learning_rate=1e-4, generation_kwargs={"min_new_tokens": case["response"]}, gradient_checkpointing=False,

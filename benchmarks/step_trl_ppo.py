@@ -6,7 +6,6 @@ LoRA on the policy, whose reference is the base with adapters off; a value model
 
 from step_common import DTYPES, LORA, TARGETS, Steps, arguments, model_config, prompts, tokenizer
 
-import torch  # isort: skip
 import trl.experimental.ppo.ppo_trainer as inside  # isort: skip
 from datasets import Dataset
 from peft import LoraConfig
@@ -16,14 +15,12 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 def main() -> None:
     case = arguments()
-    steps, dtype = Steps(device=case["device"]), DTYPES[case["dtype"]]
-    with torch.device(case["device"]):
-        policy = AutoModelForCausalLM.from_config(model_config(), dtype=dtype)
-        value, reward = (AutoModelForSequenceClassification.from_config(model_config(num_labels=1), dtype=dtype) for _ in range(2))
+    steps, dtype = Steps(), DTYPES[case["dtype"]]
+    policy = AutoModelForCausalLM.from_config(model_config(), dtype=dtype)
+    value, reward = (AutoModelForSequenceClassification.from_config(model_config(num_labels=1), dtype=dtype) for _ in range(2))
     rows = case["batch"] * (1 + case["steps"])
     args = PPOConfig(
-        output_dir="/tmp/step_trl_ppo", report_to="none", save_strategy="no", eval_strategy="no", disable_tqdm=True, bf16=False,
-        use_cpu=case["device"] == "cpu",
+        output_dir="/tmp/step_trl_ppo", report_to="none", save_strategy="no", eval_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False,
         per_device_train_batch_size=case["batch"], gradient_accumulation_steps=1, total_episodes=rows, num_ppo_epochs=case["epochs"],
         num_mini_batches=1, response_length=case["response"], stop_token=None, temperature=1.0, learning_rate=1e-4, kl_coef=0.05,
         num_sample_generations=0, gradient_checkpointing=False,

@@ -1,4 +1,4 @@
-"""What every test needs before it imports anything: one thread, no network, and shapes checked."""
+"""What every test needs before it imports anything: one thread, no network, no GPU but for the tests of one, and shapes checked."""
 
 import os
 from pathlib import Path
@@ -26,12 +26,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all cells of the matrix, more kills, accelerate's launcher, a step's time to 15 %")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":  # tests make their tensors on the CPU, and recipes and commands take a GPU that they find
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and -m gpu"))
 
 
 @pytest.fixture(scope="session")

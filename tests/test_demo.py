@@ -3,6 +3,7 @@
 import json
 import random
 import zipfile
+from types import SimpleNamespace
 
 import gguf
 import numpy
@@ -173,3 +174,22 @@ def test_a_model_from_gguf_is_not_marked_as_quantized_so_that_it_trains_and_is_s
 def test_on_a_cpu_without_bfloat16_the_demo_runs_in_float32(fast, stage, options, monkeypatch):
     monkeypatch.setattr("goose_lora.loading.cpu_multiplies_bf16", lambda: fast)
     assert demo._slow_bf16_options(stage) == options
+
+
+@pytest.mark.parametrize(("capability", "asked", "gpu"), [(None, None, False), ((8, 6), None, True), ((7, 5), None, False), ((9, 0), "true", False)])
+def test_the_stages_run_on_a_gpu_that_multiplies_bf16_unless_the_cpu_is_asked_for(capability, asked, gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("goose_lora.loading.cpu_multiplies_bf16", lambda: False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if asked:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    ran = []
+    monkeypatch.setattr(demo.subprocess, "run", lambda words, env: ran.append((words, env)) or SimpleNamespace(returncode=0))
+    for stage in demo.STAGES:
+        demo._run_stage(["recipe.py"], stage, tmp_path, 0)
+    assert [env.get("ACCELERATE_USE_CPU") for _, env in ran] == [None if gpu else "true"] * 4
+    assert [("--use_cpu false" in " ".join(words), "--dtype float32" in " ".join(words)) for words, _ in ran] == (
+        [(True, False)] * 3 + [(False, False)] if gpu else [(False, True)] * 4
+    )

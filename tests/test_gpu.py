@@ -1,6 +1,6 @@
 """What only a GPU shows: that nothing is left on the CPU, CUDA's own quantized kernels, its generators over a checkpoint, its memory and the plan's.
 
-The other tests run on the CPU on every machine.
+``make test-gpu``. The other tests run on the CPU on every machine.
 """
 
 import gc
@@ -18,7 +18,7 @@ from test_recipes import count_good, options, recipe
 from tiny_runs import assert_same_weights, logged, trainer
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+    pytest.skip("needs a CUDA GPU, and -m gpu", allow_module_level=True)
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -216,14 +216,16 @@ def test_an_adapter_from_the_gpu_is_merged_and_loads_with_plain_peft(stages, tmp
     assert (want - got).abs().mean() < 0.01 and (want.argmax(-1) == got.argmax(-1)).float().mean() > 0.8
 
 
-def test_the_plan_is_within_a_tenth_of_the_allocators_peak(tmp_path):
+def test_the_plan_is_within_a_tenth_of_the_allocators_peak_and_the_workspaces_of_cublas(tmp_path):
+    """Of a first rollout. On Hopper, cuBLAS takes 34 MB for each of its two handles, on older GPUs 9."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
     import memory
 
     path = memory.random_model(tmp_path / "0.5B", "0.5B")
     sizes = {"per_device_train_batch_size": 8, "local_rollout_forward_batch_size": 8, "max_prompt_tokens": 256, "response_length": 32}
-    for model, changes in (({"quantization": "none"}, {"max_tokens_per_microbatch": 10**6}), ({}, {"gradient_checkpointing": True})):
+    for model, changes in (({"quantization": "none"}, {}), ({}, {"gradient_checkpointing": True})):
         config = memory.settings(tmp_path / "run", **memory.LONG | sizes | changes)
-        plan, peaks, _ = memory.measured_gpu(memory.ModelArguments(path, **model), config)
+        planned, peaks = memory.measured_gpu(memory.ModelArguments(path, **model), config)
         for phase, peak in peaks.items():
-            assert plan.total(phase) == pytest.approx(peak.allocated, rel=0.1), (phase, model, changes)
+            gap = peak.allocated - planned[phase]
+            assert -0.1 * peak.allocated < gap < 0.1 * peak.allocated + 68e6, (phase, planned[phase], peak, model, changes)
