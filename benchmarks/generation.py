@@ -19,6 +19,7 @@ from step_common import DTYPES, EOS, PAD, model_config, prompts, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
+from goose_lora.cli import keep_freed_memory
 from goose_lora.dense import DenseCopy
 from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config
 from goose_lora.sampling import generation_config, sample
@@ -38,6 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    keep_freed_memory()  # as the recipes do
     clock = time.process_time if arguments.device == "cpu" else synchronized
     ids = torch.tensor(prompts(arguments.rows, arguments.prompt), device=arguments.device)
     cases = caches(arguments, ids) if arguments.of == "cache" else weights(arguments, ids)

@@ -52,7 +52,7 @@ def run(words, known, monkeypatch):
     if program == "goose-lora":
         assert cli.command_line().parse_args(arguments)
     elif program == "make":
-        targets = re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
         assert arguments and set(arguments) <= set(targets), f"the Makefile has {targets}"
     elif program == "accelerate":
         launch(arguments, known)
