@@ -80,7 +80,7 @@ def weights(arguments: argparse.Namespace, ids: Tensor) -> dict[str, Callable[[]
         model = ModelArguments(folder, dtype=arguments.dtype)
         base = load_base(model, load_tokenizer(model), device=torch.device(arguments.device))
     shared = SharedBase.build(base, lora_config(model, base))
-    config = generation_config(response_tokens=arguments.tokens, temperature=1.0, eos_token_ids=[PAD], pad_token_id=PAD, do_sample=False)
+    config = generation_config(response_tokens=arguments.tokens, temperature=1.0, eos_token_ids=[PAD + 1], pad_token_id=PAD, do_sample=False)
     copied = DenseCopy(shared)
 
     def generate(dense: DenseCopy | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plan of ``goose-lora plan`` against measured peaks: real PPO steps on the CPU, and updates of larger models on fake tensors.
+"""The plan of ``goose-lora plan`` against measured peaks: real PPO steps on CPU or GPU, and updates of larger models on fake tensors.
 
     python benchmarks/memory.py steps    # whole PPO runs of small models, every byte that torch's CPU allocator gives out counted
     python benchmarks/memory.py fake     # 0.5B to 8B models in nf4: the real forward and backward on tensors that have shapes and no memory
@@ -60,6 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 REST = {"qwen2": {"vocab_size": 151936, "tie_word_embeddings": True}, "llama": {"vocab_size": 128256, "tie_word_embeddings": False}}
 REST["qwen3"] = REST["qwen2"] | {"head_dim": 128}
+LONG = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared"}
 
 
 def shape(name: str) -> Any:
@@ -201,14 +202,13 @@ def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[dict[str, in
 
 def random_model(folder: Path, name: str) -> str:
     """Folder of a model of that shape with random weights in bfloat16, and a tokenizer of as many words."""
-    if not (folder / "config.json").is_file():
-        torch.manual_seed(0)
-        config = shape(name)
-        config.eos_token_id, config.pad_token_id = 2, 0
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-        words(config.vocab_size).save_pretrained(str(folder))
+    torch.manual_seed(0)
+    config = shape(name)
+    config.eos_token_id, config.pad_token_id = 2, 0
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words(config.vocab_size).save_pretrained(str(folder))
     return str(folder)
 
 
@@ -386,8 +386,7 @@ def fake() -> None:
     print("| update | score: plan / measured | update: plan / measured |\n|---|---|---|", flush=True)
     for name in MODELS:
         for rows, changes, layers in ((4, {}, "top-8"), (2, {}, "all"), (8, {"gradient_checkpointing": True}, "all")):
-            config = settings("unused", per_device_train_batch_size=rows, local_rollout_forward_batch_size=rows, max_prompt_tokens=512,
-                              response_length=256, rollout_weights="shared", **changes)  # fmt: skip
+            config = settings("unused", per_device_train_batch_size=rows, local_rollout_forward_batch_size=rows, **LONG, **changes)
             how = f"{name}, {rows} rows, {layers}{', checkpointing' if changes else ''}"
             print(line(how, *measured_fake(shape(name), ModelArguments(name, lora_layers=layers), config)), flush=True)
 
@@ -398,32 +397,30 @@ def fits() -> None:
         model = ModelArguments(name)
         core = meta_model(model, config=shape(name))
         for gigabytes in (8, 12, 16, 24):
-            common = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared", "gradient_checkpointing": True,
-                      "score_normalization": "reference"}  # fmt: skip
+            common = LONG | {"gradient_checkpointing": True, "score_normalization": "reference"}
             largest = Planner(core, model, settings("unused", **common)).largest(gigabytes * 10**9)
             rows, group = largest["per_device_train_batch_size"], largest["local_rollout_forward_batch_size"]
-            cell = "-"
+            there = "-"
             if rows:
                 config = settings("unused", per_device_train_batch_size=rows, local_rollout_forward_batch_size=1, **common)
                 plan, peaks = measured_fake(shape(name), model, config)
-                cell = line("", plan, {"update": peaks["update"]})[5:-2]
-            print(f"| {name} | {gigabytes} GB | {rows or '-'} | {group or '-'} | {cell} |", flush=True)
+                there = cell(plan.total("update"), peaks["update"])
+            print(f"| {name} | {gigabytes} GB | {rows or '-'} | {group or '-'} | {there} |", flush=True)
 
 
-# One rollout, scored without a graph.
-LONG = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared", "use_cpu": False, "num_rollouts": 1}
-LONG["max_tokens_per_microbatch"] = 10**9
+# One rollout; parts by tokens, so that it is scored without a graph.
+FIRST = {"use_cpu": False, "num_rollouts": 1, "max_tokens_per_microbatch": 10**9}
 
 
 def gpu() -> None:
-    """``fake``'s sizes."""
+    """The first and the last of ``fake``'s sizes."""
     print("| run | " + " | ".join(f"{phase}: plan / allocated; reserved" for phase in PHASES) + " |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as top:
         for name in MODELS:
             path = random_model(Path(top) / name, name)
             for rows, changes, layers in ((4, {}, "top-8"), (8, {"gradient_checkpointing": True}, "all")):
                 sizes = {"per_device_train_batch_size": rows, "local_rollout_forward_batch_size": rows}
-                config = settings(Path(top) / "run", **LONG, **sizes, **changes)
+                config = settings(Path(top) / "run", **LONG, **FIRST, **sizes, **changes)
                 planned, peaks = measured_gpu(ModelArguments(path, lora_layers=layers), config)
                 cells = [f"{cell(planned[phase], peak.allocated)}; {peak.reserved / 1e6:.0f}" for phase, peak in peaks.items()]
                 how = f"{name}, {rows} rows, {layers}{', checkpointing' if changes else ''}"

@@ -268,7 +268,7 @@ def run_demo(output: Path, *, seed: int = 0) -> None:
     started = time.monotonic()
     print("Fetching the model and the ratings" if not (cache_dir() / "film-ratings").is_dir() else "Model and ratings are in the cache", flush=True)
     model, _ = model_folder(), data_folder()
-    print(f"On {gpu() or 'the CPU'}", flush=True)
+    print("On the CPU" if gpu() is None else f"On {gpu()} (for the CPU: ACCELERATE_USE_CPU=true)", flush=True)
     for number, stage in enumerate(STAGES, 1):
         recipe = "evaluate" if stage == "evaluation" else stage
         if (output / stage / "stage.json").is_file():
@@ -293,9 +293,10 @@ def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
     environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", **os.environ}
     if gpu() is None:
         command += _slow_bf16_options(stage)
-        environment["ACCELERATE_USE_CPU"] = "true"
-    elif stage != "evaluation":  # which takes what there is
-        command += ["--use_cpu", "false"]
+        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        command += ["--use_cpu", "false"] if stage != "evaluation" else []  # which takes what there is
     done = subprocess.run([sys.executable, *command, "--seed", str(seed)], env=environment)
     if done.returncode == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
@@ -306,9 +307,9 @@ def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
 def gpu() -> str | None:
     """Name of the GPU that the demo runs on: one that multiplies bfloat16, unless ACCELERATE_USE_CPU says otherwise."""
     import torch
+    from accelerate.utils import parse_flag_from_env
 
-    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
-    if asked_for_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return None
     return torch.cuda.get_device_name()
 

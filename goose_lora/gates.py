@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# Log-probabilities of one text in two batches: fp32 sums in another order (2e-5 on average where logits are large, on a GPU), bf16 rounds what
-# differs.
-STEP_ZERO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+# Log-probabilities of one text in batches of two sizes: fp32 sums in another order, by 2e-5 on average where logits are large, on a GPU; bf16 rounds
+# what differs.
+RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+# Of one text by policy and reference in one batch.
+KL_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
 class GateError(ValueError):

@@ -19,7 +19,8 @@ def require_all_processes(args: Any) -> None:
 
     Raises:
         ValueError: ``accelerate launch --cpu --num_processes 2``, which starts one, without a word, and leaves the address where they should meet;
-            or several that do not know one another, since there is no GPU and ``use_cpu`` is off: each would write over the others' files.
+            or several that do not know one another, since there is no GPU and ``use_cpu`` is off: each would write over the others' files; or one
+            that sees several GPUs.
     """
     environment = os.environ
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
@@ -27,6 +28,23 @@ def require_all_processes(args: Any) -> None:
         raise ValueError(f"accelerate launch was asked for several processes and started one: --cpu starts several through MPI only. {ON_CPU}")
     if _launched() > args.world_size:
         raise ValueError(f"{_launched()} processes were launched and found no GPU, so that each would train alone. {ON_CPU}")
+    require_one_gpu(args)
+
+
+def require_one_gpu(args: Any) -> None:
+    """Refuse to be one process that sees several GPUs: transformers would multiply the batch by their number and divide it among them (DataParallel).
+
+    Args:
+        args: TrainingArguments.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs. To use one, set CUDA_VISIBLE_DEVICES=0; to use all, launch a process for each: "
+            f"accelerate launch --config_file recipes/configs/accelerate/several_gpus.yaml --num_processes {args.n_gpu} recipes/..."
+        )
 
 
 def require_one_process(recipe: str) -> None:

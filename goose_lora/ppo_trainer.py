@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from goose_lora.evaluating import evaluate_prompts, own_random_numbers, referenc
 from goose_lora.experience import ExperienceMaker
 from goose_lora.from_trl import TRAINER_ARGUMENTS, answers_trl
 from goose_lora.kl_control import AdaptiveKL, FixedKL
+from goose_lora.launch import require_one_gpu
 from goose_lora.loss import leaves_bounds, total_loss
 from goose_lora.own_loop import UserLoop, unscored
 from goose_lora.passes import Passes
@@ -78,6 +79,7 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
         if reward.needs_adapter and not model.has("reward"):
             raise ValueError("nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function.")
         gates.check_roles(model, args)
+        require_one_gpu(args)
         if args.push_to_hub:
             self.push_to_hub()
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
@@ -220,7 +222,7 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
         if self._rollout_is_fresh:
             self._rollout_is_fresh = False
             if not self._gates_open and self.state.global_step == 0:
-                gates.check_ratio(output.logprobs, inputs["old_logprobs"], mask, tolerance=self._tolerance)
+                gates.check_ratio(output.logprobs, inputs["old_logprobs"], mask, tolerance=self._tolerance(gates.RATIO_TOLERANCE))
             gaps = ppo_math.masked_sum((output.logprobs.detach() - inputs["old_logprobs"]).abs(), mask)
             gap, tokens = self.accelerator.reduce(torch.stack([gaps, mask.sum()]), reduction="sum").tolist()  # type: ignore[union-attr]
             self._rollout_metrics["policy/first_ratio_gap"].append(gap / tokens)
@@ -322,7 +324,8 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
             seen = self._ask_the_roles(rollout, score=scores is None)
             scores = self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
         if self.state.global_step == 0:
-            gates.check_reference(seen.logprobs - seen.ref_logprobs, rollout.response_mask, tolerance=self._tolerance)
+            kl, tolerance = seen.logprobs - seen.ref_logprobs, self._tolerance(gates.KL_TOLERANCE)
+            gates.check_reference(kl, rollout.response_mask, tolerance=tolerance)
         experience, shown = self.experiences.make(rollout, seen, scores)
         self.last_figures = dict(shown)
         for name, value in shown.items():
@@ -372,9 +375,8 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
     def _critic_warms_up(self) -> bool:
         return self.state.global_step < self.args.critic_warmup_rollouts * self.args.steps_per_rollout
 
-    @property
-    def _tolerance(self) -> float:
-        return gates.STEP_ZERO_TOLERANCE.get(self.shared.get_base_model().get_output_embeddings().weight.dtype, 1e-4)
+    def _tolerance(self, by_dtype: Mapping[torch.dtype, float]) -> float:
+        return by_dtype.get(self.shared.get_base_model().get_output_embeddings().weight.dtype, by_dtype[torch.float32])
 
     @property
     def _training_roles(self) -> tuple[Role, ...]:

@@ -27,8 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr != "gpu":  # tests make their tensors on the CPU, and recipes and commands take a GPU that they find
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Tests make their tensors on the CPU, and recipes and commands take a GPU that they find. Only -m gpu, so spelt, shows them one, and no more.
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen if config.option.markexpr == "gpu" else ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

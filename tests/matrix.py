@@ -17,6 +17,7 @@ from goose_lora.shared_base import SharedBase
 
 QUANTIZATIONS, DTYPES = ("none", "int8", "nf4"), ("float32", "bfloat16")
 BASES = list(itertools.product(tiny.ARCHITECTURES, QUANTIZATIONS, DTYPES))
+CPU = torch.device("cpu")
 ROLES = list(itertools.product(("adapter", "shared"), ("base", "copy")))  # critic, reference
 LAYERS = {"gpt2": "n_layer"}
 STEP = {
@@ -57,9 +58,9 @@ class Architecture:
 class Base:
     """One base, quantized and in a dtype, and the plain models on it: a language model with two adapters, and a classifier with two."""
 
-    def __init__(self, architecture: Architecture, quantization: str, dtype: str, device: torch.device | None = None):
+    def __init__(self, architecture: Architecture, quantization: str, dtype: str, device: torch.device = CPU):
         self.architecture, self.dtype = architecture, getattr(torch, dtype)
-        self.device = device or torch.device("cpu")
+        self.device = device
         args = tiny.arguments(architecture.base, quantization=quantization, dtype=dtype)
         tokenizer = load_tokenizer(args)
         self.base, causal = (load_base(args, tokenizer, device=self.device) for _ in range(2))

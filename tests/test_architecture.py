@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loss": {"ppo_config", "ppo_math", "views"},
     "microbatches": set(),
     "passes": {"batch", "microbatches", "rollouts", "views"},
-    "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control", "loss"}
+    "ppo_trainer": {"adapters", "batch", "callbacks", "data", "evaluating", "experience", "from_trl", "gates", "kl_control", "launch", "loss"}
     | {"own_loop", "passes", "ppo_config", "ppo_math", "resumable", "rewards", "rollouts", "sampling", "schedules", "shared_base", "vllm_engine"},
     "instruct": {"batch", "loading", "ppo_math", "rewards", "sampling", "shared_base", "trunk"},
     "reward_models": {"data", "evaluation", "loading", "model_files"},

@@ -183,13 +183,15 @@ def test_the_stages_run_on_a_gpu_that_multiplies_bf16_unless_the_cpu_is_asked_fo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr("goose_lora.loading.cpu_multiplies_bf16", lambda: False)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
     if asked:
         monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
     ran = []
     monkeypatch.setattr(demo.subprocess, "run", lambda words, env: ran.append((words, env)) or SimpleNamespace(returncode=0))
     for stage in demo.STAGES:
         demo._run_stage(["recipe.py"], stage, tmp_path, 0)
-    assert [env.get("ACCELERATE_USE_CPU") for _, env in ran] == [None if gpu else "true"] * 4
+    seen = [(env.get("ACCELERATE_USE_CPU"), env["CUDA_VISIBLE_DEVICES"]) for _, env in ran]
+    assert seen == [(None, "3") if gpu else ("true", "")] * 4
     assert [("--use_cpu false" in " ".join(words), "--dtype float32" in " ".join(words)) for words, _ in ran] == (
         [(True, False)] * 3 + [(False, False)] if gpu else [(False, True)] * 4
     )

@@ -6,12 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
+import tiny_runs
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import TrainingArguments
 
 from goose_lora.launch import require_all_processes, require_ddp, require_one_process
 from goose_lora.loading import ModelArguments
+from goose_lora.ppo_trainer import PPOTrainer
 from goose_lora.stages import begin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +46,8 @@ def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(tm
     """By accelerate's own launcher, of a script that asks."""
     script = tmp_path / "ask.py"
     launch_module = str(ROOT / "goose_lora" / "launch.py")
-    script.write_text(f"import runpy, types; runpy.run_path({launch_module!r})['require_all_processes'](types.SimpleNamespace(world_size=1))")
+    ask = f"runpy.run_path({launch_module!r})['require_all_processes']"
+    script.write_text(f"import runpy, types; {ask}(types.SimpleNamespace(world_size=1, n_gpu=1))")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes"]
     one, two = (subprocess.run([*launch, number, str(script)], capture_output=True, text=True, timeout=120) for number in ("1", "2"))
     assert one.returncode == 0, one.stderr
@@ -53,14 +57,25 @@ def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(tm
     with pytest.raises(ValueError, match="started one"):
         require_all_processes(SimpleNamespace(world_size=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    require_all_processes(SimpleNamespace(world_size=2))
+    require_all_processes(SimpleNamespace(world_size=2, n_gpu=1))
+
+
+def test_one_process_that_sees_several_gpus_is_refused_with_both_ways_out():
+    require_all_processes(SimpleNamespace(world_size=1, n_gpu=1))
+    with pytest.raises(ValueError, match=r"^one process sees 3 GPUs.*CUDA_VISIBLE_DEVICES=0.*several_gpus\.yaml --num_processes 3"):
+        require_all_processes(SimpleNamespace(world_size=1, n_gpu=3))
+
+
+def test_a_trainer_of_ones_own_that_sees_several_gpus_is_refused_too(tmp_path):
+    args = tiny_runs.config(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"^one process sees 2 GPUs"):
+        PPOTrainer(tiny_runs.fresh(), args, tiny_runs.prompt_rows(), tiny.tokenizer(), reward_function=tiny_runs.even_share)
 
 
 def test_processes_that_would_train_each_alone_are_refused(tmp_path, monkeypatch):
     """On a machine without a GPU, transformers takes several launched processes for several runs unless use_cpu is on."""
     args = TrainingArguments(output_dir=str(tmp_path), report_to=[])
-    if args.device.type != "cpu":
-        pytest.skip("there is a GPU, on which the processes find one another")
     monkeypatch.setenv("WORLD_SIZE", "2")
     require_all_processes(args)  # some clouds set it for all of their machines
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -128,7 +128,7 @@ def one_step(folder, rows, batch, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rollouts, "generate", canned)
         patch.setattr(Rollouts, "evaluate", shifted(Rollouts.evaluate))
-        patch.setattr(PPOTrainer, "_tolerance", 1.0)
+        patch.setattr(PPOTrainer, "_tolerance", lambda self, by_dtype: 1.0)
         rewards = [tiny_runs.even_share, sometimes]
         trainer = tiny_runs.trainer(folder, rows=rows, per_device_train_batch_size=batch, reward=rewards, **STEP, **changes)
         trainer.train()

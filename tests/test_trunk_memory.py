@@ -9,8 +9,6 @@ from tiny_runs import trained_parameters, trainer
 from goose_lora import rollouts
 from goose_lora.trunk import Capture, decoder_layers
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: on a CPU, device and host are one")
-
 
 def ends_at(folder, **changes):
     run = trainer(folder, **changes)
@@ -25,7 +23,6 @@ def test_a_run_from_the_hosts_memory_is_the_run(tmp_path):
 
 
 @pytest.mark.gpu
-@NEEDS_GPU
 def test_on_a_gpu_the_states_wait_on_the_host_and_the_run_is_the_same(tmp_path):
     want = ends_at(tmp_path / "device", trunk_memory="device", use_cpu=False)
     run = trainer(tmp_path / "host", trunk_memory="host", use_cpu=False)

@@ -1,7 +1,6 @@
 """What the recipes of this folder's runs are told, at its smallest."""
 
 import pytest
-import tiny
 
 
 def count_good(completions, **columns):
@@ -11,6 +10,8 @@ def count_good(completions, **columns):
 @pytest.fixture(scope="module")
 def given(tiny_base, tmp_path_factory):
     """Settings by recipe."""
+    import tiny  # not before tests/conftest.py has hidden the GPU: these tests fork
+
     folder = tmp_path_factory.mktemp("data")
     data = {name: tiny.write_rows(folder / f"{name}.jsonl", getattr(tiny, name)(24)) for name in ("texts", "preferences", "prompts")}
     model = {"model_name_or_path": tiny_base, "quantization": "none", "dtype": "float32", "lora_r": 3, "lora_alpha": 6, "lora_layers": "top-2"}
