@@ -231,7 +231,7 @@ def test_an_adapter_from_the_gpu_is_merged_and_loads_with_plain_peft(stages, tmp
 
 
 def test_the_plan_is_within_a_tenth_of_the_allocators_peak_and_the_workspaces_of_cublas(tmp_path):
-    """Of a first rollout. On Hopper, cuBLAS takes 34 MB for each of its two handles, on older GPUs 9."""
+    """Of a first rollout. On Hopper, torch gives each of cuBLAS' handles some 34 MB, of which there may be two."""
     memory = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "memory.py")))
     path = memory.random_model(tmp_path / "0.5B", "0.5B")
     sizes = {"per_device_train_batch_size": 8, "local_rollout_forward_batch_size": 8, "max_prompt_tokens": 256, "response_length": 32}
