@@ -194,9 +194,9 @@ def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[dict[str, in
     torch.cuda.empty_cache()
     plan = Planner(meta_model(model), model, config, device="cuda").plan()
     trainer = ready_run(load_tokenizer(model), model, config, None, inside)
-    averages = 2 * 4 * sum(parameter.numel() for parameter in trainer.shared.parameters() if parameter.requires_grad)
     torch.cuda.empty_cache()
     trainer.train()
+    averages = plan.phases["generate"]["optimizer"]  # in the update the part has the gradients too
     return {phase: plan.total(phase) - averages for phase in PHASES}, peaks
 
 

@@ -15,7 +15,7 @@ import tiny
 import tiny_runs
 import torch
 from datasets import Dataset
-from test_matrix import assert_gradients, assert_views
+from test_matrix import assert_step
 from test_recipes import count_good, options, recipe
 from tiny_runs import assert_same_weights, logged, trainer
 
@@ -59,15 +59,8 @@ def base_of(tmp_path_factory):
 @pytest.mark.parametrize("cell", [cell for cell in matrix.cells(False) if not cell[-1]], ids=lambda cell: "-".join(cell[:-1]))
 def test_a_step_is_finite_trains_policy_and_critic_alone_and_its_views_are_those_of_plain_models(cell, base_of, tmp_path):
     *kind, critic, reference, checkpointing = cell
-    base = base_of(*kind)
-    shared = base.step(tmp_path, critic, reference, checkpointing)
+    shared = assert_step(base_of(*kind), critic, reference, checkpointing, tmp_path)
     assert {p.device.type for p in shared.parameters()} == {"cuda"}
-    step = base.steps[critic, reference, checkpointing]
-    assert all(torch.tensor(value).isfinite() for value in step.logged.values())
-    assert_gradients(shared, step, fresh=reference == "base")
-    shared.save_pretrained(tmp_path / "saved")
-    base.read(tmp_path / "saved", reference, critic)
-    assert_views(shared, base, critic, reference)
 
 
 def test_the_gpu_computes_what_the_cpu_computes():

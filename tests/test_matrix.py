@@ -46,8 +46,12 @@ def pytest_generate_tests(metafunc):
 
 def test_a_step_is_finite_trains_policy_and_critic_alone_and_its_views_are_those_of_plain_models(cell, base_of, tmp_path):
     *kind, critic, reference, checkpointing = cell
-    base = base_of(*kind)
-    shared = base.step(tmp_path, critic, reference, checkpointing)
+    assert_step(base_of(*kind), critic, reference, checkpointing, tmp_path)
+
+
+def assert_step(base, critic, reference, checkpointing, folder):
+    """One cell; returns the shared base after its step."""
+    shared = base.step(folder, critic, reference, checkpointing)
     step = base.steps[critic, reference, checkpointing]
     assert all(torch.tensor(value).isfinite() for value in step.logged.values())
     assert_gradients(shared, step, fresh=reference == "base")
@@ -56,9 +60,10 @@ def test_a_step_is_finite_trains_policy_and_critic_alone_and_its_views_are_those
         assert step.gradients.keys() == other.gradients.keys()
         for name, gradient in step.gradients.items():
             torch.testing.assert_close(gradient, other.gradients[name], rtol=0, atol=1e-5 * max(1.0, gradient.abs().max().item()))
-    shared.save_pretrained(tmp_path / "saved")
-    base.read(tmp_path / "saved", reference, critic)
+    shared.save_pretrained(folder / "saved")
+    base.read(folder / "saved", reference, critic)
     assert_views(shared, base, critic, reference)
+    return shared
 
 
 def assert_gradients(shared, step, *, fresh):
