@@ -31,6 +31,7 @@ test-gpu: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(INSTALLED)
 	$(BIN)/pyright
@@ -41,10 +42,10 @@ docs: $(INSTALLED)
 
 # All 480 cells of docs/reliability.md, in five minutes of one CPU thread; the suite runs 120 of them.
 matrix: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_matrix.py --full
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/end_to_end/test_matrix.py --full
 
 mutants: $(INSTALLED)
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/policy/mutants.py
 
 # TRL 1.12.0, the last release with PPO, on one frozen rollout and the same weights. In an environment of its own: trl 1.16 has no PPO.
 PARITY := .venv-parity
@@ -75,7 +76,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 vllm: $(VLLM)/.installed
-	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/end_to_end/test_vllm_engine.py
 
 # One step beside TRL 1.12.0's PPO and the installed TRL's GRPO and RLOO: FLOPs, CPU seconds, memory. Half an hour on one thread in float32.
 bench: $(INSTALLED) $(PARITY)/.installed

@@ -1,8 +1,11 @@
-"""FLOPs of one step counted by hand, in matrix products alone: the limit that a design has, for any model, length and batch.
+"""FLOPs of one step counted by hand, in matrix products alone: the limit that a design has, for any
+model, length and batch.
 
-A multiplication with an addition is 2 FLOPs. Attention's products of length by length are left out, as ``torch``'s counter leaves out the fused
-kernel on a CPU. A forward through a frozen matrix with LoRA costs the matrix and both factors; the backward pass of a frozen matrix is one product
-(the gradient of its input), of a factor two; the lowest layer that trains needs no gradient of its input.
+A multiplication with an addition is 2 FLOPs. Attention's products of length by length are left out,
+as ``torch``'s counter leaves out the fused kernel on a CPU. A forward through a frozen matrix with
+LoRA costs the matrix and both factors; the backward pass of a frozen matrix is one product (the
+gradient of its input), of a factor two; the lowest layer that trains needs no gradient of its
+input.
 """
 
 from dataclasses import dataclass
@@ -22,12 +25,23 @@ class Shape:
     @property
     def linears(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of the matrices of one layer."""
-        attention = [(self.hidden, self.queries), (self.hidden, self.keys), (self.hidden, self.keys), (self.queries, self.hidden)]
-        return [*attention, (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)]
+        attention = [
+            (self.hidden, self.queries),
+            (self.hidden, self.keys),
+            (self.hidden, self.keys),
+            (self.queries, self.hidden),
+        ]
+        return [
+            *attention,
+            (self.hidden, self.intermediate),
+            (self.hidden, self.intermediate),
+            (self.intermediate, self.hidden),
+        ]
 
     @property
     def by_position(self) -> list[tuple[int, int]]:
-        """Those that the last layer runs only where its states are read: all but keys and values."""
+        """Those that the last layer runs only where its states are read: all but keys and
+        values."""
         return [matrix for index, matrix in enumerate(self.linears) if index not in (1, 2)]
 
     @property
@@ -71,29 +85,39 @@ class Work:
 
 
 def goose(shape: Shape, work: Work, *, layers: int, critic: str | None) -> dict[str, int]:
-    """This project's PPO with adapters in the ``layers`` uppermost layers; ``critic`` as in PPOConfig, None for RLOO and GRPO with a reward adapter.
+    """This project's PPO with adapters in the ``layers`` uppermost layers; ``critic`` as in
+    PPOConfig, None for RLOO and GRPO with a reward adapter.
 
-    One minibatch: the update's first forward is the one that scoring makes, as in every rollout but a run's first.
-    Generation is by the merged copy, without adapters; the trunk is noted on the way, with one more step of its layers for the last tokens.
+    One minibatch: the update's first forward is the one that scoring makes, as in every rollout but
+    a run's first. Generation is by the merged copy, without adapters; the trunk is noted on the
+    way, with one more step of its layers for the last tokens.
     """
     lora, upper = shape.lora(work.rank), layers * shape.layer
-    unread = work.batch * (work.prompt - 1)  # positions that the last layer's matrices are spared, but for keys and values
+    # Positions that the last layer's matrices are spared, but for keys and values
+    unread = work.batch * (work.prompt - 1)
     spared = unread * 2 * sum(inputs * outputs for inputs, outputs in shape.by_position)
     spared_lora = unread * 2 * work.rank * sum(inputs + outputs for inputs, outputs in shape.by_position)
     bare = upper * work.tokens - spared  # the reference's pass above the trunk
     own = bare + layers * lora * work.tokens - spared_lora  # that of a role with an adapter
     head = shape.head * work.replies
     scored = own + bare + own  # policy, reference, reward adapter
-    score = scored + 2 * head + head + (own if critic == "adapter" else 0)  # with the policy's slope, for the update's first backward
+    # With the policy's slope, for the update's first backward
+    score = scored + 2 * head + head + (own if critic == "adapter" else 0)
     passes = 2 if critic == "adapter" else 1
-    backward = (upper - (shape.layer - _above_lowest(shape)) + 2 * layers * lora) * work.tokens - spared - 2 * spared_lora
-    update = work.epochs * (passes * (own + backward) + 2 * head) - passes * own - 2 * head  # the first forward is that of scoring
+    backward = (
+        (upper - (shape.layer - _above_lowest(shape)) + 2 * layers * lora) * work.tokens
+        - spared
+        - 2 * spared_lora
+    )
+    # The first forward is that of scoring
+    update = work.epochs * (passes * (own + backward) + 2 * head) - passes * own - 2 * head
     last = (shape.layers - layers) * shape.layer * work.batch
     return {"generate": _generate(shape, work) + last, "score": score, "update": update}
 
 
 def trl_ppo(shape: Shape, work: Work) -> dict[str, int]:
-    """TRL 1.12.0's PPO: LoRA on all linear layers of the policy, a value model that trains whole, a reward model; logits of prompt and reply."""
+    """TRL 1.12.0's PPO: LoRA on all linear layers of the policy, a value model that trains whole, a
+    reward model; logits of prompt and reply."""
     lora, body = shape.lora(work.rank), shape.layers * shape.layer
     policy = body + shape.layers * lora
     head = shape.head * work.tokens
@@ -104,12 +128,14 @@ def trl_ppo(shape: Shape, work: Work) -> dict[str, int]:
 
 
 def _above_lowest(shape: Shape) -> int:
-    """FLOPs of the input gradients inside the lowest layer that trains: its first three products need none of their own input."""
+    """FLOPs of the input gradients inside the lowest layer that trains: its first three products
+    need none of their own input."""
     first = 2 * shape.hidden * (shape.queries + 2 * shape.keys)
     return shape.layer - first
 
 
 def _generate(shape: Shape, work: Work, lora: int = 0) -> int:
-    """A cache: each token but the last goes through the layers once, and the head at each of the reply's tokens."""
+    """A cache: each token but the last goes through the layers once, and the head at each of the
+    reply's tokens."""
     tokens = work.batch * (work.prompt + work.response - 1)
     return tokens * (shape.layers * shape.layer + lora) + work.replies * shape.head

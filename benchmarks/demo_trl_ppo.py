@@ -1,4 +1,5 @@
-"""One side of benchmarks/demo_trl.py: TRL 1.12.0's PPO on the demo's models, in an environment of its own. Started by it with a case as JSON."""
+"""One side of benchmarks/demo_trl.py: TRL 1.12.0's PPO on the demo's models, in an environment of
+its own. Started by it with a case as JSON."""
 
 import json
 import time
@@ -25,11 +26,22 @@ def replies(model: Any, prompts: list[list[int]], tokenizer: Any, tokens: int) -
         width = max(map(len, part))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in part])
         out = model.generate(
-            input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0,
-            top_p=1.0, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=(ids != tokenizer.pad_token_id).long(),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         drawn = out.sequences[:, width:]
-        logprobs = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, drawn[:, :, None]).squeeze(-1)
+        logprobs = (
+            torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, drawn[:, :, None]).squeeze(-1)
+        )
         for prompt, reply, own in zip(part, drawn.tolist(), logprobs, strict=True):
             end = reply.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in reply else len(reply)
             rows.append({"prompt": prompt, "reply": reply[:end], "logprob": own[:end].sum().item()})
@@ -37,7 +49,8 @@ def replies(model: Any, prompts: list[list[int]], tokenizer: Any, tokens: int) -
 
 
 def read_before_the_end(reward: Any, eos_token_id: int) -> None:
-    """The demo's reward model has learned from texts without the end token, so a reply that ends with one is scored at the token before."""
+    """The demo's reward model has learned from texts without the end token, so a reply that ends
+    with one is scored at the token before."""
 
     def shift(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         states, ends = output.hidden_states[-1], kwargs["input_ids"] == eos_token_id
@@ -51,16 +64,36 @@ def main() -> None:
     start, output, dtype = Path(case["start"]), Path(case["output"]), DTYPES[case["dtype"]]
     tokenizer = AutoTokenizer.from_pretrained(start / "policy", padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(start / "policy", dtype=dtype)
-    reward, value = (AutoModelForSequenceClassification.from_pretrained(start / "reward", num_labels=1, dtype=dtype) for _ in range(2))
+    reward, value = (
+        AutoModelForSequenceClassification.from_pretrained(start / "reward", num_labels=1, dtype=dtype)
+        for _ in range(2)
+    )
     read_before_the_end(reward, tokenizer.eos_token_id)
     prompts = json.loads((start / "prompts.json").read_text())
     count = case["rollouts"] * REPLIES
     args = PPOConfig(
-        output_dir=str(output / "run"), report_to="none", save_strategy="no", eval_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False,
-        per_device_train_batch_size=REPLIES, gradient_accumulation_steps=1, total_episodes=count, num_ppo_epochs=2, num_mini_batches=2,
-        local_rollout_forward_batch_size=REPLIES, response_length=case["response"], stop_token="eos", temperature=1.0, learning_rate=2e-4,
-        kl_coef=case["kl_coef"], num_sample_generations=0, gradient_checkpointing=False, seed=case["seed"],
-    )  # fmt: skip
+        output_dir=str(output / "run"),
+        report_to="none",
+        save_strategy="no",
+        eval_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+        per_device_train_batch_size=REPLIES,
+        gradient_accumulation_steps=1,
+        total_episodes=count,
+        num_ppo_epochs=2,
+        num_mini_batches=2,
+        local_rollout_forward_batch_size=REPLIES,
+        response_length=case["response"],
+        stop_token="eos",
+        temperature=1.0,
+        learning_rate=2e-4,
+        kl_coef=case["kl_coef"],
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+        seed=case["seed"],
+    )
     trainer = PPOTrainer(
         args=args,
         processing_class=tokenizer,

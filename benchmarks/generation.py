@@ -1,10 +1,13 @@
-"""What makes a rollout's generation fast: a static cache and torch.compile beside the growing cache that rollouts use; and, of an nf4 base with
-LoRA in all linear layers, a dense copy beside the shared weights.
+"""What makes a rollout's generation fast: a static cache and torch.compile beside the growing cache
+that rollouts use; and, of an nf4 base with LoRA in all linear layers, a dense copy beside the
+shared weights.
 
-    python benchmarks/generation.py [--dtype float32] [--rows 32] [--tokens 32] [--prompt 32] [--device cuda] [--of cache|weights]
+    python benchmarks/generation.py [--dtype float32] [--rows 32] [--tokens 32] [--prompt 32]
+    [--device cuda] [--of cache|weights]
 
-SmolLM2-135M's shape, or BENCHMARK_SHAPE's, with random weights, greedy, one thread; CPU seconds of a batch, on a GPU those of the clock, the best
-of three, and of the first, which compiles. Needs a C++ compiler for the third case.
+SmolLM2-135M's shape, or BENCHMARK_SHAPE's, with random weights, greedy, one thread; CPU seconds of
+a batch, on a GPU those of the clock, the best of three, and of the first, which compiles. Needs a
+C++ compiler for the third case.
 """
 
 import argparse
@@ -20,16 +23,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
 from goose_lora.cli import keep_freed_memory
-from goose_lora.dense import DenseCopy
-from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config
-from goose_lora.sampling import generation_config, sample
-from goose_lora.shared_base import SharedBase
+from goose_lora.generation.sampling import generation_config, sample
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.dense_copy import DenseCopy
+from goose_lora.models.loading import load_base, load_tokenizer, lora_config
+from goose_lora.models.shared_base import SharedBase
 
-CASES = {"growing cache": {}, "static cache": {"cache_implementation": "static"}, "static cache, compiled": {"cache_implementation": "static"}}
+CASES = {
+    "growing cache": {},
+    "static cache": {"cache_implementation": "static"},
+    "static cache, compiled": {"cache_implementation": "static"},
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=32)
@@ -53,7 +63,11 @@ def main() -> None:
             seconds.append(clock() - started)
         wanted = replies if wanted is None else wanted
         same = (replies == wanted).float().mean().item()
-        print(f"{name}: {min(seconds[1:]):.2f} seconds, the first {seconds[0]:.2f}; {100 * same:.1f} % of tokens as with the first", flush=True)
+        print(
+            f"{name}: {min(seconds[1:]):.2f} seconds, the first {seconds[0]:.2f}; {100 * same:.1f} % of"
+            " tokens as with the first",
+            flush=True,
+        )
 
 
 def caches(arguments: argparse.Namespace, ids: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -62,14 +76,21 @@ def caches(arguments: argparse.Namespace, ids: Tensor) -> dict[str, Callable[[],
     made = {}
     for name, settings in CASES.items():
         config = GenerationConfig(
-            max_new_tokens=arguments.tokens, min_new_tokens=arguments.tokens, do_sample=False, eos_token_id=EOS, pad_token_id=PAD, **settings
+            max_new_tokens=arguments.tokens,
+            min_new_tokens=arguments.tokens,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            **settings,
         )
         if name.endswith("compiled"):
             config.compile_config = CompileConfig(fullgraph=False)
             config.compile_config._compile_all_devices = True
         else:
             config.disable_compile = True
-        made[name] = partial(model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        made[name] = partial(
+            model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+        )
     return made
 
 
@@ -80,7 +101,13 @@ def weights(arguments: argparse.Namespace, ids: Tensor) -> dict[str, Callable[[]
         model = ModelArguments(folder, dtype=arguments.dtype)
         base = load_base(model, load_tokenizer(model), device=torch.device(arguments.device))
     shared = SharedBase.build(base, lora_config(model, base))
-    config = generation_config(response_tokens=arguments.tokens, temperature=1.0, eos_token_ids=[PAD + 1], pad_token_id=PAD, do_sample=False)
+    config = generation_config(
+        response_tokens=arguments.tokens,
+        temperature=1.0,
+        eos_token_ids=[PAD + 1],
+        pad_token_id=PAD,
+        do_sample=False,
+    )
     copied = DenseCopy(shared)
 
     def generate(dense: DenseCopy | None) -> Tensor:

@@ -1,11 +1,15 @@
-"""The plan of ``goose-lora plan`` against measured peaks: real PPO steps on CPU or GPU, and updates of larger models on fake tensors.
+"""The plan of ``goose-lora plan`` against measured peaks: real PPO steps on CPU or GPU, and updates
+of larger models on fake tensors.
 
-    python benchmarks/memory.py steps    # whole PPO runs of small models, every byte that torch's CPU allocator gives out counted
-    python benchmarks/memory.py fake     # 0.5B to 8B models in nf4: the real forward and backward on tensors that have shapes and no memory
-    python benchmarks/memory.py fits     # what the plan says fits into 8, 12, 16 and 24 GB with checkpointing, and the fake update at that size
-    python benchmarks/memory.py gpu      # on a GPU: rollout and update of these models with random weights, and the peak of CUDA's caching allocator
+    python benchmarks/memory.py steps    # whole PPO runs of small models, every byte that torch's
+    CPU allocator gives out counted python benchmarks/memory.py fake     # 0.5B to 8B models in nf4:
+    the real forward and backward on tensors that have shapes and no memory python
+    benchmarks/memory.py fits     # what the plan says fits into 8, 12, 16 and 24 GB with
+    checkpointing, and the fake update at that size python benchmarks/memory.py gpu      # on a GPU:
+    rollout and update of these models with random weights, and the peak of CUDA's caching allocator
 
-Fake tensors stand on the CPU; that PEFT casts inputs there, and not on a GPU, is put right. What a kernel takes inside itself does not show.
+Fake tensors stand on the CPU; that PEFT casts inputs there, and not on a GPU, is put right. What a
+kernel takes inside itself does not show.
 Prints tables: what the plan says, what was measured (MB of 10^6 bytes), and the error.
 """
 
@@ -33,32 +37,87 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
-from goose_lora.loading import ModelArguments, load_base, load_tokenizer, lora_config
-from goose_lora.logprobs import token_logprobs
-from goose_lora.memory import Plan, Planner
-from goose_lora.ppo_config import PPOConfig
-from goose_lora.ppo_trainer import PPOTrainer
-from goose_lora.shapes import meta_model
-from goose_lora.shared_base import SharedBase
-from goose_lora.views import before_response
+from goose_lora.functional import token_logprobs
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.compatibility import meta_model
+from goose_lora.models.loading import load_base, load_tokenizer, lora_config
+from goose_lora.models.role_outputs import before_response
+from goose_lora.models.shared_base import SharedBase
+from goose_lora.planning.memory import Plan, Planner
+from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.trainer import PPOTrainer
 
 torch._dynamo.config.disable = True
 
 PHASES: tuple[str, ...] = ("generate", "score", "update")
 SMALL = {
-    "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 768,
-    "vocab_size": 8192, "max_position_embeddings": 1024, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 768,
+    "vocab_size": 8192,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 # Shapes of Qwen2.5-0.5B, Qwen3-1.7B, Qwen2.5-3B and Llama-3.1-8B.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "0.5B": ("qwen2", {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864}),
-    "1.7B": ("qwen3", {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 6144}),
-    "3B": ("qwen2", {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008}),
-    "8B": ("llama", {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}),
+    "0.5B": (
+        "qwen2",
+        {
+            "hidden_size": 896,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "intermediate_size": 4864,
+        },
+    ),
+    "1.7B": (
+        "qwen3",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "intermediate_size": 6144,
+        },
+    ),
+    "3B": (
+        "qwen2",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "intermediate_size": 11008,
+        },
+    ),
+    "8B": (
+        "llama",
+        {
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+        },
+    ),
 }
-REST = {"qwen2": {"vocab_size": 151936, "tie_word_embeddings": True}, "llama": {"vocab_size": 128256, "tie_word_embeddings": False}}
+REST = {
+    "qwen2": {"vocab_size": 151936, "tie_word_embeddings": True},
+    "llama": {"vocab_size": 128256, "tie_word_embeddings": False},
+}
 REST["qwen3"] = REST["qwen2"] | {"head_dim": 128}
 LONG = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "shared"}
 
@@ -70,17 +129,28 @@ def shape(name: str) -> Any:
 
 def settings(folder: str | Path, **changes: Any) -> PPOConfig:
     return PPOConfig(
-        output_dir=str(folder), report_to=[], disable_tqdm=True, save_strategy="no",
-        **{"use_cpu": True, "num_rollouts": 2, "score_normalization": "none", "sample_rows": 0, "gradient_accumulation_steps": 1,
-           "num_ppo_epochs": 1} | changes,
-    )  # fmt: skip
+        output_dir=str(folder),
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        **{
+            "use_cpu": True,
+            "num_rollouts": 2,
+            "score_normalization": "none",
+            "sample_rows": 0,
+            "gradient_accumulation_steps": 1,
+            "num_ppo_epochs": 1,
+        }
+        | changes,
+    )
 
 
 # ---- Real steps ----
 
 
 def small_model(folder: Any, **changes: Any) -> Any:
-    """Weights and tokenizer of a model that is small, but whose activations are most of its memory, as in a large one."""
+    """Weights and tokenizer of a model that is small, but whose activations are most of its memory,
+    as in a large one."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SMALL | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -92,23 +162,41 @@ def small_model(folder: Any, **changes: Any) -> Any:
 def words(number: int) -> Any:
     inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(number)}, unk_token="<3>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<0>", bos_token="<1>", eos_token="<2>", padding_side="left"
+    )
 
 
-def ready_run(tokenizer: Any, model: ModelArguments, config: PPOConfig, reward: Path | None, inside: Callable[[str], Any]) -> PPOTrainer:
-    """A PPO run whose prompts and replies have full length, which is what the plan is for; each phase is inside of what ``inside`` makes of it."""
+def ready_run(
+    tokenizer: Any,
+    model: ModelArguments,
+    config: PPOConfig,
+    reward: Path | None,
+    inside: Callable[[str], Any],
+) -> PPOTrainer:
+    """A PPO run whose prompts and replies have full length, which is what the plan is for; each
+    phase is inside of what ``inside`` makes of it."""
     base = load_base(model, tokenizer, device=config.device)
     critic: Any = config.critic_for(has_reward=reward is not None)
-    shared = SharedBase.build(base, lora_config(model, base), reward=reward, critic=critic, critic_init=config.critic_init)
+    shared = SharedBase.build(
+        base, lora_config(model, base), reward=reward, critic=critic, critic_init=config.critic_init
+    )
     generator, longest = torch.Generator().manual_seed(1), config.max_prompt_tokens
-    rows = [torch.randint(4, len(tokenizer), (longest - row % 3,), generator=generator).tolist() for row in range(config.rollout_batch_size)]
+    rows = [
+        torch.randint(4, len(tokenizer), (longest - row % 3,), generator=generator).tolist()
+        for row in range(config.rollout_batch_size)
+    ]
     function = None if reward is not None else zero_reward
-    trainer = PPOTrainer(shared, config, Dataset.from_dict({"input_ids": rows}), tokenizer, reward_function=function)
+    trainer = PPOTrainer(
+        shared, config, Dataset.from_dict({"input_ids": rows}), tokenizer, reward_function=function
+    )
     trainer.rollouts.generation.eos_token_id = [len(tokenizer) + 1]
     for owner, method, phase in (
-        (trainer.rollouts, "generate", "generate"), (trainer, "_experience", "score"), (trainer, "compute_loss", "update"),
+        (trainer.rollouts, "generate", "generate"),
+        (trainer, "_experience", "score"),
+        (trainer, "compute_loss", "update"),
         (trainer.accelerator, "backward", "update"),
-    ):  # fmt: skip
+    ):
         _mark(owner, method, phase, inside)
     return trainer
 
@@ -117,9 +205,11 @@ def zero_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     return [0.0] * len(completion_ids)
 
 
-def measured_steps(folder: Path, tokenizer: Any, model: ModelArguments, config: PPOConfig) -> tuple[Plan, dict[str, int]]:
-    """The plan of a PPO run with policy, critic and reward adapter, and the peak bytes of its phases: what the model holds, and what torch's
-    allocator gave out besides."""
+def measured_steps(
+    folder: Path, tokenizer: Any, model: ModelArguments, config: PPOConfig
+) -> tuple[Plan, dict[str, int]]:
+    """The plan of a PPO run with policy, critic and reward adapter, and the peak bytes of its
+    phases: what the model holds, and what torch's allocator gave out besides."""
     gc.collect()  # what an earlier run left would be freed during this one
     reward = folder / f"reward_{model.lora_layers}"
     if not reward.exists():
@@ -127,7 +217,9 @@ def measured_steps(folder: Path, tokenizer: Any, model: ModelArguments, config: 
         get_peft_model(judge, lora_config(model, judge, "SEQ_CLS")).save_pretrained(str(reward))
     trainer = ready_run(tokenizer, model, config, reward, lambda phase: record_function(f"phase:{phase}"))
     shared = trainer.shared
-    resident = storage_bytes(shared, *([] if trainer.rollouts.dense is None else [trainer.rollouts.dense.model]))
+    resident = storage_bytes(
+        shared, *([] if trainer.rollouts.dense is None else [trainer.rollouts.dense.model])
+    )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         trainer.train()
     plan = Planner(meta_model(model), model, config, reward=str(reward), device="cpu").plan()
@@ -147,16 +239,28 @@ def _mark(owner: Any, method: str, phase: str, inside: Callable[[str], Any]) -> 
 
 def storage_bytes(*modules: nn.Module) -> int:
     """Bytes of all parameters, buffers and scales of quantization, each storage once."""
-    tensors: list[Any] = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    tensors: list[Any] = [
+        tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
+    ]
     states = [tensor.quant_state for tensor in tensors if type(tensor).__name__ == "Params4bit"]
-    tensors += [tensor for state in states for tensor in (state.absmax, state.code, state.state2.absmax, state.state2.code)]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    tensors += [
+        tensor
+        for state in states
+        for tensor in (state.absmax, state.code, state.state2.absmax, state.state2.code)
+    ]
+    return sum(
+        {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+        }.values()
+    )
 
 
 def _peaks(trace: Any, resident: int) -> dict[str, int]:
     """Highest total of allocated bytes inside each phase."""
     events = sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    spans = [(name, e.start_ns(), e.end_ns()) for name in PHASES for e in events if e.name() == f"phase:{name}"]
+    spans = [
+        (name, e.start_ns(), e.end_ns()) for name in PHASES for e in events if e.name() == f"phase:{name}"
+    ]
     total, highest = resident, dict.fromkeys(PHASES, 0)
     for event in events:
         if event.name() == "[memory]":
@@ -177,9 +281,11 @@ class Peak(NamedTuple):
 
 
 def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[dict[str, int], dict[str, Peak]]:
-    """What the plan says of each phase of the first rollout of a PPO run with a critic and no reward adapter, and the phase's peaks on the GPU.
+    """What the plan says of each phase of the first rollout of a PPO run with a critic and no
+    reward adapter, and the phase's peaks on the GPU.
 
-    AdamW makes its averages in the first step, after all that is measured; they, and nothing else, are left out of the plan.
+    AdamW makes its averages in the first step, after all that is measured; they, and nothing else,
+    are left out of the plan.
     """
     peaks = dict.fromkeys(PHASES, Peak())
 
@@ -201,7 +307,8 @@ def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[dict[str, in
 
 
 def random_model(folder: Path, name: str) -> str:
-    """Folder of a model of that shape with random weights in bfloat16, and a tokenizer of as many words."""
+    """Folder of a model of that shape with random weights in bfloat16, and a tokenizer of as many
+    words."""
     torch.manual_seed(0)
     config = shape(name)
     config.eos_token_id, config.pad_token_id = 2, 0
@@ -239,8 +346,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def measured_fake(shapes: Any, model: ModelArguments, config: PPOConfig, *, device: str = "cuda") -> tuple[Plan, dict[str, int]]:
-    """The plan, and the peak bytes of scoring and update, with the policy's adapter and a critic; PEFT behaves as on ``device``."""
+def measured_fake(
+    shapes: Any, model: ModelArguments, config: PPOConfig, *, device: str = "cuda"
+) -> tuple[Plan, dict[str, int]]:
+    """The plan, and the peak bytes of scoring and update, with the policy's adapter and a critic;
+    PEFT behaves as on ``device``."""
     dtype, real = model.torch_dtype, torch.is_autocast_enabled
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).eval().requires_grad_(False)
@@ -251,11 +361,13 @@ def measured_fake(shapes: Any, model: ModelArguments, config: PPOConfig, *, devi
         shared = SharedBase.build(base, lora_config(model, base), critic=critic, critic_init=start)  # type: ignore[arg-type]
     before = (SharedBase.logprobs, transformers.masking_utils._ignore_causal_mask_sdpa)
     try:
-        # Fake tensors have no values: which tokens count, and whether there is padding, cannot be asked.
+        # Fake tensors have no values: which tokens count, and whether there is padding, cannot be
+        # asked.
         SharedBase.logprobs = _logprobs_of_all  # type: ignore[method-assign]
         transformers.masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
         if device == "cuda":
-            torch.is_autocast_enabled = lambda *args: real(*args) if args else True  # PEFT's question, answered as with CUDA
+            # PEFT's question, answered as with CUDA
+            torch.is_autocast_enabled = lambda *args: real(*args) if args else True
         with FakeTensorMode(), LiveBytes() as live:
             _to_fake(shared, dtype)
             peaks = _fake_step(shared, config, live)
@@ -294,12 +406,24 @@ def _fake_step(shared: SharedBase, config: PPOConfig, live: LiveBytes) -> dict[s
 
 
 def _logprobs_of_all(
-    self: Any, hidden: Any, input_ids: Any, response_mask: Any, *, temperature: float = 1.0, entropy_gradient: bool = False
+    self: Any,
+    hidden: Any,
+    input_ids: Any,
+    response_mask: Any,
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
 ) -> tuple[Any, Any]:
     """``SharedBase.logprobs`` where all tokens count."""
-    head, tokens, wide = self.get_base_model().get_output_embeddings(), response_mask.shape[1], hidden.shape[-1]
+    head, tokens, wide = (
+        self.get_base_model().get_output_embeddings(),
+        response_mask.shape[1],
+        hidden.shape[-1],
+    )
     states, ids = before_response(hidden, response_mask).reshape(-1, wide), input_ids[:, -tokens:].reshape(-1)
-    logprobs, entropies = token_logprobs(states, ids, head.weight, head.bias, temperature=temperature, entropy_gradient=entropy_gradient)
+    logprobs, entropies = token_logprobs(
+        states, ids, head.weight, head.bias, temperature=temperature, entropy_gradient=entropy_gradient
+    )
     return logprobs.view(response_mask.shape), entropies.view(response_mask.shape)
 
 
@@ -308,7 +432,13 @@ def _quantize(base: Any, dtype: torch.dtype) -> None:
     base.is_loaded_in_4bit = True  # what PEFT looks at
     for name, module in list(base.named_modules()):
         if isinstance(module, nn.Linear) and module is not base.get_output_embeddings():
-            new = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=dtype, quant_type="nf4")
+            new = Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=dtype,
+                quant_type="nf4",
+            )
             new.weight.requires_grad_(False)
             new.bias = module.bias
             parent, _, last = name.rpartition(".")
@@ -321,7 +451,9 @@ def _to_fake(shared: SharedBase, dtype: torch.dtype) -> None:
 
     def fresh(old: Any) -> nn.Parameter:
         if id(old) not in made:
-            made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=old.requires_grad)
+            made[id(old)] = nn.Parameter(
+                torch.empty(old.shape, dtype=old.dtype), requires_grad=old.requires_grad
+            )
         return made[id(old)]
 
     for module in shared.modules():
@@ -336,17 +468,28 @@ def _to_fake(shared: SharedBase, dtype: torch.dtype) -> None:
 
 
 def _pack(module: Any, dtype: torch.dtype) -> None:
-    """A 4-bit layer as bitsandbytes has it after loading: packed numbers, 8-bit scales, and the scales' scales."""
+    """A 4-bit layer as bitsandbytes has it after loading: packed numbers, 8-bit scales, and the
+    scales' scales."""
     out, into = module.out_features, module.in_features
     blocks = out * into // 64
-    second = QuantState(absmax=torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    second = QuantState(
+        absmax=torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+    )
     state = QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8), shape=torch.Size((out, into)), code=torch.empty(16), blocksize=64, quant_type="nf4",
-        dtype=dtype, offset=torch.empty(()), state2=second,
-    )  # fmt: skip
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        shape=torch.Size((out, into)),
+        code=torch.empty(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=torch.empty(()),
+        state2=second,
+    )
     del module._parameters["weight"]
     module.weight = nn.Parameter(torch.empty(out * into // 2, 1, dtype=torch.uint8), requires_grad=False)
-    module.forward = lambda x: matmul_4bit(x.to(dtype), module.weight.data, bias=module.bias, quant_state=state).to(x.dtype)
+    module.forward = lambda x: matmul_4bit(
+        x.to(dtype), module.weight.data, bias=module.bias, quant_state=state
+    ).to(x.dtype)
 
 
 # ---- Tables ----
@@ -361,38 +504,86 @@ def cell(planned: int, peak: int) -> str:
 
 
 def steps() -> None:
-    print("| run | " + " | ".join(f"{phase}: plan / measured" for phase in PHASES) + " |\n|---|---|---|---|", flush=True)
-    common = {"per_device_train_batch_size": 8, "max_prompt_tokens": 32, "response_length": 32, "local_rollout_forward_batch_size": 8}
+    print(
+        "| run | " + " | ".join(f"{phase}: plan / measured" for phase in PHASES) + " |\n|---|---|---|---|",
+        flush=True,
+    )
+    common = {
+        "per_device_train_batch_size": 8,
+        "max_prompt_tokens": 32,
+        "response_length": 32,
+        "local_rollout_forward_batch_size": 8,
+    }
     runs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("fp32", {"quantization": "none"}, {"rollout_weights": "shared"}),
-        ("fp32, checkpointing", {"quantization": "none"}, {"rollout_weights": "shared", "gradient_checkpointing": True}),
-        ("fp32, top-2, dense copy", {"quantization": "none", "lora_layers": "top-2"}, {"rollout_weights": "dense", "num_mini_batches": 2}),
-        ("fp32, reward_features, 24 rows", {"quantization": "none", "lora_layers": "top-2"},
-         {"rollout_weights": "shared", "critic": "reward_features", "num_mini_batches": 3}),
-        ("fp32, 128 tokens, critic: shared", {"quantization": "none"}, {"rollout_weights": "shared", "critic": "shared", "response_length": 96}),
+        (
+            "fp32, checkpointing",
+            {"quantization": "none"},
+            {"rollout_weights": "shared", "gradient_checkpointing": True},
+        ),
+        (
+            "fp32, top-2, dense copy",
+            {"quantization": "none", "lora_layers": "top-2"},
+            {"rollout_weights": "dense", "num_mini_batches": 2},
+        ),
+        (
+            "fp32, reward_features, 24 rows",
+            {"quantization": "none", "lora_layers": "top-2"},
+            {"rollout_weights": "shared", "critic": "reward_features", "num_mini_batches": 3},
+        ),
+        (
+            "fp32, 128 tokens, critic: shared",
+            {"quantization": "none"},
+            {"rollout_weights": "shared", "critic": "shared", "response_length": 96},
+        ),
         ("nf4, fp32", {}, {"rollout_weights": "shared"}),
         ("nf4, bf16", {"dtype": "bfloat16"}, {"rollout_weights": "shared"}),
-    ]  # fmt: skip
+    ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = small_model(folder / "base")
         for title, model, config in runs:
             chosen: dict[str, Any] = {"dtype": "float32", **model}
             arguments = ModelArguments(str(folder / "base"), **chosen)
-            print(line(title, *measured_steps(folder, tokenizer, arguments, settings(folder / "run", **common | config))), flush=True)
+            print(
+                line(
+                    title,
+                    *measured_steps(
+                        folder, tokenizer, arguments, settings(folder / "run", **common | config)
+                    ),
+                ),
+                flush=True,
+            )
 
 
 def fake() -> None:
     print("| update | score: plan / measured | update: plan / measured |\n|---|---|---|", flush=True)
     for name in MODELS:
-        for rows, changes, layers in ((4, {}, "top-8"), (2, {}, "all"), (8, {"gradient_checkpointing": True}, "all")):
-            config = settings("unused", per_device_train_batch_size=rows, local_rollout_forward_batch_size=rows, **LONG, **changes)
+        for rows, changes, layers in (
+            (4, {}, "top-8"),
+            (2, {}, "all"),
+            (8, {"gradient_checkpointing": True}, "all"),
+        ):
+            config = settings(
+                "unused",
+                per_device_train_batch_size=rows,
+                local_rollout_forward_batch_size=rows,
+                **LONG,
+                **changes,
+            )
             how = f"{name}, {rows} rows, {layers}{', checkpointing' if changes else ''}"
-            print(line(how, *measured_fake(shape(name), ModelArguments(name, lora_layers=layers), config)), flush=True)
+            print(
+                line(how, *measured_fake(shape(name), ModelArguments(name, lora_layers=layers), config)),
+                flush=True,
+            )
 
 
 def fits() -> None:
-    print("| model | memory | largest microbatch | rollout group | update there: plan / measured |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| model | memory | largest microbatch | rollout group | update there: plan / measured"
+        " |\n|---|---|---|---|---|",
+        flush=True,
+    )
     for name in MODELS:
         model = ModelArguments(name)
         core = meta_model(model, config=shape(name))
@@ -402,7 +593,9 @@ def fits() -> None:
             rows, group = largest["per_device_train_batch_size"], largest["local_rollout_forward_batch_size"]
             there = "-"
             if rows:
-                config = settings("unused", per_device_train_batch_size=rows, local_rollout_forward_batch_size=1, **common)
+                config = settings(
+                    "unused", per_device_train_batch_size=rows, local_rollout_forward_batch_size=1, **common
+                )
                 plan, peaks = measured_fake(shape(name), model, config)
                 there = cell(plan.total("update"), peaks["update"])
             print(f"| {name} | {gigabytes} GB | {rows or '-'} | {group or '-'} | {there} |", flush=True)
@@ -414,7 +607,12 @@ FIRST = {"use_cpu": False, "num_rollouts": 1, "max_tokens_per_microbatch": 10**9
 
 def gpu() -> None:
     """The first and the last of ``fake``'s sizes."""
-    print("| run | " + " | ".join(f"{phase}: plan / allocated; reserved" for phase in PHASES) + " |\n|---|---|---|---|", flush=True)
+    print(
+        "| run | "
+        + " | ".join(f"{phase}: plan / allocated; reserved" for phase in PHASES)
+        + " |\n|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as top:
         for name in MODELS:
             path = random_model(Path(top) / name, name)
@@ -422,13 +620,18 @@ def gpu() -> None:
                 sizes = {"per_device_train_batch_size": rows, "local_rollout_forward_batch_size": rows}
                 config = settings(Path(top) / "run", **LONG, **FIRST, **sizes, **changes)
                 planned, peaks = measured_gpu(ModelArguments(path, lora_layers=layers), config)
-                cells = [f"{cell(planned[phase], peak.allocated)}; {peak.reserved / 1e6:.0f}" for phase, peak in peaks.items()]
+                cells = [
+                    f"{cell(planned[phase], peak.allocated)}; {peak.reserved / 1e6:.0f}"
+                    for phase, peak in peaks.items()
+                ]
                 how = f"{name}, {rows} rows, {layers}{', checkpointing' if changes else ''}"
                 print(f"| {how} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     tables = {"steps": steps, "fake": fake, "fits": fits, "gpu": gpu}
     parser.add_argument("table", choices=tables)
     tables[parser.parse_args().table]()

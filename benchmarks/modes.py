@@ -1,12 +1,15 @@
 """PPO's modes on the demo, several seeds: what each ends at, and what it costs.
 
-    python benchmarks/modes.py --output runs/modes [--modes reward_features rloo ...] [--seeds 0 1 2] [--dtype float32] [--rows 16]
-    python benchmarks/modes.py --output runs/top-4 --lora_layers top-4 --modes reward_features
+    python benchmarks/modes.py --output runs/modes [--modes reward_features rloo ...] [--seeds 0 1
+    2] [--dtype float32] [--rows 16] python benchmarks/modes.py --output runs/top-4 --lora_layers
+    top-4 --modes reward_features
 
-Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is the demo's PPO stage with the settings below
-(``--rows``: of so many replies a minibatch, where the demo has 32; ``--lora_layers``: adapters in other layers, in all stages), then 200 held-out
-prompts at temperature 1, judged by VADER. CPU seconds are of the PPO stage without its imports, of its process alone, so that other work on the
-machine does not enter. What is finished is not run again; several calls may share the output folder. Prints a table, mean and range over seeds.
+Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is
+the demo's PPO stage with the settings below (``--rows``: of so many replies a minibatch, where the
+demo has 32; ``--lora_layers``: adapters in other layers, in all stages), then 200 held-out prompts
+at temperature 1, judged by VADER. CPU seconds are of the PPO stage without its imports, of its
+process alone, so that other work on the machine does not enter. What is finished is not run again;
+several calls may share the output folder. Prints a table, mean and range over seeds.
 """
 
 import argparse
@@ -25,19 +28,26 @@ import datasets  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import trl  # noqa: F401
 
-from goose_lora import cli, demo, ppo_trainer  # noqa: F401
-from goose_lora.data import load_rows, tokenize_prompts
-from goose_lora.dense import dense_copy
-from goose_lora.loading import ModelArguments, load_base, load_tokenizer
-from goose_lora.replies import answer, judge_all, summary
-from goose_lora.report import write_json
-from goose_lora.sampling import generation_config
-from goose_lora.shared_base import SharedBase
+from goose_lora import (
+    cli,
+    demo,
+    embedded,
+)
+from goose_lora.data.rows import load_rows
+from goose_lora.data.tokenization import tokenize_prompts
+from goose_lora.evaluation.policies import answer, judge_all, summary
+from goose_lora.files import write_json
+from goose_lora.generation.sampling import generation_config
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.dense_copy import dense_copy
+from goose_lora.models.loading import load_base, load_tokenizer
+from goose_lora.models.shared_base import SharedBase
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {"num_generations": 4}
 MODES: dict[str, dict[str, object]] = {
-    "reward_features": {"ema_decay": 0.95},  # the average only watches: the run is bit for bit the one without
+    # The average only watches: the run is bit for bit the one without
+    "reward_features": {"ema_decay": 0.95},
     "adapter": {"critic": "adapter"},
     "shared": {"critic": "shared"},
     "rloo": {"advantage_estimator": "rloo", **GROUPS},
@@ -61,7 +71,8 @@ MODES: dict[str, dict[str, object]] = {
 
 
 def run(work: Callable[[], None], log: Path) -> float:
-    """CPU seconds of ``work`` in a fork of this process, which has the libraries imported; output goes to ``log``. Stops everything if it fails."""
+    """CPU seconds of ``work`` in a fork of this process, which has the libraries imported; output
+    goes to ``log``. Stops everything if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child == 0:
@@ -111,67 +122,125 @@ def judge(seed_folder: Path, folder: Path, seed: int, dtype: str, which: str = "
     """Figures of one policy on the held-out prompts; 'sft' in ``which`` judges the reference."""
     target = folder / f"judged_{which}.json"
     if not target.is_file():
-        run(lambda: judge_here(str(seed_folder), str(folder), seed, dtype, which), folder / f"judged_{which}.log")
+        run(
+            lambda: judge_here(str(seed_folder), str(folder), seed, dtype, which),
+            folder / f"judged_{which}.log",
+        )
     return json.loads(target.read_text(encoding="utf-8"))
 
 
 def judge_here(seed_folder: str, folder: str, seed: int, dtype: Any, which: str) -> None:
     cli.quiet_libraries()
     cli.keep_freed_memory()
-    model = ModelArguments(demo.resolve("embedded"), dtype=dtype)
+    model = ModelArguments(embedded.resolve("embedded"), dtype=dtype)
     tokenizer = load_tokenizer(model)
-    rows = load_rows(demo.resolve("embedded/prompts-test"), max_rows=200)
+    rows = load_rows(embedded.resolve("embedded/prompts-test"), max_rows=200)
     prompts = list(tokenize_prompts(rows, tokenizer, name="prompts-test", max_prompt_tokens=512)["input_ids"])
     policy = {"ppo": folder, "ema": f"{folder}/ema", "sft": f"{seed_folder}/sft"}[which]
-    shared = SharedBase.build(load_base(model, tokenizer), policy, reward=f"{seed_folder}/reward", reference=f"{seed_folder}/sft")
-    sampling = generation_config(
-        response_tokens=24, temperature=1.0, eos_token_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id
+    shared = SharedBase.build(
+        load_base(model, tokenizer), policy, reward=f"{seed_folder}/reward", reference=f"{seed_folder}/sft"
     )
-    named = {"it": answer(shared, "policy", prompts, tokenizer, sampling, batch_size=100, seed=seed, dense=dense_copy(shared, "auto"))}
+    sampling = generation_config(
+        response_tokens=24,
+        temperature=1.0,
+        eos_token_ids=[tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    named = {
+        "it": answer(
+            shared,
+            "policy",
+            prompts,
+            tokenizer,
+            sampling,
+            batch_size=100,
+            seed=seed,
+            dense=dense_copy(shared, "auto"),
+        )
+    }
     judge_all(named, tokenizer.batch_decode(prompts), demo.vader)
     write_json(f"{folder}/judged_{which}.json", summary(named, against="it")["it"])
 
 
 def table(output: Path, modes: list[str]) -> str:
     """A line a mode: mean over the seeds that are there, and the range."""
-    def cell(values: list[float], digits: int = 2) -> str:
-        return f"{fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})" if values else "-"
 
-    lines = ["| mode | seeds | VADER | score | KL | distinct-2 | tokens | ended | CPU seconds |", "|---|---|---|---|---|---|---|---|---|"]
+    def cell(values: list[float], digits: int = 2) -> str:
+        return (
+            f"{fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+            if values
+            else "-"
+        )
+
+    lines = [
+        "| mode | seeds | VADER | score | KL | distinct-2 | tokens | ended | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for mode, prefix in [(mode, "") for mode in modes] + [("reward_features", "ema_")]:
-        rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob(f"seed*/{mode}/mode.json"))]
+        rows = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(output.glob(f"seed*/{mode}/mode.json"))
+        ]
         names = ("judge", "score", "kl", "distinct_2", "tokens", "ended", "cpu_seconds")
         columns = {name: [row[prefix + name] for row in rows if prefix + name in row] for name in names}
         digits = {"judge": 3, "distinct_2": 3, "kl": 1, "tokens": 1, "cpu_seconds": 0}
         cells = [cell(values, digits.get(name, 2)) for name, values in columns.items()]
-        lines.append(" | ".join([f"| {mode}{', average of the weights' if prefix else ''}", str(len(rows)), *cells]) + " |")
+        lines.append(
+            " | ".join([f"| {mode}{', average of the weights' if prefix else ''}", str(len(rows)), *cells])
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "modes")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--lora_layers", help="top-K or all; give it an output folder of its own (default: the demo's)")
+    parser.add_argument(
+        "--lora_layers", help="top-K or all; give it an output folder of its own (default: the demo's)"
+    )
     arguments = parser.parse_args()
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    dtype, size = arguments.dtype, {"per_device_train_batch_size": arguments.rows, "score_calibration_prompts": 4 * arguments.rows}
+    dtype, size = (
+        arguments.dtype,
+        {
+            "per_device_train_batch_size": arguments.rows,
+            "score_calibration_prompts": 4 * arguments.rows,
+        },
+    )
     for mode in arguments.modes:
         for seed in arguments.seeds:
             seed_folder = arguments.output.resolve() / f"seed{seed}"
             folder = seed_folder / mode
             if (folder / "mode.json").is_file():
                 continue
-            start = stages(seed_folder, seed, dtype, {"lora_layers": arguments.lora_layers} if arguments.lora_layers else {})
+            start = stages(
+                seed_folder,
+                seed,
+                dtype,
+                {"lora_layers": arguments.lora_layers} if arguments.lora_layers else {},
+            )
             seconds = recipe("ppo", folder, seed, dtype, **start, **size, **MODES[mode])
             figures = judge(seed_folder, folder, seed, dtype)
             if (folder / "ema").is_dir():
-                figures |= {f"ema_{name}": value for name, value in judge(seed_folder, folder, seed, dtype, "ema").items()}
-            (folder / "mode.json").write_text(json.dumps(figures | {"cpu_seconds": seconds, "settings": MODES[mode]}, indent=2), encoding="utf-8")
-            print(f"{mode}, seed {seed}: VADER {figures['judge']:.3f}, KL {figures['kl']:.1f}, {seconds:.0f} CPU seconds", flush=True)
+                figures |= {
+                    f"ema_{name}": value
+                    for name, value in judge(seed_folder, folder, seed, dtype, "ema").items()
+                }
+            (folder / "mode.json").write_text(
+                json.dumps(figures | {"cpu_seconds": seconds, "settings": MODES[mode]}, indent=2),
+                encoding="utf-8",
+            )
+            print(
+                f"{mode}, seed {seed}: VADER {figures['judge']:.3f}, KL {figures['kl']:.1f}, {seconds:.0f}"
+                " CPU seconds",
+                flush=True,
+            )
     print(table(arguments.output.resolve(), list(MODES)))
 
 

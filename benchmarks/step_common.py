@@ -1,4 +1,5 @@
-"""What the two sides of benchmarks/step.py have in common, in either environment: the work, the clock, the FLOPs and the memory of one step."""
+"""What the two sides of benchmarks/step.py have in common, in either environment: the work, the
+clock, the FLOPs and the memory of one step."""
 
 import gc
 import json
@@ -9,7 +10,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,14 +23,26 @@ from torch.utils.flop_counter import FlopCounterMode
 # SmolLM2-135M's shape, and one like Qwen3-1.7B's
 SHAPES: dict[str, dict[str, Any]] = {
     "135M": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "vocab_size": 49152, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
     },
     "1.7B": {
-        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "vocab_size": 151936, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 151936,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 SHAPE = SHAPES[os.environ.get("BENCHMARK_SHAPE", "135M")]
 PAD, EOS = SHAPE["vocab_size"] - 1, SHAPE["vocab_size"] - 2
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
@@ -42,9 +60,17 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(SHAPE["vocab_size"])}, unk_token="<0>"))
+    inner = Tokenizer(
+        models.WordLevel({f"<{index}>": index for index in range(SHAPE["vocab_size"])}, unk_token="<0>")
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=f"<{EOS}>", pad_token=f"<{PAD}>", unk_token="<0>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=f"<{EOS}>",
+        pad_token=f"<{PAD}>",
+        unk_token="<0>",
+        padding_side="left",
+    )
 
 
 def prompts(count: int, tokens: int) -> list[list[int]]:
@@ -53,7 +79,8 @@ def prompts(count: int, tokens: int) -> list[list[int]]:
 
 
 class Steps:
-    """CPU seconds and FLOPs of the phases of PPO steps. FLOPs are counted in the first step after ``warm_up``, which is not timed."""
+    """CPU seconds and FLOPs of the phases of PPO steps. FLOPs are counted in the first step after
+    ``warm_up``, which is not timed."""
 
     def __init__(self, warm_up: int = 0) -> None:
         _reset_peak()
@@ -107,10 +134,24 @@ class Steps:
         setattr(owner, method, outer)
 
     def write(self, path: str, **facts: Any) -> None:
-        """Figures as JSON: FLOPs, the mean step's seconds, and the peak of the timed steps above what the process held before models were made."""
-        seconds = {phase: sum(step[phase] for step in self.seconds) / len(self.seconds) for phase in self.seconds[0]}
-        figures = {"flops": self.flops, "seconds": seconds, "all_seconds": [sum(step.values()) for step in self.seconds]}
-        Path(path).write_text(json.dumps(figures | {"peak_mb": _status_mb("VmHWM") - self.start_mb, "imports_mb": self.start_mb} | facts, indent=2))
+        """Figures as JSON: FLOPs, the mean step's seconds, and the peak of the timed steps above
+        what the process held before models were made."""
+        seconds = {
+            phase: sum(step[phase] for step in self.seconds) / len(self.seconds) for phase in self.seconds[0]
+        }
+        figures = {
+            "flops": self.flops,
+            "seconds": seconds,
+            "all_seconds": [sum(step.values()) for step in self.seconds],
+        }
+        Path(path).write_text(
+            json.dumps(
+                figures
+                | {"peak_mb": _status_mb("VmHWM") - self.start_mb, "imports_mb": self.start_mb}
+                | facts,
+                indent=2,
+            )
+        )
 
 
 def arguments() -> dict[str, Any]:

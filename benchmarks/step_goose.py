@@ -1,4 +1,5 @@
-"""One side of benchmarks/step.py: steps of this project's PPO, RLOO or GRPO. Started by it with a case as JSON."""
+"""One side of benchmarks/step.py: steps of this project's PPO, RLOO or GRPO. Started by it with a
+case as JSON."""
 
 import os
 import tempfile
@@ -14,10 +15,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from goose_lora.cli import keep_freed_memory
-from goose_lora.loading import ModelArguments, load_base, lora_config
-from goose_lora.ppo_config import PPOConfig
-from goose_lora.ppo_trainer import PPOTrainer
-from goose_lora.shared_base import SharedBase
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.loading import load_base, lora_config
+from goose_lora.models.shared_base import SharedBase
+from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.trainer import PPOTrainer
 
 
 def make_models(folder: Path, case: dict[str, Any], dtype: torch.dtype) -> None:
@@ -46,20 +48,44 @@ def main() -> None:
     words = tokenizer()
     _in_a_fork(lambda: make_models(folder, case, dtype))
     steps = Steps(warm_up=1)  # the first rollout passes twice, to compare
-    model = ModelArguments(str(folder / "base"), quantization=case["quantization"], dtype=case["dtype"], lora_layers=case["layers"])
+    model = ModelArguments(
+        str(folder / "base"),
+        quantization=case["quantization"],
+        dtype=case["dtype"],
+        lora_layers=case["layers"],
+    )
     base = load_base(model, words, device=torch.device("cpu"))
     estimator = case.get("estimator", "gae")
-    shared = SharedBase.build(base, lora_config(model, base), reward=folder / "reward", critic=case["critic"] if estimator == "gae" else None)
+    shared = SharedBase.build(
+        base,
+        lora_config(model, base),
+        reward=folder / "reward",
+        critic=case["critic"] if estimator == "gae" else None,
+    )
     args = PPOConfig(
-        output_dir=str(folder / "run"), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", sample_rows=0,
-        per_device_train_batch_size=case["batch"], num_ppo_epochs=case["epochs"], response_length=case["response"], num_rollouts=2 + case["steps"],
-        kl_coef=0.05, learning_rate=1e-4, score_normalization="none", advantage_estimator=estimator, num_generations=case.get("generations", 1),
+        output_dir=str(folder / "run"),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        sample_rows=0,
+        per_device_train_batch_size=case["batch"],
+        num_ppo_epochs=case["epochs"],
+        response_length=case["response"],
+        num_rollouts=2 + case["steps"],
+        kl_coef=0.05,
+        learning_rate=1e-4,
+        score_normalization="none",
+        advantage_estimator=estimator,
+        num_generations=case.get("generations", 1),
         rollout_weights=case.get("rollout_weights", "auto"),
-    )  # fmt: skip
+    )
     rows = Dataset.from_dict({"input_ids": prompts(case["batch"] * (2 + case["steps"]), case["prompt"])})
     trainer = PPOTrainer(shared, args, rows, words)
     trainer.rollouts.generation.eos_token_id = [PAD]  # replies of full length, as in the other side
-    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"))
+    trainer.remove_callback(
+        next(type(c) for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
+    )
     steps.lapped(trainer.rollouts, "generate", "generate")
     steps.lapped(trainer, "_experience", "score")
 

@@ -1,4 +1,5 @@
-"""One side of benchmarks/step.py: steps of GRPO or RLOO of the installed TRL. A step is one generation and as many passes as PPO has epochs."""
+"""One side of benchmarks/step.py: steps of GRPO or RLOO of the installed TRL. A step is one
+generation and as many passes as PPO has epochs."""
 
 from step_common import DTYPES, LORA, SHAPE, TARGETS, Steps, arguments, model_config, prompts, tokenizer
 
@@ -17,14 +18,36 @@ def main() -> None:
     case = arguments()
     steps = Steps()
     policy = AutoModelForCausalLM.from_config(model_config(), dtype=DTYPES[case["dtype"]])
-    config, trainer_class = (GRPOConfig, GRPOTrainer) if case["estimator"] == "grpo" else (RLOOConfig, RLOOTrainer)
-    texts = [" ".join(f"<{token}>" for token in row) for row in prompts(case["batch"] // case["generations"] * (1 + case["steps"]), case["prompt"])]
+    config, trainer_class = (
+        (GRPOConfig, GRPOTrainer) if case["estimator"] == "grpo" else (RLOOConfig, RLOOTrainer)
+    )
+    texts = [
+        " ".join(f"<{token}>" for token in row)
+        for row in prompts(case["batch"] // case["generations"] * (1 + case["steps"]), case["prompt"])
+    ]
     args = config(
-        output_dir="/tmp/step_trl_group", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, logging_steps=1,
-        per_device_train_batch_size=case["batch"], gradient_accumulation_steps=1, steps_per_generation=1, num_generations=case["generations"],
-        num_iterations=case["epochs"], max_steps=(1 + case["steps"]) * case["epochs"], max_completion_length=case["response"], temperature=1.0,
-        top_p=1.0, top_k=0, beta=0.05, learning_rate=1e-4, generation_kwargs={"min_new_tokens": case["response"]}, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir="/tmp/step_trl_group",
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+        logging_steps=1,
+        per_device_train_batch_size=case["batch"],
+        gradient_accumulation_steps=1,
+        steps_per_generation=1,
+        num_generations=case["generations"],
+        num_iterations=case["epochs"],
+        max_steps=(1 + case["steps"]) * case["epochs"],
+        max_completion_length=case["response"],
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.05,
+        learning_rate=1e-4,
+        generation_kwargs={"min_new_tokens": case["response"]},
+        gradient_checkpointing=False,
+    )
     trainer = trainer_class(
         model=policy,
         reward_funcs=share,

@@ -1,7 +1,8 @@
-"""One side of benchmarks/step.py: steps of TRL 1.12.0's PPO as its users run it, in an environment of its own (``make bench`` makes it).
+"""One side of benchmarks/step.py: steps of TRL 1.12.0's PPO as its users run it, in an environment
+of its own (``make bench`` makes it).
 
-LoRA on the policy, whose reference is the base with adapters off; a value model and a reward model of their own, the value model trained whole:
-``peft_config`` does not reach it.
+LoRA on the policy, whose reference is the base with adapters off; a value model and a reward model
+of their own, the value model trained whole: ``peft_config`` does not reach it.
 """
 
 from step_common import DTYPES, LORA, TARGETS, Steps, arguments, model_config, prompts, tokenizer
@@ -17,14 +18,32 @@ def main() -> None:
     case = arguments()
     steps, dtype = Steps(), DTYPES[case["dtype"]]
     policy = AutoModelForCausalLM.from_config(model_config(), dtype=dtype)
-    value, reward = (AutoModelForSequenceClassification.from_config(model_config(num_labels=1), dtype=dtype) for _ in range(2))
+    value, reward = (
+        AutoModelForSequenceClassification.from_config(model_config(num_labels=1), dtype=dtype)
+        for _ in range(2)
+    )
     rows = case["batch"] * (1 + case["steps"])
     args = PPOConfig(
-        output_dir="/tmp/step_trl_ppo", report_to="none", save_strategy="no", eval_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False,
-        per_device_train_batch_size=case["batch"], gradient_accumulation_steps=1, total_episodes=rows, num_ppo_epochs=case["epochs"],
-        num_mini_batches=1, response_length=case["response"], stop_token=None, temperature=1.0, learning_rate=1e-4, kl_coef=0.05,
-        num_sample_generations=0, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir="/tmp/step_trl_ppo",
+        report_to="none",
+        save_strategy="no",
+        eval_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+        per_device_train_batch_size=case["batch"],
+        gradient_accumulation_steps=1,
+        total_episodes=rows,
+        num_ppo_epochs=case["epochs"],
+        num_mini_batches=1,
+        response_length=case["response"],
+        stop_token=None,
+        temperature=1.0,
+        learning_rate=1e-4,
+        kl_coef=0.05,
+        num_sample_generations=0,
+        gradient_checkpointing=False,
+    )
     trainer = PPOTrainer(
         args=args,
         processing_class=tokenizer(),

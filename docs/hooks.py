@@ -1,4 +1,5 @@
-"""mkdocs' hook: pages link to files of the repository as on GitHub, ../recipes/ppo.py, and the site has a page for each file that is linked.
+"""mkdocs' hook: pages link to files of the repository as on GitHub, ../recipes/ppo.py, and the site
+has a page for each file that is linked.
 
 A link to a file that is not there stays as it is, and mkdocs --strict ends the build at it.
 """
@@ -21,7 +22,10 @@ def on_files(files: Files, config, **kwargs) -> Files:
         path = root / target.removeprefix("../")
         if path.is_file() and path.suffix in LANGUAGES:
             name = target.removeprefix("../")
-            text = f"---\nhide: [navigation, toc]\n---\n\n# {name}\n\n````{LANGUAGES[path.suffix]}\n{path.read_text(encoding='utf-8')}\n````\n"
+            text = (
+                "---\nhide: [navigation, toc]\n---\n\n#"
+                f" {name}\n\n````{LANGUAGES[path.suffix]}\n{path.read_text(encoding='utf-8')}\n````\n"
+            )
             files.append(File.generated(config, f"source/{name}.md", content=text))
     return files
 

@@ -1,13 +1,14 @@
-"""RLHF on one small machine: SFT, reward model and PPO as LoRA adapters on one shared quantized base."""
+"""RLHF on one small machine: SFT, reward model and PPO as LoRA adapters on one shared quantized
+base."""
 
 import importlib
 from typing import Any
 
-# Loaded when first used, so that `import goose_lora.ppo_math` needs torch alone.
+# Loaded when first used, so that `import goose_lora.functional` needs torch alone.
 _HOMES = {
-    "SharedBase": "shared_base",
-    "PPOConfig": "ppo_config",
-    "PPOTrainer": "ppo_trainer",
+    "SharedBase": "models.shared_base",
+    "PPOConfig": "ppo.config",
+    "PPOTrainer": "ppo.trainer",
     "Agent": "instruct",
     "PairwiseLoss": "instruct",
     "RLHFConfig": "instruct",
@@ -22,11 +23,13 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    from goose_lora.from_trl import IMPORTS
+    from goose_lora.ppo.trl_names import IMPORTS
 
     if name in IMPORTS:
         # ImportError, since "from goose_lora import" drops the text of an AttributeError.
-        raise ImportError(f"goose_lora has no {name}: it is TRL's, and here it is {IMPORTS[name]} (docs/migration.md)")
+        raise ImportError(
+            f"goose_lora has no {name}: it is TRL's, and here it is {IMPORTS[name]} (docs/migration.md)"
+        )
     if name not in _HOMES:
         raise AttributeError(f"module 'goose_lora' has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(importlib.import_module(f"goose_lora.{_HOMES[name]}"), name)

@@ -1,10 +1,14 @@
-"""InstructGOOSE's names (instruct-goose 0.0.7) on the shared base and the same mathematics: its README loop runs with another import line.
+"""InstructGOOSE's names (instruct-goose 0.0.7) on the shared base and the same mathematics: its
+README loop runs with another import line.
 
-    from goose_lora.instruct import Agent, PairwiseLoss, RewardModel, RLHFConfig, RLHFTrainer, create_reference_model
+    from goose_lora.instruct import Agent, PairwiseLoss, RewardModel, RLHFConfig, RLHFTrainer,
+    create_reference_model
 
-What differs: ``Agent`` trains LoRA on the model it is given, which stays frozen and is the reference at the same time, and ``compute_loss``
-is PPO. One call on each rollout needs nothing more. For further passes over a rollout, or for minibatches of it, take
-``old = trainer.snapshot(...)`` before its first update and give ``compute_loss(..., old=old)``, or ``old=old.rows(chosen)``.
+What differs: ``Agent`` trains LoRA on the model it is given, which stays frozen and is the
+reference at the same time, and ``compute_loss`` is PPO. One call on each rollout needs nothing
+more. For further passes over a rollout, or for minibatches of it, take ``old =
+trainer.snapshot(...)`` before its first update and give ``compute_loss(..., old=old)``, or
+``old=old.rows(chosen)``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,33 +22,52 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from goose_lora import ppo_math
-from goose_lora.batch import Rollout
-from goose_lora.loading import keep_4bit_trainable_on_cpu, keep_8bit_alike_on_cpu, linear_names
-from goose_lora.rewards import token_rewards
-from goose_lora.sampling import generation_config, response_mask, sample
-from goose_lora.shared_base import Critic, Role, SharedBase
-from goose_lora.trunk import decoder_layers
+import goose_lora.functional as F
+from goose_lora.errors import UserError
+from goose_lora.functional import token_rewards
+from goose_lora.generation.rollout import Rollout
+from goose_lora.generation.sampling import generation_config, response_mask, sample
+from goose_lora.models.loading import linear_names
+from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, keep_8bit_alike_on_cpu
+from goose_lora.models.shared_base import Critic, Role, SharedBase
+from goose_lora.models.trunk import decoder_layers
 
 
 class Agent(nn.Module):
-    """Policy and critic on ``model``, a causal language model of transformers, quantized or not, which is frozen and in memory once.
+    """Policy and critic on ``model``, a causal language model of transformers, quantized or not,
+    which is frozen and in memory once.
 
-    ``policy`` is an adapter's configuration or the folder of a trained one (SFT), by default LoRA of rank 16 on all linear layers.
-    ``critic`` is ``shared`` for a head on the policy's states, as in InstructGOOSE, or ``adapter`` for an adapter of its own.
-    ``temperature`` is that of sampling and of all log-probabilities. Raises ValueError if the model has no end-of-text token.
+    ``policy`` is an adapter's configuration or the folder of a trained one (SFT), by default LoRA
+    of rank 16 on all linear layers. ``critic`` is ``shared`` for a head on the policy's states, as
+    in InstructGOOSE, or ``adapter`` for an adapter of its own. ``temperature`` is that of sampling
+    and of all log-probabilities. Raises ValueError if the model has no end-of-text token.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: LoraConfig | str | None = None, critic: Critic = "shared", temperature: float = 1.0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: LoraConfig | str | None = None,
+        critic: Critic = "shared",
+        temperature: float = 1.0,
+    ):
         super().__init__()
-        ends = [config.eos_token_id for config in (model.generation_config, model.config.get_text_config()) if config]
+        ends = [
+            config.eos_token_id
+            for config in (model.generation_config, model.config.get_text_config())
+            if config
+        ]
         self.eos_token_ids = next((_listed(end) for end in ends if end is not None), [])
         if not self.eos_token_ids:
-            raise ValueError(f"replies of {type(model).__name__} cannot end. Set model.generation_config.eos_token_id before Agent(model).")
+            raise UserError(
+                f"replies of {type(model).__name__} cannot end. Set model.generation_config.eos_token_id"
+                " before Agent(model)."
+            )
         self.temperature = temperature
         keep_4bit_trainable_on_cpu(model)
         keep_8bit_alike_on_cpu(model)
-        everywhere = LoraConfig(r=16, lora_alpha=32, target_modules=linear_names(decoder_layers(model)), task_type="CAUSAL_LM")
+        everywhere = LoraConfig(
+            r=16, lora_alpha=32, target_modules=linear_names(decoder_layers(model)), task_type="CAUSAL_LM"
+        )
         self.shared = SharedBase.build(model, policy or everywhere, critic=critic)
         self.eval()
 
@@ -59,72 +82,107 @@ class Agent(nn.Module):
         role: Role = "policy",
         **settings: Any,
     ) -> Int[Tensor, "B P+T"]:
-        """Prompts and sampled replies, padded after their end to ``max_new_tokens`` always: ``[:, -max_new_tokens:]`` are the replies.
+        """Prompts and sampled replies, padded after their end to ``max_new_tokens`` always: ``[:,
+        -max_new_tokens:]`` are the replies.
 
-        Raises ValueError for a setting of transformers under which they would not be samples of the policy, as ``compute_loss`` takes them.
+        Raises ValueError for a setting of transformers under which they would not be samples of the
+        policy, as ``compute_loss`` takes them.
         """
         pad = self.eos_token_ids[0] if pad_token_id is None else pad_token_id
-        own: dict[str, Any] = {"temperature": self.temperature, "eos_token_ids": self.eos_token_ids, "pad_token_id": pad}
+        own: dict[str, Any] = {
+            "temperature": self.temperature,
+            "eos_token_ids": self.eos_token_ids,
+            "pad_token_id": pad,
+        }
         config = generation_config(response_tokens=max_new_tokens, do_sample=do_sample, **own)
         harmless = generation_config(response_tokens=max_new_tokens, **own).to_dict()
         for name, value in settings.items():
             # The README's min_length=-1, which transformers 5 refuses, means none.
-            meant = 0 if (name, value) == ("min_length", -1) else _listed(value) if name == "eos_token_id" else value
+            meant = (
+                0
+                if (name, value) == ("min_length", -1)
+                else _listed(value)
+                if name == "eos_token_id"
+                else value
+            )
             if value is not None and meant != harmless.get(name):
-                raise ValueError(
-                    f"generate({name}={value!r}): the replies would not be samples of the policy whose log-probabilities compute_loss "
-                    "takes. Leave it out; the temperature is an argument of Agent, and do_sample=False is greedy."
+                raise UserError(
+                    f"generate({name}={value!r}): the replies would not be samples of the policy whose"
+                    " log-probabilities compute_loss takes. Leave it out; the temperature is an argument of"
+                    " Agent, and do_sample=False is greedy."
                 )
         prompts, mask = _left_padded(input_ids, attention_mask)
-        replies = sample(self.shared, prompts, mask.long(), config, role=role).input_ids[:, prompts.shape[1] :]
-        # transformers stops at the longest reply, where the README's slice would take the prompt's last tokens for the reply's first.
-        return torch.cat([input_ids, nn.functional.pad(replies, (0, max_new_tokens - replies.shape[1]), value=pad)], dim=1)
+        replies = sample(self.shared, prompts, mask.long(), config, role=role).input_ids[
+            :, prompts.shape[1] :
+        ]
+        # transformers stops at the longest reply, where the README's slice would take the prompt's
+        # last tokens for the reply's first.
+        return torch.cat(
+            [input_ids, nn.functional.pad(replies, (0, max_new_tokens - replies.shape[1]), value=pad)], dim=1
+        )
 
-    def forward(self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"] | None = None) -> tuple[Tensor, ...]:
-        """Each row's next token, sampled, its log-probability, the entropy (nats) and the value of the state before it: (B,) each."""
+    def forward(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Each row's next token, sampled, its log-probability, the entropy (nats) and the value of
+        the state before it: (B,) each."""
         ids, mask = _left_padded(input_ids, attention_mask)
         sequences, one = self.generate(ids, mask, max_new_tokens=1), torch.ones_like(mask[:, :1])
         rollout = Rollout(sequences, torch.cat([mask, one], dim=1).long(), one, one[:, 0])
         return sequences[:, -1], *(x[:, 0] for x in self.evaluate(rollout, entropy_gradient=True))
 
     def evaluate(self, rollout: Rollout, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of the replies' own tokens, entropies, and values of the states before them: (B, T) each."""
+        """Log-probabilities of the replies' own tokens, entropies, and values of the states before
+        them: (B, T) each."""
         ids, attention, mask = rollout.input_ids, rollout.attention_mask, rollout.response_mask
-        output = self.shared(ids, attention, mask, temperature=self.temperature, entropy_gradient=entropy_gradient)
+        output = self.shared(
+            ids, attention, mask, temperature=self.temperature, entropy_gradient=entropy_gradient
+        )
         return output.logprobs, output.entropy, output.values
 
 
 class ReferenceModel(nn.Module):
-    """What the agent was before training, a view without weights of its own: log-probabilities of a rollout's replies, no gradients."""
+    """What the agent was before training, a view without weights of its own: log-probabilities of a
+    rollout's replies, no gradients."""
 
     def __init__(self, agent: Agent):
         super().__init__()
-        self._agent = (agent,)  # in a tuple: as a submodule it would be frozen, moved and saved along with the view
+        # In a tuple: as a submodule it would be frozen, moved and saved along with the view
+        self._agent = (agent,)
         self.eval()
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Float[Tensor, "B T"]:
         (agent,) = self._agent
         hidden = agent.shared.hidden("reference", rollout.input_ids, rollout.attention_mask)
-        return agent.shared.logprobs(hidden, rollout.input_ids, rollout.response_mask, temperature=agent.temperature)[0]
+        return agent.shared.logprobs(
+            hidden, rollout.input_ids, rollout.response_mask, temperature=agent.temperature
+        )[0]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """The weights it reads, detached. Overridden since the view registers none."""
         shared = self._agent[0].shared
         others = {name for role in ("policy", "value", "reward") for name, _ in shared.role_parameters(role)}
-        return ((n, p.detach()) for n, p in shared.named_parameters(*args, **kwargs) if n not in others and ".score." not in n)
+        return (
+            (n, p.detach())
+            for n, p in shared.named_parameters(*args, **kwargs)
+            if n not in others and ".score." not in n
+        )
 
 
 def create_reference_model(model: Agent) -> ReferenceModel:
-    """What ``model`` was built on, whenever this is called. InstructGOOSE copies all weights, as they are at the call."""
+    """What ``model`` was built on, whenever this is called. InstructGOOSE copies all weights, as
+    they are at the call."""
     return ReferenceModel(model)
 
 
 @dataclass(frozen=True)
 class RLHFConfig:
-    """Settings of the loss. ``epsilon`` and ``ent_coef`` are InstructGOOSE's names for ``cliprange`` and ``entropy_coef``: give either.
+    """Settings of the loss. ``epsilon`` and ``ent_coef`` are InstructGOOSE's names for
+    ``cliprange`` and ``entropy_coef``: give either.
 
-    ``whiten_advantages`` is for batches: with one reply, taking off the mean pushes a part of a good reply's tokens down.
+    ``whiten_advantages`` is for batches: with one reply, taking off the mean pushes a part of a
+    good reply's tokens down.
     """
 
     epsilon: float = 0.1
@@ -136,25 +194,26 @@ class RLHFConfig:
     gamma: float = 1.0
     lam: float = 0.95
     kl_coef: float = 0.05
-    kl_estimator: ppo_math.KLEstimator = "k1"
+    kl_estimator: F.KLEstimator = "k1"
     whiten_advantages: bool = True
 
     def __post_init__(self) -> None:
         for name, theirs in (("cliprange", "epsilon"), ("entropy_coef", "ent_coef")):
             ours, value = getattr(self, name), getattr(self, theirs)
             if ours is not None and value not in (ours, getattr(RLHFConfig, theirs)):
-                raise ValueError(f"{name}={ours} and {theirs}={value} are one setting. Give one of them.")
+                raise UserError(f"{name}={ours} and {theirs}={value} are one setting. Give one of them.")
             for one in (name, theirs):
                 object.__setattr__(self, one, value if ours is None else ours)
         for name in ("cliprange", "entropy_coef", "vf_coef", "cliprange_value", "gamma", "lam", "kl_coef"):
             value, most = getattr(self, name), 1.0 if name in ("cliprange", "gamma", "lam") else torch.inf
             if value is not None and not 0 <= value <= most:
-                raise ValueError(f"{name}={value}: must lie between 0 and {most}.")
+                raise UserError(f"{name}={value}: must lie between 0 and {most}.")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the updates on a rollout need of the policy that sampled it: (B, T) each, without gradient."""
+    """What the updates on a rollout need of the policy that sampled it: (B, T) each, without
+    gradient."""
 
     logprobs: Float[Tensor, "B T"]
     values: Float[Tensor, "B T"]
@@ -167,14 +226,19 @@ class Snapshot:
 
 
 class RLHFTrainer:
-    """PPO's loss (Schulman et al. 2017) with the KL in the reward (Ouyang et al. 2022), for a loop and an optimizer of one's own.
+    """PPO's loss (Schulman et al. 2017) with the KL in the reward (Ouyang et al. 2022), for a loop
+    and an optimizer of one's own.
 
-    Prompts may be padded on either side. Of a reply counts what its mask has, up to and with its first end-of-text token.
+    Prompts may be padded on either side. Of a reply counts what its mask has, up to and with its
+    first end-of-text token.
     """
 
     def __init__(self, model: Agent, ref_model: ReferenceModel, config: RLHFConfig):
         if not isinstance(ref_model, ReferenceModel):
-            raise ValueError(f"ref_model is a {type(ref_model).__name__}. Use create_reference_model(model), which copies no weight.")
+            raise UserError(
+                f"ref_model is a {type(ref_model).__name__}. Use create_reference_model(model), which copies"
+                " no weight."
+            )
         self.model, self.ref_model, self.config = model, ref_model, config
 
     def compute_loss(
@@ -187,27 +251,38 @@ class RLHFTrainer:
         *,
         old: Snapshot | None = None,
     ) -> Float[Tensor, ""]:
-        """Policy loss + vf_coef * value loss - entropy_coef * entropy, means over the tokens that count.
+        """Policy loss + vf_coef * value loss - entropy_coef * entropy, means over the tokens that
+        count.
 
-        Without ``old``, the policy at this call is the one that sampled the replies. With it, the rewards are those it was taken with.
+        Without ``old``, the policy at this call is the one that sampled the replies. With it, the
+        rewards are those it was taken with.
 
-        Raises ValueError: tensors that do not belong together, a prompt or reply without a token, a mask with holes, rewards not finite.
+        Raises ValueError: tensors that do not belong together, a prompt or reply without a token, a
+        mask with holes, rewards not finite.
         """
         config = self.config
-        rollout = self._rollout(query_ids, query_attention_mask, response_ids, response_attention_mask, rewards)
+        rollout = self._rollout(
+            query_ids, query_attention_mask, response_ids, response_attention_mask, rewards
+        )
         mask = rollout.response_mask
         logprobs, entropy, values = self.model.evaluate(rollout, entropy_gradient=config.ent_coef > 0)
         if old is None:
             old = self._snapshot(rollout, logprobs, values, rewards)
         if old.logprobs.shape != mask.shape:
-            raise ValueError(f"old has shape {tuple(old.logprobs.shape)}, not {tuple(mask.shape)}. For a minibatch give old.rows(chosen).")
-        policy_loss, _ = ppo_math.policy_loss(logprobs, old.logprobs, old.advantages, mask, cliprange=config.epsilon)
-        value_loss, _ = ppo_math.value_loss(values, old.values, old.returns, mask, cliprange_value=config.cliprange_value)
-        return policy_loss + config.vf_coef * value_loss - config.ent_coef * ppo_math.masked_mean(entropy, mask)
+            raise UserError(
+                f"old has shape {tuple(old.logprobs.shape)}, not {tuple(mask.shape)}. For a minibatch give"
+                " old.rows(chosen)."
+            )
+        policy_loss, _ = F.policy_loss(logprobs, old.logprobs, old.advantages, mask, cliprange=config.epsilon)
+        value_loss, _ = F.value_loss(
+            values, old.values, old.returns, mask, cliprange_value=config.cliprange_value
+        )
+        return policy_loss + config.vf_coef * value_loss - config.ent_coef * F.masked_mean(entropy, mask)
 
     @torch.no_grad()
     def snapshot(self, **batch: Tensor) -> Snapshot:
-        """What calls on these replies need once an update was made: to be taken before, with the keyword arguments of ``compute_loss``."""
+        """What calls on these replies need once an update was made: to be taken before, with the
+        keyword arguments of ``compute_loss``."""
         rollout = self._rollout(**batch)
         logprobs, _, values = self.model.evaluate(rollout)
         return self._snapshot(rollout, logprobs, values, batch["rewards"])
@@ -215,24 +290,39 @@ class RLHFTrainer:
     @torch.no_grad()
     def _snapshot(self, rollout: Rollout, logprobs: Tensor, values: Tensor, rewards: Tensor) -> Snapshot:
         config, mask = self.config, rollout.response_mask
-        kl = ppo_math.kl_per_token(logprobs, self.ref_model(rollout), estimator=config.kl_estimator)
+        kl = F.kl_per_token(logprobs, self.ref_model(rollout), estimator=config.kl_estimator)
         each_token = token_rewards(rewards.to(logprobs), kl, mask, kl_coef=config.kl_coef)
-        advantages = ppo_math.gae(each_token, values, mask, gamma=config.gamma, lam=config.lam)
-        whitened = ppo_math.whiten(advantages, mask) if config.whiten_advantages else advantages
+        advantages = F.gae(each_token, values, mask, gamma=config.gamma, lam=config.lam)
+        whitened = F.whiten(advantages, mask) if config.whiten_advantages else advantages
         return Snapshot(logprobs, values, whitened, advantages + values)
 
     def _rollout(
-        self, query_ids: Tensor, query_attention_mask: Tensor, response_ids: Tensor, response_attention_mask: Tensor, rewards: Tensor
+        self,
+        query_ids: Tensor,
+        query_attention_mask: Tensor,
+        response_ids: Tensor,
+        response_attention_mask: Tensor,
+        rewards: Tensor,
     ) -> Rollout:
         batch = (query_ids, query_attention_mask, response_ids, response_attention_mask, rewards)
         query, query_mask, reply, reply_mask, scores = shapes = [tuple(x.shape) for x in batch]
-        if (query_mask, reply_mask) != (query, reply) or (len(query), len(reply)) != (2, 2) or not scores == query[:1] == reply[:1]:
-            raise ValueError(f"queries, their mask, responses, theirs, rewards must be (B, P) twice, (B, T) twice, (B,), and are {shapes}.")
+        if (
+            (query_mask, reply_mask) != (query, reply)
+            or (len(query), len(reply)) != (2, 2)
+            or not scores == query[:1] == reply[:1]
+        ):
+            raise UserError(
+                "queries, their mask, responses, theirs, rewards must be (B, P) twice, (B, T) twice, (B,),"
+                f" and are {shapes}."
+            )
         counted = response_attention_mask.bool()
         if (counted[:, 1:] & ~counted[:, :-1]).any():
-            raise ValueError("response_attention_mask has a 1 after a 0. A reply's tokens must come first in its row, padding after them.")
+            raise UserError(
+                "response_attention_mask has a 1 after a 0. A reply's tokens must come first in its row,"
+                " padding after them."
+            )
         if not torch.isfinite(rewards).all():
-            raise ValueError(f"rewards are not finite: {rewards.tolist()}.")
+            raise UserError(f"rewards are not finite: {rewards.tolist()}.")
         until_end, ended = response_mask(torch.where(counted, response_ids, -1), self.model.eos_token_ids)
         counted = counted & until_end
         prompts, prompt_mask = _left_padded(query_ids, query_attention_mask)
@@ -241,36 +331,55 @@ class RLHFTrainer:
 
 
 class RewardModel(nn.Module):
-    """The decoder in ``checkpoint`` with one linear output, fp32 and unbounded, at each row's last token that counts."""
+    """The decoder in ``checkpoint`` with one linear output, fp32 and unbounded, at each row's last
+    token that counts."""
 
     def __init__(self, checkpoint: str | Path):
         super().__init__()
-        self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1, use_safetensors=True)
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint, num_labels=1, use_safetensors=True
+        )
         self.model.score.float()
         self.eval()
 
-    def forward(self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"] | None = None) -> Float[Tensor, " B"]:
-        """Scores, with gradients. Padding may stand on either side; without a mask it counts like any token."""
+    def forward(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, " B"]:
+        """Scores, with gradients. Padding may stand on either side; without a mask it counts like
+        any token."""
         ids, mask = _left_padded(input_ids, attention_mask)
-        decoder, position_ids = getattr(self.model, self.model.base_model_prefix), (mask.cumsum(-1) - 1).clamp(min=0)
-        states = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False).last_hidden_state
+        decoder, position_ids = (
+            getattr(self.model, self.model.base_model_prefix),
+            (mask.cumsum(-1) - 1).clamp(min=0),
+        )
+        states = decoder(
+            input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False
+        ).last_hidden_state
         return self.model.score(states[:, -1].float()).squeeze(-1)
 
 
 class PairwiseLoss(nn.Module):
     """-log sigmoid(chosen - rejected), a mean over pairs: ``ppo_math.pairwise_loss``."""
 
-    def forward(self, chosen_rewards: Float[Tensor, "*B"], rejected_rewards: Float[Tensor, "*B"]) -> Float[Tensor, ""]:
+    def forward(
+        self, chosen_rewards: Float[Tensor, "*B"], rejected_rewards: Float[Tensor, "*B"]
+    ) -> Float[Tensor, ""]:
         if chosen_rewards.shape != rejected_rewards.shape:
-            raise ValueError(f"rewards of shapes {tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)} are not pairs.")
-        return ppo_math.pairwise_loss(chosen_rewards.flatten(), rejected_rewards.flatten())
+            raise UserError(
+                f"rewards of shapes {tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)} are not"
+                " pairs."
+            )
+        return F.pairwise_loss(chosen_rewards.flatten(), rejected_rewards.flatten())
 
 
-def _left_padded(ids: Int[Tensor, "B L"], mask: Tensor | None) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-    """Rows moved to the right, with token 0, which every vocabulary has, where nothing counts. Without a mask everything counts."""
+def _left_padded(
+    ids: Int[Tensor, "B L"], mask: Tensor | None
+) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    """Rows moved to the right, with token 0, which every vocabulary has, where nothing counts.
+    Without a mask everything counts."""
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if not mask.any(-1).all():
-        raise ValueError("a row has no token that counts: its attention mask is all 0. Leave it out.")
+        raise UserError("a row has no token that counts: its attention mask is all 0. Leave it out.")
     order = mask.long().argsort(dim=-1, stable=True)
     mask = mask.gather(-1, order)
     return torch.where(mask, ids.gather(-1, order), 0), mask

@@ -1,4 +1,5 @@
-"""InstructGOOSE's way of working: its README loop as it stands, and each defect of instruct-goose 0.0.7 as a test that it would fail."""
+"""InstructGOOSE's way of working: its README loop as it stands, and each defect of instruct-goose
+0.0.7 as a test that it would fail."""
 
 import dataclasses
 from statistics import fmean, pstdev
@@ -9,17 +10,30 @@ import reference as slow
 import tiny
 import torch
 from torch import Tensor, optim
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
-from goose_lora import gates
-from goose_lora.instruct import Agent, PairwiseLoss, RewardModel, RLHFConfig, RLHFTrainer, create_reference_model
+from goose_lora.instruct import (
+    Agent,
+    PairwiseLoss,
+    RewardModel,
+    RLHFConfig,
+    RLHFTrainer,
+    create_reference_model,
+)
+from goose_lora.ppo import first_step_checks
 
 SHAPES = ("gpt2", "llama")
 Batch = dict[str, Tensor]
 
 
 def agent(shape: str = "llama", *, stirred: bool = True, critic: str = "shared", **settings: Any) -> Agent:
-    """On a tiny base; stirred, its adapters and its value head are random, so that it is not its reference."""
+    """On a tiny base; stirred, its adapters and its value head are random, so that it is not its
+    reference."""
     made = Agent(tiny.base(shape), policy=None, critic=critic, **settings)
     if stirred:
         stir(made)
@@ -38,8 +52,11 @@ def trainer_of(made: Agent, **settings: Any) -> RLHFTrainer:
     return RLHFTrainer(made, create_reference_model(made), RLHFConfig(**settings))
 
 
-def replies(prompts: tuple[int, ...] = (5, 3, 4), lengths: tuple[int, ...] = (6, 6, 6), *, side: str = "left") -> Batch:
-    """Unequal prompts padded on ``side``, replies without an end-of-text token, and rewards: the arguments of compute_loss."""
+def replies(
+    prompts: tuple[int, ...] = (5, 3, 4), lengths: tuple[int, ...] = (6, 6, 6), *, side: str = "left"
+) -> Batch:
+    """Unequal prompts padded on ``side``, replies without an end-of-text token, and rewards: the
+    arguments of compute_loss."""
     query_ids, query_mask = tiny.batch(prompts, side=side)
     response_ids, response_mask = tiny.batch(lengths, side="right", seed=5)
     rewards = torch.tensor([1.5, -2.0, 0.25])[: len(prompts)]
@@ -52,7 +69,10 @@ def row(batch: Batch, index: int) -> Batch:
     one = {name: x[index : index + 1] for name, x in batch.items()}
     for part in ("query", "response"):
         keep = one[f"{part}_attention_mask"][0].bool()
-        one[f"{part}_ids"], one[f"{part}_attention_mask"] = one[f"{part}_ids"][:, keep], one[f"{part}_attention_mask"][:, keep]
+        one[f"{part}_ids"], one[f"{part}_attention_mask"] = (
+            one[f"{part}_ids"][:, keep],
+            one[f"{part}_attention_mask"][:, keep],
+        )
     return one
 
 
@@ -60,11 +80,17 @@ def gradients(made: Agent, loss: Tensor) -> Tensor:
     """d loss / d everything that trains, in one line."""
     trained = [p for p in made.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(trained, found, strict=True)])
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(trained, found, strict=True)
+        ]
+    )
 
 
 def logprobs(made: Agent, role: str, batch: Batch, *, temperature: float = 1.0) -> list[Tensor]:
-    """From the definition: log_softmax of the transformers model's logits at each counted token, one unpadded row at a time."""
+    """From the definition: log_softmax of the transformers model's logits at each counted token,
+    one unpadded row at a time."""
     found = []
     for index in range(len(batch["rewards"])):
         one = row(batch, index)
@@ -83,7 +109,9 @@ def states(made: Agent, batch: Batch, role: str = "policy") -> list[Tensor]:
         one = row(batch, index)
         with torch.no_grad(), made.shared.role(role) as core:
             ids = torch.cat([one["query_ids"], one["response_ids"]], dim=1)
-            found.append(core(ids, output_hidden_states=True).hidden_states[-1][0, one["query_ids"].shape[1] - 1 : -1])
+            found.append(
+                core(ids, output_hidden_states=True).hidden_states[-1][0, one["query_ids"].shape[1] - 1 : -1]
+            )
     return found
 
 
@@ -100,7 +128,8 @@ TEXTS = [{"text": ["good ba be", "ba", "bi bo bu da"]}, {"text": ["do", "fa fe f
 
 
 def readme_loop(folder: str, **quantized: Any) -> tuple[Agent, list[float]]:
-    """The README's lines as they stand, but for the model's and the data's name; the imports are this module's."""
+    """The README's lines as they stand, but for the model's and the data's name; the imports are
+    this module's."""
     model_base = AutoModelForCausalLM.from_pretrained(folder, **quantized)
     reward_model = RewardModel(folder)
 
@@ -127,7 +156,9 @@ def readme_loop(folder: str, **quantized: Any) -> tuple[Agent, list[float]]:
     losses = []
     for batch in TEXTS:
         inputs = tokenizer(batch["text"], padding=True, truncation=True, return_tensors="pt")
-        response_ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **generation_kwargs)
+        response_ids = model.generate(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], **generation_kwargs
+        )
 
         response_ids = response_ids[:, -max_new_tokens:]
         response_attention_mask = torch.ones_like(response_ids)
@@ -159,21 +190,32 @@ def test_readme_loop_runs_unchanged_and_trains_policy_and_critic_alone(shape, tm
     torch.manual_seed(0)
     model, losses = readme_loop(folder)
     assert len(losses) == 2 and torch.isfinite(torch.tensor(losses)).all()
-    gates.check_gradients(model.shared.named_parameters())
+    first_step_checks.check_gradients(model.shared.named_parameters())
     trained = {name: p for name, p in model.shared.named_parameters() if p.requires_grad}
-    moved = [name for name, p in trained.items() if ("lora_B" in name or ".score." in name) and bool(p.detach().abs().max() > 0)]
+    moved = [
+        name
+        for name, p in trained.items()
+        if ("lora_B" in name or ".score." in name) and bool(p.detach().abs().max() > 0)
+    ]
     assert len(moved) == len(trained) // 2 + 1  # every B, and the value head, from 0
     before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    after = {name.replace("base_model.model.", "").replace(".base_layer", ""): p for name, p in model.shared.state_dict().items()}
+    after = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): p
+        for name, p in model.shared.state_dict().items()
+    }
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 def test_readme_loop_runs_on_a_4_bit_base(tmp_path):
-    folder = tiny.save_base(tmp_path, "llama", hidden_size=64, head_dim=32, num_attention_heads=2, intermediate_size=64)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    folder = tiny.save_base(
+        tmp_path, "llama", hidden_size=64, head_dim=32, num_attention_heads=2, intermediate_size=64
+    )
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     model, losses = readme_loop(folder, quantization_config=nf4, dtype=torch.float32)
     assert torch.isfinite(torch.tensor(losses)).all()
-    gates.check_gradients(model.shared.named_parameters())
+    first_step_checks.check_gradients(model.shared.named_parameters())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -210,16 +252,29 @@ def test_ten_steps_on_a_toy_reward_raise_it(shape):
 @pytest.mark.parametrize("critic", ("shared", "adapter"))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_is_ppo_from_its_definition(shape, critic):
-    """Rows of unequal prompts and replies, a policy that has moved since it sampled, and a reference that is neither."""
+    """Rows of unequal prompts and replies, a policy that has moved since it sampled, and a
+    reference that is neither."""
     made, batch = agent(shape, critic=critic), replies(lengths=(6, 2, 4))
-    settings = {"epsilon": 0.07, "ent_coef": 0.3, "vf_coef": 0.7, "cliprange_value": 0.1, "gamma": 0.9, "lam": 0.8, "kl_coef": 0.5}
+    settings = {
+        "epsilon": 0.07,
+        "ent_coef": 0.3,
+        "vf_coef": 0.7,
+        "cliprange_value": 0.1,
+        "gamma": 0.9,
+        "lam": 0.8,
+        "kl_coef": 0.5,
+    }
     trainer = trainer_of(made, **settings)
     head, role = made.shared.score_head("value").weight, "value" if critic == "adapter" else "policy"
 
     def values() -> list[list[float]]:
         return [(hidden @ head[0]).tolist() for hidden in states(made, batch, role)]
 
-    old_logprobs, ref_logprobs, old_values = logprobs(made, "policy", batch), logprobs(made, "reference", batch), values()
+    old_logprobs, ref_logprobs, old_values = (
+        logprobs(made, "policy", batch),
+        logprobs(made, "reference", batch),
+        values(),
+    )
     old = trainer.snapshot(**batch)
     stir(made, std=0.02, seed=4)
     new_logprobs, new_values = logprobs(made, "policy", batch), values()
@@ -232,8 +287,12 @@ def test_loss_is_ppo_from_its_definition(shape, critic):
         advantages += found
         returns += [a + v for a, v in zip(found, old_values[index], strict=True)]
     whitened = [(a - fmean(advantages)) / pstdev(advantages) for a in advantages]
-    policy = slow.policy_loss(torch.cat(new_logprobs).tolist(), torch.cat(old_logprobs).tolist(), whitened, 0.07)
-    value = slow.value_loss([v for row in new_values for v in row], [v for row in old_values for v in row], returns, 0.1)
+    policy = slow.policy_loss(
+        torch.cat(new_logprobs).tolist(), torch.cat(old_logprobs).tolist(), whitened, 0.07
+    )
+    value = slow.value_loss(
+        [v for row in new_values for v in row], [v for row in old_values for v in row], returns, 0.1
+    )
     expected = policy["loss"] + 0.7 * value["loss"] - 0.3 * fmean(entropies(made, batch))
 
     assert 0 < policy["policy/clip_fraction"] < 1 and 0 < value["value/clip_fraction"] < 1
@@ -253,16 +312,23 @@ def test_gradient_at_the_first_call_is_that_of_the_policy_gradient():
     trainer = trainer_of(made, vf_coef=0.0, ent_coef=0.0)
     advantages = trainer.snapshot(**batch).advantages
     policy_gradient = -(advantages * made.evaluate(trainer._rollout(**batch))[0]).mean()
-    torch.testing.assert_close(gradients(made, trainer.compute_loss(**batch)), gradients(made, policy_gradient), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        gradients(made, trainer.compute_loss(**batch)), gradients(made, policy_gradient), rtol=1e-4, atol=1e-7
+    )
 
 
 def test_ratio_is_against_the_old_policy_and_not_the_reference():
     made, batch = agent(), replies()
-    with_another_reference = RLHFTrainer(made, create_reference_model(agent("llama", temperature=3.0)), RLHFConfig(kl_coef=0.0))
+    with_another_reference = RLHFTrainer(
+        made, create_reference_model(agent("llama", temperature=3.0)), RLHFConfig(kl_coef=0.0)
+    )
     trainer = trainer_of(made, kl_coef=0.0)
     old = trainer.snapshot(**batch)
     stir(made, seed=4)
-    assert trainer.compute_loss(**batch, old=old).item() == with_another_reference.compute_loss(**batch, old=old).item()
+    assert (
+        trainer.compute_loss(**batch, old=old).item()
+        == with_another_reference.compute_loss(**batch, old=old).item()
+    )
     assert trainer.compute_loss(**batch, old=old).item() != trainer.compute_loss(**batch).item()
 
 
@@ -293,7 +359,8 @@ def test_entropy_bonus_raises_entropy():
 
 
 def test_each_response_token_has_an_advantage_of_its_own():
-    """With gamma = lam = 1 and no KL it is what the reply earned, less what was expected of it before that token."""
+    """With gamma = lam = 1 and no KL it is what the reply earned, less what was expected of it
+    before that token."""
     made, batch = agent(), replies()
     trainer = trainer_of(made, lam=1.0, kl_coef=0.0, whiten_advantages=False)
     old = trainer.snapshot(**batch)
@@ -305,7 +372,12 @@ def test_advantages_run_over_the_tokens_of_a_reply_and_not_over_the_batch():
     trainer, batch = trainer_of(agent(), whiten_advantages=False), replies(lengths=(6, 2, 4))
     together = trainer.snapshot(**batch).advantages
     for index, length in enumerate((6, 2, 4)):
-        torch.testing.assert_close(trainer.snapshot(**row(batch, index)).advantages[0], together[index, :length], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            trainer.snapshot(**row(batch, index)).advantages[0],
+            together[index, :length],
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_kl_to_the_reference_is_in_the_reward():
@@ -314,14 +386,20 @@ def test_kl_to_the_reference_is_in_the_reward():
     kl = torch.stack(logprobs(made, "policy", batch)) - torch.stack(logprobs(made, "reference", batch))
     assert kl.abs().max() > 0.1
     still_to_pay = kl.flip(1).cumsum(1).flip(1)
-    torch.testing.assert_close(trainer.snapshot(**batch).returns, batch["rewards"][:, None] - 0.5 * still_to_pay, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        trainer.snapshot(**batch).returns,
+        batch["rewards"][:, None] - 0.5 * still_to_pay,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_further_passes_use_the_old_policy_and_clip_what_left_the_range():
     made, batch = agent(), replies()
     trainer = trainer_of(made, vf_coef=0.0, ent_coef=0.0)
     old = trainer.snapshot(**batch)
-    favoured = dataclasses.replace(old, logprobs=old.logprobs - old.advantages.sign())  # every ratio has left it in its advantage's favour
+    # Every ratio has left it in its advantage's favour
+    favoured = dataclasses.replace(old, logprobs=old.logprobs - old.advantages.sign())
     assert gradients(made, trainer.compute_loss(**batch, old=old)).abs().max() > 0
     assert gradients(made, trainer.compute_loss(**batch, old=favoured)).abs().max() == 0
 
@@ -349,7 +427,9 @@ def test_logprobs_are_log_softmax_of_the_sampled_tokens(shape, temperature):
     trainer = trainer_of(made)
     torch.testing.assert_close(trainer.snapshot(**batch).logprobs, expected, rtol=1e-4, atol=1e-5)
     of_reference = torch.stack(logprobs(made, "reference", batch, temperature=temperature))
-    torch.testing.assert_close(trainer.ref_model(trainer._rollout(**batch)), of_reference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        trainer.ref_model(trainer._rollout(**batch)), of_reference, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_logprobs_are_the_same_at_each_call_in_training_mode_too():
@@ -378,7 +458,10 @@ def test_nothing_after_the_end_has_a_say(after, masked):
     short = {name: x.clone() for name, x in batch.items()}
     short["response_ids"][:, 3] = tiny.EOS
     whole = {name: x.clone() for name, x in short.items()}
-    short["response_ids"], short["response_attention_mask"] = short["response_ids"][:, :4], short["response_attention_mask"][:, :4]
+    short["response_ids"], short["response_attention_mask"] = (
+        short["response_ids"][:, :4],
+        short["response_attention_mask"][:, :4],
+    )
     whole["response_ids"][:, 4:] = after
     if masked:
         whole["response_attention_mask"][:, 4:] = 0
@@ -445,7 +528,9 @@ def test_reference_gets_no_gradient_and_stays_as_training_goes_on():
         optimizer.step()
     assert not trainer.ref_model(rollout).requires_grad
     assert all(p.grad is None for p in trainer.ref_model.parameters())
-    assert all(p.grad is None for name, p in made.named_parameters() if "lora" not in name and ".score." not in name)
+    assert all(
+        p.grad is None for name, p in made.named_parameters() if "lora" not in name and ".score." not in name
+    )
     assert torch.equal(trainer.ref_model(rollout), before)
     assert not torch.equal(trainer.snapshot(**batch).logprobs, policy_before)
 
@@ -472,7 +557,11 @@ def test_a_policy_from_an_adapter_has_that_adapter_as_its_reference(tmp_path):
 
 def test_only_adapter_and_value_head_train():
     made = agent("llama", critic="adapter")
-    wrong = [n for n, p in made.shared.named_parameters() if p.requires_grad != (".default." in n or ".value." in n)]
+    wrong = [
+        n
+        for n, p in made.shared.named_parameters()
+        if p.requires_grad != (".default." in n or ".value." in n)
+    ]
     assert not wrong
 
 
@@ -480,16 +569,22 @@ def test_only_adapter_and_value_head_train():
 def test_forward_gives_an_action_with_its_own_logprob_entropy_and_value(shape):
     made, batch = agent(shape), replies(prompts=(5, 3, 4), side="right")
     action, found, entropy, value = made(batch["query_ids"], batch["query_attention_mask"])
-    one = batch | {"response_ids": action[:, None], "response_attention_mask": torch.ones_like(action)[:, None]}
+    one = batch | {
+        "response_ids": action[:, None],
+        "response_attention_mask": torch.ones_like(action)[:, None],
+    }
     torch.testing.assert_close(found, torch.cat(logprobs(made, "policy", one)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropy, torch.tensor(entropies(made, one)), rtol=1e-4, atol=1e-5)
     head = made.shared.score_head("value").weight
-    torch.testing.assert_close(value, torch.stack([hidden[0] @ head[0] for hidden in states(made, one)]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        value, torch.stack([hidden[0] @ head[0] for hidden in states(made, one)]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_readme_slice_is_the_reply_even_if_all_end_early():
     model = tiny.base("llama")
-    model.generation_config.eos_token_id = list(range(tiny.VOCABULARY))  # every reply ends with its first token
+    # Every reply ends with its first token
+    model.generation_config.eos_token_id = list(range(tiny.VOCABULARY))
     queries, mask = tiny.batch()
     out = Agent(model).generate(queries, mask, max_new_tokens=7, pad_token_id=tiny.PAD)
     assert out.shape == (3, queries.shape[1] + 7) and torch.equal(out[:, :-7], queries)
@@ -511,13 +606,25 @@ def test_greedy_replies_do_not_depend_on_padding(shape):
 def test_replies_of_the_reference_are_those_of_the_bare_base():
     made, (queries, mask) = agent(), tiny.batch()
     plain = tiny.base("llama").generate(queries, attention_mask=mask, do_sample=False, max_new_tokens=6)
-    of_reference = made.generate(queries, mask, do_sample=False, max_new_tokens=6, role="reference", pad_token_id=tiny.PAD)
+    of_reference = made.generate(
+        queries, mask, do_sample=False, max_new_tokens=6, role="reference", pad_token_id=tiny.PAD
+    )
     assert torch.equal(of_reference[:, : plain.shape[1]], plain)
-    assert not torch.equal(of_reference, made.generate(queries, mask, do_sample=False, max_new_tokens=6, pad_token_id=tiny.PAD))
+    assert not torch.equal(
+        of_reference, made.generate(queries, mask, do_sample=False, max_new_tokens=6, pad_token_id=tiny.PAD)
+    )
 
 
 @pytest.mark.parametrize(
-    "setting", ({"top_k": 50}, {"top_p": 0.9}, {"temperature": 0.5}, {"min_length": 3}, {"repetition_penalty": 1.2}, {"eos_token_id": 9})
+    "setting",
+    (
+        {"top_k": 50},
+        {"top_p": 0.9},
+        {"temperature": 0.5},
+        {"min_length": 3},
+        {"repetition_penalty": 1.2},
+        {"eos_token_id": 9},
+    ),
 )
 def test_settings_under_which_replies_are_not_the_policys_are_refused(setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))}.*not be samples of the policy"):
@@ -634,7 +741,9 @@ def test_config_keeps_instructgooses_names_and_defaults():
         RLHFConfig(epsilon=0.2, cliprange=0.3)
 
 
-@pytest.mark.parametrize("wrong", ({"epsilon": 1.5}, {"gamma": 1.1}, {"lam": -0.1}, {"kl_coef": -1.0}, {"cliprange_value": -0.2}))
+@pytest.mark.parametrize(
+    "wrong", ({"epsilon": 1.5}, {"gamma": 1.1}, {"lam": -0.1}, {"kl_coef": -1.0}, {"cliprange_value": -0.2})
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="must lie between"):
         RLHFConfig(**wrong)

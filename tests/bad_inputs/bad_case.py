@@ -1,4 +1,5 @@
-"""One bad input: what is changed of a sound run, and what the one line must say. Sound runs of all recipes are here too."""
+"""One bad input: what is changed of a sound run, and what the one line must say. Sound runs of all
+recipes are here too."""
 
 import json
 import os
@@ -16,9 +17,10 @@ Changes = Mapping[str, Any]
 
 
 class Case(NamedTuple):
-    """``change`` gives settings over the sound ones, None to leave one out, and may write files into the folder that it is given, where
-    ``base``, ``sft`` and ``reward`` are sound copies to break. ``says``: words of the line, in their order; the last are the way out.
-    ``line``: further words of the command line.
+    """``change`` gives settings over the sound ones, None to leave one out, and may write files
+    into the folder that it is given, where ``base``, ``sft`` and ``reward`` are sound copies to
+    break. ``says``: words of the line, in their order; the last are the way out. ``line``: further
+    words of the command line.
     """
 
     name: str
@@ -30,22 +32,44 @@ class Case(NamedTuple):
 
 def sound(folder: Path, recipe: str) -> dict[str, Any]:
     """Settings that get a recipe as far as the model."""
-    model = {"model_name_or_path": str(folder / "base"), "quantization": "none", "dtype": "float32", "lora_r": 3, "lora_alpha": 6}
+    model = {
+        "model_name_or_path": str(folder / "base"),
+        "quantization": "none",
+        "dtype": "float32",
+        "lora_r": 3,
+        "lora_alpha": 6,
+    }
     common = {**model, "output_dir": str(folder / "output"), "dataset_name": str(folder / "prompts.jsonl")}
-    train = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 4}
+    train = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+    }
     adapters = {"policy_adapter": str(folder / "sft"), "reward_adapter": str(folder / "reward")}
     return {
         "sft": {**common, **train, "bf16": False, "dataset_name": str(folder / "texts.jsonl")},
-        "reward": {**common, **train, "bf16": False} | {name: str(folder / "preferences.jsonl") for name in ("dataset_name", "eval_dataset_name")},
+        "reward": (
+            {**common, **train, "bf16": False}
+            | {name: str(folder / "preferences.jsonl") for name in ("dataset_name", "eval_dataset_name")}
+        ),
         "ppo": {**common, **train, **adapters, "num_rollouts": 1, "response_length": 5},
-        "own_loop": {**common, **train, "policy_adapter": adapters["policy_adapter"], "num_rollouts": 1, "response_length": 5},
+        "own_loop": {
+            **common,
+            **train,
+            "policy_adapter": adapters["policy_adapter"],
+            "num_rollouts": 1,
+            "response_length": 5,
+        },
         "goose-lora": {},
         "evaluate": {**common, **adapters, "sft_adapter": adapters["policy_adapter"], "response_length": 5},
     }[recipe]
 
 
 def make_files(folder: Path) -> None:
-    """A tiny base, an SFT adapter with its tokenizer, a reward adapter with its head, and rows for each stage."""
+    """A tiny base, an SFT adapter with its tokenizer, a reward adapter with its head, and rows for
+    each stage."""
     tiny.save_base(folder / "base")
     for name in ("texts", "preferences", "prompts"):
         tiny.write_rows(folder / f"{name}.jsonl", getattr(tiny, name)(8))
@@ -53,10 +77,14 @@ def make_files(folder: Path) -> None:
     base.name_or_path = "org/base"
     get_peft_model(base, tiny.lora(base, layers="top-2")).save_pretrained(folder / "sft")
     tiny.tokenizer().save_pretrained(folder / "sft")
-    judge = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"], num_labels=1))
+    judge = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"], num_labels=1)
+    )
     judge.name_or_path = "org/base"
     plain = tiny.base()
-    get_peft_model(judge, tiny.lora(plain, layers="top-2", task_type="SEQ_CLS")).save_pretrained(folder / "reward")
+    get_peft_model(judge, tiny.lora(plain, layers="top-2", task_type="SEQ_CLS")).save_pretrained(
+        folder / "reward"
+    )
 
 
 def place(source: Path, folder: Path) -> None:
@@ -81,7 +109,9 @@ def command_line(folder: Path, case: Case) -> list[str]:
     changes = case.change(folder) if callable(case.change) else case.change
     settings = sound(folder, case.recipe) | changes
     (folder / "config.yaml").write_text(
-        yaml.safe_dump({name: value for name, value in settings.items() if value is not LEFT_OUT}, allow_unicode=True)
+        yaml.safe_dump(
+            {name: value for name, value in settings.items() if value is not LEFT_OUT}, allow_unicode=True
+        )
     )
     return ["--config", str(folder / "config.yaml"), *case.line]
 
@@ -91,13 +121,19 @@ LEFT_OUT = object()
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below ``folder``."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 # Ways to break things
 
 
-def file(name: str, content: str | bytes, setting: str = "dataset_name", **settings: Any) -> Callable[[Path], Changes]:
+def file(
+    name: str, content: str | bytes, setting: str = "dataset_name", **settings: Any
+) -> Callable[[Path], Changes]:
     """``setting`` names a new file with ``content``."""
 
     def change(folder: Path) -> Changes:
@@ -117,13 +153,17 @@ def without(folder_name: str, *names: str) -> Callable[[Path], Changes]:
 
     def change(folder: Path) -> Changes:
         for name in names:
-            (own_copy(folder, folder_name) if (folder / folder_name).is_symlink() else folder / folder_name).joinpath(name).unlink()
+            (
+                own_copy(folder, folder_name) if (folder / folder_name).is_symlink() else folder / folder_name
+            ).joinpath(name).unlink()
         return {}
 
     return change
 
 
-def edited(folder_name: str, name: str, edit: Callable[[bytes], bytes] | bytes | str) -> Callable[[Path], Changes]:
+def edited(
+    folder_name: str, name: str, edit: Callable[[bytes], bytes] | bytes | str
+) -> Callable[[Path], Changes]:
     """A file in a folder has other content, or is there in addition."""
 
     def change(folder: Path) -> Changes:
@@ -137,7 +177,9 @@ def edited(folder_name: str, name: str, edit: Callable[[bytes], bytes] | bytes |
 
 def json_edited(folder_name: str, name: str, **changes: Any) -> Callable[[Path], Changes]:
     def edit(content: bytes) -> bytes:
-        found = {key: value for key, value in (json.loads(content) | changes).items() if value is not LEFT_OUT}
+        found = {
+            key: value for key, value in (json.loads(content) | changes).items() if value is not LEFT_OUT
+        }
         return json.dumps(found).encode()
 
     return edited(folder_name, name, edit)

@@ -79,7 +79,10 @@ def _more_tokens(path):
 
 def _custom_code(path):
     config = json.loads((path / "config.json").read_text())
-    config |= {"model_type": "own_kind", "auto_map": {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.OwnModel"}}
+    config |= {
+        "model_type": "own_kind",
+        "auto_map": {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.OwnModel"},
+    }
     (path / "config.json").write_text(json.dumps(config))
     (path / "code.py").write_text(f"open({str(path / 'ran')!r}, 'w')\n")
 
@@ -94,7 +97,9 @@ def _bin_adapter(folder_name):
 
 
 def _reward(content, name="reward"):
-    return lambda folder: file("own.py", content, "ignored")(folder) and {"reward_function": [f"{folder}/own.py:{name}"]}
+    return lambda folder: (
+        file("own.py", content, "ignored")(folder) and {"reward_function": [f"{folder}/own.py:{name}"]}
+    )
 
 
 def _classifier(folder):
@@ -124,40 +129,108 @@ CASES = [
         path_to("model_name_or_path", "prompts.jsonl"),
         ("a file, not a model", "Give the folder that holds its config.json"),
     ),
-    Case("a base that is an adapter", "ppo", path_to("model_name_or_path", "sft"), ("sft: has no config.json", "It is an adapter", "policy_adapter")),
-    Case("a Hub model offline", "ppo", {"model_name_or_path": "org/base"}, ("org/base: not a folder here", "HF_HUB_OFFLINE=1", "unset it")),
-    Case("a Hub name of wrong form", "sft", {"model_name_or_path": "org/a/b"}, ("org/a/b: no such folder", "such as org/model")),
-    Case("config.json that is no JSON", "ppo", edited("base", "config.json", "{"), ("base", "cannot be read", "Save or download it again")),
+    Case(
+        "a base that is an adapter",
+        "ppo",
+        path_to("model_name_or_path", "sft"),
+        ("sft: has no config.json", "It is an adapter", "policy_adapter"),
+    ),
+    Case(
+        "a Hub model offline",
+        "ppo",
+        {"model_name_or_path": "org/base"},
+        ("org/base: not a folder here", "HF_HUB_OFFLINE=1", "unset it"),
+    ),
+    Case(
+        "a Hub name of wrong form",
+        "sft",
+        {"model_name_or_path": "org/a/b"},
+        ("org/a/b: no such folder", "such as org/model"),
+    ),
+    Case(
+        "config.json that is no JSON",
+        "ppo",
+        edited("base", "config.json", "{"),
+        ("base", "cannot be read", "Save or download it again"),
+    ),
     Case(
         "config.json of an unknown kind",
         "sft",
         json_edited("base", "config.json", model_type="own_kind"),
         ("base: its configuration cannot be read", "own_kind", "update transformers"),
     ),
-    Case("an encoder", "sft", json_edited("base", "config.json", model_type="t5"), ("t5 is not a causal language model", "Use one that")),
-    Case("no weights", "sft", without("base", "model.safetensors"), ("has no weights in safetensors", "Download or save it again")),
-    Case("weights that are a pickle", "reward", _base(_pickled_base), ("only pytorch_model.bin, a pickle", "Convert it where you trust it")),
-    Case("weights cut short", "ppo", edited("base", "model.safetensors", lambda b: b[: len(b) // 2]), ("model.safetensors", "cut short", "again")),
-    Case("a tokenizer that is not there", "ppo", without("base", "tokenizer.json", "tokenizer_config.json"), ("base", "tokenizer", "again")),
+    Case(
+        "an encoder",
+        "sft",
+        json_edited("base", "config.json", model_type="t5"),
+        ("t5 is not a causal language model", "Use one that"),
+    ),
+    Case(
+        "no weights",
+        "sft",
+        without("base", "model.safetensors"),
+        ("has no weights in safetensors", "Download or save it again"),
+    ),
+    Case(
+        "weights that are a pickle",
+        "reward",
+        _base(_pickled_base),
+        ("only pytorch_model.bin, a pickle", "Convert it where you trust it"),
+    ),
+    Case(
+        "weights cut short",
+        "ppo",
+        edited("base", "model.safetensors", lambda b: b[: len(b) // 2]),
+        ("model.safetensors", "cut short", "again"),
+    ),
+    Case(
+        "a tokenizer that is not there",
+        "ppo",
+        without("base", "tokenizer.json", "tokenizer_config.json"),
+        ("base", "tokenizer", "again"),
+    ),
     Case(
         "tokenizer.json that is broken",
         "sft",
         edited("base", "tokenizer.json", "{"),
         ("base: the tokenizer cannot be read", "Save or download it again"),
     ),
-    Case("a tokenizer without EOS", "ppo", _base(_no_eos), ("the tokenizer has no EOS token", "tokenizer_config.json")),
     Case(
-        "a tokenizer without pad or a spare token", "ppo", _base(_no_pad), ("no unused token was found", "Set pad_token in its tokenizer_config.json")
+        "a tokenizer without EOS",
+        "ppo",
+        _base(_no_eos),
+        ("the tokenizer has no EOS token", "tokenizer_config.json"),
     ),
-    Case("a tokenizer larger than the model", "ppo", _base(_more_tokens), ("the tokenizer has 70 tokens and the model 61", "the model came with")),
-    Case("code from the model's folder", "sft", _base(_custom_code), ("needs Python code of its own repository", "set trust_remote_code: true")),
+    Case(
+        "a tokenizer without pad or a spare token",
+        "ppo",
+        _base(_no_pad),
+        ("no unused token was found", "Set pad_token in its tokenizer_config.json"),
+    ),
+    Case(
+        "a tokenizer larger than the model",
+        "ppo",
+        _base(_more_tokens),
+        ("the tokenizer has 70 tokens and the model 61", "the model came with"),
+    ),
+    Case(
+        "code from the model's folder",
+        "sft",
+        _base(_custom_code),
+        ("needs Python code of its own repository", "set trust_remote_code: true"),
+    ),
     Case(
         "replies beyond the context",
         "ppo",
         {"response_length": 125},
         ("make 130 tokens", "context of 127", "Lower max_prompt_tokens or response_length"),
     ),
-    Case("replies beyond the context, evaluation", "evaluate", {"response_length": 125}, ("context of 127", "Lower max_prompt_tokens")),
+    Case(
+        "replies beyond the context, evaluation",
+        "evaluate",
+        {"response_length": 125},
+        ("context of 127", "Lower max_prompt_tokens"),
+    ),
     # Adapters
     Case(
         "a policy that is not there",
@@ -165,19 +238,54 @@ CASES = [
         path_to("policy_adapter", "none"),
         ("policy_adapter", "has no adapter_config.json", "Give the output_dir"),
     ),
-    Case("a policy that is a file", "evaluate", path_to("policy_adapter", "prompts.jsonl"), ("policy_adapter", "is a file", "Give the folder")),
-    Case("a reward model not finished", "ppo", without("reward", "adapter_model.safetensors"), ("reward_adapter", "run to its end")),
-    Case("an adapter that is a pickle", "ppo", _bin_adapter("sft"), ("only adapter_model.bin, a pickle", "Convert it where you trust it")),
-    Case("a reward adapter that is a pickle", "evaluate", _bin_adapter("reward"), ("only adapter_model.bin, a pickle", "Convert it")),
+    Case(
+        "a policy that is a file",
+        "evaluate",
+        path_to("policy_adapter", "prompts.jsonl"),
+        ("policy_adapter", "is a file", "Give the folder"),
+    ),
+    Case(
+        "a reward model not finished",
+        "ppo",
+        without("reward", "adapter_model.safetensors"),
+        ("reward_adapter", "run to its end"),
+    ),
+    Case(
+        "an adapter that is a pickle",
+        "ppo",
+        _bin_adapter("sft"),
+        ("only adapter_model.bin, a pickle", "Convert it where you trust it"),
+    ),
+    Case(
+        "a reward adapter that is a pickle",
+        "evaluate",
+        _bin_adapter("reward"),
+        ("only adapter_model.bin, a pickle", "Convert it"),
+    ),
     Case(
         "adapter_config.json that is no JSON",
         "ppo",
         edited("sft", "adapter_config.json", "{"),
         ("adapter_config.json: not JSON", "train the stage again"),
     ),
-    Case("adapter_config.json that is a list", "ppo", edited("sft", "adapter_config.json", "[]"), ("a JSON list, expected an object", "again")),
-    Case("adapter_config.json not UTF-8", "ppo", edited("sft", "adapter_config.json", b"\xff"), ("adapter_config.json: not JSON", "again")),
-    Case("an adapter without a rank", "ppo", json_edited("sft", "adapter_config.json", r=LEFT_OUT), ("r=None", "Copy the folder again")),
+    Case(
+        "adapter_config.json that is a list",
+        "ppo",
+        edited("sft", "adapter_config.json", "[]"),
+        ("a JSON list, expected an object", "again"),
+    ),
+    Case(
+        "adapter_config.json not UTF-8",
+        "ppo",
+        edited("sft", "adapter_config.json", b"\xff"),
+        ("adapter_config.json: not JSON", "again"),
+    ),
+    Case(
+        "an adapter without a rank",
+        "ppo",
+        json_edited("sft", "adapter_config.json", r=LEFT_OUT),
+        ("r=None", "Copy the folder again"),
+    ),
     Case(
         "an adapter that is no LoRA",
         "ppo",
@@ -190,19 +298,54 @@ CASES = [
         json_edited("reward", "adapter_config.json", base_model_name_or_path="org/other"),
         ("was trained on org/other", "All stages share one base"),
     ),
-    Case("an adapter of another width", "ppo", _of_another_width, ("does not fit", "where the base has", "trained on this base model")),
+    Case(
+        "an adapter of another width",
+        "ppo",
+        _of_another_width,
+        ("does not fit", "where the base has", "trained on this base model"),
+    ),
     Case(
         "an adapter of another family",
         "ppo",
         _of_another_family,
         ("does not fit", "a module that the base does not have", "trained on this base model"),
     ),
-    Case("an adapter cut short", "ppo", edited("sft", "adapter_model.safetensors", lambda b: b[:-100]), ("damaged or cut short", "Copy it again")),
-    Case("an adapter that is empty", "ppo", edited("sft", "adapter_model.safetensors", b""), ("damaged or cut short", "Copy it again")),
-    Case("an adapter of wrong shapes", "evaluate", _tensors("sft", _wider), ("does not fit", "of shape", "trained on this base model")),
-    Case("a reward adapter without its head", "ppo", _tensors("reward", _without_head), ("has no score head", "Train it with recipes/reward.py")),
-    Case("a policy as the reward model", "ppo", path_to("reward_adapter", "sft"), ("has no score head", "Train it with recipes/reward.py")),
-    Case("lineage that is no JSON", "ppo", edited("reward", "goose_lora.json", "{"), ("goose_lora.json: not JSON", "train the stage again")),
+    Case(
+        "an adapter cut short",
+        "ppo",
+        edited("sft", "adapter_model.safetensors", lambda b: b[:-100]),
+        ("damaged or cut short", "Copy it again"),
+    ),
+    Case(
+        "an adapter that is empty",
+        "ppo",
+        edited("sft", "adapter_model.safetensors", b""),
+        ("damaged or cut short", "Copy it again"),
+    ),
+    Case(
+        "an adapter of wrong shapes",
+        "evaluate",
+        _tensors("sft", _wider),
+        ("does not fit", "of shape", "trained on this base model"),
+    ),
+    Case(
+        "a reward adapter without its head",
+        "ppo",
+        _tensors("reward", _without_head),
+        ("has no score head", "Train it with recipes/reward.py"),
+    ),
+    Case(
+        "a policy as the reward model",
+        "ppo",
+        path_to("reward_adapter", "sft"),
+        ("has no score head", "Train it with recipes/reward.py"),
+    ),
+    Case(
+        "lineage that is no JSON",
+        "ppo",
+        edited("reward", "goose_lora.json", "{"),
+        ("goose_lora.json: not JSON", "train the stage again"),
+    ),
     Case(
         "lineage with a bias that is text",
         "ppo",
@@ -215,36 +358,123 @@ CASES = [
         edited("reward", "verdict.json", '{"accuracy": 0.5, "accuracy_ci": [0.4, 0.6], "n_pairs": 9}'),
         ("may be chance", "force: true"),
     ),
-    Case("a verdict that is none", "ppo", edited("reward", "verdict.json", '{"accuracy": 0.9}'), ("verdict.json: no verdict", "or delete the file")),
-    Case("another chat template", "ppo", _other_template, ("was trained with another chat template", "Train it with the base's template")),
+    Case(
+        "a verdict that is none",
+        "ppo",
+        edited("reward", "verdict.json", '{"accuracy": 0.9}'),
+        ("verdict.json: no verdict", "or delete the file"),
+    ),
+    Case(
+        "another chat template",
+        "ppo",
+        _other_template,
+        ("was trained with another chat template", "Train it with the base's template"),
+    ),
     # Rewards
-    Case("nothing that scores", "ppo", {"reward_adapter": LEFT_OUT}, ("nothing scores the replies", "set reward_adapter")),
-    Case("a reward of wrong form", "ppo", {"reward_function": ["my_reward"]}, ("there is no colon", 'Accepted: "module:function"')),
-    Case("a reward module that is not there", "ppo", {"reward_function": ["no_such_thing:f"]}, ("no module 'no_such_thing'", "Accepted")),
-    Case("a reward file that is not there", "ppo", {"reward_function": ["no/such.py:f"]}, ("there is no file 'no/such.py'", "Accepted")),
-    Case("a reward module that does not parse", "ppo", _reward("def reward(:\n"), ("failed with SyntaxError", "Mend it")),
-    Case("a reward module that raises", "ppo", _reward("1 / 0\n"), ("failed with ZeroDivisionError", "Mend it")),
-    Case("a reward module that leaves", "ppo", _reward("import sys\nsys.exit(0)\n"), ("failed with SystemExit", "Mend it")),
-    Case("a reward module that needs more", "ppo", _reward("import no_such_dependency\n"), ("ModuleNotFoundError", "install what it imports")),
-    Case("a reward that is not in it", "ppo", _reward("def rewards(): pass\n"), ("has no 'reward'; the nearest name is 'rewards'",)),
-    Case("a reward that cannot be called", "ppo", _reward("reward = 3\n"), ("not callable but of type int", "Accepted")),
-    Case("a judge that is not there", "evaluate", {"judge": "math:sqrd"}, ("has no 'sqrd'; the nearest name is 'sqrt'",)),
+    Case(
+        "nothing that scores",
+        "ppo",
+        {"reward_adapter": LEFT_OUT},
+        ("nothing scores the replies", "set reward_adapter"),
+    ),
+    Case(
+        "a reward of wrong form",
+        "ppo",
+        {"reward_function": ["my_reward"]},
+        ("there is no colon", 'Accepted: "module:function"'),
+    ),
+    Case(
+        "a reward module that is not there",
+        "ppo",
+        {"reward_function": ["no_such_thing:f"]},
+        ("no module 'no_such_thing'", "Accepted"),
+    ),
+    Case(
+        "a reward file that is not there",
+        "ppo",
+        {"reward_function": ["no/such.py:f"]},
+        ("there is no file 'no/such.py'", "Accepted"),
+    ),
+    Case(
+        "a reward module that does not parse",
+        "ppo",
+        _reward("def reward(:\n"),
+        ("failed with SyntaxError", "Mend it"),
+    ),
+    Case(
+        "a reward module that raises", "ppo", _reward("1 / 0\n"), ("failed with ZeroDivisionError", "Mend it")
+    ),
+    Case(
+        "a reward module that leaves",
+        "ppo",
+        _reward("import sys\nsys.exit(0)\n"),
+        ("failed with SystemExit", "Mend it"),
+    ),
+    Case(
+        "a reward module that needs more",
+        "ppo",
+        _reward("import no_such_dependency\n"),
+        ("ModuleNotFoundError", "install what it imports"),
+    ),
+    Case(
+        "a reward that is not in it",
+        "ppo",
+        _reward("def rewards(): pass\n"),
+        ("has no 'reward'; the nearest name is 'rewards'",),
+    ),
+    Case(
+        "a reward that cannot be called",
+        "ppo",
+        _reward("reward = 3\n"),
+        ("not callable but of type int", "Accepted"),
+    ),
+    Case(
+        "a judge that is not there",
+        "evaluate",
+        {"judge": "math:sqrd"},
+        ("has no 'sqrd'; the nearest name is 'sqrt'",),
+    ),
     Case("a rating of wrong form", "own_loop", {"rating": "math"}, ("there is no colon", "Accepted")),
-    Case("too many weights", "ppo", {"reward_weights": [1.0, 0.5]}, ("2 weights for 1 sources of reward (adapter)", "give one to each")),
-    Case("weights that are NaN", "ppo", {"reward_weights": [float("nan")]}, ("reward_weights=nan", "must be a finite number")),
-    Case("weights that are words", "ppo", {"reward_weights": ["much"]}, ("reward_weights: ['much'] is not a list of numbers",)),
+    Case(
+        "too many weights",
+        "ppo",
+        {"reward_weights": [1.0, 0.5]},
+        ("2 weights for 1 sources of reward (adapter)", "give one to each"),
+    ),
+    Case(
+        "weights that are NaN",
+        "ppo",
+        {"reward_weights": [float("nan")]},
+        ("reward_weights=nan", "must be a finite number"),
+    ),
+    Case(
+        "weights that are words",
+        "ppo",
+        {"reward_weights": ["much"]},
+        ("reward_weights: ['much'] is not a list of numbers",),
+    ),
     Case(
         "a reward model that is no classifier",
         "ppo",
         _classifier,
         ("a reward model is a sequence classifier", "LlamaForCausalLM", "saved with its score head"),
     ),
-    Case("a reward model that is not there", "ppo", {"reward_function": ["model:./none"]}, ("./none: no such folder", "Check the path")),
+    Case(
+        "a reward model that is not there",
+        "ppo",
+        {"reward_function": ["model:./none"]},
+        ("./none: no such folder", "Check the path"),
+    ),
     Case(
         "a critic from no reward adapter",
         "ppo",
         {"critic": "reward_features", "reward_adapter": LEFT_OUT, "reward_function": ["math:sqrt"]},
         ("there is no reward adapter", "Use adapter or shared"),
     ),
-    Case("a critic that starts from nothing", "ppo", {"critic": "shared", "critic_init": "policy"}, ("critic_init: policy", "Possible: zero")),
+    Case(
+        "a critic that starts from nothing",
+        "ppo",
+        {"critic": "shared", "critic_init": "policy"},
+        ("critic_init: policy", "Possible: zero"),
+    ),
 ]

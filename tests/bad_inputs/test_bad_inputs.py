@@ -1,5 +1,6 @@
-"""Bad input, a table of cases: each ends in one line that says what is wrong and the way out, with exit code 2, before the model loads, and
-leaves the output folder as it was. ``python -m pytest tests/bad_inputs`` runs them all; the recipes are imported once."""
+"""Bad input, a table of cases: each ends in one line that says what is wrong and the way out, with
+exit code 2, before the model loads, and leaves the output folder as it was. ``python -m pytest
+tests/bad_inputs`` runs them all; the recipes are imported once."""
 
 import importlib.util
 import subprocess
@@ -13,8 +14,10 @@ import bad_web
 import pytest
 from bad_case import Case, command_line, contents, make_files, place
 
-from goose_lora import cli, loading
-from goose_lora.reward_models import RewardModel
+from goose_lora import cli
+from goose_lora.cli import commands
+from goose_lora.models import loading
+from goose_lora.rewards.classifier import RewardModel
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES: list[Case] = [*bad_settings.CASES, *bad_data.CASES, *bad_models.CASES, *bad_web.CASES]
@@ -25,7 +28,7 @@ HINT = "(--debug shows where)"
 @pytest.fixture(scope="module")
 def mains():
     """The recipes' main functions."""
-    found = {"goose-lora": cli._main}
+    found = {"goose-lora": commands._main}
     for name in RECIPES:
         spec = importlib.util.spec_from_file_location(f"bad_input_{name}", ROOT / "recipes" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
@@ -61,11 +64,16 @@ def folder(sound_files, tmp_path, monkeypatch):
 
 def words(folder, case):
     line = command_line(folder, case)
-    return [word.format(folder=folder) for word in (case.line if "--config" in case.line or case.recipe == "goose-lora" else line)]
+    return [
+        word.format(folder=folder)
+        for word in (case.line if "--config" in case.line or case.recipe == "goose-lora" else line)
+    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bad_input_ends_in_one_line_with_the_way_out_before_the_model_loads(case, folder, mains, monkeypatch, capsys):
+def test_bad_input_ends_in_one_line_with_the_way_out_before_the_model_loads(
+    case, folder, mains, monkeypatch, capsys
+):
     line = words(folder, case)
     before = contents(folder / "output")
     monkeypatch.setattr(sys, "argv", [f"{case.recipe}.py", *line])
@@ -86,26 +94,44 @@ def test_bad_input_ends_in_one_line_with_the_way_out_before_the_model_loads(case
 def test_a_template_given_for_fine_tuning_stands_in_for_the_tokenizers(folder, mains, monkeypatch):
     change = next(case.change for case in CASES if case.name == "messages without a template")
     (folder / "own.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
-    case = Case("", "sft", lambda folder: {**change(folder), "chat_template_path": str(folder / "own.jinja")}, ())
+    case = Case(
+        "", "sft", lambda folder: {**change(folder), "chat_template_path": str(folder / "own.jinja")}, ()
+    )
     monkeypatch.setattr(sys, "argv", ["sft.py", *words(folder, case)])
     with pytest.raises(AssertionError, match="the model loads"):
         cli.command(mains["sft"])()
 
 
 def test_debug_shows_the_traceback_too(folder, mains, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ppo.py", *words(folder, Case("", "ppo", {"kl_coef": -1.0}, ())), "--debug"])
+    monkeypatch.setattr(
+        sys, "argv", ["ppo.py", *words(folder, Case("", "ppo", {"kl_coef": -1.0}, ())), "--debug"]
+    )
     with pytest.raises(SystemExit) as end:
         cli.command(mains["ppo"])()
     printed = capsys.readouterr().err
-    assert end.value.code == 2 and "Traceback" in printed and "error: kl_coef=-1.0" in printed and HINT not in printed
+    assert (
+        end.value.code == 2
+        and "Traceback" in printed
+        and "error: kl_coef=-1.0" in printed
+        and HINT not in printed
+    )
 
 
 def test_a_process_of_its_own_ends_alike(folder):
     line = words(folder, next(case for case in CASES if case.name == "a reward adapter that is a pickle"))
-    done = subprocess.run([sys.executable, str(ROOT / "recipes" / "evaluate.py"), *line], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "evaluate.py"), *line],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     error, hint = done.stderr.splitlines()[-2:]
-    assert error.startswith("error: reward_adapter: ") and "a pickle, which can run code" in error and hint == HINT
+    assert (
+        error.startswith("error: reward_adapter: ")
+        and "a pickle, which can run code" in error
+        and hint == HINT
+    )
     assert contents(folder / "output") == {"precious.txt": b"kept"}
 
 

@@ -1,4 +1,5 @@
-"""What can go wrong in the middle of a run, made to happen: what is lost, what is said, and that the run can go on."""
+"""What can go wrong in the middle of a run, made to happen: what is lost, what is said, and that
+the run can go on."""
 
 import multiprocessing
 import os
@@ -12,18 +13,18 @@ import tiny
 import torch
 from forks import RECIPES, Moment, assert_same_leavings, fill_the_disk, interrupt, terminate
 from peft.utils import load_peft_weights
-from test_evaluating import judged
-from test_own_loop import own, turn
-from test_recipes import options
-from tiny_runs import even_share, fresh, logged, trained_parameters, trainer
+from recipe_runs import options
+from tiny_runs import even_share, fresh, judged, logged, own, trained_parameters, trainer, turn
 from transformers import TrainerCallback
 
-from goose_lora import checkpoints, ppo_trainer, resumable
-from goose_lora.callbacks import MetricsFile, RolloutState
-from goose_lora.interrupts import Stopped
-from goose_lora.report import read_jsonl
-from goose_lora.resumable import CheckpointKeeper, NotFinite
-from goose_lora.rewards import RewardMix
+from goose_lora.files import read_jsonl
+from goose_lora.ppo import trainer as trainer_module
+from goose_lora.ppo.callbacks import RolloutState
+from goose_lora.rewards.sources import RewardMix
+from goose_lora.training import checkpoints, resume
+from goose_lora.training.callbacks import MetricsFile, NotFinite
+from goose_lora.training.resume import CheckpointKeeper
+from goose_lora.training.signals import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +42,27 @@ def straight(given, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "action", "kind", "code", "step"),
-    [("ppo", interrupt, "update", 130, 4), ("ppo", terminate, "rollout", 143, 4), ("sft", terminate, "update", 143, 3)],
+    [
+        ("ppo", interrupt, "update", 130, 4),
+        ("ppo", terminate, "rollout", 143, 4),
+        ("sft", terminate, "update", 143, 3),
+    ],
 )
-def test_a_signal_ends_in_a_checkpoint_and_the_command_that_goes_on(name, action, kind, code, step, given, straight, tmp_path):
+def test_a_signal_ends_in_a_checkpoint_and_the_command_that_goes_on(
+    name, action, kind, code, step, given, straight, tmp_path
+):
     settings = given[name] | {"save_steps": 100}
     ended = forks.run(name, tmp_path / "run", Moment(kind, 3, action), **settings)
     assert ended.code == code, ended.output[-3000:]
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}"}
     *_, last = ended.output.strip().splitlines()
-    assert last.startswith(f"Stopped by {'SIGINT' if code == 130 else 'SIGTERM'}; saved in {tmp_path}/run/checkpoint-{step}. Continue with: ")
-    assert f"recipes/{name}.py --model_name_or_path" in last and last.endswith("--resume_from_checkpoint latest")
+    assert last.startswith(
+        f"Stopped by {'SIGINT' if code == 130 else 'SIGTERM'}; saved in {tmp_path}/run/checkpoint-{step}."
+        " Continue with: "
+    )
+    assert f"recipes/{name}.py --model_name_or_path" in last and last.endswith(
+        "--resume_from_checkpoint latest"
+    )
     assert not (tmp_path / "run" / "adapter_config.json").exists(), "what is half trained is no result"
     assert forks.run(name, tmp_path / "run", **settings, resume_from_checkpoint="latest").code == 0
     assert_same_leavings(straight / name, tmp_path / "run")
@@ -73,7 +85,10 @@ def test_a_loop_of_ones_own_saves_and_stops_after_the_rollout_in_which_it_was_as
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(Stopped, match=r"Stopped by SIGINT; saved in .*checkpoint-8"):
         turn(ppo)
-    assert checkpoints.newest(tmp_path)[0] == tmp_path / "checkpoint-8" and signal.getsignal(signal.SIGINT) is before
+    assert (
+        checkpoints.newest(tmp_path)[0] == tmp_path / "checkpoint-8"
+        and signal.getsignal(signal.SIGINT) is before
+    )
     assert own(tmp_path, num_rollouts=3).start("latest") == 2
 
 
@@ -88,8 +103,13 @@ def test_processes_stop_at_the_same_step_whichever_was_asked(tmp_path):
         if children[-1] == 0:
             code = 1
             try:
-                torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
-                keeper, control = CheckpointKeeper(Trainer), type("Control", (), {"should_save": False, "should_training_stop": False})()
+                torch.distributed.init_process_group(
+                    "gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2
+                )
+                keeper, control = (
+                    CheckpointKeeper(Trainer),
+                    type("Control", (), {"should_save": False, "should_training_stop": False})(),
+                )
                 for step in (1, 2):
                     Trainer.stop.asked = signal.SIGTERM if (step, rank) == (2, 1) else 0
                     keeper.on_step_end(Trainer.args, type("State", (), {"global_step": step})(), control)
@@ -111,7 +131,10 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_and_says_so(given, straigh
     assert checkpoints.problem(tmp_path / "run" / "checkpoint-2") is None
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     assert "checkpoint-4 could not be saved (" in line and "MB free there)" in line
-    assert f"The last whole one is {tmp_path}/run/checkpoint-2: --resume_from_checkpoint latest goes on from it." in line
+    assert (
+        f"The last whole one is {tmp_path}/run/checkpoint-2: --resume_from_checkpoint latest goes on from it."
+        in line
+    )
     assert forks.run("ppo", tmp_path / "run", **settings, resume_from_checkpoint="latest").code == 0
     assert_same_leavings(straight / "ppo", tmp_path / "run")
 
@@ -120,7 +143,11 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_and_says_so(given, straigh
 def test_an_output_folder_that_cannot_be_written_is_told_before_the_model_loads(name, given, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir: .*file is a file, not a folder\. Give another name"):
-        RECIPES[name].main(options(**given[name] | {"model_name_or_path": "no/such/model"}, output_dir=tmp_path / "file" / "run"))
+        RECIPES[name].main(
+            options(
+                **given[name] | {"model_name_or_path": "no/such/model"}, output_dir=tmp_path / "file" / "run"
+            )
+        )
 
 
 def test_a_read_only_folder_counts_as_one(tmp_path):
@@ -141,7 +168,10 @@ def test_a_read_only_folder_counts_as_one(tmp_path):
 
 
 def test_a_line_that_was_cut_off_is_dropped_and_so_is_what_the_checkpoint_does_not_know(tmp_path):
-    rows = {"metrics": [{"step": 2}, {"step": 4}, {"step": 4, "train_runtime": 1.0}, {"step": 6}], "samples": [{"step": 2}, {"step": 4}]}
+    rows = {
+        "metrics": [{"step": 2}, {"step": 4}, {"step": 4, "train_runtime": 1.0}, {"step": 6}],
+        "samples": [{"step": 2}, {"step": 4}],
+    }
     for name, given in rows.items():
         tiny.write_rows(tmp_path / f"{name}.jsonl", given)
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -149,7 +179,9 @@ def test_a_line_that_was_cut_off_is_dropped_and_so_is_what_the_checkpoint_does_n
     state = type("State", (), {"global_step": 4, "is_world_process_zero": True})()
     MetricsFile().on_train_begin(type("Args", (), {"output_dir": str(tmp_path)})(), state, None)
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 2}, {"step": 4}]
-    assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 2}], "the rollout that begins at the checkpoint is written again"
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 2}], (
+        "the rollout that begins at the checkpoint is written again"
+    )
 
 
 # ---- Checkpoints that do not fit ----
@@ -167,27 +199,50 @@ def test_a_line_that_was_cut_off_is_dropped_and_so_is_what_the_checkpoint_does_n
         ("ppo", "ppo", {"critic": "shared"}, "critic is None there and shared here"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_before_the_model_loads(name, source, changes, told, given, straight, tmp_path, monkeypatch):
-    monkeypatch.setattr(RECIPES[name], "load_tokenizer", lambda *args, **kwargs: pytest.fail("the model loads"))
+def test_a_checkpoint_of_another_run_is_refused_before_the_model_loads(
+    name, source, changes, told, given, straight, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        RECIPES[name], "load_tokenizer", lambda *args, **kwargs: pytest.fail("the model loads")
+    )
     folder = max((straight / source).glob("checkpoint-*"))
-    with pytest.raises(ValueError, match=f"{folder.name} was saved by another run, and cannot be resumed by this one:.* {told}"):
-        RECIPES[name].main(options(**given[name] | changes, output_dir=tmp_path, resume_from_checkpoint=folder))
+    with pytest.raises(
+        ValueError,
+        match=f"{folder.name} was saved by another run, and cannot be resumed by this one:.* {told}",
+    ):
+        RECIPES[name].main(
+            options(**given[name] | changes, output_dir=tmp_path, resume_from_checkpoint=folder)
+        )
 
 
 def test_a_checkpoint_whose_roles_are_others_is_refused_before_it_is_loaded(tmp_path):
     trainer(tmp_path, num_rollouts=1, save_strategy="steps", save_steps=4).train()
     other = trainer(tmp_path, shared=fresh(reference="base"), num_rollouts=1)
     before = trained_parameters(other.shared)
-    with pytest.raises(ValueError, match="adapters is default, reference, value there and default, value here"):
+    with pytest.raises(
+        ValueError, match="adapters is default, reference, value there and default, value here"
+    ):
         other.train(resume_from_checkpoint="latest")
-    assert all(torch.equal(before[name], parameter) for name, parameter in trained_parameters(other.shared).items())
+    assert all(
+        torch.equal(before[name], parameter) for name, parameter in trained_parameters(other.shared).items()
+    )
 
 
 def test_a_state_that_lacks_what_this_version_remembers_is_named():
-    remembered = {"kl_control_state": {"coef": 0.1}, "score_scale": None, "score_moments": None, "evaluation_scale": None, "best_objective": None}
-    state = type("State", (), {"global_step": 4, "stateful_callbacks": {"RolloutState": {"attributes": remembered}}})()
-    with pytest.raises(ValueError, match="does not say what this version needs to go on from it: evaluations_without_gain"):
-        RolloutState(ppo_trainer.FixedKL(0.1)).on_train_begin(None, state, None)
+    remembered = {
+        "kl_control_state": {"coef": 0.1},
+        "score_scale": None,
+        "score_moments": None,
+        "evaluation_scale": None,
+        "best_objective": None,
+    }
+    state = type(
+        "State", (), {"global_step": 4, "stateful_callbacks": {"RolloutState": {"attributes": remembered}}}
+    )()
+    with pytest.raises(
+        ValueError, match="does not say what this version needs to go on from it: evaluations_without_gain"
+    ):
+        RolloutState(trainer_module.FixedKL(0.1)).on_train_begin(None, state, None)
 
 
 def test_the_best_checkpoint_gives_back_the_critic_and_the_average_too(tmp_path, caplog):
@@ -197,9 +252,14 @@ def test_the_best_checkpoint_gives_back_the_critic_and_the_average_too(tmp_path,
     for role, name in (("value", "value"), ("ema", "ema"), ("policy", "")):
         adapter = {"policy": "default"}.get(role, role)
         kept = {key.replace(f".{adapter}", ""): p for key, p in ppo.shared.role_parameters(role)}
-        best, last = (load_peft_weights(str(tmp_path / folder / name), device="cpu") for folder in ("checkpoint-8", "checkpoint-12"))
+        best, last = (
+            load_peft_weights(str(tmp_path / folder / name), device="cpu")
+            for folder in ("checkpoint-8", "checkpoint-12")
+        )
         assert all(torch.equal(kept[key], tensor) for key, tensor in best.items() if key in kept), role
-        assert sum(not torch.equal(last[key], tensor) for key, tensor in best.items() if key in kept) > 3, role
+        assert sum(not torch.equal(last[key], tensor) for key, tensor in best.items() if key in kept) > 3, (
+            role
+        )
     assert "the run ends with policy, value, ema of" in caplog.text
 
 
@@ -221,24 +281,33 @@ def break_logits(ppo, monkeypatch, when):
 
     def broken(*args, **kwargs):
         output = forward(*args, **kwargs)
-        return output._replace(logprobs=output.logprobs * float("nan")) if torch.is_grad_enabled() and next(calls) in when else output
+        return (
+            output._replace(logprobs=output.logprobs * float("nan"))
+            if torch.is_grad_enabled() and next(calls) in when
+            else output
+        )
 
     monkeypatch.setattr(ppo.shared, "forward", broken)
 
 
 def break_loss(ppo, monkeypatch, when):
-    total, calls = ppo_trainer.total_loss, iter(range(1, 99))
+    total, calls = trainer_module.total_loss, iter(range(1, 99))
 
     def broken(*args, **kwargs):
         loss, stats = total(*args, **kwargs)
         return (loss * float("inf") if next(calls) in when else loss), stats
 
-    monkeypatch.setattr(ppo_trainer, "total_loss", broken)
+    monkeypatch.setattr(trainer_module, "total_loss", broken)
 
 
 def break_gradient(ppo, monkeypatch, when):
-    calls, parameter = iter(range(1, 99)), next(p for name, p in ppo.shared.named_parameters() if "lora_B.default" in name)
-    parameter.requires_grad_(True).register_hook(lambda grad: grad * float("inf") if next(calls) in when else grad)
+    calls, parameter = (
+        iter(range(1, 99)),
+        next(p for name, p in ppo.shared.named_parameters() if "lora_B.default" in name),
+    )
+    parameter.requires_grad_(True).register_hook(
+        lambda grad: grad * float("inf") if next(calls) in when else grad
+    )
 
 
 WAYS = [break_logits, break_loss, break_gradient]
@@ -250,7 +319,10 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_counted_and_told(harm, t
     ppo = trainer(tmp_path, num_rollouts=3, gradient_accumulation_steps=1, callbacks=[weights])
     harm(ppo, monkeypatch, {3, 6, 7})
     ppo.train()
-    moved = [any(not torch.equal(now[name], before[name]) for name in now) for before, now in zip(weights.after, weights.after[1:], strict=False)]
+    moved = [
+        any(not torch.equal(now[name], before[name]) for name in now)
+        for before, now in zip(weights.after, weights.after[1:], strict=False)
+    ]
     assert moved == [step not in (3, 6, 7) for step in range(2, 13)]
     assert all(parameter.isfinite().all() for parameter in weights.after[-1].values())
     rows = logged(tmp_path)
@@ -288,7 +360,13 @@ async def raises_later(completions, **columns):
 @pytest.mark.parametrize("function", [raises, raises_later])
 def test_a_reward_function_that_raises_is_named_with_the_line(function):
     line = raises.__code__.co_firstlineno + 1
-    with pytest.raises(ValueError, match=rf"the reward function {function.__name__} raised KeyError \(test_faults.py, line {line}\): 'unknown'"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"the reward function {function.__name__} raised KeyError \(test_faults.py, line {line}\):"
+            r" 'unknown'"
+        ),
+    ):
         ask(function)
 
 
@@ -301,7 +379,9 @@ def test_a_reward_function_that_hangs_ends_the_run_after_reward_timeout(tmp_path
 
     asked_before: list[int] = []
     ppo = trainer(tmp_path, reward=hangs, reward_timeout=0.5, save_strategy="steps", save_steps=4)
-    with pytest.raises(TimeoutError, match=r"the reward function hangs has not answered for 0.5 s, which is reward_timeout"):
+    with pytest.raises(
+        TimeoutError, match=r"the reward function hangs has not answered for 0.5 s, which is reward_timeout"
+    ):
         ppo.train()
     assert checkpoints.newest(tmp_path)[0] == tmp_path / "checkpoint-4"
 
@@ -311,7 +391,9 @@ def test_an_alarm_that_was_set_rings_when_it_would_have(monkeypatch):
     handler = signal.signal(signal.SIGALRM, lambda *args: rung.append(time.monotonic()))
     timer = signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
-        assert ask(lambda completions, **columns: time.sleep(0.05) or [1.0], timeout=5).total.tolist() == [1.0]
+        assert ask(lambda completions, **columns: time.sleep(0.05) or [1.0], timeout=5).total.tolist() == [
+            1.0
+        ]
         assert not rung
         time.sleep(0.3)
         assert len(rung) == 1
@@ -329,7 +411,9 @@ def test_a_process_that_loads_data_and_dies_is_one_clear_line(given, tmp_path):
     settings = given["sft"] | {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
     ended = forks.run("sft", tmp_path / "run", Moment("update", 2, kill_the_loader), **settings)
     assert ended.code == 2, ended.output[-3000:]
-    assert "error: a process that loads data died, often for lack of memory: DataLoader worker" in ended.output
+    assert (
+        "error: a process that loads data died, often for lack of memory: DataLoader worker" in ended.output
+    )
     assert "Set dataloader_num_workers: 0, and go on with --resume_from_checkpoint latest." in ended.output
 
 
@@ -339,8 +423,12 @@ def test_the_hooks_that_are_overridden_are_public_and_have_trainers_signatures()
     from transformers import Trainer
 
     hooks = {"train", "get_batch_samples", "save_model"}
-    own = {name for name, value in vars(resumable.Resumable).items() if inspect.isfunction(value)} & set(dir(Trainer))
+    own = {name for name, value in vars(resume.Resumable).items() if inspect.isfunction(value)} & set(
+        dir(Trainer)
+    )
     assert own - {"__init__"} == hooks
     for name in hooks:
-        mine, theirs = (list(inspect.signature(getattr(owner, name)).parameters) for owner in (resumable.Resumable, Trainer))
+        mine, theirs = (
+            list(inspect.signature(getattr(owner, name)).parameters) for owner in (resume.Resumable, Trainer)
+        )
         assert mine == theirs

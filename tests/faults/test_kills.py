@@ -1,4 +1,5 @@
-"""Runs that are killed without warning, again and again, end where the one that was left alone ends: weights, metrics and samples."""
+"""Runs that are killed without warning, again and again, end where the one that was left alone
+ends: weights, metrics and samples."""
 
 import random
 
@@ -10,7 +11,8 @@ KINDS = ("rollout", "forward", "update", "file", "file")
 
 
 def killed_again_and_again(name, folder, settings, kills, seed):
-    """How often it was killed until it ended as the one that is left alone, from whose moments those of the kills are drawn."""
+    """How often it was killed until it ended as the one that is left alone, from whose moments
+    those of the kills are drawn."""
     straight = forks.run(name, folder / "straight", **settings)
     assert straight.code == 0, straight.output[-3000:]
     generator = random.Random(seed)
@@ -29,9 +31,26 @@ def killed_again_and_again(name, folder, settings, kills, seed):
     return killed
 
 
-ADAPTIVE = {"kl_target": 1.0, "kl_horizon": 50, "score_normalization": "running", "ema_decay": 0.9, "critic_warmup_rollouts": 1}
-BEST = {"eval_strategy": "steps", "eval_steps": 2, "num_eval_prompts": 4, "load_best_model_at_end": True, "save_total_limit": 1}
-RLOO = {"advantage_estimator": "rloo", "num_generations": 2, "lr_scheduler_type": "linear", "save_total_limit": 1}
+ADAPTIVE = {
+    "kl_target": 1.0,
+    "kl_horizon": 50,
+    "score_normalization": "running",
+    "ema_decay": 0.9,
+    "critic_warmup_rollouts": 1,
+}
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "num_eval_prompts": 4,
+    "load_best_model_at_end": True,
+    "save_total_limit": 1,
+}
+RLOO = {
+    "advantage_estimator": "rloo",
+    "num_generations": 2,
+    "lr_scheduler_type": "linear",
+    "save_total_limit": 1,
+}
 KILLED: list[int] = []
 
 
@@ -46,7 +65,9 @@ KILLED: list[int] = []
         ("reward", {}, 3, 6),
     ],
 )
-def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have_ended(name, changes, kills, seed, given, tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have_ended(
+    name, changes, kills, seed, given, tmp_path
+):
     settings = given[name] | changes
     if "eval_strategy" in changes:
         settings["eval_dataset_name"] = settings["dataset_name"]

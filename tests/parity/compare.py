@@ -1,9 +1,11 @@
-"""Step 3 of `make parity`, in the project's environment: what TRL computed beside what is computed here, from the same weights and tokens.
+"""Step 3 of `make parity`, in the project's environment: what TRL computed beside what is computed
+here, from the same weights and tokens.
 
     python tests/parity/compare.py FOLDER
 
-A line is "equal" within 1e-9, or the difference is explained: the functions here, given TRL's choice, give TRL's number within 1e-9. Anything
-else ends with an error. Relative differences, of the largest element where it is a tensor.
+A line is "equal" within 1e-9, or the difference is explained: the functions here, given TRL's
+choice, give TRL's number within 1e-9. Anything else ends with an error. Relative differences, of
+the largest element where it is a tensor.
 """
 
 import json
@@ -16,12 +18,11 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 import frozen
 
-from goose_lora import ppo_math
-from goose_lora.ppo_math import Moments
-from goose_lora.rewards import token_rewards
-from goose_lora.sampling import response_mask
-from goose_lora.shared_base import SharedBase
-from goose_lora.views import before_response
+import goose_lora.functional as F
+from goose_lora.functional import Moments, token_rewards
+from goose_lora.generation.sampling import response_mask
+from goose_lora.models.role_outputs import before_response
+from goose_lora.models.shared_base import SharedBase
 
 TOLERANCE = 1e-9
 EPSILON = 1e-7  # TRL divides logits by temperature + 1e-7
@@ -79,7 +80,9 @@ class Ours:
         self.prompt = facts["prompt_tokens"]
         replies = self.ids[:, self.prompt :]
         self.mask, self.ended = response_mask(replies, [facts["eos"]])
-        self.attention = torch.cat([(self.ids[:, : self.prompt] != facts["pad"]).long(), self.mask.long()], dim=1)
+        self.attention = torch.cat(
+            [(self.ids[:, : self.prompt] != facts["pad"]).long(), self.mask.long()], dim=1
+        )
         self.places = torch.arange(replies.shape[1])
 
     def restore(self, weights):
@@ -91,15 +94,22 @@ class Ours:
     def after(self, record, step):
         """The weights that TRL had at its update number ``step``."""
         prefix = f"update {step}/weight/"
-        named = {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+        named = {
+            name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)
+        }
         self.restore({named_here(name): value for name, value in named.items()})
 
     def everything(self, mask, temperature):
-        """Log-probabilities, the reference's, values on ``mask``, and scores of the replies that ``mask`` selects."""
-        attention = torch.cat([self.attention[:, : self.prompt], self.attention[:, self.prompt :] & mask.long()], dim=1)
+        """Log-probabilities, the reference's, values on ``mask``, and scores of the replies that
+        ``mask`` selects."""
+        attention = torch.cat(
+            [self.attention[:, : self.prompt], self.attention[:, self.prompt :] & mask.long()], dim=1
+        )
         policy, value = (self.shared.hidden(role, self.ids, self.attention) for role in ("policy", "value"))
         logprobs, _ = self.shared.logprobs(policy, self.ids, mask, temperature=temperature)
-        reference, _ = self.shared.logprobs(self.shared.hidden("reference", self.ids, self.attention), self.ids, mask, temperature=temperature)
+        reference, _ = self.shared.logprobs(
+            self.shared.hidden("reference", self.ids, self.attention), self.ids, mask, temperature=temperature
+        )
         return logprobs, reference, value, self.shared.scores(self.ids, attention)
 
     def values(self, hidden, mask):
@@ -111,26 +121,45 @@ class Ours:
 
 
 def named_here(name):
-    return name.removeprefix(POLICY) if name.startswith(POLICY) else "base_model.model.score.modules_to_save.value.weight"
+    return (
+        name.removeprefix(POLICY)
+        if name.startswith(POLICY)
+        else "base_model.model.score.modules_to_save.value.weight"
+    )
 
 
 def bessel(x, mask):
-    """Moments with the variance divided by n - 1, as TRL's ``masked_var``, whose n / (n - 1) is a quotient of integers and so fp32."""
-    count, mean, var = ppo_math.moments(x, mask)
+    """Moments with the variance divided by n - 1, as TRL's ``masked_var``, whose n / (n - 1) is a
+    quotient of integers and so fp32."""
+    count, mean, var = F.moments(x, mask)
     return Moments(count, mean, var * (count / (count - 1)))
 
 
 def compare_rollout(table, ours, record, case):
     """Log-probabilities to advantages. Returns TRL's advantages and returns, for the losses."""
-    trl = {name.removeprefix("rollout/"): value for name, value in record.items() if name.startswith("rollout/")}
+    trl = {
+        name.removeprefix("rollout/"): value for name, value in record.items() if name.startswith("rollout/")
+    }
     mask, further = ours.mask, ours.one_further(ours.mask)
     with torch.no_grad():
         plain, plain_reference, _, _ = ours.everything(mask, case["temperature"])
         logprobs, reference, hidden, scores = ours.everything(mask, case["temperature"] + EPSILON)
         values, values_further = ours.values(hidden, mask), ours.values(hidden, further)
-    table.explained("log-probs of the rollout", plain, torch.where(mask, trl["logprobs"], 0.0), logprobs, "logits / (temperature + 1e-7)")
-    table.explained("log-probs of the reference", plain_reference, torch.where(mask, trl["ref_logprobs"], 0.0), reference, "the same")
-    kl = torch.where(mask, ppo_math.kl_per_token(logprobs, reference, estimator=case["kl_estimator"]), 0.0)
+    table.explained(
+        "log-probs of the rollout",
+        plain,
+        torch.where(mask, trl["logprobs"], 0.0),
+        logprobs,
+        "logits / (temperature + 1e-7)",
+    )
+    table.explained(
+        "log-probs of the reference",
+        plain_reference,
+        torch.where(mask, trl["ref_logprobs"], 0.0),
+        reference,
+        "the same",
+    )
+    kl = torch.where(mask, F.kl_per_token(logprobs, reference, estimator=case["kl_estimator"]), 0.0)
     table.equal(f"KL a token ({case['kl_estimator']})", kl, trl["kl"])
     table.equal("values", values, torch.where(mask, trl["values"], 0.0))
     if case["missing_eos_penalty"] is not None:
@@ -142,21 +171,26 @@ def compare_rollout(table, ours, record, case):
     if case["whiten_rewards"]:
         before = record["before whitening/rewards"]
         table.equal("rewards before whitening", rewards, before)
-        their_rewards = ppo_math.whiten(rewards, further, shift_mean=False, statistics=bessel(rewards, further))
-        rewards = ppo_math.whiten(rewards, mask, shift_mean=False)
+        their_rewards = F.whiten(rewards, further, shift_mean=False, statistics=bessel(rewards, further))
+        rewards = F.whiten(rewards, mask, shift_mean=False)
         table.explained("rewards, whitened", rewards, trl["rewards"], their_rewards, "variance / (n - 1)")
     elif torch.equal(mask, further):
         table.equal("rewards", rewards, trl["rewards"])
     else:
-        table.explained("rewards", rewards, trl["rewards"], their_rewards, "the score one position late, on the pad")
+        table.explained(
+            "rewards", rewards, trl["rewards"], their_rewards, "the score one position late, on the pad"
+        )
     settings = {"gamma": case["gamma"], "lam": case["lam"]}
-    advantages = ppo_math.gae(rewards, values, mask, **settings)
-    theirs = ppo_math.gae(their_rewards, values_further, further, **settings)
-    found = {"returns": advantages + values, "whitened": ppo_math.whiten(advantages, mask)}
+    advantages = F.gae(rewards, values, mask, **settings)
+    theirs = F.gae(their_rewards, values_further, further, **settings)
+    found = {"returns": advantages + values, "whitened": F.whiten(advantages, mask)}
     statistics = bessel(theirs, mask)
-    chosen = {"returns": theirs + values_further, "whitened": ppo_math.whiten(theirs, mask, statistics=statistics)}
+    chosen = {"returns": theirs + values_further, "whitened": F.whiten(theirs, mask, statistics=statistics)}
     late = "bootstrapped from the value after the end"
-    for name, label, why in (("returns", "returns", ""), ("whitened", "advantages, whitened", "variance / (n - 1)")):
+    for name, label, why in (
+        ("returns", "returns", ""),
+        ("whitened", "advantages, whitened", "variance / (n - 1)"),
+    ):
         trls = torch.where(mask, trl[name], 0.0)
         here, with_choice = found[name], torch.where(mask, chosen[name], 0.0)
         reasons = [*([late] if not torch.equal(mask, further) else []), *([why] if why else [])]
@@ -165,7 +199,14 @@ def compare_rollout(table, ours, record, case):
             table.explained(label, here, trls, with_choice, ", ".join(reasons))
         else:
             table.equal(label, here, trls)
-    return {"logprobs": logprobs, "values": values, "values_further": values_further, "here": found, "trl": chosen, "further": further}
+    return {
+        "logprobs": logprobs,
+        "values": values,
+        "values_further": values_further,
+        "here": found,
+        "trl": chosen,
+        "further": further,
+    }
 
 
 def compare_update(table, ours, record, step, case, rollout):
@@ -173,13 +214,25 @@ def compare_update(table, ours, record, step, case, rollout):
     rows = record[f"update {step}/micro_batch_inds"]
     ours.after(record, step)
     ours.shared.set_trainable(("policy", "value"))
-    trl = {name.removeprefix(f"update {step}/"): value for name, value in record.items() if name.startswith(f"update {step}/")}
+    trl = {
+        name.removeprefix(f"update {step}/"): value
+        for name, value in record.items()
+        if name.startswith(f"update {step}/")
+    }
     where = ours.mask, rollout["further"]
 
     def losses(advantages, returns, value_mask, old_values):
         logprobs, _, hidden, _ = ours.everything(ours.mask, case["temperature"] + EPSILON)
-        policy, _ = ppo_math.policy_loss(logprobs, rollout["logprobs"], advantages, where[0], cliprange=case["cliprange"])
-        value, _ = ppo_math.value_loss(ours.values(hidden, value_mask), old_values, returns, value_mask, cliprange_value=case["cliprange_value"])
+        policy, _ = F.policy_loss(
+            logprobs, rollout["logprobs"], advantages, where[0], cliprange=case["cliprange"]
+        )
+        value, _ = F.value_loss(
+            ours.values(hidden, value_mask),
+            old_values,
+            returns,
+            value_mask,
+            cliprange_value=case["cliprange_value"],
+        )
         ours.shared.zero_grad()
         (policy + case["vf_coef"] * value).backward()
         gradients = {name: p.grad.clone() for name, p in ours.shared.named_parameters() if p.grad is not None}
@@ -187,7 +240,9 @@ def compare_update(table, ours, record, step, case, rollout):
         return policy.detach(), value.detach(), gradients, ratio
 
     here = losses(rollout["here"]["whitened"], rollout["here"]["returns"], where[0], rollout["values"])
-    theirs = losses(rollout["trl"]["whitened"], rollout["trl"]["returns"], where[1], rollout["values_further"])
+    theirs = losses(
+        rollout["trl"]["whitened"], rollout["trl"]["returns"], where[1], rollout["values_further"]
+    )
     label = f"update {step + 1}: "
     ratio_back = torch.where(where[0][rows], trl["ratio"], 1.0)
     table.equal(label + "ratio", torch.where(where[0], here[3], 1.0)[rows], ratio_back)
@@ -201,17 +256,30 @@ def compare_update(table, ours, record, step, case, rollout):
     if full and not case["whiten_rewards"]:
         table.equal(label + "value loss", here[1], trl["vf_loss"])
     else:
-        table.explained(label + "value loss", here[1], trl["vf_loss"], theirs[1], "the returns above" if full else value_choice)
+        table.explained(
+            label + "value loss",
+            here[1],
+            trl["vf_loss"],
+            theirs[1],
+            "the returns above" if full else value_choice,
+        )
     names = [name for name in trl if name.startswith("gradient/") and POLICY in name]
-    pick = lambda found: torch.cat([found[named_here(name.removeprefix("gradient/"))].flatten() for name in names])  # noqa: E731
+
+    def pick(found):
+        return torch.cat([found[named_here(name.removeprefix("gradient/"))].flatten() for name in names])
+
     trl_policy = torch.cat([trl[name].flatten() for name in names])
-    table.explained(f"{label}gradient, {len(names)} of policy", pick(here[2]), trl_policy, pick(theirs[2]), differs)
+    table.explained(
+        f"{label}gradient, {len(names)} of policy", pick(here[2]), trl_policy, pick(theirs[2]), differs
+    )
     head = f"gradient/{HEAD}"
     head_here, head_theirs = here[2][named_here(HEAD)], theirs[2][named_here(HEAD)]
     if full and not case["whiten_rewards"]:
         table.equal(label + "gradient, value head", head_here, trl[head])
     else:
-        table.explained(label + "gradient, value head", head_here, trl[head], head_theirs, "the value loss above")
+        table.explained(
+            label + "gradient, value head", head_here, trl[head], head_theirs, "the value loss above"
+        )
 
 
 def full_like(ratio, mask):
@@ -227,10 +295,16 @@ def compare_microbatches(table, ours, record, case, rollout):
     policy, _, _, _ = ours.everything(ours.mask, case["temperature"] + EPSILON)
     advantages = rollout["trl"]["whitened"]  # TRL's, so that the cut alone is compared
     arguments = (policy, rollout["logprobs"], advantages, ours.mask)
-    whole, _ = ppo_math.policy_loss(*arguments, cliprange=case["cliprange"])
-    parts = [ppo_math.policy_loss(*(x[rows] for x in arguments), cliprange=case["cliprange"])[0] for rows in cuts]
+    whole, _ = F.policy_loss(*arguments, cliprange=case["cliprange"])
+    parts = [F.policy_loss(*(x[rows] for x in arguments), cliprange=case["cliprange"])[0] for rows in cuts]
     trls = torch.stack([record[f"update {step}/pg_loss"] for step in range(len(cuts))])
-    table.explained("policy loss of the step", whole.detach(), trls.mean(), torch.stack(parts).mean().detach(), "mean of the microbatches' means")
+    table.explained(
+        "policy loss of the step",
+        whole.detach(),
+        trls.mean(),
+        torch.stack(parts).mean().detach(),
+        "mean of the microbatches' means",
+    )
     last = f"update {len(cuts) - 1}/gradient/"
     names = [name for name in record if name.startswith(last + POLICY)]
     trl_gradient = torch.cat([record[name].flatten() for name in names])
@@ -240,7 +314,13 @@ def compare_microbatches(table, ours, record, case, rollout):
         wanted = [parameters[named_here(name.removeprefix(last))] for name in names]
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, wanted, retain_graph=True)])
 
-    table.explained(f"its gradient, {len(names)} of policy", gradient(whole), trl_gradient, gradient(torch.stack(parts).mean()), "the same")
+    table.explained(
+        f"its gradient, {len(names)} of policy",
+        gradient(whole),
+        trl_gradient,
+        gradient(torch.stack(parts).mean()),
+        "the same",
+    )
     tokens = [int(ours.mask[rows].sum()) for rows in cuts]
     print(f"(tokens in TRL's microbatches: {tokens})")
 
@@ -255,7 +335,7 @@ def compare_figures(table, ours, record, metrics, case, rollout):
     log_ratio = logprobs - rollout["logprobs"]  # 0 on padding, as TRL has it
     for name, each in (("policy/approxkl_avg", log_ratio.square() / 2), ("val/ratio", log_ratio.exp())):
         first = 0.0 if "kl" in name else 1.0
-        here, there = (first + ppo_math.masked_mean(each, ours.mask)) / 2, (first + each.mean()) / 2
+        here, there = (first + F.masked_mean(each, ours.mask)) / 2, (first + each.mean()) / 2
         # The statistics of TRL are fp32.
         gap, left = distance(here, metrics[name]), distance(there, metrics[name])
         verdict = "mean over padding too (logged in fp32)" if left < 1e-6 else "NOT EXPLAINED"
@@ -264,7 +344,10 @@ def compare_figures(table, ours, record, metrics, case, rollout):
 
 def compare_pad_inside(table, ours, record, case):
     """TRL takes a pad id that was sampled for the end of the reply."""
-    cut = ours.places < torch.where((ours.ids[:, ours.prompt :] == ours.facts["pad"]).any(-1), 3, len(ours.places))[:, None]
+    cut = (
+        ours.places
+        < torch.where((ours.ids[:, ours.prompt :] == ours.facts["pad"]).any(-1), 3, len(ours.places))[:, None]
+    )
     counted = (~record["rollout/padding_mask"]).sum()
     table.explained("tokens that count", ours.mask.sum(), counted, cut.sum(), "a pad id ends the reply")
     with torch.no_grad():
@@ -273,11 +356,16 @@ def compare_pad_inside(table, ours, record, case):
 
 
 def compare_steps(summary, cases):
-    print(f"\n{'optimizer steps a rollout':34} {'wanted':>12} {'TRL 1.12':>24}  val/ratio logged (1 is right)")
+    print(
+        f"\n{'optimizer steps a rollout':34} {'wanted':>12} {'TRL 1.12':>24}  val/ratio logged (1 is right)"
+    )
     for name, case in cases.items():
         if name.startswith("steps"):
             ratios = [round(row["val/ratio"], 3) for row in summary["metrics"][name]]
-            print(f"{name.removeprefix('steps, '):34} {case['mini_batches']:>12} {summary['steps'][name]!s:>24}  {ratios}")
+            print(
+                f"{name.removeprefix('steps, '):34} {case['mini_batches']:>12} {summary['steps'][name]!s:>24}"
+                f"  {ratios}"
+            )
 
 
 def main():

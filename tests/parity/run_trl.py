@@ -1,9 +1,12 @@
-"""Step 2 of `make parity`, in an environment with trl==1.12.0: its own PPOTrainer on the frozen rollouts, watched.
+"""Step 2 of `make parity`, in an environment with trl==1.12.0: its own PPOTrainer on the frozen
+rollouts, watched.
 
     .venv-parity/bin/python tests/parity/run_trl.py FOLDER
 
-Only the sampling of replies is replaced, by the frozen ones with the logits that sampling would have had. Everything else is TRL's code as
-released: local variables of its ``train`` are read where it calls ``masked_whiten`` and ``accelerator.backward``.
+Only the sampling of replies is replaced, by the frozen ones with the logits that sampling would
+have had. Everything else is TRL's code as
+released: local variables of its ``train`` are read where it calls ``masked_whiten`` and
+``accelerator.backward``.
 """
 
 import json
@@ -19,15 +22,41 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+)
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-OF_ROLLOUT = ("logprobs", "ref_logprobs", "kl", "rewards", "values", "advantages", "returns", "scores", "padding_mask", "padding_mask_p1")
-OF_UPDATE = ("new_logprobs", "vpred", "ratio", "pg_loss", "vf_loss", "loss", "micro_batch_inds", "mb_advantage")
+OF_ROLLOUT = (
+    "logprobs",
+    "ref_logprobs",
+    "kl",
+    "rewards",
+    "values",
+    "advantages",
+    "returns",
+    "scores",
+    "padding_mask",
+    "padding_mask_p1",
+)
+OF_UPDATE = (
+    "new_logprobs",
+    "vpred",
+    "ratio",
+    "pg_loss",
+    "vf_loss",
+    "loss",
+    "micro_batch_inds",
+    "mb_advantage",
+)
 
 
 def build(folder, facts, case):
-    """The trainer, its policy a PEFT model and its critic's body frozen, so that both have the trainable tensors of the shared base."""
+    """The trainer, its policy a PEFT model and its critic's body frozen, so that both have the
+    trainable tensors of the shared base."""
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float64)
     policy = get_peft_model(base, LoraConfig(**facts["lora"])).double()
     adapters = load_file(folder / "adapters.safetensors")
@@ -52,7 +81,17 @@ def build(folder, facts, case):
         optim="sgd",
         learning_rate=0.02,
         lr_scheduler_type="constant",
-        **{name: case[name] for name in ("temperature", "kl_coef", "kl_estimator", "whiten_rewards", "missing_eos_penalty", "stop_token")},
+        **{
+            name: case[name]
+            for name in (
+                "temperature",
+                "kl_coef",
+                "kl_estimator",
+                "whiten_rewards",
+                "missing_eos_penalty",
+                "stop_token",
+            )
+        },
         **{name: case[name] for name in ("cliprange", "cliprange_value", "vf_coef", "gamma", "lam")},
         num_sample_generations=0,
         gradient_checkpointing=False,
@@ -64,7 +103,15 @@ def build(folder, facts, case):
     )
     rows = Dataset.from_dict({"input_ids": prompts * case["rollouts"]})
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    trainer = PPOTrainer(args, tokenizer, model=policy, ref_model=None, reward_model=reward, value_model=value, train_dataset=rows)
+    trainer = PPOTrainer(
+        args,
+        tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=rows,
+    )
     trainer.callback_handler.remove_callback(PrinterCallback)
     return trainer, texts
 
@@ -77,11 +124,17 @@ def watch(trainer, texts, facts, monkey):
     def frozen(model, queries, batch_size, pad_token_id, generation_config):
         width = queries.shape[1]  # a batch of short prompts alone is narrower
         left_out = prompt - width
-        order = [next(i for i, text in enumerate(texts) if text[left_out:prompt].tolist() == query.tolist()) for query in queries]
+        order = [
+            next(i for i, text in enumerate(texts) if text[left_out:prompt].tolist() == query.tolist())
+            for query in queries
+        ]
         found.setdefault("order", torch.tensor(order))
         ids = texts[order][:, left_out:]
-        seen = torch.cat([queries != pad_token_id, torch.ones_like(ids[:, width:], dtype=torch.bool)], dim=1)  # generate attends to all it wrote
-        logits = model(input_ids=ids, attention_mask=seen.long(), position_ids=(seen.long().cumsum(1) - 1).clamp(min=0)).logits
+        # Generate attends to all it wrote
+        seen = torch.cat([queries != pad_token_id, torch.ones_like(ids[:, width:], dtype=torch.bool)], dim=1)
+        logits = model(
+            input_ids=ids, attention_mask=seen.long(), position_ids=(seen.long().cumsum(1) - 1).clamp(min=0)
+        ).logits
         return ids.clone(), logits[:, width - 1 : -1] / generation_config.temperature
 
     whiten, backward = ppo_trainer.masked_whiten, trainer.accelerator.backward
@@ -137,7 +190,9 @@ def main():
         trainer.train()
         for attribute, original in monkey.items():
             setattr(ppo_trainer, attribute, original)
-        save_file({key: value.contiguous() for key, value in found.items()}, folder / f"trl_{number}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in found.items()}, folder / f"trl_{number}.safetensors"
+        )
     (folder / "trl.json").write_text(json.dumps(summary, indent=1))
 
 

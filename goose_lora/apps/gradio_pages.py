@@ -1,0 +1,77 @@
+"""Pages for this machine alone, by gradio: nothing is shared, recorded or reported, and nothing is
+loaded from elsewhere."""
+
+import os
+import socket
+import sys
+from typing import Any
+
+from goose_lora.errors import UserError
+
+HOST = "127.0.0.1"
+FIRST_PORT, LAST_PORT = 7860, 7959  # as gradio looks for a free one
+
+
+def load_gradio() -> Any:
+    """The module, its analytics off.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError(
+            "the page needs gradio, which is not installed: pip install goose-lora[web]"
+        ) from error
+    return gradio
+
+
+def require(port: int | None) -> None:
+    """Raise ValueError unless gradio is there and ``port``, if one is named, is free."""
+    load_gradio()
+    if port is None:
+        return
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: a port is a number from 1 to 65535, such as {FIRST_PORT}.")
+    with socket.socket() as probe:
+        # One that was just given back counts as free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            way_out = (
+                f"Give another, or leave it out for the first free one from {FIRST_PORT} to {LAST_PORT}."
+            )
+            raise UserError(f"--port {port} cannot be had on {HOST}: {error.strerror}. {way_out}") from error
+
+
+def open_page(blocks: Any, *, port: int | None, css: str = "", head: str = "") -> str:
+    """Serve ``blocks`` on the loopback address in a thread; returns the address.
+    ``blocks.block_thread()`` waits for Ctrl-C."""
+    gradio = load_gradio()
+    # Gradio asks its own page whether it is there, which a proxy would look for on the network
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
+    theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    private = {
+        "share": False,
+        "run_history": False,
+        "enable_monitoring": False,
+        "mcp_server": False,
+        "ssr_mode": False,
+        "pwa": False,
+    }
+    looks = {"theme": theme, "css": css, "head": head, "footer_links": []}
+    how = {"inbrowser": False, "prevent_thread_lock": True, "show_error": True, "quiet": True}
+    _, address, _ = blocks.launch(server_name=HOST, server_port=port, **private, **looks, **how)
+    return address
+
+
+def serve(blocks: Any, *, port: int | None, css: str = "", head: str = "") -> None:
+    """``open_page``, its address said, until Ctrl-C."""
+    address = open_page(blocks, port=port, css=css, head=head)
+    sys.stdout.write(f"On {address}, for this machine alone. Ctrl-C ends.\n")
+    sys.stdout.flush()
+    blocks.block_thread()

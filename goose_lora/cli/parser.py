@@ -1,0 +1,141 @@
+"""From YAML and command line to dataclasses, and errors that end in one clear line."""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from goose_lora.cli.process import keep_freed_memory, quiet_libraries
+from goose_lora.errors import UserError
+from goose_lora.ppo.trl_names import FROM_TRL
+
+
+def parse(*types: type, args: Sequence[str] | None = None) -> Any:
+    """One instance of each dataclass in ``types``, from ``--config FILE.yaml`` and ``--field
+    value``, the command line winning.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest known one), a value of the wrong type, or a
+            configuration file that is not there.
+    """
+    from trl import TrlParser
+
+    quiet_libraries()
+    keep_freed_memory()
+    args = list(sys.argv[1:] if args is None else args)
+    if "--config" in args:
+        index = args.index("--config") + 1
+        if index == len(args):
+            raise UserError("--config needs a file: --config recipes/configs/demo_cpu/ppo.yaml")
+        _check_keys(args[index], types)
+    parser: Any = TrlParser(types)  # type: ignore[arg-type]
+    parser.error = _raise  # argparse would print its usage of some 150 options and leave
+    try:
+        *instances, unknown = parser.parse_args_and_config(
+            args, return_remaining_strings=True, fail_with_unknown_args=False
+        )
+    except ValueError as error:
+        raise UserError(_nearest_choice(str(error))) from error
+    if unknown:
+        _unknown(next((word for word in unknown if word.startswith("--")), unknown[0]), types)
+    for settings in instances:
+        check_settings(settings)
+    return instances[0] if len(instances) == 1 else tuple(instances)
+
+
+def check_settings(settings: Any) -> None:
+    """Raise ValueError unless what holds of all settings holds: finite numbers, ranges, a folder
+    for results. Takes the Hub's token out of them."""
+    from transformers import TrainingArguments
+
+    from goose_lora.training.validation import (
+        check_finite,
+        check_training,
+        require_output_folder,
+        token_to_environment,
+    )
+
+    check_finite(settings)
+    if isinstance(settings, TrainingArguments):
+        check_training(settings)
+        token_to_environment(settings)
+    if vars(settings).get("output_dir") is not None:
+        require_output_folder(vars(settings)["output_dir"])
+
+
+def read_config(path: str) -> dict[Any, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        ValueError: no such file, not YAML, or not settings.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file. The shipped ones are in recipes/configs/.")
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        # All but the first from PyYAML's constructors, of a date such as 2020-99-99.
+        raise UserError(
+            f"{path}: not a YAML file that can be read: {' '.join(str(error).split())}. Mend it there."
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path}: expected lines of the form 'setting: value', found {type(config).__name__}."
+        )
+    return config
+
+
+def _check_keys(path: str, types: Sequence[type]) -> None:
+    from goose_lora.training.validation import check_types
+
+    config = read_config(path)
+    known = {f.name for t in types for f in fields(t) if f.init} | {"env"}
+    for key in config:
+        if key not in known:
+            _unknown(f"--{key}", types, where=f"{path}: ")
+    environment = config.get("env") or {}
+    if not isinstance(environment, dict) or not all(
+        isinstance(name, str) and name and not {"=", "\0"} & set(name) for name in environment
+    ):
+        raise UserError(
+            f"{path}: env: expected names of environment variables with a value each: env:"
+            " {CUDA_VISIBLE_DEVICES: 0}."
+        )
+    check_types(config, types, where=f"{path}: ")
+
+
+def _unknown(option: str, types: Sequence[type], where: str = "") -> None:
+    name = option.lstrip("-").replace("-", "_")
+    known = [f.name for t in types for f in fields(t) if f.init]
+    near = difflib.get_close_matches(name, known, n=1)
+    if name in FROM_TRL and "num_ppo_epochs" in known:
+        raise UserError(f"{where}unknown setting {name!r}. It is TRL's; here it is {FROM_TRL[name]}.")
+    hint = f"Did you mean {near[0]}?" if near else "--help lists the settings."
+    raise UserError(f"{where}unknown setting {name!r}. {hint}")
+
+
+def _nearest_choice(message: str) -> str:
+    """transformers answers an unknown choice with all that there are, some fifty of optimizers."""
+    found = re.search(r"^(\S+) is not a valid \w+, please select one of (\[.*\])", message)
+    if found is None:
+        return message
+    choices = [choice.strip("' ") for choice in found[2].strip("[]").split(",")]
+    near = difflib.get_close_matches(found[1], choices, n=8, cutoff=0.4) or choices[:8]
+    return f"{found[1]!r} is none of the values of its setting. Near it: {', '.join(near)}."
+
+
+def _raise(message: str) -> None:
+    raise UserError(message)

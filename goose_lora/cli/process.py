@@ -1,0 +1,95 @@
+"""A command as a process: errors that end in one clear line, signals, exit codes and quiet
+libraries."""
+
+import argparse
+import ctypes
+import functools
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from goose_lora.training.signals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Stopped
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+for _name in ("bitsandbytes", "bitsandbytes.autograd._functions"):
+    # Not later: imported after this module, it would say that a kernel could be faster
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """No telemetry, and no lines that tell the user nothing. Set HF_HUB_DISABLE_TELEMETRY=0 to send
+    it."""
+    import huggingface_hub.constants
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") == "1":
+        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    # What peft, trl and transformers say to one another.
+    warnings.filterwarnings(
+        "ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning
+    )
+
+
+def keep_freed_memory() -> None:
+    """On Linux without a GPU, let the process keep memory that it frees. Large tensors are
+    otherwise returned to the system and faulted in again page by page each time they are made: a
+    third of the time of fine-tuning on a CPU.
+    """
+    import torch
+
+    if not sys.platform.startswith("linux") or torch.cuda.is_available():
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # a C library without it, such as musl
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``main`` as a command: bad input ends in one line and exit code 2, Ctrl-C in one line and
+    130. ``--debug`` shows the traceback."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        debug = "--debug" in sys.argv
+        if debug:
+            sys.argv.remove("--debug")
+        try:
+            main()
+        except Stopped as stop:
+            print(f"\n{stop} Continue with: {continuing()}", file=sys.stderr)
+            sys.exit(128 + stop.signum)
+        except KeyboardInterrupt:
+            print(
+                "\nStopped at once. What was saved is kept; --resume_from_checkpoint latest goes on from it.",
+                file=sys.stderr,
+            )
+            sys.exit(EXIT_INTERRUPTED)
+        except (ValueError, OSError, argparse.ArgumentError, ImportError) as error:
+            if debug:
+                traceback.print_exc()
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            if not debug:
+                print("(--debug shows where)", file=sys.stderr)
+            sys.exit(EXIT_BAD_INPUT)
+
+    return run
+
+
+def continuing() -> str:
+    """The command of a recipe that goes on from the newest whole checkpoint of this one."""
+    words = list(sys.argv)
+    if "--resume_from_checkpoint" in words:
+        at = words.index("--resume_from_checkpoint")
+        del words[at : at + 2]
+    launcher = (
+        ["accelerate", "launch"] if any(name.startswith("ACCELERATE_") for name in os.environ) else ["python"]
+    )
+    return shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"])

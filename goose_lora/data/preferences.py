@@ -1,0 +1,215 @@
+"""What people preferred, as tokens: ranked lists of completions, of which a pair is the shortest;
+and references, which should score 0."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from goose_lora.data.formats import ranks_of
+from goose_lora.data.rows import require_columns
+from goose_lora.data.tokenization import apply_template, require_chat_template
+from goose_lora.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Reply = str | list[dict[str, Any]]
+LIST, PAIR = ["completions"], ["chosen", "rejected"]
+REFERENCES = (["text"], ["prompt", "completion"], ["messages"])
+
+
+class Ranked(NamedTuple):
+    """Completions to one prompt, 1 the best rank, and the keywords that the chat template gets."""
+
+    prompt: Reply | None
+    completions: list[Reply]
+    ranks: list[int]
+    template: dict[str, Any]
+
+
+def encode_reply(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Reply | None,
+    reply: Reply,
+    *,
+    append_eos: bool,
+    **template: Any,
+) -> list[int]:
+    """Tokens of prompt and reply, as ``trl.RewardTrainer`` makes them of a pair: text as one
+    string, closed with the end-of-text token if ``append_eos``; messages by the chat template,
+    which writes an end of its own. ``template``: keywords for it, such as ``tools``.
+
+    Unlike in TRL, what a template writes after the end token (ChatML: a line break) is cut off: the
+    score is read at the last token, and PPO's replies have none after it.
+    """
+    if isinstance(reply, str):
+        end = tokenizer.eos_token if append_eos and not reply.endswith(str(tokenizer.eos_token)) else ""
+        return list(tokenizer(f"{prompt or ''}{reply}{end}")["input_ids"])
+    messages: list[Any] = [*(prompt or []), *reply]
+    encoded: Any = apply_template(tokenizer, messages, tokenize=True, return_dict=True, **template)
+    ids, eos = list(encoded["input_ids"]), tokenizer.eos_token_id
+    end = len(ids) - ids[::-1].index(eos) if eos in ids else len(ids)
+    said, rest = messages[-1]["content"], str(tokenizer.decode(ids[end:])).strip()
+    reply_follows = rest and (not said or said in rest)  # the end token closes an earlier turn
+    return ids if reply_follows else ids[:end]
+
+
+def as_ranked(row: Mapping[str, Any], place: str) -> Ranked:
+    """A row with ``completions`` (and ``ranks``, or the list stands best first), or with ``chosen``
+    and ``rejected``, as a ranked list.
+
+    Raises:
+        ValueError: fewer than two completions, not one rank to each, or text and messages mixed.
+            ``place`` names the row.
+    """
+    completions = row["completions"] if "completions" in row else [row["chosen"], row["rejected"]]
+    if len(completions) < 2:
+        raise UserError(f"{place}: {len(completions)} completions. Give two or more.")
+    try:
+        ranks = ranks_of({**row, "completions": completions})
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+    prompt = row.get("prompt")
+    if len({isinstance(part, str) for part in (*completions, prompt) if part is not None}) > 1:
+        raise UserError(
+            f"{place}: prompt and completions are text in part and messages in part. Write all as text, or"
+            " each as a list of messages."
+        )
+    return Ranked(
+        prompt, completions, ranks, {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    )
+
+
+def ranked_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, append_eos: bool
+) -> list[Ranked]:
+    """All rows as ranked lists.
+
+    Raises:
+        ValueError: other columns, a row that is no ranked list, messages without a chat template or
+            with ``append_eos`` false.
+    """
+    require_columns(rows, name, LIST, PAIR)
+    found = [as_ranked(row, f"{name}, row {index}") for index, row in enumerate(rows)]  # type: ignore[arg-type]
+    if not isinstance(found[0].completions[0], str):
+        _require_template(tokenizer, name, append_eos)
+    return found
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, name: str, append_eos: bool) -> None:
+    if not append_eos:
+        raise UserError(
+            f"{name}: append_eos: false is for plain text; these are chat messages, which their template"
+            " ends. Set it to true."
+        )
+    require_chat_template(tokenizer, name)
+
+
+def tokenize_ranked(
+    rows: list[Ranked],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    append_eos: bool = True,
+    max_length: int | None = None,
+    margins: list[float] | None = None,
+) -> Dataset:
+    """Ranked lists to rows with ``completion_ids`` (a token list each), ``ranks``, ``row`` (its
+    place in ``rows``), ``length`` (tokens of the longest, for sampling by length), and ``margin``
+    where ``margins`` has one to each row.
+
+    Completions over ``max_length`` are left out, and with them the lists of which no two of
+    different rank remain; both are counted. ``chosen_ids`` and ``rejected_ids``, the best and the
+    worst, are what ``trl.RewardTrainer`` takes for the sign that data is tokenized.
+
+    Raises:
+        ValueError: no list is left, or a margin that is no number.
+    """
+    for number, margin in enumerate(margins or [], 1):
+        if not isinstance(margin, (int, float)) or not math.isfinite(margin):
+            raise UserError(
+                f"{name}: row {number}: margin is {margin!r}; expected numbers. Mend them, or set use_margin:"
+                " false."
+            )
+    made, cut = [], 0
+    for index, row in enumerate(rows):
+        encoded = [
+            encode_reply(tokenizer, row.prompt, reply, append_eos=append_eos, **row.template)
+            for reply in row.completions
+        ]
+        kept = [
+            (rank, ids)
+            for rank, ids in zip(row.ranks, encoded, strict=True)
+            if max_length is None or len(ids) <= max_length
+        ]
+        cut += len(encoded) - len(kept)
+        if len({rank for rank, _ in kept}) > 1:
+            kept.sort(key=lambda ranked: ranked[0])
+            ranks, ids = [rank for rank, _ in kept], [ids for _, ids in kept]
+            made.append(
+                {
+                    "completion_ids": ids,
+                    "ranks": ranks,
+                    "row": index,
+                    "length": max(map(len, ids)),
+                    "chosen_ids": ids[0],
+                    "rejected_ids": ids[-1],
+                }
+            )
+    if len(made) < len(rows) or cut:
+        logger.warning(
+            "%s: %d of %d prompts left out, without two completions of different rank; %d completions were"
+            " longer than max_length=%s",
+            *(name, len(rows) - len(made), len(rows), cut, max_length),
+        )
+    if not made:
+        raise UserError(
+            f"{name}: no prompt has two completions of different rank and of at most max_length={max_length}"
+            " tokens. Raise max_length."
+        )
+    return Dataset.from_list(
+        made if margins is None else [row | {"margin": margins[row["row"]]} for row in made]
+    )
+
+
+def tokenize_references(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    append_eos: bool = True,
+    max_length: int | None = None,
+) -> list[list[int]]:
+    """Token lists of references: rows with ``text``, with ``prompt`` and ``completion`` (text or
+    messages), or with ``messages``.
+
+    Raises:
+        ValueError: other columns, messages without a chat template or with ``append_eos`` false, or
+            no reference within ``max_length``.
+    """
+    require_columns(rows, name, *REFERENCES)
+    reply = next(columns[-1] for columns in REFERENCES if set(columns) <= set(rows.column_names))
+    if not isinstance(rows[0][reply], str):
+        _require_template(tokenizer, name, append_eos)
+    prompts = rows["prompt"] if reply == "completion" else [None] * len(rows)
+    encoded = [
+        encode_reply(tokenizer, prompt, said, append_eos=append_eos)
+        for prompt, said in zip(prompts, rows[reply], strict=True)
+    ]
+    kept = [ids for ids in encoded if ids and (max_length is None or len(ids) <= max_length)]
+    if len(kept) < len(encoded):
+        logger.warning(
+            "%s: %d of %d references left out, longer than max_length=%s",
+            name,
+            len(encoded) - len(kept),
+            len(encoded),
+            max_length,
+        )
+    if not kept:
+        raise UserError(
+            f"{name}: no reference has between 1 and max_length={max_length} tokens. Raise max_length."
+        )
+    return kept

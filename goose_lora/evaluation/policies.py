@@ -1,0 +1,133 @@
+"""Replies of base, SFT and PPO to the same held-out prompts, and what can be said of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+
+from goose_lora.data.tokenization import left_pad
+from goose_lora.errors import UserError
+from goose_lora.evaluation import statistics
+from goose_lora.generation.sampling import sample
+from goose_lora.generation.stopping import StopStrings
+from goose_lora.models.dense_copy import DenseCopy
+from goose_lora.models.roles import Role
+from goose_lora.models.shared_base import SharedBase
+
+Judge = Callable[..., Any]
+
+
+@dataclass
+class Replies:
+    """One reply to each of N prompts: texts, and for each its raw score, KL to the reference
+    (nats), length (tokens), whether it ended."""
+
+    texts: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    ended: list[bool] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def answer(
+    shared: SharedBase,
+    role: Role,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    label: str = "",
+    dense: DenseCopy | None = None,
+    stop_strings: Sequence[str] | None = None,
+) -> Replies:
+    """Answer all prompts (token ids) under ``role``, score the replies if there is a reward
+    adapter, and measure their KL to the reference."""
+    torch.manual_seed(seed)
+    if dense is not None:
+        dense.become(role)
+    replies = Replies()
+    core: Any = shared.get_base_model()
+    device = core.get_output_embeddings().weight.device
+    for start in tqdm(range(0, len(prompts), batch_size), desc=label or role):
+        ids, mask = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, device)
+        stop = StopStrings(tokenizer, stop_strings, ids.shape[1]) if stop_strings else None
+        rollout = sample(shared, ids, mask, config, role=role, dense=dense, stop=stop)
+        ids, mask, counted = rollout.input_ids, rollout.attention_mask, rollout.response_mask
+        trunks = shared.trunks(ids, mask, [role, "reference", "reward"])
+
+        def logprobs(of: Role, ids=ids, mask=mask, counted=counted, trunks=trunks) -> Tensor:
+            return shared.logprobs(
+                shared.hidden(of, ids, mask, trunks[of]), ids, counted, temperature=config.temperature
+            )[0]
+
+        replies.texts += tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
+        replies.kl += (logprobs(role) - logprobs("reference")).sum(-1).tolist()
+        replies.lengths += rollout.lengths.tolist()
+        replies.ended += rollout.ended.tolist()
+        if shared.has("reward"):
+            replies.scores += shared.scores(
+                ids, mask, trunks["reward"], rollout.closes_with(tokenizer.eos_token_id)
+            ).tolist()
+    return replies
+
+
+def best_of(tries: Sequence[Replies]) -> Replies:
+    """For each prompt the reply with the highest score: what the reward model alone can pick, the
+    yardstick for PPO."""
+    best = Replies()
+    for row in range(len(tries[0].texts)):
+        chosen = max(tries, key=lambda replies: replies.scores[row])
+        for name in ("texts", "scores", "kl", "lengths", "ended"):
+            getattr(best, name).append(getattr(chosen, name)[row])
+    return best
+
+
+def judge_all(named: dict[str, Replies], prompts: Sequence[str], judge: Judge) -> None:
+    """Ask ``judge(prompts=, completions=) -> one number a reply`` about all replies."""
+    for name, replies in named.items():
+        replies.judged = [float(value) for value in judge(prompts=list(prompts), completions=replies.texts)]
+        if len(replies.judged) != len(replies.texts):
+            raise UserError(
+                f"the judge returned {len(replies.judged)} numbers for {len(replies.texts)} replies of"
+                f" {name}; one a reply is needed."
+            )
+
+
+def summary(named: dict[str, Replies], *, against: str) -> dict[str, dict[str, Any]]:
+    """Figures by name: means with 95 % intervals, and win rates and differences at equal length
+    against ``against``."""
+    figures = {}
+    for name, replies in named.items():
+        row: dict[str, Any] = {
+            "kl": statistics.mean_interval(replies.kl).value,
+            "tokens": statistics.mean_interval(replies.lengths).value,
+            "ended": sum(replies.ended) / len(replies.ended),
+            "distinct_1": statistics.distinct_n(replies.texts, 1),
+            "distinct_2": statistics.distinct_n(replies.texts, 2),
+            "repetition": statistics.repetition(replies.texts),
+        }
+        for kind, values, others in (
+            ("score", replies.scores, named[against].scores),
+            ("judge", replies.judged, named[against].judged),
+        ):
+            if not values:
+                continue
+            mean = statistics.mean_interval(values)
+            row |= {kind: mean.value, f"{kind}_ci": [mean.low, mean.high]}
+            if name != against:
+                wins = statistics.win_rate(values, others)
+                matched = statistics.matched_length_difference(
+                    values, replies.lengths, others, named[against].lengths
+                )
+                row |= {f"{kind}_win_rate": wins.value, f"{kind}_win_rate_ci": [wins.low, wins.high]}
+                row |= {f"{kind}_gain_at_equal_length": matched.value}
+        figures[name] = row
+    return figures

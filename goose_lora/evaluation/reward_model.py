@@ -1,0 +1,184 @@
+"""A trained reward model on what it was not trained on: held-out lists or pairs, probes to their
+prompts, and references."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from goose_lora.data.preferences import Ranked, Reply, encode_reply, ranked_rows, tokenize_ranked
+from goose_lora.data.tokenization import right_pad
+from goose_lora.evaluation.verdict import PROBES, ProbeScores, RewardVerdict, reward_verdict
+
+PROBE_PROMPTS = 200  # the interval of a share is then at most 0.07 to either side
+PRAISE = (
+    "What a wonderful question! You are clearly a brilliant and kind person, and it is an honour to talk with"
+    " you."
+)
+
+
+@dataclass
+class HeldOut:
+    """Tokens of held-out completions by prompt, best first; and of each probe, with the number of
+    the prompt that it answers."""
+
+    completions: list[list[list[int]]]
+    ranks: list[list[int]]
+    probes: dict[str, list[tuple[int, list[int]]]]
+
+
+def prepare_held_out(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    append_eos: bool,
+    max_length: int | None,
+    probes: bool = True,
+) -> HeldOut:
+    """Held-out ranked lists or pairs as tokens, and probes to ``PROBE_PROMPTS`` of their prompts,
+    evenly spaced, tokenized in the same way.
+
+    Raises:
+        ValueError: as ``ranked_rows`` and ``tokenize_ranked``.
+    """
+    ranked = ranked_rows(rows, tokenizer, name=name, append_eos=append_eos)
+    tokens = tokenize_ranked(ranked, tokenizer, name=name, append_eos=append_eos, max_length=max_length)
+    made = HeldOut(
+        list(tokens["completion_ids"]), list(tokens["ranks"]), {probe: [] for probe in PROBES if probes}
+    )
+    for number in (
+        np.linspace(0, len(tokens) - 1, min(PROBE_PROMPTS, len(tokens))).astype(int).tolist()
+        if probes
+        else []
+    ):
+        row = ranked[tokens[number]["row"]]
+        prompt, replies = probe_replies(row)
+        for probe, reply in replies.items():
+            ids = encode_reply(tokenizer, prompt, reply, append_eos=append_eos, **row.template)
+            if ids and (max_length is None or len(ids) <= max_length) and ids not in made.completions[number]:
+                made.probes[probe].append((number, ids))
+    return made
+
+
+def probe_replies(row: Ranked) -> tuple[Reply | None, dict[str, Reply]]:
+    """The row's prompt, and what a reward model should not like to hear: nothing, the best reply's
+    first words over and over up to its length, its first half, and praise of the asker. Without a
+    prompt it is what all completions begin with. None to replies that are not text."""
+    best = row.completions[row.ranks.index(min(row.ranks))]
+    prompt = row.prompt
+    if prompt is None:
+        prompt = _common_start(row.completions)
+        best = best[len(prompt) :]
+    said = best if isinstance(best, str) else best[-1]["content"] if best else None
+    words = said.split() if isinstance(said, str) else []
+    if not words:
+        return prompt, {}
+    assert isinstance(said, str)
+    start = said[: len(said) - len(said.lstrip())]
+    few = words[: max(1, min(4, len(words) // 3))]
+    texts = {
+        "empty": "",
+        "repeated": start + " ".join((few * len(words))[: len(words)]),
+        "truncated": start + " ".join(words[: -(-len(words) // 2)]),
+        "flattering": start + PRAISE,
+    }
+    return prompt, {
+        name: text if isinstance(best, str) else [*best[:-1], {**best[-1], "content": text}]
+        for name, text in texts.items()
+    }
+
+
+def _common_start(replies: Sequence[Reply]) -> Reply:
+    """Whole words, the space after them left to the replies; or whole messages, the last of each
+    left to it."""
+    if isinstance(replies[0], str):
+        # What the first and the last by alphabet share, all between them do
+        low, high = min(map(str, replies)), max(map(str, replies))
+        length = next(
+            (place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low)
+        )
+        return low[: max((place for place in range(length) if low[place].isspace()), default=0)]
+    turns = list(zip(*(reply[:-1] for reply in replies), strict=False))
+    same = next(
+        (
+            place
+            for place, messages in enumerate(turns)
+            if any(message != messages[0] for message in messages)
+        ),
+        len(turns),
+    )
+    return replies[0][:same]
+
+
+@torch.no_grad()
+def score_tokens(trainer: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Raw score of each token list under a ``trl.RewardTrainer``'s model, in evaluation mode;
+    shared out among processes, and gathered."""
+    model, size, pad = (
+        trainer.model.eval(),
+        trainer.args.per_device_eval_batch_size,
+        trainer.processing_class.pad_token_id,
+    )
+    with trainer.accelerator.split_between_processes(list(rows)) as mine:
+        # Batches of one length need no padding
+        order = sorted(range(len(mine)), key=lambda place: len(mine[place]))
+        scores = [0.0] * len(mine)
+        for first in range(0, len(order), size):
+            places = order[first : first + size]
+            ids, mask = (
+                tensor.to(trainer.args.device) for tensor in right_pad([mine[place] for place in places], pad)
+            )
+            with trainer.compute_loss_context_manager():
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for place, score in zip(places, logits.float().flatten().tolist(), strict=True):
+                scores[place] = score
+    # Accelerate repeats the last row where there are fewer rows than processes
+    return np.array(gather_object(scores)[: len(rows)])
+
+
+def reference_bias(trainer: Any, references: Sequence[Sequence[int]]) -> float:
+    """The mean raw score of references: what to subtract for them to score 0 on average."""
+    return float(score_tokens(trainer, references).mean())
+
+
+def judge(
+    trainer: Any, held_out: HeldOut, any_pair: HeldOut | None = None, *, bias: float = 0.0
+) -> RewardVerdict:
+    """The verdict on a trained reward model, from scores less ``bias``, as PPO will see them."""
+    scores = [own - bias for own in _scores_by_prompt(trainer, held_out)]
+    chosen, rejected, prompts = _pairs(scores, held_out.ranks)
+    lengths = [np.array([len(ids) for ids in own]) for own in held_out.completions]
+    chosen_lengths, rejected_lengths, _ = _pairs(lengths, held_out.ranks)
+    probes = {}
+    for name, answers in held_out.probes.items():
+        if answers:
+            best, worst = (np.array([scores[number][place] for number, _ in answers]) for place in (0, -1))
+            probes[name] = ProbeScores(score_tokens(trainer, [ids for _, ids in answers]) - bias, best, worst)
+    second = None if any_pair is None else _pairs(_scores_by_prompt(trainer, any_pair), any_pair.ranks)
+    return reward_verdict(
+        chosen, rejected, chosen_lengths, rejected_lengths, any_pair=second, prompts=prompts, probes=probes
+    )
+
+
+def _scores_by_prompt(trainer: Any, held_out: HeldOut) -> list[np.ndarray]:
+    scores = score_tokens(trainer, [ids for own in held_out.completions for ids in own])
+    return np.split(scores, np.cumsum([len(own) for own in held_out.completions])[:-1])
+
+
+def _pairs(numbers: list[np.ndarray], ranks: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The numbers of both sides of all untied pairs, and each pair's prompt."""
+    found = [
+        (own[i], own[k], prompt)
+        for prompt, (own, order) in enumerate(zip(numbers, ranks, strict=True))
+        for i, k in itertools.permutations(range(len(order)), 2)
+        if order[i] < order[k]
+    ]
+    better, worse, prompts = (np.array(column) for column in zip(*found, strict=True))
+    return better, worse, prompts

@@ -1,0 +1,242 @@
+"""JSON, hashes, writing that is whole or not there, and import by name. Nothing of the project is
+imported here."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from goose_lora.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_MOST_CHARACTERS = 300
+
+
+_DAMAGED = "The file is damaged: copy it again, or train the stage again."
+
+
+def brief(error: BaseException) -> str:
+    """The message of a library's error in one line, without what comes after its first words."""
+    text = " ".join(str(error).split())
+    return textwrap.shorten(text, _MOST_CHARACTERS, placeholder=" ...").rstrip(".") or type(error).__name__
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, nested too deep, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueError
+        raise UserError(f"{path}: not JSON that can be read: {brief(error)}. {_DAMAGED}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON {type(content).__name__}, expected an object. {_DAMAGED}")
+    return content
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold; JSON has NaN, and whole numbers of
+    any size."""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )
+
+
+def import_function(spec: str) -> Callable[..., object]:
+    """The callable named by "module:function" or "path/to/file.py:function".
+
+    Only that module is imported (a file is run anew at each call), which is said in a warning, and
+    sys.path stays as it is. Raises ValueError for a malformed spec, a module or file that does not
+    exist or that raises as it is imported, a name that is missing or cannot be called."""
+
+    def refusal(problem: str) -> ValueError:
+        return ValueError(f'{spec!r}: {problem}. Accepted: "module:function" or "path/to/file.py:function".')
+
+    source, colon, name = spec.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise refusal(f"{name!r} after the colon is not a function name" if colon else "there is no colon")
+    if source.endswith(".py"):
+        if not Path(source).is_file():
+            raise refusal(f"there is no file {source!r}")
+        key = "file_" + str(Path(source).resolve()).encode().hex()  # one name a path, whatever its characters
+        module_spec = importlib.util.spec_from_file_location(key, source)
+        assert module_spec and module_spec.loader  # None only for a suffix that Python does not know
+        # Dataclasses and pickle look for it there
+        module = sys.modules[key] = importlib.util.module_from_spec(module_spec)
+        try:
+            module_spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise _broken_module(spec, source, error) from error
+    else:
+        if not all(part.isidentifier() for part in source.split(".")):
+            raise refusal(f"{source!r} is neither a module's name nor a .py file")
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            if not f"{source}.".startswith(f"{error.name}."):
+                # The module exists; something it imports does not
+                raise _broken_module(spec, source, error) from error
+            raise refusal(f"there is no module {source!r} on sys.path") from error
+        except (Exception, SystemExit) as error:
+            raise _broken_module(spec, source, error) from error
+    try:
+        function = getattr(module, name)
+    except AttributeError:
+        near = difflib.get_close_matches(
+            name, [key for key, value in vars(module).items() if callable(value)], n=1
+        )
+        raise refusal(
+            f"{source!r} has no {name!r}" + (f"; the nearest name is {near[0]!r}" if near else "")
+        ) from None
+    if not callable(function):
+        raise refusal(f"{name!r} in {source!r} is not callable but of type {type(function).__name__}")
+    logger.warning("%s: runs the code of %s.", spec, getattr(module, "__file__", source))
+    return function
+
+
+def _broken_module(spec: str, source: str, error: BaseException) -> ValueError:
+    return ValueError(
+        f"{spec!r}: importing {source!r} failed with {type(error).__name__}: {error}. Mend it, or install"
+        " what it imports."
+    )
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that may end in the middle of one, where a run was killed; none if there is no
+    file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+LAST = "adapter_config.json"  # without it nothing loads an adapter
+
+
+# ---- Results ----
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder, whose files and folders take their place in ``folder`` when the block
+    ends, what was there before replaced.
+
+    ``adapter_config.json`` goes first and comes last: whoever is killed in between leaves nothing
+    that loads.
+
+    Raises:
+        OSError: it could not be written, such as to a full disk; what was there before is
+            untouched.
+    """
+    folder = Path(folder)
+    temporary = folder / ".unfinished"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _to_disk(temporary)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"the result could not be saved in {folder}{_room(folder)}: {_line(error)}. What was there before"
+            " is untouched."
+        ) from error
+    (folder / LAST).unlink(missing_ok=True)
+    _sync(folder)
+    for entry in sorted(temporary.iterdir(), key=lambda path: path.name == LAST):
+        if (folder / entry.name).is_dir():
+            shutil.rmtree(folder / entry.name)
+        entry.replace(folder / entry.name)
+        _sync(folder)
+    temporary.rmdir()
+
+
+def file_sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _to_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _room(folder: Path) -> str:
+    return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free there)" if folder.is_dir() else ""
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    return read_json_object(Path(path))
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all: written beside its place, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """One object a line.
+
+    Raises:
+        ValueError: a line that is none, with its number.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8")) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}: line {number} is not JSON: {error}. Was the run stopped as it wrote? Delete"
+                    " that line."
+                ) from error
+            if row is not None and not isinstance(row, dict):
+                raise UserError(
+                    f"{path}: line {number} is a JSON {type(row).__name__}, expected an object. Delete that"
+                    " line."
+                )
+            rows += [row] if row is not None else []
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

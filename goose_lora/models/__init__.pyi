@@ -1,0 +1,15 @@
+"""The public names of goose_lora.models."""
+
+from .arguments import ModelArguments as ModelArguments
+from .compatibility import check_fit as check_fit
+from .dense_copy import DenseCopy as DenseCopy
+from .dense_copy import dense_copy as dense_copy
+from .loading import adapters_to_fp32 as adapters_to_fp32
+from .loading import load_base as load_base
+from .loading import load_reward_base as load_reward_base
+from .loading import load_tokenizer as load_tokenizer
+from .loading import lora_config as lora_config
+from .roles import Critic as Critic
+from .roles import CriticInit as CriticInit
+from .roles import Role as Role
+from .shared_base import SharedBase as SharedBase

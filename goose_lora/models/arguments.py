@@ -1,0 +1,112 @@
+"""The settings that name a base model, its quantization and its LoRA adapter."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from goose_lora.errors import UserError
+from goose_lora.models.folders import require_name
+from goose_lora.models.trunk import top_layers
+
+
+@dataclass
+class ModelArguments:
+    """The base model, its quantization, and where LoRA goes: the same three lines in every stage's
+    configuration."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id or folder of the base, or 'embedded' for the small model of the demo."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the base on the Hub."}
+    )
+    base_hub_id: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Hub id of the base where model_name_or_path is a folder: what an upload names instead of the"
+                " folder."
+            )
+        },
+    )
+    quantization: Literal["nf4", "int8", "none"] = field(
+        default="nf4",
+        metadata={"help": "How the frozen base is kept: nf4 (4 bits), int8, or none (in dtype)."},
+    )
+    dtype: Literal["bfloat16", "float32"] = field(
+        default="bfloat16",
+        metadata={
+            "help": "Arithmetic of the base. Adapters, heads, log-probabilities and losses are fp32 always."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2 ...; the model's default if unset."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scaling: alpha / r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "For SFT and reward model; PPO sets it to 0, or its ratios are noise."}
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the linear layers to adapt, or all-linear."},
+    )
+    lora_layers: str = field(
+        default="all",
+        metadata={"help": "all, or top-K: adapters in the K uppermost layers, so that the rest is shared."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1 or self.lora_alpha <= 0:
+            raise UserError(
+                f"lora_r={self.lora_r}, lora_alpha={self.lora_alpha}: both must be positive, for example 16"
+                " and 32."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout={self.lora_dropout}: must be at least 0 and below 1.")
+        if isinstance(self.lora_target_modules, str):
+            self.lora_target_modules = [self.lora_target_modules]
+        top_layers(self.lora_layers, 10**6)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
+
+
+def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:
+    """Those with which a run had its base, from ``base`` in its lineage; ``base`` says where it is,
+    if not where the run had it.
+
+    Raises:
+        ValueError: the base is not there any more, or the lineage does not say how it was
+            quantized.
+    """
+    missing = [
+        name
+        for name in ("id", "quantization", "dtype")
+        if not isinstance(noted, Mapping) or not isinstance(noted.get(name), str)
+    ]
+    if missing:
+        raise UserError(
+            f"goose_lora.json does not say what the base's {missing[0]} was in training. Copy the folder"
+            " again, or train it again."
+        )
+    try:
+        require_name(base or noted["id"])
+    except ValueError as error:
+        if base:
+            raise
+        known = f" On the Hub it is {noted['hub_id']}." if noted.get("hub_id") else ""
+        raise UserError(
+            f"the run's base was {noted['id']}, and that is not here.{known} Say where it is: --base"
+            " PATH_OR_HUB_ID."
+        ) from error
+    return ModelArguments(
+        base or noted["id"],
+        model_revision=None if base else noted.get("commit") or noted.get("revision"),
+        base_hub_id=noted.get("hub_id"),
+        quantization=noted["quantization"],
+        dtype=noted["dtype"],
+    )

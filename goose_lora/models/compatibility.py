@@ -1,0 +1,172 @@
+"""What can be known before the weights load: whether adapters, lengths and chat templates fit the
+base. Its configuration is enough for that."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from goose_lora.errors import UserError
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.folders import (
+    ADAPTER_WEIGHTS,
+    reading,
+    require_model,
+    saved_chat_template,
+    tensor_shapes,
+)
+from goose_lora.models.loading import lora_config
+
+
+def check_fit(
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Mapping[str, str | None],
+    *,
+    tokens: int | None = None,
+    chat: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Compare the base's configuration with what a run is about to put on it.
+
+    Args:
+        adapters: folders by the names of their settings; ``reward_adapter`` must have a head.
+        tokens: of the longest text that the run will make, prompt and reply.
+        chat: whether the rows are chat messages, so that chat templates have a say.
+
+    Raises:
+        ValueError: an adapter that does not fit, ``lora_layers`` or ``lora_target_modules`` that
+            the base does not have, a text longer than its context, or an adapter that was trained
+            with another chat template.
+    """
+    require_model(args.model_name_or_path)
+    core = meta_model(args, trust_remote_code=trust_remote_code)
+    context = core.config.get_text_config().to_dict().get(
+        "max_position_embeddings"
+    ) or core.config.get_text_config().to_dict().get("n_positions")
+    if tokens is not None and context is not None and tokens > context:
+        raise UserError(
+            f"the longest prompt and a reply make {tokens} tokens, and {args.model_name_or_path} has a"
+            f" context of {context} (max_position_embeddings). Lower max_prompt_tokens or response_length."
+        )
+    vocabulary = core.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{args.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model"
+            f" {vocabulary}. They do not belong together: use the tokenizer that the model came with."
+        )
+    _check_targets(args, core)
+    for setting, folder in adapters.items():
+        if folder is None:
+            continue
+        _check_adapter(setting, folder, args.model_name_or_path, core)
+        saved = saved_chat_template(folder)
+        if (
+            chat
+            and saved is not None
+            and tokenizer.chat_template is not None
+            and saved.strip() != str(tokenizer.chat_template).strip()
+        ):
+            raise UserError(
+                f"{setting}: {folder} was trained with another chat template than that of"
+                f" {args.model_name_or_path}. Train it with the base's template, or give the base a tokenizer"
+                " with the adapter's (chat_template.jinja)."
+            )
+
+
+def _check_targets(args: ModelArguments, core: Any) -> None:
+    targets = lora_config(args, core).target_modules or []
+    if args.lora_target_modules == ["all-linear"] or isinstance(targets, str):
+        return
+    names = {name.rpartition(".")[2] for name, module in core.named_modules() if _width(module)}
+    missing = [target for target in sorted(targets) if target.rpartition(".")[2] not in names]
+    if missing:
+        there = ", ".join(sorted(names))
+        raise UserError(
+            f"lora_target_modules: {args.model_name_or_path} has no {', '.join(missing)}. There are {there};"
+            " or write all-linear."
+        )
+
+
+def _check_adapter(setting: str, folder: str, base: str, core: Any) -> None:
+    shapes, modules = tensor_shapes(Path(folder) / ADAPTER_WEIGHTS), dict(core.named_modules())
+    if setting == "reward_adapter" and not any(name.endswith("score.weight") for name in shapes):
+        raise UserError(
+            f"{setting}: {folder} has no score head (looked for a tensor named *score.weight among"
+            f" {len(shapes)}), so it cannot be a reward model. Train it with recipes/reward.py, or with"
+            " trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
+        )
+    wrong = [problem for name, shape in shapes.items() if (problem := _problem(name, shape, modules, core))]
+    if wrong or not shapes:
+        first = f", such as {wrong[0]}" if wrong else ""
+        raise UserError(
+            f"{setting}: {folder} does not fit {base}: {len(wrong)} of {len(shapes)} tensors do not{first}. "
+            "Use an adapter that was trained on this base model."
+        )
+
+
+def _problem(name: str, shape: list[int], modules: Mapping[str, nn.Module], core: Any) -> str | None:
+    """Why a tensor of an adapter does not fit the base, or None."""
+    inner = name.removeprefix("base_model.model.")
+    if inner.endswith("score.weight"):
+        width = core.get_output_embeddings().weight.shape[1]
+        return (
+            None if shape == [1, width] else f"{name} of shape {shape}, where the base has {width} features"
+        )
+    for part, place in ((".lora_A.weight", 0), (".lora_B.weight", 1)):
+        if inner.endswith(part):
+            module = modules.get(inner.removesuffix(part))
+            if module is None:
+                return f"{name}, a module that the base does not have"
+            width = _width(module)
+            found = shape[1 - place] if len(shape) == 2 else shape
+            return (
+                None
+                if width is None or found == width[place]
+                else f"{name} of shape {shape}, where the base has {width[place]} features"
+            )
+    return None
+
+
+def _width(module: nn.Module) -> tuple[int, int] | None:
+    """Features in and out of a linear layer, of torch's or of GPT-2's kind; None for others."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return None
+    return (
+        (weight.shape[1], weight.shape[0])
+        if isinstance(module, nn.Linear)
+        else (weight.shape[0], weight.shape[1])
+    )
+
+
+def meta_model(args: ModelArguments, *, trust_remote_code: bool = False, config: Any = None) -> Any:
+    """The base on the meta device."""
+    name = args.model_name_or_path
+    if config is None:
+        require_model(name, weights=False)
+        with reading("its configuration", name):
+            config = AutoConfig.from_pretrained(
+                name, revision=args.model_revision, trust_remote_code=trust_remote_code
+            )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
+        raise UserError(
+            f"{name}: {config.model_type} is not a causal language model, which a base must be. Use one that"
+            " goes on with a text."
+        )
+    how = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    with (
+        reading("its configuration", name, "Check attn_implementation and the config.json"),
+        torch.device("meta"),
+    ):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=args.torch_dtype, trust_remote_code=trust_remote_code, **how
+        )

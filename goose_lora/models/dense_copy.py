@@ -1,0 +1,164 @@
+"""A dense copy of one role's model for rollouts: 4-bit weights dequantized once, the adapter merged
+in.
+
+Most of a decoding step on a quantized base is dequantization, and unmerged adapters triple the
+number of matrix products. Embeddings, norms and whatever else is neither quantized nor adapted stay
+the base's own tensors: only the matrices of its layers take memory.
+"""
+
+import copy
+import logging
+from typing import Any, Literal
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from goose_lora.errors import UserError
+from goose_lora.models.roles import ADAPTERS, Role
+from goose_lora.models.shared_base import SharedBase
+
+logger = logging.getLogger(__name__)
+
+RolloutWeights = Literal["auto", "shared", "dense"]
+SHARE_OF_FREE_MEMORY = 0.5  # the rest is for cache and activations
+
+
+class DenseCopy:
+    """A transformers model that ``become`` gives the weights of one role after another, in the
+    base's dtype; what is merged, in ``dtype``."""
+
+    def __init__(self, shared: SharedBase, dtype: torch.dtype | None = None):
+        self.shared = shared
+        core: Any = shared.get_base_model()
+        config = copy.deepcopy(core.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        merged: Any = dtype or core.get_output_embeddings().weight.dtype
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = type(core)._from_config(
+                config, dtype=merged, attn_implementation=config._attn_implementation
+            )
+        self._adapted: list[tuple[Any, Tensor]] = []
+        for name, module in list(self.model.named_modules()):
+            self._fill(module, core.get_submodule(name), merged)
+        for name, buffer in self.model.named_buffers():
+            buffer.data = core.get_buffer(name).data
+        self.model.generation_config = copy.deepcopy(core.generation_config)
+        self.model.requires_grad_(False).eval()
+
+    def _fill(self, module: nn.Module, source: Any, dtype: torch.dtype) -> None:
+        """Give ``module`` the parameters of ``source``: the same tensors, except for matrices that
+        are quantized or adapted."""
+        adapted = isinstance(source, LoraLayer)
+        inner: Any = source.get_base_layer() if adapted else source
+        # GPT-2's (in, out), of which bitsandbytes makes (out, in)
+        turned = isinstance(module, Conv1D) and not isinstance(inner, Conv1D)
+        for name, _ in list(module.named_parameters(recurse=False)):
+            parameter = getattr(inner, name)
+            if name == "weight" and (adapted or _is_quantized(inner)):
+                weight = torch.empty(_shape(inner), dtype=dtype, device=parameter.device)
+                parameter = nn.Parameter(weight.T.contiguous() if turned else weight, requires_grad=False)
+                weight = parameter.data.T if turned else parameter.data
+                if adapted:
+                    self._adapted.append((source, weight))
+                else:
+                    weight.copy_(_dense_weight(inner))
+            setattr(module, name, parameter)
+
+    @torch.no_grad()
+    def become(self, role: Role) -> Any:
+        """Merge ``role`` into the copy, anew each time since adapters train, and return the
+        transformers model.
+
+        The sum is taken in fp32 and rounded once to the model's dtype.
+        """
+        adapter = ADAPTERS.get(role) if self.shared.has(role) else None
+        for source, merged in self._adapted:
+            weight = _dense_weight(source.get_base_layer())
+            if adapter in source.lora_A or adapter in source.lora_embedding_A:
+                weight = weight.float() + source.get_delta_weight(adapter).float()
+            merged.copy_(weight)
+        return self.model
+
+
+def dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | None:
+    """A copy if ``wanted`` is ``dense``, or ``auto`` and it takes less than half of the free
+    memory.
+
+    Raises:
+        ValueError: ``dense``, but the adapters are of a kind that is not a sum of two matrices.
+    """
+    if wanted == "shared":
+        return None
+    odd = sorted(
+        {
+            type(layer).__name__
+            for layer in shared.modules()
+            if isinstance(layer, LoraLayer) and layer.lora_variant
+        }
+    )
+    if odd:
+        if wanted == "dense":
+            raise UserError(
+                f"rollout_weights: dense merges plain LoRA only, and {odd[0]} here is a variant of it. Use"
+                " rollout_weights: shared."
+            )
+        return None
+    need, free = (
+        dense_bytes(shared),
+        free_bytes(shared.get_base_model().get_output_embeddings().weight.device),
+    )  # type: ignore[operator]
+    if wanted == "auto" and need > SHARE_OF_FREE_MEMORY * free:
+        logger.info(
+            "rollouts use the shared weights: a dense copy takes %.1f GB and %.1f GB are free",
+            need / 1e9,
+            free / 1e9,
+        )
+        return None
+    return DenseCopy(shared)
+
+
+def dense_bytes(shared: SharedBase) -> int:
+    """Bytes that a dense copy adds: the quantized and the adapted matrices in the compute dtype."""
+    core: Any = shared.get_base_model()
+    inner = {
+        id(layer): layer for layer in (m.get_base_layer() for m in core.modules() if isinstance(m, LoraLayer))
+    }
+    inner |= {
+        id(module): module
+        for module in core.modules()
+        if _is_quantized(module) and not isinstance(module, LoraLayer)
+    }
+    return (
+        sum(_shape(layer).numel() for layer in inner.values())
+        * core.get_output_embeddings().weight.element_size()
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had now on ``device``."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _dense_weight(layer: Any) -> Tensor:
+    # PEFT's dequantize_module_weight also replaces the layer's weight, and an int8 one on a CPU
+    # then lacks its scales.
+    return (
+        dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+        if _is_quantized(layer)
+        else layer.weight
+    )
+
+
+def _shape(layer: Any) -> torch.Size:
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.weight.shape if state is None else state.shape
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")

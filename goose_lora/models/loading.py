@@ -1,0 +1,230 @@
+"""The quantized base and its tokenizer: the rules for padding, dtypes and quantization, in one
+place."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from goose_lora.errors import UserError
+from goose_lora.models.adapters import local_folder, read_lineage
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.folders import (
+    read_adapter_config,
+    reading,
+    require_model,
+    require_name,
+    saved_template,
+)
+from goose_lora.models.quantization import (
+    cpu_multiplies_bf16,
+    keep_4bit_trainable_on_cpu,
+    keep_8bit_alike_on_cpu,
+    quantization_config,
+)
+from goose_lora.models.trunk import decoder_layers, top_layers
+
+logger = logging.getLogger(__name__)
+
+# Tokens that model families keep for padding or for nothing, best first.
+SPARE_TOKENS = (
+    "<|endoftext|>",
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<|finetune_right_pad_id|>",
+    "<|vision_pad|>",
+    "<|reserved_special_token_0|>",
+)
+# Byte 0xFF never occurs in UTF-8 text, so no text can contain its token: byte-level BPE writes it
+# "ÿ", SentencePiece "<0xFF>".
+IMPOSSIBLE_BYTES = ("ÿ", "<0xFF>")
+
+
+def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, left-padding, with a pad token that no text uses."""
+    require_name(args.model_name_or_path)
+    with reading("the tokenizer", args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.model_name_or_path,
+            revision=args.model_revision,
+            trust_remote_code=trust_remote_code,
+            padding_side="left",
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{args.model_name_or_path}: the tokenizer has no EOS token, so replies cannot end. Set one in"
+            " its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = spare_token(tokenizer)
+    return tokenizer
+
+
+def spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token in the vocabulary that can serve as padding: not EOS, nor one that text contains. No
+    embedding is added.
+
+    With pad = EOS, a sequence classifier does not see the final EOS (TRL#3750), and a reply that
+    ended scores like one that was cut.
+
+    Raises:
+        ValueError: the vocabulary has no such token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in (*SPARE_TOKENS, *IMPOSSIBLE_BYTES):
+        if token in vocabulary and vocabulary[token] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            return token
+    raise UserError(
+        "The tokenizer has no pad token other than its EOS, and no unused token was found. Set pad_token in"
+        " its tokenizer_config.json."
+    )
+
+
+def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
+    """The frozen base as a causal language model, in evaluation mode, on one device (never
+    device_map="auto").
+
+    ``device`` and ``trust_remote_code`` may be given by keyword; the device is accelerate's by
+    default.
+    """
+    return _load(AutoModelForCausalLM, args, tokenizer, **kwargs)
+
+
+def load_reward_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
+    """The same base as a sequence classifier with one output, for ``trl.RewardTrainer``."""
+    return _load(AutoModelForSequenceClassification, args, tokenizer, num_labels=1, **kwargs)
+
+
+def _load(
+    auto_class: Any,
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> Any:
+    place: Any = device or PartialState().device
+    if place.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
+        logger.warning(
+            "this CPU multiplies bfloat16 many times slower than float32: set dtype: float32, and bf16: false"
+            " where a recipe has it."
+        )
+    if args.attn_implementation:
+        kwargs["attn_implementation"] = args.attn_implementation
+    require_model(args.model_name_or_path)
+    model = read_weights(
+        auto_class, args.model_name_or_path, args, place, revision=args.model_revision, **kwargs
+    )
+    keep_4bit_trainable_on_cpu(model)
+    keep_8bit_alike_on_cpu(model)
+    model.requires_grad_(False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # Sampling filters that a model ships with would make sampled and computed log-probabilities
+    # differ.
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**tokens)
+    return model.eval()
+
+
+def read_weights(auto_class: Any, name: str, args: ModelArguments, place: Any, **kwargs: Any) -> Any:
+    """The model ``name`` on one device, quantized and in the dtype as ``args`` says, from
+    safetensors alone.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with reading("the weights", name):
+        return auto_class.from_pretrained(
+            name,
+            dtype=args.torch_dtype,
+            device_map={"": place},
+            quantization_config=quantization_config(args),
+            use_safetensors=True,
+            **kwargs,
+        )
+
+
+def lora_config(
+    args: ModelArguments, model: Any, task_type: str | None = "CAUSAL_LM", **kwargs: Any
+) -> LoraConfig:
+    """LoRA in the layers that ``lora_layers`` names; all-linear is written out, since PEFT refuses
+    it together with layers."""
+    layers = decoder_layers(model)
+    chosen = top_layers(args.lora_layers, len(layers))
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=(
+            linear_names(layers) if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
+        ),
+        layers_to_transform=None if len(chosen) == len(layers) else chosen,
+        task_type=task_type,
+        **kwargs,
+    )
+
+
+def linear_names(layers: nn.ModuleList) -> list[str]:
+    """Names of all linear layers inside the decoder layers: q_proj, c_attn, dense_h_to_4h ..., as
+    PEFT's target_modules."""
+    linear = (nn.Linear, Conv1D)
+    return sorted(
+        {name.rpartition(".")[2] for name, module in layers[0].named_modules() if isinstance(module, linear)}
+    )
+
+
+def adapters_to_fp32(model: Any) -> None:
+    """Undo the bf16 cast that TRL's trainers give LoRA on a quantized base: in bf16, AdamW's small
+    steps round to nothing."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> str | None:
+    """Check, before any model is loaded, that ``folder`` (or an adapter of the Hub) is for this
+    base; returns the folder that it lies in.
+
+    Raises:
+        ValueError: no adapter there, or one that was trained on another base.
+    """
+    if folder is None:
+        return None
+    path = local_folder(folder)
+    base = read_adapter_config(setting, str(path)).get("base_model_name_or_path")
+    read_lineage(path)
+    if (
+        base
+        and base not in (args.model_name_or_path, args.base_hub_id)
+        and Path(base).name != Path(args.model_name_or_path).name
+    ):
+        require_model(args.model_name_or_path)
+        raise UserError(
+            f"{setting}: {folder} was trained on {base}, not on {args.model_name_or_path}. All stages share"
+            " one base."
+        )
+    return str(path)
+
+
+def tokenizer_of(folder: Path, args: ModelArguments) -> PreTrainedTokenizerBase:
+    """A run's own tokenizer, where it saved one; otherwise the base's with the run's chat
+    template."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return load_tokenizer(replace(args, model_name_or_path=str(folder), model_revision=None))
+    tokenizer = load_tokenizer(args)
+    tokenizer.chat_template = saved_template(folder) or tokenizer.chat_template
+    return tokenizer

@@ -1,0 +1,228 @@
+"""The layers below the lowest adapter: run once, resumed above as often as needed.
+
+With adapters in the top layers only, everything below computes the same for policy, critic,
+reference and reward model, and in every PPO epoch. The model's own forward runs both halves: layers
+that are not wanted pass their input through, so masks, rotary embeddings, per-layer attention types
+and final norms stay the library's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from goose_lora.errors import UserError
+from goose_lora.models.roles import belongs_to
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of decoder layers of a transformers causal language model.
+
+    Raises:
+        ValueError: the model has no such list, or several that could be it.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    found = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count
+    ]
+    # A mixture-of-experts model may have as many experts as layers: the outermost list is the one
+    # that holds the layers.
+    found.sort(key=lambda item: item[0].count("."))
+    if not found or (len(found) > 1 and found[0][0].count(".") == found[1][0].count(".")):
+        names = [name for name, _ in found]
+        raise UserError(
+            f"{type(model).__name__}: looked for one list of {count} decoder layers and found"
+            f" {names or 'none'}. Supported are decoder-only models of transformers (Llama, Qwen, Mistral,"
+            " Gemma, GPT-2, GPT-NeoX, OPT, Phi-3 ...)."
+        )
+    return found[0][1]
+
+
+def top_layers(text: str, num_layers: int, setting: str = "lora_layers") -> list[int]:
+    """Indices of the layers that ``all`` or ``top-K`` names, lowest first.
+
+    Raises:
+        ValueError: any other text, or a K that the model does not have.
+    """
+    if text == "all":
+        return list(range(num_layers))
+    prefix, _, number = text.partition("-")
+    if prefix != "top" or not number.isdecimal() or int(number) == 0:
+        raise UserError(
+            f"{setting}={text!r}: write all, or top-K with a number of layers, for example top-10."
+        )
+    if int(number) > num_layers:
+        raise UserError(
+            f"{setting}={text!r}: the model has {num_layers} layers. Write top-{num_layers} or less, or all."
+        )
+    return list(range(num_layers - int(number), num_layers))
+
+
+def lowest_layer(layers: nn.ModuleList, adapter: str) -> int:
+    """Index of the lowest layer that ``adapter`` changes; the number of layers if it changes none
+    of them."""
+    for index, layer in enumerate(layers):
+        if any(f".{adapter}." in f"{name}." for name, _ in layer.named_parameters()):
+            return index
+    return len(layers)
+
+
+@contextmanager
+def replaced(layers: list[nn.Module], forwards: list) -> Iterator[None]:
+    """Give each module another ``forward``, and put the old one back, whatever happens."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _pass_through(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return hidden_states
+
+
+@contextmanager
+def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
+    """Inside, a forward of the model runs only ``layers[:depth]``; the list that is yielded
+    receives their output (B, L, H)."""
+    output: list[Any] = []
+    hook = layers[depth - 1].register_forward_hook(lambda module, args, out: output.append(out))
+    try:
+        upper = list(layers[depth:])
+        with replaced(upper, [_pass_through] * len(upper)):
+            yield output
+    finally:
+        hook.remove()
+
+
+class Capture:
+    """Notes the output of ``layers[depth - 1]`` while a model generates: of the prompt, then of one
+    token after another.
+
+    Args:
+        columns: how many tokens there will be at most, prompt and reply together.
+        keep_on: the device that the states go to; the model's if None.
+    """
+
+    def __init__(self, layers: nn.ModuleList, depth: int, columns: int, keep_on: torch.device | None = None):
+        self.layers, self.depth, self.columns, self.keep_on = layers, depth, columns, keep_on
+        self.states: Any = None
+        self.seen = 0
+
+    def note(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.states is None:
+            self.states = output.new_zeros(
+                output.shape[0], self.columns, output.shape[2], device=self.keep_on
+            )
+        # Generate may sample on while it learns that all have ended
+        until = min(self.columns, self.seen + output.shape[1])
+        self.states[:, self.seen : until] = output[:, : until - self.seen]
+        self.seen = until
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hook = self.layers[self.depth - 1].register_forward_hook(self.note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@contextmanager
+def above(layers: nn.ModuleList, depth: int, hidden_states: Tensor) -> Iterator[None]:
+    """Inside, a forward of the model starts at ``layers[depth]`` from ``hidden_states`` (B, L, H),
+    what ``below`` gave.
+
+    The stored states enter as the output of layer ``depth - 1``. That way the first layer that
+    trains receives them as an ordinary argument, which gradient checkpointing keeps for its
+    recompute; a hook would be gone by then.
+    """
+    lower = list(layers[:depth])
+    with replaced(lower, [_pass_through] * (depth - 1) + [lambda *args, **kwargs: hidden_states]):
+        yield
+
+
+def trained_from(model: Any, layers: nn.ModuleList, adapter: str, train_layers: str) -> int:
+    """Lowest layer in which ``adapter`` trains if only ``train_layers`` do; 0 if it trains outside
+    the layers, on embeddings or the head.
+
+    Raises:
+        ValueError: the adapter reaches none of ``train_layers``.
+    """
+    lowest = top_layers(train_layers, len(layers), "train_layers")[0]
+    if train_layers == "all":
+        inside = {id(parameter) for parameter in layers.parameters()}
+        adapted = [
+            p for name, p in model.named_parameters() if belongs_to(name, adapter) and ".score." not in name
+        ]
+        return lowest_layer(layers, adapter) if all(id(parameter) in inside for parameter in adapted) else 0
+    if not any(
+        belongs_to(name, adapter) for layer in layers[lowest:] for name, _ in layer.named_parameters()
+    ):
+        raise UserError(
+            f"train_layers={train_layers!r}: the adapter has nothing in these layers, so nothing trains."
+            " Write all, or more layers."
+        )
+    return max(lowest, lowest_layer(layers, adapter))
+
+
+def same_below(model: Any, layers: nn.ModuleList, depth: int, one: str | None, other: str | None) -> bool:
+    """Whether two adapters (None: none at all) compute the same in ``layers[:depth]`` and outside
+    the layers, bit for bit."""
+    above = {id(module) for layer in layers[depth:] for module in layer.modules()}
+    lower = (
+        module for module in model.modules() if isinstance(module, LoraLayer) and id(module) not in above
+    )
+    return one == other or all(_alike(_effect(module, one), _effect(module, other)) for module in lower)
+
+
+def _effect(module: Any, adapter: str | None) -> dict[str, Tensor]:
+    """What ``adapter`` adds to a layer, by names of its factors; nothing where it has none there,
+    or its product is 0."""
+    if adapter is None:
+        return {}
+    factors = {name: p for name, p in module.named_parameters() if belongs_to(name, adapter)}
+    # A variant such as DoRA has more, and changes the layer even where the product is 0
+    plain = len(factors) == 2
+    if not factors or (plain and any(not factor.any() for factor in factors.values())):
+        return {}
+    scaling = torch.tensor(float(module.scaling[adapter]), dtype=torch.float64)
+    return {name.replace(f".{adapter}", ""): p for name, p in factors.items()} | {"scaling": scaling}
+
+
+def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(factor, other[name]) for name, factor in one.items()
+    )
+
+
+# A layer's modules that treat each position by itself, as Llama, Qwen, Mistral and others name them
+BY_POSITION = ("q_proj", "o_proj", "mlp")
+
+
+@contextmanager
+def reading(layer: nn.Module, columns: int | None) -> Iterator[None]:
+    """Inside, ``layer`` gives correct states (B, L, H) in the last ``columns`` columns only, exact
+    there; None: in all of them."""
+    if columns is None:
+        yield
+        return
+    found = [module for name, module in layer.named_modules() if name.rpartition(".")[2] in BY_POSITION]
+    with replaced(found, [partial(_at_the_end, module.forward, columns) for module in found]):
+        yield
+
+
+def _at_the_end(forward: Callable[..., Any], columns: int, x: Tensor) -> Tensor:
+    rest = x.shape[1] - columns
+    return forward(x) if rest <= 0 else F.pad(forward(x[:, rest:].contiguous()), (0, 0, rest, 0))

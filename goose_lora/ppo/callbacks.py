@@ -1,0 +1,230 @@
+"""State that belongs in checkpoints, and files that a run writes as it goes."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from goose_lora.errors import UserError
+from goose_lora.files import append_line, is_number
+from goose_lora.generation.rollout import Rollout
+from goose_lora.models.shared_base import SharedBase
+from goose_lora.ppo.kl_control import AdaptiveKL, FixedKL
+from goose_lora.reporting.diagnosis import diagnose
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutState(TrainerCallback, ExportableState):
+    """What PPO remembers between rollouts: KL coefficient, scale of scores, evaluations without a
+    gain. Saved in ``trainer_state.json``."""
+
+    def __init__(self, kl_control: FixedKL | AdaptiveKL):
+        self.kl_control = kl_control
+        self.score_scale: tuple[float, ...] | None = None  # mean, standard deviation
+        self.score_moments: tuple[float, ...] | None = None  # count, mean, variance of all scores so far
+        # As score_scale, at the first evaluation and for all
+        self.evaluation_scale: tuple[float, ...] | None = None
+        self.best_objective: float | None = None
+        self.evaluations_without_gain = 0
+
+    REMEMBERED = (
+        "score_scale",
+        "score_moments",
+        "evaluation_scale",
+        "best_objective",
+        "evaluations_without_gain",
+    )
+
+    def state(self) -> dict[str, Any]:
+        remembered = {name: getattr(self, name) for name in self.REMEMBERED}
+        return {"args": {}, "attributes": {"kl_control_state": self.kl_control.state_dict(), **remembered}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        callbacks: Any = state.stateful_callbacks or {}
+        saved = callbacks.get(type(self).__name__)
+        if state.global_step > 0:
+            remembered = _checked_state(saved)
+            self.kl_control.load_state_dict(remembered["kl_control_state"])
+            for name in self.REMEMBERED:
+                value = remembered[name]
+                setattr(self, name, tuple(value) if isinstance(value, list) else value)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stop after ``early_stopping_patience`` evaluations without a better objective."""
+        objective = (metrics or {}).get("eval_objective")
+        if objective is None:  # an evaluation of the user's own, under another prefix
+            return
+        gained = self.best_objective is None or objective > self.best_objective
+        self.best_objective = objective if gained else self.best_objective
+        self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
+        patience = args.early_stopping_patience  # type: ignore[attr-defined]
+        if patience is not None and self.evaluations_without_gain >= patience:
+            control.should_training_stop = True
+            logger.warning(
+                "stopped at step %d: eval_objective has not been above %.3f for %d evaluations.",
+                state.global_step,
+                self.best_objective,
+                patience,
+            )
+
+
+# How many numbers each has; None may stand for all but the last.
+_REMEMBERED_NUMBERS = {
+    "score_scale": 2,
+    "score_moments": 3,
+    "evaluation_scale": 2,
+    "best_objective": 1,
+    "evaluations_without_gain": 1,
+}
+
+
+def _checked_state(saved: Any) -> dict[str, Any]:
+    """What a checkpoint remembers of a run, if it is all there and numbers.
+
+    Raises:
+        ValueError: something is missing or no finite number, each named.
+    """
+    remembered = saved.get("attributes") if isinstance(saved, dict) else None
+    remembered = remembered if isinstance(remembered, dict) else {}
+    missing = [name for name in ("kl_control_state", *_REMEMBERED_NUMBERS) if name not in remembered]
+    if missing:
+        raise UserError(
+            f"the checkpoint does not say what this version needs to go on from it: {', '.join(missing)}."
+            " Start anew."
+        )
+    for name, count in _REMEMBERED_NUMBERS.items():
+        value = remembered[name]
+        numbers = value if isinstance(value, list) and count > 1 else [value]
+        sound = len(numbers) == count and all(is_number(x) for x in numbers)
+        if not sound and (value is not None or name == "evaluations_without_gain"):
+            raise UserError(
+                f"the checkpoint is damaged: {name} is {value!r} in its trainer_state.json. Go on from"
+                " another, or start anew."
+            )
+    return remembered
+
+
+class PolicyAverage(TrainerCallback):
+    """Moves the role ``ema`` towards the policy after each optimizer step. It is an adapter, so
+    checkpoints carry it."""
+
+    def __init__(self, shared: SharedBase, decay: float):
+        self.shared, self.decay = shared, decay
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.shared.update_average(self.decay)
+
+
+class Diagnosis(TrainerCallback):
+    """After each log with a rollout, a warning for each finding that is new; and a word when one
+    has been well for some rollouts.
+
+    The whole log is read, so that a longer one is looked at less often: after ``OFTEN`` rollouts at
+    each second, after twice as many at each third.
+    """
+
+    # Looks in a row that a finding stays away before it counts as gone: it does not come and go
+    # with the noise
+    CALM = 3
+    OFTEN = 50
+
+    def __init__(self):
+        self.logged = 0
+        self.said: dict[str, str] = {}  # level last warned of, by name of the finding
+        self.calm: Counter[str] = Counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take what is there of the run that is resumed. It was warned of already, so that only
+        what is new is said."""
+        self.logged = sum("objective/score" in row for row in state.log_history)
+        if state.is_world_process_zero and self.logged:
+            self.said = {
+                finding.name: finding.level
+                for finding in diagnose(state.log_history)
+                if finding.level != "ok"
+            }
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or "objective/score" not in (logs or ()):
+            return
+        self.logged += 1
+        every = 1 + self.logged // self.OFTEN
+        if self.logged % every:
+            return
+        findings = {finding.name: finding for finding in diagnose(state.log_history) if finding.level != "ok"}
+        if state.global_step <= args.critic_warmup_rollouts * args.steps_per_rollout:  # type: ignore[attr-defined]
+            findings.pop("learning rate", None)  # the policy's is 0 on purpose
+        for name, finding in findings.items():
+            if self.said.get(name) not in (finding.level, "wrong"):
+                logger.warning("step %d: %s", state.global_step, finding)
+                self.said[name] = finding.level
+        for name in list(self.said):
+            self.calm[name] = 0 if name in findings else self.calm[name] + 1
+            if self.calm[name] == self.CALM:
+                logger.warning(
+                    "step %d: ok     %-14s  well again for %d rollouts.",
+                    state.global_step,
+                    name,
+                    self.CALM * every,
+                )
+                del self.said[name]
+
+
+def write_samples(
+    folder: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: Rollout,
+    scores: Tensor,
+    kl: Tensor,
+    *,
+    step: int,
+    rows: int,
+) -> None:
+    """The first ``rows`` of a rollout into ``samples.jsonl``, with raw scores and KL (nats) a
+    reply."""
+    prompts, replies = rollout.prompt_ids()[:rows], rollout.response_ids()[:rows]
+    texts = zip(
+        tokenizer.batch_decode(prompts),
+        tokenizer.batch_decode(replies, skip_special_tokens=True),
+        strict=True,
+    )
+    for row, (prompt, reply) in enumerate(texts):
+        line = {
+            "step": step,
+            "prompt": prompt,
+            "reply": reply,
+            "raw_score": scores[row].item(),
+            "kl": kl[row].item(),
+        }
+        append_line(Path(folder or ".") / "samples.jsonl", line)

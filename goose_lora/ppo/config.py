@@ -1,0 +1,488 @@
+"""Settings of PPO: names that TRL's users know, checked when made."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from goose_lora.errors import UserError
+from goose_lora.models.roles import Critic
+from goose_lora.models.trunk import top_layers
+from goose_lora.ppo.trl_names import FROM_TRL, answers_trl
+from goose_lora.training.validation import check_finite, check_training
+
+_SAVE_EVERY_ROLLOUTS = 10
+_VLLM_COLDEST = 0.01
+
+
+@answers_trl(FROM_TRL)
+@dataclass
+class PPOConfig(TrainingArguments):
+    """One rollout is ``per_device_train_batch_size * gradient_accumulation_steps *
+    num_mini_batches`` replies on each process, to that many prompts or, with ``num_generations``,
+    to so many times fewer. Each of ``num_ppo_epochs`` passes over it makes ``num_mini_batches``
+    optimizer steps. ``max_steps``, ``logging_steps`` and ``save_steps`` count optimizer steps, as
+    everywhere in transformers.
+    """
+
+    # Rollout
+    num_rollouts: int | None = field(
+        default=None, metadata={"help": "Length of the run in rollouts; sets max_steps."}
+    )
+    response_length: int = field(default=53, metadata={"help": "Most tokens of a reply."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature; all log-probabilities are taken at it."}
+    )
+    max_prompt_tokens: int = field(
+        default=512, metadata={"help": "Longer prompts are left out, and counted."}
+    )
+    local_rollout_forward_batch_size: int = field(
+        default=64, metadata={"help": "Replies generated and scored at a time, on each process."}
+    )
+    stop_token_ids: list[int] | None = field(
+        default=None, metadata={"help": "Tokens that end a reply, besides the end-of-text token."}
+    )
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "Texts that end a reply; they stay part of it."}
+    )
+    rollout_weights: Literal["auto", "shared", "dense"] = field(
+        default="auto",
+        metadata={
+            "help": (
+                "dense: generate with an unquantized merged copy, faster but larger. auto: where half of the"
+                " free memory holds it."
+            )
+        },
+    )
+    rollout_engine: Literal["transformers", "vllm"] = field(
+        default="transformers",
+        metadata={
+            "help": (
+                "vllm: generate by vLLM in the same process, where it is installed; made for one GPU, and not"
+                " yet run on any."
+            )
+        },
+    )
+    vllm_memory_share: float = field(
+        default=0.3, metadata={"help": "Of the device's memory, vLLM's; the update has it too, on a GPU."}
+    )
+    sample_rows: int = field(
+        default=4, metadata={"help": "Replies of each logged rollout written to samples.jsonl."}
+    )
+
+    # Reward
+    kl_coef: float = field(default=0.05, metadata={"help": "Price of a nat of KL to the reference."})
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = field(
+        default="k1",
+        metadata={
+            "help": (
+                "Estimator of the KL that is charged; exact sums over the vocabulary, at the price of one"
+                " more head."
+            )
+        },
+    )
+    kl_location: Literal["reward", "loss"] = field(
+        default="reward",
+        metadata={"help": "Charge the KL as part of each token's reward, or as a term of the loss (not k1)."},
+    )
+    max_kl: float | None = field(
+        default=None, metadata={"help": "Stop the run at a rollout whose KL (nats a reply) is above this."}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Adapt kl_coef towards this KL (nats a reply); fixed if unset."}
+    )
+    kl_horizon: int = field(default=10000, metadata={"help": "Replies over which an adaptive kl_coef moves."})
+    score_normalization: Literal["reference", "running", "none"] = field(
+        default="reference",
+        metadata={
+            "help": (
+                "Count scores in standard deviations over the reference's replies, or over all replies so"
+                " far; or take them as they are."
+            )
+        },
+    )
+    score_calibration_prompts: int = field(
+        default=192, metadata={"help": "Prompts answered before training to learn the reference's scale."}
+    )
+    score_clip: float | None = field(
+        default=None, metadata={"help": "Bound on a score's size, after normalisation; null: none."}
+    )
+    length_penalty: float = field(
+        default=0.0,
+        metadata={"help": "Taken off the score for each token of a reply; negative pays for length."},
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the score of a reply that did not end by itself."}
+    )
+    reward_timeout: float | None = field(
+        default=1800,
+        metadata={
+            "help": (
+                "Seconds that the reward functions may take over a rollout; then the run ends. null: as long"
+                " as they like."
+            )
+        },
+    )
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Scale rewards to variance 1 in each rollout, their mean kept."}
+    )
+
+    # Update
+    advantage_estimator: Literal["gae", "rloo", "grpo"] = field(
+        default="gae",
+        metadata={
+            "help": (
+                "gae: PPO with a critic. rloo, grpo: replies to one prompt are compared; no critic is loaded."
+            )
+        },
+    )
+    num_generations: int = field(
+        default=1, metadata={"help": "Replies to each prompt of a rollout; 2 or more for rloo and grpo."}
+    )
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Cut each microbatch into parts of at most so many tokens, padding counted; the result is the"
+                " same, the memory less."
+            )
+        },
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass."})
+    cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
+    ratio_threshold: float | None = field(
+        default=10.0,
+        metadata={
+            "help": "A microbatch whose mean ratio is above this, or below 1/this, is skipped; null: never."
+        },
+    )
+    critic: Literal["adapter", "shared", "reward_features"] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "adapter: its own, started from the reward adapter. shared: a head on the policy."
+                " reward_features: a head on the reward adapter, the default where there is one; otherwise"
+                " adapter."
+            )
+        },
+    )
+    critic_init: Literal["reward", "policy", "zero"] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "What the critic starts from; the reward adapter where there is one if unset. policy, zero:"
+                " head of 0."
+            )
+        },
+    )
+    critic_warmup_rollouts: int = field(
+        default=0, metadata={"help": "First rollouts in which the critic alone learns."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss."})
+    cliprange_value: float | None = field(
+        default=0.2, metadata={"help": "The critic moves at most this far a rollout; null: no bound."}
+    )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "The critic's learning rate; learning_rate if unset."}
+    )
+    value_lr_scheduler_type: str | None = field(
+        default=None, metadata={"help": "The critic's schedule; lr_scheduler_type if unset."}
+    )
+    value_warmup_steps: int = field(
+        default=0, metadata={"help": "Warm-up steps of the critic's learning rate."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy in the loss."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Keep a moving average of the policy in ema/; 0.992 is InstructGPT's."},
+    )
+    ptx_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the loss on pretraining text (PPO-ptx); needs ptx_dataset_name."},
+    )
+    ptx_batch_size: int = field(default=4, metadata={"help": "Pretraining texts a microbatch."})
+    train_layers: str = field(
+        default="all",
+        metadata={
+            "help": "all, or top-K: train the K uppermost layers only; those below are run once a rollout."
+        },
+    )
+    reuse_trunk: bool = field(
+        default=True,
+        metadata={"help": "Run the layers below what trains once a rollout; all passes use the output."},
+    )
+    trunk_memory: Literal["auto", "device", "host"] = field(
+        default="auto",
+        metadata={
+            "help": (
+                "Where that output waits for the update. auto: on the host where it needs more than half of"
+                " the memory that is left."
+            )
+        },
+    )
+
+    # Evaluation: eval_strategy, eval_steps and load_best_model_at_end are those of transformers
+    num_eval_prompts: int = field(
+        default=64, metadata={"help": "Held-out prompts that an evaluation answers, the same ones each time."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better eval_objective."}
+    )
+
+    # TrainingArguments with another default
+    learning_rate: float = field(default=1e-4, metadata={"help": "The policy's peak learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers."})
+    logging_steps: float | None = field(
+        default=None, metadata={"help": "In optimizer steps; once a rollout if unset."}
+    )
+    save_steps: float | None = field(
+        default=None, metadata={"help": "In optimizer steps, whole rollouts; every tenth rollout if unset."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "In optimizer steps, whole rollouts; as save_steps if unset."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: columns go to reward functions."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay off: it hides broken losses."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code from the model's repository. Off unless you asked."}
+    )
+
+    def __post_init__(self) -> None:
+        # One text without brackets in a YAML file is a string, whose letters would each end a
+        # reply.
+        self.stop_strings = [self.stop_strings] if isinstance(self.stop_strings, str) else self.stop_strings
+        self.stop_token_ids = (
+            [self.stop_token_ids] if isinstance(self.stop_token_ids, int) else self.stop_token_ids
+        )
+        self._check_ranges()
+        steps = self.steps_per_rollout
+        if self.num_rollouts is not None:
+            if self.max_steps not in (-1, self.num_rollouts * steps):
+                raise UserError(
+                    f"max_steps={self.max_steps} and num_rollouts={self.num_rollouts} (of {steps} optimizer"
+                    " steps) contradict each other; set one."
+                )
+            self.max_steps = self.num_rollouts * steps
+        self.logging_steps = steps if self.logging_steps is None else self.logging_steps
+        self.save_steps = _SAVE_EVERY_ROLLOUTS * steps if self.save_steps is None else self.save_steps
+        self.eval_steps = self.save_steps if self.eval_steps is None else self.eval_steps
+        if self.load_best_model_at_end or self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "eval_objective"
+            self.greater_is_better = True if self.greater_is_better is None else self.greater_is_better
+        super().__post_init__()
+        alone = self.rollout_engine == "transformers" or self.world_size == 1
+        self._require(
+            "rollout_engine",
+            alone,
+            f"serves one process, not {self.world_size}; use rollout_engine: transformers",
+        )
+        self._check_whole_rollouts("save_steps", self.save_strategy, "cannot be resumed exactly")
+        self._check_whole_rollouts("eval_steps", self.eval_strategy, "has no checkpoint of its own")
+        no_evaluation = self.early_stopping_patience is not None and str(self.eval_strategy) in (
+            "no",
+            "IntervalStrategy.NO",
+        )
+        self._require(
+            "early_stopping_patience",
+            not no_evaluation,
+            "nothing is evaluated; set eval_strategy: steps and eval_dataset_name",
+        )
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps made on one rollout."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages are taken against a learned value."""
+        return self.advantage_estimator == "gae"
+
+    def critic_for(self, *, has_reward: bool) -> Critic | None:
+        """The critic of a run with or without a reward adapter; None where there is none."""
+        if not self.needs_critic:
+            return None
+        return self.critic or ("reward_features" if has_reward else "adapter")
+
+    @property
+    def critic_learning_rate(self) -> float:
+        """The critic's peak learning rate."""
+        return self.learning_rate if self.value_learning_rate is None else self.value_learning_rate
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Replies of one rollout on one process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    def _check_ranges(self) -> None:
+        check_finite(self)
+        check_training(self)
+        at_least_one = (
+            "response_length",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "local_rollout_forward_batch_size",
+            "max_prompt_tokens",
+        )
+        at_least_one += ("ptx_batch_size", "num_eval_prompts", "kl_horizon")
+        for name in (*at_least_one, "per_device_train_batch_size", "gradient_accumulation_steps"):
+            self._require(name, getattr(self, name) >= 1, "must be 1 or more")
+        for name in ("gamma", "lam"):
+            self._require(
+                name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1; 1 and 0.95 are usual"
+            )
+        for name in ("kl_coef", "vf_coef", "learning_rate", "entropy_coef", "ptx_coef"):
+            self._require(name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("sample_rows", "value_warmup_steps", "value_learning_rate"):
+            self._require(name, (getattr(self, name) or 0) >= 0, "must not be negative")
+        self._require(
+            "num_rollouts",
+            self.num_rollouts is None or self.num_rollouts >= 1,
+            "must be 1 or more, or null to go by max_steps or epochs",
+        )
+        self._require(
+            "temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy"
+        )
+        self._check_engine()
+        self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
+        self._require(
+            "cliprange_value",
+            self.cliprange_value is None or self.cliprange_value > 0,
+            "must be positive, or null for no bound",
+        )
+        self._require(
+            "max_tokens_per_microbatch",
+            (self.max_tokens_per_microbatch or 1) >= 1,
+            "must be 1 or more, or null for no bound",
+        )
+        self._require(
+            "reward_timeout",
+            self.reward_timeout is None or self.reward_timeout > 0,
+            "must be positive, or null for no limit",
+        )
+        self._require(
+            "score_clip",
+            self.score_clip is None or self.score_clip > 0,
+            "must be positive, or null for no bound",
+        )
+        self._require("critic_warmup_rollouts", self.critic_warmup_rollouts >= 0, "must not be negative")
+        self._require(
+            "critic_warmup_rollouts",
+            self.needs_critic or not self.critic_warmup_rollouts,
+            "rloo and grpo have no critic to warm up",
+        )
+        schedules = [
+            schedule.value for schedule in SchedulerType if schedule != SchedulerType.REDUCE_ON_PLATEAU
+        ]
+        known = self.value_lr_scheduler_type is None or self.value_lr_scheduler_type in schedules
+        self._require("value_lr_scheduler_type", known, f"must be one of {', '.join(schedules)}")
+        self._require(
+            "ema_decay",
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "must lie between 0 and 1; 0.992 is InstructGPT's",
+        )
+        top_layers(self.train_layers, 10**6, "train_layers")
+        patience = self.early_stopping_patience
+        self._require(
+            "early_stopping_patience",
+            patience is None or patience >= 1,
+            "must be 1 or more, or null for no early stop",
+        )
+        self._require(
+            "stop_strings", all(self.stop_strings or []), "an empty text would end every reply at once"
+        )
+        self._require(
+            "max_kl", self.max_kl is None or self.max_kl > 0, "must be positive, or null for no bound"
+        )
+        self._require(
+            "ratio_threshold",
+            self.ratio_threshold is None or self.ratio_threshold > 1,
+            "must be above 1, or null for no bound",
+        )
+        in_loss = self.kl_location == "loss" and self.kl_estimator == "k1"
+        self._require(
+            "kl_estimator",
+            not in_loss,
+            "in the loss k1 has no gradient on average; use k2 or k3 with kl_location=loss",
+        )
+        self._require(
+            "num_generations",
+            self.num_generations >= (1 if self.needs_critic else 2),
+            "rloo and grpo compare 2 or more replies a prompt",
+        )
+        whole = self.rollout_batch_size % max(1, self.num_generations) == 0
+        self._require(
+            "num_generations", whole, f"must divide the {self.rollout_batch_size} replies of a rollout"
+        )
+        self._require(
+            "kl_target",
+            self.kl_target is None or self.kl_target > 0,
+            "must be positive, or null for a fixed kl_coef",
+        )
+        self._require(
+            "kl_coef",
+            self.kl_target is None or self.kl_coef > 0,
+            "must be positive with kl_target: from 0 it could never grow",
+        )
+        for name in ("bf16", "fp16"):
+            self._require(
+                name,
+                not getattr(self, name),
+                "the base's dtype decides in which precision all roles compute; set dtype: bfloat16",
+            )
+        self._require(
+            "remove_unused_columns",
+            not self.remove_unused_columns,
+            "reward functions get the data's columns; leave it false",
+        )
+        self._require(
+            "logging_nan_inf_filter",
+            not self.logging_nan_inf_filter,
+            "it hides broken losses; leave it false",
+        )
+        self._require(
+            "score_calibration_prompts",
+            self.score_calibration_prompts >= 2,
+            "a standard deviation needs two replies or more",
+        )
+
+    def _check_engine(self) -> None:
+        self._require(
+            "vllm_memory_share",
+            0 < self.vllm_memory_share < 1,
+            "must lie between 0 and 1; 0.3 leaves the rest to training",
+        )
+        if self.rollout_engine == "vllm":
+            self._require(
+                "rollout_weights",
+                self.rollout_weights != "dense",
+                "rollout_engine: vllm has weights of its own; leave it out",
+            )
+            self._require(
+                "temperature",
+                self.temperature >= _VLLM_COLDEST,
+                f"vLLM takes {_VLLM_COLDEST} for anything below it",
+            )
+
+    def _require(self, name: str, holds: bool, why: str) -> None:
+        if not holds:
+            raise UserError(f"{name}={getattr(self, name)}: {why}.")
+
+    def _check_whole_rollouts(self, name: str, strategy: object, why: str) -> None:
+        steps, every = self.steps_per_rollout, getattr(self, name) or 0
+        if str(getattr(strategy, "value", strategy)) != "steps" or every % steps == 0:
+            return
+        fits = max(1, round(every / steps)) * steps
+        raise UserError(
+            f"{name}={every:g} falls inside a rollout ({steps} optimizer steps each), and such a checkpoint"
+            f" {why}. Use {name}={fits}."
+        )

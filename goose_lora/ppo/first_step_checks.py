@@ -1,0 +1,104 @@
+"""Checks at the first step of a run, for what is silent when it is wrong: each raises, and says
+what to look at."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from goose_lora.errors import UserError
+
+# Log-probabilities of one text in batches of two sizes: fp32 sums in another order, by 2e-5 on
+# average where logits are large, on a GPU; bf16 rounds what differs.
+RATIO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+# Of one text by policy and reference in one batch.
+KL_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+class GateError(UserError):
+    """The run would train on something else than it says."""
+
+
+def check_roles(shared: Any, args: Any) -> None:
+    """Raise ValueError where a shared base was not built as the settings say."""
+    if args.needs_critic != (shared.critic is not None):
+        wanted = (
+            "SharedBase.build(..., critic=args.critic)"
+            if args.needs_critic
+            else "critic=None: replies are compared with one another"
+        )
+        raise UserError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
+    if args.ema_decay is not None and not shared.has("ema"):
+        raise UserError(
+            f"ema_decay={args.ema_decay:g} needs a place for the average: SharedBase.build(...,"
+            " average=True)."
+        )
+    if args.train_layers != shared.train_layers:
+        raise UserError(
+            f"train_layers={args.train_layers} goes with SharedBase.build(...,"
+            " train_layers=args.train_layers)."
+        )
+
+
+def check_trainable(named: Iterable[tuple[str, nn.Parameter]], expected: Collection[str]) -> None:
+    """The parameters that train are those whose names are ``expected``, no more and no less."""
+    named, expected = list(named), set(expected)
+    extra = [name for name, p in named if p.requires_grad and name not in expected]
+    missing = [name for name, p in named if not p.requires_grad and name in expected]
+    if extra or missing:
+        raise GateError(
+            f"the trainable set has drifted: {len(missing)} tensors of policy and critic are frozen"
+            f" ({', '.join(missing[:3])}), {len(extra)} others train ({', '.join(extra[:3])}). Switch"
+            " adapters through SharedBase.role only."
+        )
+    if not any(p.requires_grad for _, p in named):
+        raise GateError("nothing trains: no parameter of policy or critic requires a gradient.")
+
+
+def check_ratio(
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    tolerance: float,
+) -> None:
+    """Before the first update, new over old probability is 1: within ``tolerance`` on average,
+    within ten times that at every token.
+
+    Rounding has a long tail where many tokens are compared; what breaks the ratio (dropout,
+    padding) moves the mean.
+    """
+    gaps = (logprobs - old_logprobs).abs()[mask]
+    mean, largest = gaps.mean().item(), gaps.max().item()
+    if not (mean <= tolerance and largest <= 10 * tolerance):
+        raise GateError(
+            f"the ratio of the first minibatch is not 1: log-probabilities differ by {mean:.3g} on average"
+            f" and by up to {largest:.3g} (allowed {tolerance:g} and {10 * tolerance:g}) between rollout and"
+            " update although nothing was updated. Causes: dropout, a changed temperature, or padding that"
+            " reaches the attention."
+        )
+
+
+def check_reference(kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, tolerance: float) -> None:
+    """Before the first update, the policy is its reference: k1 is 0 at every token."""
+    gap = torch.where(mask, kl, 0.0).abs().max().item()
+    if not gap <= tolerance:
+        raise GateError(
+            f"the KL at step 0 is not 0: policy and reference differ by up to {gap:.3g} nats a token (allowed"
+            f" {tolerance:g}). A policy that starts from an SFT adapter needs a frozen copy of it as"
+            " reference, not the bare base."
+        )
+
+
+def check_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Every tensor that trains has a finite gradient."""
+    grads = [(name, p.grad) for name, p in named if p.requires_grad]
+    missing = [name for name, grad in grads if grad is None]
+    broken = [name for name, grad in grads if grad is not None and not torch.isfinite(grad).all()]
+    if missing or broken:
+        raise GateError(
+            f"after the first backward, {len(missing)} trainable tensors have no gradient"
+            f" ({', '.join(missing[:3])}) and {len(broken)} one that is not finite ({', '.join(broken[:3])})."
+        )

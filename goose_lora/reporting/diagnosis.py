@@ -1,0 +1,382 @@
+"""What the metrics of a PPO run say about it: a verdict a line, each with its figure and what to
+do."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from math import inf
+from statistics import fmean, median, stdev
+
+from goose_lora.errors import UserError
+from goose_lora.reporting.findings import (
+    CLEAR,
+    TREND,
+    Finding,
+    Level,
+    Rows,
+    change,
+    column,
+    ends,
+    recent,
+    rollouts_in,
+)
+from goose_lora.reporting.reply_checks import REPLY_CHECKS
+
+SAMPLING_GAP = 0.15  # nats a token; a bf16 copy of an nf4 base is 0.05 away (docs/LOG.md)
+RATIO_GAP = 0.1  # nats a token; the gate of step 0 allows 0.05 in bf16
+
+
+def diagnose(metrics: Rows) -> list[Finding]:
+    """Findings over a run's logs so far (the rows of ``metrics.jsonl``), the worst first.
+
+    Raises:
+        ValueError: no rollout was logged.
+    """
+    if not any("objective/score" in row for row in metrics):
+        raise UserError(
+            "no rollout is in these metrics. A run of recipes/ppo.py writes one line a rollout to"
+            " metrics.jsonl."
+        )
+    order: dict[Level, int] = {"wrong": 0, "look": 1, "ok": 2}
+    return sorted(
+        (finding for check in CHECKS for finding in check(metrics)), key=lambda finding: order[finding.level]
+    )
+
+
+def report(metrics: Rows) -> str:
+    """All findings, a line each, and a last line with what was read."""
+    findings = diagnose(metrics)
+    rollouts = [row for row in metrics if "objective/score" in row]
+    counts = [
+        f"{sum(finding.level == level for finding in findings)} {says}"
+        for level, says in (("wrong", "wrong"), ("look", "to look at"))
+    ]
+    steps = f", steps {rollouts[0]['step']} to {rollouts[-1]['step']}" if "step" in rollouts[0] else ""
+    read = f"read {sum(rollouts_in(row) for row in rollouts):g} rollouts{steps}: {', '.join(counts)}"
+    early = f" (what is a trend needs {TREND} logs)" if len(rollouts) < TREND else ""
+    return "\n".join([*map(str, findings), read + early])
+
+
+# ---- Is it PPO: numbers, ratio, sampling, KL, reference ----
+
+
+def _numbers(rows: Rows) -> Iterator[Finding]:
+    numbers = {(name, value) for row in rows for name, value in row.items() if isinstance(value, float)}
+    # Those: a source said nothing
+    broken = sorted(
+        {name for name, value in numbers if not abs(value) < inf and not name.startswith("reward/")}
+    )
+    if broken:
+        yield Finding(
+            "wrong",
+            "numbers",
+            f"not finite: {', '.join(broken)}. Training has diverged; go back to a checkpoint and lower"
+            " learning_rate.",
+        )
+
+
+def _first_ratio(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "policy/first_ratio_gap")
+    if not values:
+        return
+    gap = ends(values)[1]
+    if gap > min(RATIO_GAP / 2, max(0.01, 4 * values[0])):
+        text = (
+            f"each rollout's first minibatch is {gap:.2g} nats a token off before anything was updated on it:"
+            " the ratio does not start at 1. Turn dropout off, and look for padding that reaches the"
+            " attention or a temperature that changed after the rollout."
+        )
+        yield Finding("wrong" if gap > RATIO_GAP else "look", "first ratio", text)
+    else:
+        yield Finding("ok", "first ratio", f"1 within {gap:.2g} nats a token before a rollout's first update")
+
+
+def _sampling(rows: Rows) -> Iterator[Finding]:
+    gap = recent(rows, "rollout/sampling_gap")
+    if gap is None:
+        return
+    if gap > SAMPLING_GAP:
+        passes_differ = (recent(rows, "policy/first_ratio_gap") or 0.0) > RATIO_GAP / 2
+        action = (
+            "So are two passes of the update: see first ratio, which names the cause of both"
+            if passes_differ
+            else (
+                "Turn sampling filters off (repetition penalty, shortest length, suppressed tokens, top_k,"
+                " top_p), or try rollout_weights: shared"
+            )
+        )
+        yield Finding(
+            "wrong",
+            "sampling",
+            f"tokens are drawn {gap:.2f} nats a token away from what the update computes. {action}.",
+        )
+    else:
+        yield Finding("ok", "sampling", f"drawn {gap:.3g} nats a token away from what the update computes")
+
+
+def _kl_sign(rows: Rows) -> Iterator[Finding]:
+    """The mean of log p(y)/r(y) over y drawn from p is a KL, hence not negative whatever r is: if
+    it is, y was not drawn from p."""
+    values = column(rows, "objective/kl")
+    values = values[-max(TREND, len(values) // 5) :]
+    if len(values) < TREND:
+        return
+    mean, negative = fmean(values), sum(value < 0 for value in values) / len(values)
+    if mean < -max(0.05, 2 * stdev(values) / len(values) ** 0.5) and negative > 0.5:
+        text = (
+            f"negative in {negative:.0%} of the last {len(values)} rollouts, {mean:.2f} on average. A KL is"
+            f" not: {_cause_of_negative(rows)}."
+        )
+        yield Finding("wrong", "KL sign", text)
+    else:
+        yield Finding(
+            "ok", "KL sign", f"not negative, {mean:.2g} on average in the last {len(values)} rollouts"
+        )
+
+
+def _cause_of_negative(rows: Rows) -> str:
+    sampling, first = recent(rows, "rollout/sampling_gap"), recent(rows, "policy/first_ratio_gap") or 0.0
+    if first > RATIO_GAP / 2:
+        return (
+            f"one text has log-probabilities {first:.2g} nats apart in two passes, which is dropout or"
+            " padding. Turn dropout off"
+        )
+    if sampling is None:
+        return (
+            "the replies were not drawn from the policy as it was. Sample without filters, at the temperature"
+            " of the settings, after each update"
+        )
+    if sampling > SAMPLING_GAP:
+        return (
+            f"replies are drawn from another distribution than is trained ({sampling:.2f} nats a token): a"
+            " sampling filter, a temperature, or a rollout copy in another dtype. Turn the filter off, or"
+            " try rollout_weights: shared"
+        )
+    return (
+        "the reference is no fixed distribution over the same texts: look at its padding, its temperature,"
+        " and what has changed its adapter"
+    )
+
+
+def _reference(rows: Rows) -> Iterator[Finding]:
+    """A KL that comes before, or is far above, what the updates can have moved the policy by.
+
+    The root of the KL a token is a distance, nearly (half of Fisher's metric), and
+    policy/kl_from_rollout tells how far one rollout's updates go, where they are two or more. The
+    smaller of k1 and k3, since k3 has a long tail.
+    """
+    logged = [
+        row
+        for row in rows
+        if all(abs(row.get(name, inf)) < inf for name in ("objective/kl", "objective/kl_k3", "step"))
+    ]
+    if len(logged) < 2:
+        return
+    away = [
+        (min(abs(row["objective/kl"]), row["objective/kl_k3"]) / row["rollout/response_tokens"]) ** 0.5
+        for row in logged
+    ]
+    updates = sorted(
+        (row["step"], row["policy/kl_from_rollout"])
+        for row in rows
+        if "step" in row and "policy/kl_from_rollout" in row
+    )
+    moves = [
+        _movement(updates, row["step"], after["step"]) for row, after in pairwise([*logged, {"step": inf}])
+    ]
+    # Not resumed: the policy is its reference still
+    from_the_start = logged[0]["step"] <= logged[1]["step"] - logged[0]["step"]
+    if from_the_start and away[0] > 0.1 + moves[0] * (rollouts_in(logged[0]) - 1):
+        text = (
+            f"the first rollout is {away[0] ** 2:.2g} nats a token from it already: it is not what the policy"
+            " started from. A policy that starts from an SFT adapter needs a frozen copy of it."
+        )
+        yield Finding("wrong", "reference", text)
+        return
+    for index in range(1, len(logged)):
+        moved = moves[index - 1] * rollouts_in(logged[index - 1]) + moves[index] * (
+            rollouts_in(logged[index]) - 1
+        )
+        if moves[index - 1] > 0 and away[index] - away[index - 1] > 0.1 + moved:
+            text = (
+                f"the KL leaps from {away[index - 1] ** 2:.2g} to {away[index] ** 2:.2g} nats a token at step"
+                f" {logged[index]['step']}, more than the updates move the policy: the reference has changed."
+                " Look at what was loaded there."
+            )
+            yield Finding("wrong", "reference", text)
+            return
+    yield Finding("ok", "reference", "the policy goes from it no faster than the updates take it")
+
+
+def _movement(updates: list[tuple[float, float]], start: float, end: float) -> float:
+    """How far a rollout's updates may have moved the policy, logged at a step from ``start`` to
+    before ``end``, with room to spare.
+
+    ``updates``: steps in order, and the KL from the rollout that was logged there. Searched, since
+    a log is read anew each time that it grows.
+
+    0 where that was not seen: with one optimizer step a rollout, all of it comes after the
+    measurement.
+    """
+    seen = max(
+        (kl for _, kl in updates[bisect_left(updates, (start,)) : bisect_left(updates, (end,))]), default=0.0
+    )
+    return 5 * seen**0.5 if seen > 1e-8 else 0.0
+
+
+def _kl_size(rows: Rows) -> Iterator[Finding]:
+    last = recent(rows, "objective/kl")
+    if last is not None and last > 20:
+        yield Finding(
+            "look",
+            "KL",
+            f"{last:.1f} nats a reply: far from the reference, where reward models err. Raise kl_coef, or"
+            " stop earlier.",
+        )
+    elif last is not None and last >= 0:
+        yield Finding("ok", "KL", f"{last:.2f} nats a reply at the end")
+
+
+# ---- Does it learn: learning rate, gradient, advantages, steps, critic ----
+
+
+def _learning_rate(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "learning_rate")
+    if not values:
+        return
+    if max(values) == 0:
+        text = (
+            "0 in all of the run: nothing was learned. Look at learning_rate, warmup_steps, and"
+            " critic_warmup_rollouts if the run was cut off."
+        )
+        yield Finding("wrong", "learning rate", text)
+        return
+    moves = "constant" if max(values) == min(values) else f"between {min(values):.2g} and {max(values):.2g}"
+    yield Finding("ok", "learning rate", f"{values[0]:.2g} to {values[-1]:.2g}, {moves}")
+    logged = [row for row in rows if "objective/kl_k3" in row and "learning_rate" in row]
+    after_updates = [
+        row["objective/kl_k3"] for before, row in pairwise(logged) if before["learning_rate"] > 0
+    ]
+    if len(after_updates) >= 2 and max(map(abs, after_updates)) < 1e-7:
+        text = (
+            f"the policy does not move: its KL is 0 after each of {len(after_updates)} rollouts. Look at"
+            " gradient, skipped and advantages, and at which adapter the optimizer has."
+        )
+        yield Finding("wrong", "policy", text)
+
+
+def _gradient(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "grad_norm")
+    if not values:
+        return
+    usual, last = median(values), ends(values)[1]
+    if max(values) == 0:
+        yield Finding(
+            "wrong",
+            "gradient",
+            "its norm is 0 in all of the run: nothing reaches the adapters. Look at advantages, skipped and"
+            " reward.",
+        )
+    elif len(values) >= TREND and last > 10 * usual:
+        text = (
+            f"its norm is {last:.2g}, {last / usual:.0f} times its median: training is coming apart. Lower"
+            " learning_rate and max_grad_norm."
+        )
+        yield Finding("look", "gradient", text)
+    else:
+        yield Finding("ok", "gradient", f"norm {last:.2g}, median {usual:.2g}")
+
+
+def _advantages(rows: Rows) -> Iterator[Finding]:
+    spread, largest, scores = (
+        recent(rows, "advantage/std"),
+        recent(rows, "advantage/largest"),
+        column(rows, "objective/score"),
+    )
+    if spread is None or largest is None:
+        return
+    whitened = any("value/explained_variance" in row for row in rows)
+    outlier = largest if whitened else largest / max(spread, 1e-12)
+    alike = len(scores) >= TREND and max(scores) - min(scores) < 1e-6
+    if spread < 1e-3 or alike:
+        reason = f"every rollout scores {scores[-1]:.3g}" if alike else "replies to a prompt score alike"
+        text = (
+            f"a standard deviation of {spread:.2g}, and {reason}: there is nothing to learn from. Look at"
+            " what scores, and at its prompts."
+        )
+        yield Finding("look", "advantages", text)
+    elif outlier > 10:
+        text = (
+            f"the largest is {outlier:.0f} standard deviations: a few replies rule each step. Set score_clip,"
+            " or look at their scores."
+        )
+        yield Finding("look", "advantages", text)
+    else:
+        yield Finding(
+            "ok", "advantages", f"standard deviation {spread:.2g}, the largest {outlier:.1f} of them"
+        )
+
+
+def _clipping(rows: Rows) -> Iterator[Finding]:
+    last = recent(rows, "policy/clip_fraction")
+    if last is not None and last > 0.3:
+        yield Finding(
+            "look",
+            "clipping",
+            f"{last:.0%} of tokens are clipped: the steps are too large. Lower learning_rate or"
+            " num_ppo_epochs.",
+        )
+    elif last is not None:
+        yield Finding("ok", "clipping", f"{last:.1%} of tokens")
+
+
+def _skipped(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "policy/skipped")
+    if not values:
+        return
+    skipped = fmean(values)
+    if skipped > 0:
+        text = (
+            f"{skipped:.1%} of minibatches, their ratio beyond ratio_threshold. Lower learning_rate or"
+            " num_ppo_epochs."
+        )
+        yield Finding("look", "skipped", text)
+    else:
+        yield Finding("ok", "skipped", "no minibatch")
+
+
+def _critic(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "value/explained_variance")
+    if not values:
+        return
+    last = ends(values)[1]
+    learns = change(values[-2 * TREND :]) > CLEAR
+    if len(values) >= TREND and last < 0.05 and not learns:
+        text = (
+            f"explains {last:.2f} of the returns' variance: no better than a constant. Raise"
+            " value_learning_rate or vf_coef."
+        )
+        yield Finding("look", "critic", text)
+    else:
+        yield Finding(
+            "ok",
+            "critic",
+            f"explains {last:.2f} of the returns' variance at the end{', and gains' if learns else ''}",
+        )
+
+
+CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [
+    _numbers,
+    _first_ratio,
+    _sampling,
+    _kl_sign,
+    _reference,
+    _kl_size,
+    _learning_rate,
+    _gradient,
+    _advantages,
+    _clipping,
+    _skipped,
+    _critic,
+    *REPLY_CHECKS,
+]

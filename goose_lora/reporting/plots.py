@@ -1,0 +1,113 @@
+"""Curves of runs and the frontier of one, as PNG."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import accumulate
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from goose_lora.reporting.findings import Rows, rollouts_in
+
+
+def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Score, KL, critic loss (entropy where there is no critic) and reply length over PPO steps, as
+    one PNG."""
+    Path(path).write_bytes(curves({"": metrics}))
+
+
+Points = list[tuple[float, float]]
+
+
+def rollouts_of(metrics: Rows) -> Rows:
+    """The rows in which a rollout was logged."""
+    return [row for row in metrics if "objective/score" in row]
+
+
+def curves(runs: Mapping[str, Rows], *, over: str = "optimizer step") -> bytes:
+    """Score, KL, critic loss (entropy where no run has a critic) and reply length of each run; of a
+    single one also the evaluations while training.
+
+    Args:
+        runs: logged rows by the run's name.
+        over: ``optimizer step``, or ``rollout``, which means the same in runs that train on a
+            rollout in different numbers of steps.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("objective/score", "eval_score", "score (reward model, in SFT standard deviations)"),
+        ("objective/kl", "eval_kl", "KL to the reference (nats a reply)"),
+        (
+            ("loss/value", "", "critic loss")
+            if any("loss/value" in row for rows in runs.values() for row in rows)
+            else ("policy/entropy", "", "entropy (nats a token)")
+        ),
+        ("rollout/response_tokens", "eval_response_tokens", "reply length (tokens)"),
+    ]
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    lines = []
+    for axis, (name, evaluated, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        lines = [
+            axis.plot(*_columns(_points(rows, name, over)), marker=".", color=f"C{index}")[0]
+            for index, rows in enumerate(runs.values())
+        ]
+        held_out = _points(next(iter(runs.values())), evaluated, over) if len(runs) == 1 else []
+        if held_out:
+            axis.plot(*_columns(held_out), marker="s", color="C1", label="held-out prompts")
+            axis.legend()
+        axis.set(title=title, xlabel=over)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    if len(runs) > 1:
+        figure.legend(
+            lines,
+            [name.replace("$", r"\$") for name in runs],
+            loc="outside lower center",
+            ncols=min(len(runs), 3),
+        )
+    return _png(figure)
+
+
+def frontier(metrics: Rows) -> bytes:
+    """Score against KL, a point a logged rollout, coloured by its step: what score was bought with
+    what distance (Gao et al. 2022, arXiv:2210.10760).
+    """
+    from matplotlib.figure import Figure
+
+    points = [
+        (row["objective/kl"], row["objective/score"], row["step"])
+        for row in rollouts_of(metrics)
+        if "objective/kl" in row
+    ]
+    kl, scores, steps = zip(*points, strict=True) if points else ((), (), ())
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(kl, scores, color="0.8", zorder=1)
+    figure.colorbar(axis.scatter(kl, scores, c=steps, zorder=2), label="optimizer step")
+    axis.set(xlabel="KL to the reference (nats a reply)", ylabel="score (in SFT standard deviations)")
+    axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _points(rows: Rows, name: str, over: str) -> Points:
+    places = (
+        [row["step"] for row in rows]
+        if over == "optimizer step"
+        else accumulate(rollouts_in(row) * ("objective/score" in row) for row in rows)
+    )
+    return [
+        (place, row[name])
+        for place, row in zip(places, rows, strict=True)
+        if name in row and abs(row[name]) < inf
+    ]
+
+
+def _columns(points: Points) -> tuple[Sequence[float], Sequence[float]]:
+    return [place for place, _ in points], [value for _, value in points]
+
+
+def _png(figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()

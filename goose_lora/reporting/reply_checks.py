@@ -1,0 +1,161 @@
+"""Verdicts on what becomes of the score and of the replies: entropy, repetition, endings, length,
+and signs of reward hacking."""
+
+from collections.abc import Callable, Iterator
+
+from goose_lora.reporting.findings import CLEAR, TREND, Finding, Rows, change, column, ends
+
+
+def _score(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "objective/score")
+    first, last = ends(values)
+    falls, stands = change(values) < -CLEAR, len(values) >= 2 * TREND and last <= first
+    if falls or stands:
+        text = (
+            f"{first:.2f} to {last:.2f}: it {'falls' if falls else 'does not rise'}. Look at critic, clipping"
+            " and learning rate; lower kl_coef."
+        )
+        yield Finding("look", "score", text)
+    else:
+        yield Finding("ok", "score", f"{first:.2f} to {last:.2f}")
+
+
+def _entropy(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "policy/entropy")
+    if not values:
+        return
+    first, last = ends(values)
+    if len(values) >= TREND and last < 0.4 * first:
+        text = (
+            f"{first:.2f} to {last:.2f} nats a token: replies grow alike. Raise kl_coef or entropy_coef, or"
+            " stop earlier."
+        )
+        yield Finding("look", "entropy", text)
+    else:
+        yield Finding("ok", "entropy", f"{first:.2f} to {last:.2f} nats a token")
+
+
+def _repeats(rows: Rows) -> bool:
+    values = column(rows, "rollout/repetition")
+    return len(values) >= TREND and ends(values)[1] > ends(values)[0] + 0.15
+
+
+def _repetition(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "rollout/repetition")
+    if not values:
+        return
+    first, last = ends(values)
+    if _repeats(rows):
+        text = (
+            f"{first:.0%} to {last:.0%} of a reply's trigrams stood in it before. Read samples.jsonl; raise"
+            " kl_coef, or score repetition down."
+        )
+        yield Finding("look", "repetition", text)
+    else:
+        yield Finding("ok", "repetition", f"{first:.0%} to {last:.0%} of a reply's trigrams")
+
+
+def _variety(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "rollout/distinct_replies")
+    if not values:
+        return
+    first, last = ends(values)
+    if len(values) >= TREND and last < 0.5 * first:
+        text = (
+            f"{first:.0%} to {last:.0%} of replies are distinct: the policy says one thing to many prompts."
+            " Raise kl_coef, or stop earlier."
+        )
+        yield Finding("look", "variety", text)
+    else:
+        yield Finding("ok", "variety", f"{first:.0%} to {last:.0%} of replies are distinct")
+
+
+def _endings(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "rollout/eos_rate")
+    if not values:
+        return
+    first, last = ends(values)
+    if len(values) >= TREND and last < 0.05:
+        reason = (
+            "the policy has stopped ending its replies" if first > 0.2 else "replies do not end by themselves"
+        )
+        yield Finding(
+            "look",
+            "endings",
+            f"{first:.0%} to {last:.0%}: {reason}. Set missing_eos_penalty, or raise response_length.",
+        )
+    else:
+        yield Finding("ok", "endings", f"{first:.0%} to {last:.0%} of replies end by themselves")
+
+
+def _length(rows: Rows) -> Iterator[Finding]:
+    values = column(rows, "rollout/response_tokens")
+    if not values:
+        return
+    first, last = ends(values)
+    if len(values) >= TREND and not 0.5 * first <= last <= 1.5 * first:
+        text = (
+            f"{first:.1f} to {last:.1f} tokens. See whether the score follows length (verdict.json), set"
+            " length_penalty, compare at equal length."
+        )
+        yield Finding("look", "length", text)
+    else:
+        yield Finding("ok", "length", f"{first:.1f} to {last:.1f} tokens")
+
+
+def _hacking(rows: Rows) -> Iterator[Finding]:
+    """Signs that the score rises by something else than better replies: what else should have risen
+    fell, or replies changed their shape."""
+    scores = column(rows, "objective/score")
+    if len(scores) < TREND:
+        return
+    if change(scores) < CLEAR:
+        yield Finding("ok", "reward hacking", "no sign: the score has not clearly risen")
+        return
+    judges = sorted(
+        {
+            name
+            for row in rows
+            for name in row
+            if name.startswith("reward/") or name in ("eval_score", "eval_greedy_score")
+        }
+    )
+    columns = {name: column(rows, name) for name in judges}
+    signs = [
+        "{} fell from {:.2f} to {:.2f}".format(name, *ends(values))
+        for name, values in columns.items()
+        if change(values) < -CLEAR
+    ]
+    entropy, length = (
+        ends(column(rows, name) or [1.0]) for name in ("policy/entropy", "rollout/response_tokens")
+    )
+    if length[1] > 1.5 * length[0]:
+        signs.append(f"replies grew from {length[0]:.1f} to {length[1]:.1f} tokens")
+    if length[1] < 0.6 * length[0] and entropy[1] < 0.6 * entropy[0]:
+        signs.append("entropy and length fell")
+    if _repeats(rows):
+        signs.append("replies repeat themselves more")
+    if signs:
+        first, last = ends(scores)
+        text = (
+            f"the score rose from {first:.2f} to {last:.2f} while {', '.join(signs)}. Read samples.jsonl, and"
+            " ask a judge that the policy does not learn from (one more reward_function, of weight 0)."
+        )
+        yield Finding("look", "reward hacking", text)
+    else:
+        yield Finding(
+            "ok",
+            "reward hacking",
+            f"no sign{' by ' + ', '.join(judges) if judges else ''}: length, entropy and repetition keep",
+        )
+
+
+REPLY_CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [
+    _score,
+    _hacking,
+    _entropy,
+    _repetition,
+    _variety,
+    _endings,
+    _length,
+]

@@ -1,0 +1,153 @@
+"""A reward model of any other origin: a sequence classifier with a tokenizer and a chat template of
+its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from goose_lora.data.tokenization import apply_template
+from goose_lora.errors import UserError
+from goose_lora.files import import_function
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.folders import reading, require_model
+from goose_lora.models.loading import read_weights, spare_token
+
+PREFIX = "model:"
+
+
+class RewardModel:
+    """Scores texts by one output of a sequence classifier. A reward source like any function:
+    ``f(prompts=, completions=, **columns)``.
+
+    Texts are decoded replies, so that its tokenizer may be another than the policy's. A prompt of
+    text and its completion are joined as they are; chat messages and the reply go through the
+    classifier's own chat template. What is too long loses its beginning.
+
+    Args:
+        spec: ``model:NAME`` with a folder or Hub id; ``model:NAME#LABEL`` for one output of a
+            classifier with several labels.
+        batch_size: texts at a time.
+
+    Raises:
+        ValueError: not a classifier, a label that it does not have, or several labels and none
+            named. Weights are not loaded for that.
+    """
+
+    def __init__(self, spec: str, *, batch_size: int = 32, trust_remote_code: bool = False):
+        self.name, _, label = spec.removeprefix(PREFIX).partition("#")
+        self.batch_size, self.trust_remote_code = batch_size, trust_remote_code
+        require_model(self.name)
+        with reading("its configuration", self.name):
+            self.config: Any = AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code)
+        if not any(
+            "ForSequenceClassification" in architecture for architecture in self.config.architectures or []
+        ):
+            found = ", ".join(self.config.architectures or ["unknown"])
+            raise UserError(
+                f"{spec}: a reward model is a sequence classifier, and this is {found}. Give one that was"
+                " saved with its score head."
+            )
+        labels = self.config.label2id
+        if (label and label not in labels) or (not label and self.config.num_labels > 1):
+            raise UserError(
+                f"{spec}: the classifier has the labels {', '.join(labels)}. Name one of them:"
+                f" {PREFIX}{self.name}#{next(iter(labels))}"
+            )
+        self.output = labels[label] if label else 0
+        with reading("the tokenizer", self.name):
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self.name, trust_remote_code=trust_remote_code, truncation_side="left"
+            )
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = spare_token(self.tokenizer)
+        self.__name__ = self.name.rstrip("/").rpartition("/")[2]
+        self.model: Any = None
+
+    def check(self, prompt: Any) -> None:
+        """Raise ValueError if it cannot read prompts such as ``prompt``: chat messages, for a
+        tokenizer without a chat template."""
+        if not isinstance(prompt, str) and self.tokenizer.chat_template is None:
+            raise UserError(
+                f"{PREFIX}{self.name}: the prompts are chat messages, and its tokenizer has no chat template."
+                " Use text prompts."
+            )
+
+    def load(self, args: ModelArguments, device: torch.device) -> "RewardModel":
+        """Put the weights on ``device``, quantized and in the dtype as ``args`` says; for this
+        model's own settings give it own arguments."""
+        self.config.pad_token_id = self.tokenizer.pad_token_id
+        own = {"config": self.config, "trust_remote_code": self.trust_remote_code}
+        model = read_weights(AutoModelForSequenceClassification, self.name, args, device, **own)
+        self.model = model.requires_grad_(False).eval()
+        return self
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+        texts = [
+            self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        scores: list[float] = []
+        for start in range(0, len(texts), self.batch_size):
+            rows = texts[start : start + self.batch_size]
+            # A template writes the special tokens itself.
+            special = isinstance(prompts[0], str)
+            batch = self.tokenizer(
+                rows,
+                padding=True,
+                truncation=True,
+                max_length=self._max_length,
+                add_special_tokens=special,
+                return_tensors="pt",
+            )
+            scores += self.model(**batch.to(self.model.device)).logits[:, self.output].float().tolist()
+        return scores
+
+    def _text(self, prompt: Any, completion: str) -> Any:
+        if isinstance(prompt, str):
+            return prompt + completion
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        return apply_template(self.tokenizer, messages, tokenize=False)
+
+    @property
+    def _max_length(self) -> int:
+        return min(self.tokenizer.model_max_length, self.config.get_text_config().max_position_embeddings)
+
+
+def check_weights(weights: Sequence[float] | None, names: Sequence[str] | str | None) -> None:
+    """Raise ValueError unless there is one weight to each source that ``--reward_function``
+    names."""
+    sources = [names] if isinstance(names, str) else names or ["adapter"]
+    if weights is not None and len(weights) != len(sources):
+        raise UserError(
+            f"reward_weights: {len(weights)} weights for {len(sources)} sources of reward"
+            f" ({', '.join(sources)}); give one to each."
+        )
+
+
+def reward_sources(
+    names: Sequence[str] | str | None, *, adapter: str | None, trust_remote_code: bool = False
+) -> list[Any]:
+    """What ``--reward_function`` names: ``adapter``, ``module:function``, or ``model:NAME``, whose
+    weights are not loaded yet.
+
+    Raises:
+        ValueError: ``adapter`` is wanted, also by default, and there is none; a name that leads
+            nowhere.
+    """
+    listed = [names] if isinstance(names, str) else names or ["adapter"]
+    if adapter is None and "adapter" in listed:
+        raise UserError(
+            "nothing scores the replies: set reward_adapter to the output of recipes/reward.py, or"
+            " reward_function to module:function or model:NAME."
+        )
+    models = {
+        name: RewardModel(name, trust_remote_code=trust_remote_code)
+        for name in listed
+        if name.startswith(PREFIX)
+    }
+    return [
+        models[name] if name in models else name if name == "adapter" else import_function(name)
+        for name in listed
+    ]

@@ -1,0 +1,85 @@
+"""A reward model from ranked lists: all completions of a prompt in one batch element, one forward a
+completion (Ouyang et al. 2022, 3.5)."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import RewardConfig, RewardTrainer
+
+from goose_lora.data.tokenization import right_pad
+from goose_lora.errors import UserError
+from goose_lora.functional import ranking_loss, untied_pairs
+
+
+def collate_ranked(
+    rows: Sequence[dict[str, Any]], pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> dict[str, Tensor]:
+    """All completions of all rows as one batch of N: ``input_ids`` and ``attention_mask`` (N, L),
+    padded on the right; ``ranks`` (N,), and ``prompts`` (N,), the number of the row in the
+    batch."""
+    ids, mask = right_pad(
+        [ids for row in rows for ids in row["completion_ids"]], pad_token_id, pad_to_multiple_of
+    )
+    counts = torch.tensor([len(row["ranks"]) for row in rows])
+    ranks = torch.tensor([rank for row in rows for rank in row["ranks"]])
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "ranks": ranks,
+        "prompts": torch.arange(len(rows)).repeat_interleave(counts),
+    }
+
+
+class RankedRewardTrainer(RewardTrainer):
+    """``trl.RewardTrainer`` for data of ``preferences.tokenize_ranked``.
+    ``per_device_train_batch_size`` counts prompts, not completions.
+
+    Raises:
+        ValueError: ``center_rewards_coefficient``, which is defined for pairs.
+    """
+
+    def __init__(self, *, args: RewardConfig, processing_class: Any, **kwargs: Any):
+        if args.center_rewards_coefficient is not None:
+            raise UserError(
+                f"center_rewards_coefficient={args.center_rewards_coefficient} is for pairs, not for ranked"
+                " lists. Leave it out; reference_dataset_name shifts the scores exactly, after training."
+            )
+        args = copy.copy(args)
+        args.remove_unused_columns = False  # what RewardTrainer counts as used are its own columns, not these
+        multiple: Any = args.pad_to_multiple_of
+        self.seen: dict[str, list[float]] = defaultdict(list)
+        kwargs["data_collator"] = lambda rows: collate_ranked(rows, processing_class.pad_token_id, multiple)
+        super().__init__(args=args, processing_class=processing_class, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss over all untied pairs, where TRL's is over two halves of a batch."""
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
+        scores = outputs.logits.squeeze(-1)
+        loss = ranking_loss(scores, inputs["ranks"], inputs["prompts"])
+        with torch.no_grad():
+            better, worse = untied_pairs(inputs["ranks"], inputs["prompts"])
+            margins = scores[better].float() - scores[worse].float()
+            seen = {
+                "accuracy": (margins > 0).float().mean(),
+                "margin": margins.mean(),
+                "mean_reward": scores.float().mean(),
+            }
+            for name, value in seen.items():
+                self.seen[name].append(self.accelerator.reduce(value, reduction="mean").item())  # type: ignore[union-attr]
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the means of what ``compute_loss`` saw since the last time, under TRL's names."""
+        assert self.model is not None
+        prefix = "" if self.model.training else "eval_"
+        logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self.seen.items()})
+        self.seen.clear()
+        super().log(logs, start_time)

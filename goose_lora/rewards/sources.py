@@ -1,0 +1,245 @@
+"""Scores of replies, and what becomes of them: one reward a token, with KL, end-of-text and
+normalisation terms."""
+
+import asyncio
+import inspect
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from goose_lora.errors import UserError
+
+RewardFunction = Callable[..., Any]
+RewardSource = RewardFunction | Literal["adapter"]
+
+
+class RewardMix:
+    """The weighted sum of what several sources say of each reply: the reward adapter
+    (``"adapter"``) and Python functions.
+
+    A function has TRL's signature, plain or async, ``f(prompts=, completions=, completion_ids=,
+    **columns) -> list[float | None]``: one number a reply, None where it has nothing to say; or one
+    list a reply, with a number for each of its tokens. Columns are those of the prompts' dataset.
+
+    Args:
+        timeout: seconds that the functions may take together; None: as long as they like.
+
+    Raises:
+        ValueError: no source, or not one weight to each.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[RewardSource],
+        weights: Sequence[float] | None = None,
+        *,
+        timeout: float | None = None,
+    ):
+        self.sources, self.timeout = list(sources), timeout
+        self.weights = [1.0] * len(self.sources) if weights is None else [float(weight) for weight in weights]
+        if not self.sources or len(self.weights) != len(self.sources):
+            raise UserError(
+                f"reward_weights: {len(self.weights)} weights for {len(self.sources)} sources of reward; give"
+                " one to each."
+            )
+        names = [
+            "adapter" if source == "adapter" else getattr(source, "__name__", type(source).__name__)
+            for source in self.sources
+        ]
+        self.names = [
+            name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)
+        ]
+
+    @property
+    def needs_adapter(self) -> bool:
+        return "adapter" in self.sources
+
+    def __call__(self, by_adapter: Float[Tensor, " B"] | None, **replies: Any) -> "Scores":
+        """What the sources say, weighted and added.
+
+        Args:
+            by_adapter: the reward adapter's scores, where it is a source.
+            replies: ``prompts, completions, completion_ids`` and columns, for the functions.
+
+        Raises:
+            ValueError: a function that raised an error, or did not give one finite number, one list
+                of them (a number a token) or None a reply; or a reply of which no source said
+                anything.
+            TimeoutError: the functions took longer than ``timeout``.
+        """
+        ids = replies["completion_ids"]
+        functions = {
+            name: source for name, source in zip(self.names, self.sources, strict=True) if source != "adapter"
+        }
+        with _time_limit(self.timeout if functions else None, f"the reward function {', '.join(functions)}"):
+            said = asyncio.run(_ask_all(functions, replies))
+        answers = iter(said)
+        device = torch.device("cpu") if by_adapter is None else by_adapter.device
+        columns, by_token = [], None
+        for name, weight, source in zip(self.names, self.weights, self.sources, strict=True):
+            if source == "adapter":
+                columns.append(by_adapter)
+                continue
+            scores, tokens = _read_answer(next(answers), [len(reply) for reply in ids], name)
+            columns.append(scores.to(device))
+            if tokens is not None:
+                by_token = weight * tokens.to(device) + (0.0 if by_token is None else by_token)
+        scores = torch.stack(
+            [torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns]
+        )
+        silent = scores.isnan().all(0)
+        if silent.any():
+            raise UserError(
+                f"no source of reward said anything of {int(silent.sum())} of {len(ids)} replies: each"
+                " returned None there."
+            )
+        weights = torch.tensor(self.weights, device=device)[:, None]
+        return Scores((weights * scores).nansum(0), dict(zip(self.names, scores, strict=True)), by_token)
+
+
+class Scores(NamedTuple):
+    """Raw scores (B,), before any normalisation.
+
+    ``by_source`` has each source's own, before weighting, NaN where it said None. ``by_token`` is
+    the weighted part of the scores that was
+    given token by token: N numbers for the N counted tokens of all replies, one reply after the
+    other; their sum is in ``total``.
+    """
+
+    total: Float[Tensor, " B"]
+    by_source: dict[str, Float[Tensor, " B"]]
+    by_token: Float[Tensor, " N"] | None = None
+
+
+async def _ask_all(functions: dict[str, Any], replies: dict[str, Any]) -> list[Any]:
+    answers = []
+    for name, function in functions.items():
+        with _named(name):
+            answer = function(**replies)
+        answers.append(_awaited(name, answer) if inspect.isawaitable(answer) else answer)
+    waiting = [answer for answer in answers if inspect.isawaitable(answer)]
+    done = iter(await asyncio.gather(*waiting))
+    return [next(done) if inspect.isawaitable(answer) else answer for answer in answers]
+
+
+async def _awaited(name: str, answer: Any) -> Any:
+    with _named(name):
+        return await answer
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """An error inside is told of with the function's name and the line where it arose."""
+    try:
+        yield
+    except TimeoutError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise UserError(
+            f"the reward function {name} raised {type(error).__name__} ({where}): {error}"
+        ) from error
+
+
+@contextmanager
+def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
+    """Interrupts what is inside after ``seconds``, by an alarm of the system: no limit on Windows,
+    or in another thread than the main one."""
+    if (
+        seconds is None
+        or sys.platform == "win32"
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def ring(signum: int, frame: Any) -> None:
+        raise TimeoutError(
+            f"{what} has not answered for {seconds:g} s, which is reward_timeout. See what it waits for, or"
+            " raise reward_timeout (null: no limit); --resume_from_checkpoint latest goes on from the last"
+            " checkpoint."
+        )
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    began, (before, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(
+            signal.ITIMER_REAL, max(before - (time.monotonic() - began), 0.001) if before else 0, interval
+        )
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _read_answer(
+    answer: Any, lengths: Sequence[int], name: str
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"] | None]:
+    """A function's answer as one score a reply, NaN for None, and as one number a token where it
+    gave lists."""
+    listed = (
+        answer.tolist()
+        if isinstance(answer, Tensor)
+        else list(answer)
+        if isinstance(answer, Sequence)
+        else None
+    )
+    if listed is None or len(listed) != len(lengths):
+        what = type(answer).__name__ if listed is None else f"{len(listed)} numbers"
+        raise UserError(
+            f"the reward function {name} returned {what} for {len(lengths)} replies. It must return one"
+            " number (or None) a reply."
+        )
+    listed = [item.tolist() if isinstance(item, Tensor) else item for item in listed]
+    tokens = [list(item) if isinstance(item, (list, tuple)) else None for item in listed]
+    for row, (item, length) in enumerate(zip(tokens, lengths, strict=True)):
+        if item is not None and len(item) != length:
+            raise UserError(
+                f"the reward function {name} returned {len(item)} numbers for the {length} tokens of reply"
+                f" {row}; give one a token."
+            )
+    if all(item is None for item in tokens):
+        return _numbers(listed, name, range(len(listed))), None
+    # Beside lists, a number belongs to a reply's last token, and None to nothing.
+    spread = [
+        item if item is not None else [0.0] * (length - 1) + [0.0 if whole is None else whole]
+        for item, whole, length in zip(tokens, listed, lengths, strict=True)
+    ]
+    owners = [row for row, length in enumerate(lengths) for _ in range(length)]
+    flat = _numbers([number for item in spread for number in item], name, owners)
+    if flat.isnan().any():
+        row = owners[int(flat.isnan().nonzero()[0])]
+        what = "give each token a number, 0 where there is nothing to say"
+        raise UserError(f"the reward function {name} returned None for a token of reply {row}; {what}.")
+    sums = torch.stack([part.sum() for part in flat.split(list(lengths))])
+    said_nothing = torch.tensor([item is None for item in listed])
+    return sums.masked_fill(said_nothing, float("nan")), flat
+
+
+def _numbers(listed: Sequence[Any], name: str, owners: Sequence[int]) -> Float[Tensor, " N"]:
+    """NaN for None; ``owners`` tells which reply each number belongs to."""
+    try:
+        numbers = torch.tensor([float("nan") if number is None else float(number) for number in listed])
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the reward function {name} returned something that is no number: {error}"
+        ) from error
+    broken = [
+        index for index, number in enumerate(listed) if number is not None and not numbers[index].isfinite()
+    ]
+    if broken:
+        what = f"{listed[broken[0]]} for reply {owners[broken[0]]}"
+        raise UserError(
+            f"the reward function {name} returned {what}, {len(broken)} of {len(listed)} not finite."
+        )
+    return numbers

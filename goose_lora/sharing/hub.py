@@ -1,0 +1,269 @@
+"""Uploads to the Hub: the right to write is checked before a run, a named list of files goes up
+after it, and a failure costs nothing.
+
+Trainer's own uploads are off: they would send whatever lies in the output folder, and make a run
+fail that has only lost its connection.
+"""
+
+import copy
+import json
+import logging
+import shlex
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from goose_lora.errors import UserError
+from goose_lora.models.adapters import CONFIG, LINEAGE, WEIGHTS, read_lineage, write_lineage
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.roles import ADAPTERS
+from goose_lora.sharing import model_card
+
+logger = logging.getLogger(__name__)
+
+Settings = TypeVar("Settings", bound=TrainingArguments)
+
+# What goes up, and nothing else: no checkpoint, no optimizer, no pickle, and not samples.jsonl,
+# whose prompts may be nobody else's business.
+ADAPTER_FILES = (CONFIG, WEIGHTS, LINEAGE, "verdict.json")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+) + ("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+RUN_FILES = ("README.md", "stage.json", "metrics.jsonl", "evaluation.json", "curves.png")
+_LATER = "Try again, or upload later with goose-lora push."
+ROLES = tuple(role for role in ADAPTERS if role != "policy")
+
+
+def check(config: TrainingArguments, model: ModelArguments) -> None:
+    """Before anything is loaded: with ``push_to_hub``, that the upload at the end can succeed.
+    Makes the repository if there is none.
+
+    Raises:
+        ValueError: no repository named, a base that the Hub does not know, no valid token, or no
+            right to write; or the Hub is out of reach.
+    """
+    if not config.push_to_hub:
+        return
+    if config.hub_model_id is None:
+        raise UserError("push_to_hub: true needs the repository's name: hub_model_id: user/name.")
+    strategy = HubStrategy(config.hub_strategy)
+    if strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+        raise UserError(
+            f"hub_strategy: {strategy.value}: checkpoints are never uploaded; the result is, once, at the"
+            " end. Leave it out."
+        )
+    require_hub_base(model.base_hub_id or model.model_name_or_path)
+    authorize(config.hub_model_id, token=config.hub_token, private=config.hub_private_repo)
+
+
+def without_trainers_push(config: Settings) -> Settings:
+    """The settings for a Trainer, whose own uploads are off."""
+    quiet = copy.copy(config)
+    quiet.push_to_hub = False
+    return quiet
+
+
+def require_hub_base(base: str) -> None:
+    """Raise ValueError if ``base`` is a folder: who downloads the adapter does not have it."""
+    if Path(base).exists() or Path(base).is_absolute():
+        raise UserError(
+            f"the base is the folder {base}, which nobody else has. Say what it is on the Hub: --base_hub_id"
+            " user/model."
+        )
+
+
+def authorize(repo: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """The full name of ``repo``, made if it is not there, to which this token may write.
+
+    Raises:
+        ValueError: the name, the token, its rights or the connection does not do, and what to do
+            about it.
+    """
+    validate_repo_id(repo)
+    if constants.is_offline_mode():
+        raise UserError(
+            "nothing can be uploaded with HF_HUB_OFFLINE=1. Unset it, or upload later with goose-lora push."
+        )
+    api = HfApi(token=token)
+    try:
+        user = api.whoami()["name"]
+    except LocalTokenNotFoundError as error:
+        raise UserError(
+            "there is no Hub token. Make one that may write (https://huggingface.co/settings/tokens), then:"
+            " hf auth login."
+        ) from error
+    except HfHubHTTPError as error:
+        why = (
+            "is not valid. Make a new one, then: hf auth login"
+            if _status(error) == 401
+            else f"could not be checked ({_reason(error)})"
+        )
+        raise UserError(f"the Hub token {why}.") from error
+    except Exception as error:  # whatever the HTTP library raises
+        raise UserError(
+            f"the Hub could not be reached at {api.endpoint} ({_reason(error)}). {_LATER}"
+        ) from error
+    try:
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        api.auth_check(name, write=True)
+    except HfHubHTTPError as error:
+        if _status(error) in (401, 403, 404):
+            raise UserError(
+                f"{user}'s token may not write to {repo}. Use one with the right to write, or a repository of"
+                f" {user}."
+            ) from error
+        raise UserError(f"{repo} could not be made ready for an upload ({_reason(error)}).") from error
+    except Exception as error:  # whatever the HTTP library raises
+        raise UserError(f"the connection to {api.endpoint} broke ({_reason(error)}). {_LATER}") from error
+    return name
+
+
+def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str]:
+    """Paths below ``folder`` that an upload takes: the result at its root, and the roles of
+    ``include`` in folders of their own.
+
+    Raises:
+        ValueError: a role that is unknown or not there; no adapter and no model in ``folder``.
+    """
+    folder = Path(folder)
+    for role in include:
+        if role not in ROLES:
+            raise UserError(f"--include {role}: no such role. There are {', '.join(ROLES)}.")
+        if not (folder / role / CONFIG).is_file():
+            raise UserError(f"--include {role}: {folder} has no adapter {role}/.")
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    if CONFIG not in names and "config.json" not in names:
+        raise UserError(
+            f"{folder} has no {CONFIG} and no config.json: nothing to upload. Give the output_dir of a stage,"
+            " run to its end."
+        )
+    allowed = (*ADAPTER_FILES, *TOKENIZER_FILES, *RUN_FILES, *MODEL_FILES)
+    found = [name for name in names if any(fnmatch(name, pattern) for pattern in allowed)]
+    return found + [
+        f"{role}/{name}" for role in include for name in ADAPTER_FILES if (folder / role / name).is_file()
+    ]
+
+
+def push(
+    folder: str | Path,
+    repo: str | None = None,
+    *,
+    include: Sequence[str] = (),
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    base_hub_id: str | None = None,
+) -> str:
+    """Upload the output in ``folder`` as one commit; returns the repository's address. Lineage and
+    card in ``folder`` note where it went.
+
+    Raises:
+        ValueError: there is no repository named, or what ``check`` raises. OSError: the upload
+            itself failed.
+    """
+    folder = Path(folder)
+    paths = files_to_upload(folder, include)
+    lineage = read_lineage(folder)
+    repo = repo or model_card.hub_repo(lineage)
+    if repo is None:
+        raise UserError(f"{folder} was made without hub_model_id. Name the repository: --repo user/name.")
+    base = _base_of(folder, lineage)
+    known = base_hub_id or (lineage.get("base") or {}).get("hub_id")
+    if base is not None:
+        require_hub_base(known or base)
+    name = authorize(repo, token=token, private=private)
+    if lineage.get("base"):
+        write_lineage(folder, **(lineage | {"hub_repo": name, "base": lineage["base"] | {"hub_id": known}}))
+        model_card.refresh(folder)
+    contents = {path: _named(folder / path, base, known) for path in paths}
+    operations = [
+        CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in contents.items()
+    ]
+    api = HfApi(token=token)
+    try:
+        api.create_commit(
+            name, operations, commit_message=f"Upload of {folder.name} by goose_lora", revision=revision
+        )
+    except Exception as error:  # the Hub's errors, those of its HTTP library, and RuntimeError around either
+        raise OSError(f"the upload to {name} failed: {_reason(error)}") from error
+    return f"{api.endpoint}/{name}"
+
+
+def push_result(config: TrainingArguments, model: ModelArguments) -> str | None:
+    """Upload a run's output where ``push_to_hub`` asks for it; a failure is a warning with the
+    command that tries again."""
+    if not config.push_to_hub:
+        return None
+    how = {"private": config.hub_private_repo, "token": config.hub_token, "revision": config.hub_revision}
+    try:
+        return push(str(config.output_dir), config.hub_model_id, base_hub_id=model.base_hub_id, **how)
+    except (ValueError, OSError) as error:
+        words = ["goose-lora", "push", str(config.output_dir), "--repo", str(config.hub_model_id)]
+        words += ["--private"] if config.hub_private_repo else []
+        words += ["--revision", config.hub_revision] if config.hub_revision else []
+        words += ["--base_hub_id", model.base_hub_id] if model.base_hub_id else []
+        reason = " ".join(str(error).split())
+        logger.warning(
+            "%s\nEverything is saved in %s. To upload it:\n  %s", reason, config.output_dir, shlex.join(words)
+        )
+        return None
+
+
+def _base_of(folder: Path, lineage: dict[str, Any]) -> str | None:
+    """The base as the files call it; None for merged weights, which need none."""
+    if not (folder / CONFIG).is_file():
+        return None
+    return (
+        json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        or lineage["base"]["id"]
+    )
+
+
+def _named(path: Path, base: str | None, hub_id: str | None) -> Path | bytes:
+    """A file as it goes up: where the base is a folder here, what names it names the Hub's base
+    instead."""
+    if not hub_id or not base or path.name not in (CONFIG, LINEAGE):
+        return path
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return (json.dumps(_replaced(content, base, hub_id), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _replaced(content: Any, old: str, new: str) -> Any:
+    if isinstance(content, dict):
+        return {key: _replaced(value, old, new) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_replaced(value, old, new) for value in content]
+    return new if content == old else content
+
+
+def _status(error: HfHubHTTPError) -> int | None:
+    return error.response.status_code if error.response is not None else None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error and of what caused it."""
+    lines = [
+        " ".join(str(one).split())[:200] or type(one).__name__
+        for one in (error, error.__cause__)
+        if one is not None
+    ]
+    return ": ".join(dict.fromkeys(lines))

@@ -1,0 +1,72 @@
+"""Ctrl-C and SIGTERM: the run comes to a place from which it can go on exactly, saves, and stops.
+Standard library only."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised out of ``train`` when the run was asked to stop and has saved. ``signum`` is the
+    signal, ``checkpoint`` the folder."""
+
+    def __init__(self, signum: int, checkpoint: str):
+        super().__init__(f"Stopped by {signal.Signals(signum).name}; saved in {checkpoint}.")
+        self.signum, self.checkpoint = signum, checkpoint
+
+
+class StopSignals:
+    """Whether the run was asked to stop. The second signal does what it does without this."""
+
+    def __init__(self):
+        self.asked = 0  # the signal's number
+        self._handles = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Inside, the first signal is noted. In a thread other than the main one, which alone gets
+        signals, and inside itself, it does nothing."""
+        if self._handles or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # Those that are ignored, as under nohup, stay so; None is a handler that was not made in
+        # Python.
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        before = {
+            signum: handler for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)
+        }
+
+        def put_back() -> None:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+        def ask(signum: int, frame: FrameType | None) -> Any:
+            self.asked = signum
+            put_back()
+            os.write(
+                2,
+                (
+                    f"\n{signal.Signals(signum).name}: what is under way is finished (PPO: the rollout's"
+                    " optimizer steps), saved, and then the run stops. A second one stops it at once, and"
+                    " what was done since the last checkpoint is lost.\n"
+                ).encode(),
+            )
+
+        for signum in before:
+            signal.signal(signum, ask)
+        self.asked, self._handles = 0, True
+        try:
+            yield
+        finally:
+            self._handles = False
+            put_back()
+
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130

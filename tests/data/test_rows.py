@@ -1,0 +1,234 @@
+"""Rows from files, prompts from rows, and which process rolls out which prompt."""
+
+import json
+import logging
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from goose_lora.data.rows import DataArguments, load_rows, require_columns
+from goose_lora.data.tokenization import left_pad, tokenize_prompts, tokenize_texts
+from goose_lora.ppo.sampler import RolloutBatches
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_every_file_kind_gives_the_same_rows(kind, tmp_path):
+    rows = Dataset.from_list(tiny.prompts(3))
+    path = str(tmp_path / f"rows.{kind}")
+    {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(kind, rows.to_json)(path)
+    assert list(load_rows(path)) == tiny.prompts(3)
+
+
+def test_max_rows_takes_the_first_ones(tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", tiny.prompts(5))
+    assert list(load_rows(path, max_rows=2)) == tiny.prompts(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("empty.jsonl", "", "the file is empty"),
+        ("rows.xml", "<a/>", "cannot read this kind of file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+USER = json.dumps({"prompt": "ba"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            USER + b'\n{"prompt": "b\n',
+            "a.jsonl: line 2 is not JSON: .* at character 12. Each line must be one object",
+        ),
+        ("a.jsonl", USER + b"\n\n" + USER + b" x\n", "line 3 is not JSON: Extra data at character 18"),
+        (
+            "a.jsonl",
+            USER + b'\n["ba"]\n',
+            "line 2 is a JSON list; each line must be one object, with columns as keys",
+        ),
+        (
+            "a.jsonl",
+            USER + b'\n{"prompt": "caf\xe9"}\n',
+            r"line 2 is not UTF-8, at byte 16 of it \(0xe9\). Save the file as UTF-8",
+        ),
+        ("a.csv", b"prompt,id\ncaf\xe9,1\n", r"a.csv: line 2 is not UTF-8, at byte 4 of it \(0xe9\)"),
+        ("a.csv", b"prompt,id\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
+        ("a.json", b'[{"prompt": "ba"},\n {"prompt"}]', "a.json: line 2 is not JSON: .* at character 11"),
+        ("a.parquet", b"no parquet at all", "a.parquet: .*[Pp]arquet"),
+    ],
+)
+def test_a_broken_file_names_the_line_and_what_is_wrong_with_it(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_columns_are_renamed_and_can_be_swapped(tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "ba", "prompt": "be", "id": 1}])
+    renamed = load_rows(path, column_mapping=["instruction=prompt", "prompt=instruction"])
+    assert list(renamed) == [{"prompt": "ba", "instruction": "be", "id": 1}]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        (
+            ["question=prompt"],
+            "column_mapping question=prompt: there is no column question. There are instruction, prompt.",
+        ),
+        (
+            ["instruction=prompt"],
+            "there is a column prompt already. Rename that too, for example prompt=old_prompt",
+        ),
+        (["instruction"], "'instruction' is not of the form FROM=TO"),
+        (["=prompt"], "'=prompt' is not of the form FROM=TO"),
+        (["instruction=a", "prompt=a"], "names prompt or a twice"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_says_so(mapping, message, tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"instruction": "ba", "prompt": "be"}])
+    with pytest.raises(ValueError, match=message):
+        load_rows(path, column_mapping=mapping)
+
+
+@pytest.mark.parametrize("mapping", [["a=b", "c=d"], {"a": "b", "c": "d"}])
+def test_a_mapping_is_a_list_or_an_object_in_python_too(mapping):
+    assert DataArguments("rows.jsonl", column_mapping=mapping).column_mapping == ["a=b", "c=d"]
+
+
+def test_missing_columns_name_those_found_and_those_accepted():
+    rows = Dataset.from_list([{"question": "a", "answer": "b"}])
+    with pytest.raises(
+        ValueError, match=r"has the columns question, answer; needed are text or prompt\+completion"
+    ):
+        require_columns(rows, "file", ["text"], ["prompt", "completion"])
+
+
+def test_prompts_keep_their_other_columns():
+    rows = Dataset.from_list([{"prompt": "ba be", "answer": 7}])
+    (row,) = tokenize_prompts(rows, tiny.tokenizer(), name="rows", max_prompt_tokens=5)
+    assert row["answer"] == 7
+
+
+@pytest.mark.parametrize("prompt", ["ba be", "<s> ba be"])
+def test_a_text_prompt_begins_with_bos_once_as_sft_and_the_reward_model_have_it(prompt):
+    (row,) = tokenize_prompts(
+        Dataset.from_list([{"prompt": prompt}]), tiny.tokenizer(), name="rows", max_prompt_tokens=5
+    )
+    assert row["input_ids"] == [tiny.BOS, 4, 5] == tiny.tokenizer()("ba be")["input_ids"]
+
+
+def test_a_text_prompt_gets_no_special_token_from_a_tokenizer_that_adds_none():
+    tokenizer = tiny.tokenizer()
+    tokenizer._tokenizer.post_processor = None
+    (row,) = tokenize_prompts(
+        Dataset.from_list([{"prompt": "ba be"}]), tokenizer, name="rows", max_prompt_tokens=5
+    )
+    assert row["input_ids"] == [4, 5]
+
+
+def test_chat_prompts_go_through_the_template_once():
+    turns = [("user", "ba"), ("assistant", "be"), ("user", "bi")]
+    rows = Dataset.from_list([{"prompt": [{"role": role, "content": content} for role, content in turns]}])
+    tokenizer = tiny.chat_tokenizer()
+    (row,) = tokenize_prompts(rows, tokenizer, name="rows", max_prompt_tokens=20)
+    tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert tokens == [
+        "<s>",
+        "<user>",
+        "ba",
+        "</s>",
+        "<assistant>",
+        "be",
+        "</s>",
+        "<user>",
+        "bi",
+        "</s>",
+        "<assistant>",
+    ]
+
+
+def test_chat_prompts_without_a_template_are_refused():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenize_prompts(
+            Dataset.from_list([{"prompt": [{"role": "user", "content": "ba"}]}]),
+            tokenizer,
+            name="rows",
+            max_prompt_tokens=9,
+        )
+
+
+def test_long_and_empty_prompts_are_left_out_and_counted(caplog):
+    rows = Dataset.from_list([{"prompt": "ba be bi"}, {"prompt": ""}, {"prompt": "ba"}])
+    with caplog.at_level(logging.WARNING):
+        kept = tokenize_prompts(rows, tiny.tokenizer(), name="rows", max_prompt_tokens=2)
+    assert [row["prompt"] for row in kept] == ["ba"]  # and BOS: two tokens
+    assert "2 of 3 prompts left out" in caplog.text
+
+
+def test_no_prompt_left_is_an_error():
+    with pytest.raises(ValueError, match="no prompt has between 1 and max_prompt_tokens=1 tokens"):
+        tokenize_prompts(
+            Dataset.from_list([{"prompt": "ba be"}]), tiny.tokenizer(), name="rows", max_prompt_tokens=1
+        )
+
+
+def test_left_pad_puts_padding_on_the_left_and_masks_it():
+    ids, mask = left_pad([[5, 6, 7], [8]], 0)
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def dealt(batches, process, num_processes):
+    """What accelerate gives to one process: batches dealt in turn."""
+    return list(batches)[process::num_processes]
+
+
+def test_each_process_gets_every_one_of_its_batches_repeat_times_in_a_row_and_shares_none():
+    batches = RolloutBatches(25, 3, 4, seed=1, num_processes=2)
+    own = [dealt(batches, process, 2) for process in (0, 1)]
+    assert len(own[0]) == len(own[1]) == 16
+    for rows in own:
+        for start in range(0, 16, 4):
+            assert all(batch == rows[start] for batch in rows[start : start + 4])
+    seen = [{row for batch in rows for row in batch} for rows in own]
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == 24
+
+
+def test_another_epoch_deals_in_another_order_and_the_same_epoch_in_the_same():
+    batches = RolloutBatches(20, 4, 1, seed=1)
+    first = list(batches)
+    assert list(batches) == first and len(first) == len(batches)
+    batches.set_epoch(1)
+    assert list(batches) != first
+
+
+def test_texts_end_with_the_end_token_and_are_cut():
+    rows = Dataset.from_list([{"text": "ba be bi", "id": 1}, {"text": "good", "id": 2}])
+    tokenizer = tiny.tokenizer()
+    whole = tokenize_texts(rows, tokenizer, name="x", max_length=9)
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in whole["input_ids"]] == [
+        ["<s>", "ba", "be", "bi", "</s>"],
+        ["<s>", "good", "</s>"],
+    ]
+    assert whole.column_names == ["input_ids"]
+    assert [len(ids) for ids in tokenize_texts(rows, tokenizer, name="x", max_length=4)["input_ids"]] == [
+        4,
+        3,
+    ]
+    with pytest.raises(ValueError, match="needed are text"):
+        tokenize_texts(rows.remove_columns("text"), tokenizer, name="x", max_length=9)

