@@ -106,17 +106,16 @@ def long_functions(paths: list[Path]) -> list[str]:
 
 
 def any_annotations(paths: list[Path]) -> list[str]:
-    """Return ``file:line`` of each ``Any`` in an annotation, of a parameter, a result or a
-    variable."""
+    """Return ``file:line`` of each parameter, result or variable whose annotation is ``Any``."""
+    return [f"{path.relative_to(ROOT)}:{line}" for path in paths for line in bare_any(parse(path))]
+
+
+def bare_any(tree: ast.Module) -> list[int]:
     found = []
-    for path in paths:
-        for node in ast.walk(parse(path)):
-            marks = [node.returns] if isinstance(node, FUNCTIONS) else []
-            marks += [node.annotation] if isinstance(node, (ast.arg, ast.AnnAssign)) else []
-            for mark in marks:
-                for inner in ast.walk(mark) if mark is not None else ():
-                    if isinstance(inner, ast.Name) and inner.id == "Any":
-                        found.append(f"{path.relative_to(ROOT)}:{inner.lineno}")
+    for node in ast.walk(tree):
+        marks = [node.returns] if isinstance(node, FUNCTIONS) else []
+        marks += [node.annotation] if isinstance(node, (ast.arg, ast.AnnAssign)) else []
+        found += [mark.lineno for mark in marks if isinstance(mark, ast.Name) and mark.id == "Any"]
     return found
 
 
@@ -128,6 +127,18 @@ def selfs_of_any_kind(paths: list[Path]) -> list[str]:
         for node in ast.walk(parse(path))
         if isinstance(node, ast.arg) and node.arg in ("self", "cls") and node.annotation is not None
     ]
+
+
+def docstrings_without_a_first_line(paths: list[Path]) -> list[str]:
+    """Return ``file:line`` of each docstring whose first sentence goes on in the second line."""
+    found = []
+    for path in paths:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)):
+                lines = (ast.get_docstring(node) or "").splitlines()
+                if len(lines) > 1 and lines[1].strip():
+                    found.append(f"{path.relative_to(ROOT)}:{node.body[0].lineno}")
+    return found
 
 
 def public_names(path: Path) -> set[str]:
