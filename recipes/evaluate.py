@@ -23,7 +23,7 @@ from goose_lora.models.dense_copy import RolloutWeights, dense_copy
 from goose_lora.models.loading import load_base, load_tokenizer, require_adapter
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.reporting.html_report import refresh
+from goose_lora.reporting.html_report import refresh_report
 from goose_lora.reporting.run_files import write_stage
 from goose_lora.sharing.model_card import add_evaluation
 from goose_lora.terminal import side_by_side, table
@@ -172,7 +172,7 @@ def main(args: list[str] | None = None) -> None:
     write_json(f"{config.output_dir}/evaluation.json", evaluation)
     write_jsonl(f"{config.output_dir}/replies.jsonl", replies_of)
     add_evaluation(config.policy_adapter, evaluation, replies_of)
-    refresh(config.policy_adapter)
+    refresh_report(config.policy_adapter)
     write_stage(config.output_dir, "evaluate", {"prompts": len(texts)})
 
 

@@ -30,7 +30,7 @@ from goose_lora.planning.memory import planner
 from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.sampler import RolloutBatches
 from goose_lora.ppo.trainer import PPOTrainer
-from goose_lora.reporting.diagnosis import diagnose, report
+from goose_lora.reporting.diagnosis import diagnose, diagnosis_text
 from goose_lora.reporting.plots import plot_curves
 from goose_lora.rewards.classifier import RewardModel, check_weights, reward_sources
 from goose_lora.sharing import hub
@@ -175,7 +175,7 @@ def main(args: list[str] | None = None) -> None:
         save_policy(shared, tokenizer, config.output_dir)
         metrics = read_jsonl(f"{config.output_dir}/metrics.jsonl")
         plot_curves(metrics, f"{config.output_dir}/curves.png")
-        print("\n" + report(metrics))
+        print("\n" + diagnosis_text(metrics))
         last = next(row for row in reversed(metrics) if "objective/score" in row)
         figures = {name: last[name] for name in ("objective/score", "objective/kl", "rollout/eos_rate")}
         parents = {"policy": roles.policy_adapter, "reward": roles.reward_adapter}

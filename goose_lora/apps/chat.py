@@ -7,7 +7,7 @@ from typing import Any
 
 from goose_lora.apps import gradio_pages
 from goose_lora.apps.chat_page import serve_chat
-from goose_lora.apps.session import Found, Voices, check_sampling, find
+from goose_lora.apps.session import PolicySession, RunInfo, check_sampling, inspect_run
 from goose_lora.errors import UserError
 
 ANEW = "/new"
@@ -43,22 +43,22 @@ def chat(
         raise UserError(f"--port {port} is the page's. Add --serve.")
     if serve:
         gradio_pages.require(port)
-    found = find(run, base=base)
-    names = choose_roles(found, roles)
-    found.check(tokens=max_new_tokens or found.response_tokens)
-    voices = Voices(found, temperature=temperature, max_new_tokens=max_new_tokens)
+    info = inspect_run(run, base=base)
+    names = choose_roles(info, roles)
+    info.check(tokens=max_new_tokens or info.response_tokens)
+    session = PolicySession(info, temperature=temperature, max_new_tokens=max_new_tokens)
     if serve:
-        serve_chat(voices, names, seed=seed, port=port)
+        serve_chat(session, names, seed=seed, port=port)
         return
     interactive = sys.stdin.isatty()
-    conversation = Conversation(voices, names, seed=seed, write=_to_stdout)
+    conversation = Conversation(session, names, seed=seed, write=_to_stdout)
     if interactive:
         how = (
             f"Write a message; {ANEW} begins another conversation"
-            if found.chat
+            if info.chat
             else "Write a beginning, which is gone on from"
         )
-        _to_stdout(f"{found.describe(names)}\n{how}; Ctrl-D ends.\n")
+        _to_stdout(f"{info.describe(names)}\n{how}; Ctrl-D ends.\n")
     try:
         for line in _typed() if interactive else sys.stdin:
             conversation.hear(line.rstrip("\r\n"), alone=not interactive)
@@ -66,26 +66,28 @@ def chat(
         _to_stdout("\n")
 
 
-def choose_roles(found: Found, roles: Sequence[str]) -> list[str]:
+def choose_roles(info: RunInfo, roles: Sequence[str]) -> list[str]:
     """``roles``, or all that there are.
 
     Raises:
         ValueError: one that the run does not have.
     """
-    missing = [name for name in roles if name not in found.roles]
+    missing = [name for name in roles if name not in info.roles]
     if missing:
         raise UserError(
-            f"--roles {','.join(roles)}: {found.folder} has no {missing[0]}. There are"
-            f" {', '.join(found.roles)}."
+            f"--roles {','.join(roles)}: {info.folder} has no {missing[0]}. There are"
+            f" {', '.join(info.roles)}."
         )
-    return list(dict.fromkeys(roles)) or list(found.roles)
+    return list(dict.fromkeys(roles)) or list(info.roles)
 
 
 class Conversation:
     """The turns of each role, and how they are shown: one role after the other, word by word."""
 
-    def __init__(self, voices: Voices, names: Sequence[str], *, seed: int, write: Callable[[str], Any]):
-        self.voices, self.names, self.seed, self.write = voices, list(names), seed, write
+    def __init__(
+        self, session: PolicySession, names: Sequence[str], *, seed: int, write: Callable[[str], Any]
+    ):
+        self.session, self.names, self.seed, self.write = session, list(names), seed, write
         self.width = max(map(len, self.names)) + 2
         self.asked = 0
         self.forget()
@@ -114,9 +116,9 @@ class Conversation:
         self.asked += 1
 
     def _answer(self, name: str, line: str) -> None:
-        prompt, shown = self.voices.found.asked(self.turns[name], line)
+        prompt, shown = self.session.info.prompt_after(self.turns[name], line)
         self.write(shown)
-        (reply,) = self.voices.ask(name, prompt, seed=self.seed + self.asked, write=self.write)
+        (reply,) = self.session.reply(name, prompt, seed=self.seed + self.asked, write=self.write)
         self.write(f"\n{'':{self.width}}({reply.facts()})\n")
         if isinstance(prompt, list):
             self.turns[name] = [*prompt, {"role": "assistant", "content": reply.text}]

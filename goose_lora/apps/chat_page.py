@@ -9,9 +9,9 @@ from queue import Queue
 from typing import Any
 
 from goose_lora.apps import gradio_pages
-from goose_lora.apps.session import Prompt, Reply, Voices
+from goose_lora.apps.session import PolicySession, Prompt, SampledReply
 
-CSS = """
+CHAT_CSS = """
 .html-container { padding: 0 !important; }
 .exchange { margin-bottom: 1.4rem; }
 .asked { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: 0.5rem; }
@@ -33,14 +33,14 @@ class Exchange:
     boxes: dict[str, tuple[str, str]]
 
 
-def stream(voices: Voices, name: str, prompt: Prompt, *, seed: int) -> Iterator[str | Reply]:
+def stream(session: PolicySession, name: str, prompt: Prompt, *, seed: int) -> Iterator[str | SampledReply]:
     """The text of a reply as it grows, and at its end the reply. What goes wrong while it is
     written is raised here."""
-    pieces: Queue[str | Reply | BaseException] = Queue()
+    pieces: Queue[str | SampledReply | BaseException] = Queue()
 
     def ask() -> None:
         try:
-            pieces.put(voices.ask(name, prompt, seed=seed, write=pieces.put)[0])
+            pieces.put(session.reply(name, prompt, seed=seed, write=pieces.put)[0])
         except BaseException as error:  # handed to whoever waits
             pieces.put(error)
 
@@ -54,14 +54,14 @@ def stream(voices: Voices, name: str, prompt: Prompt, *, seed: int) -> Iterator[
     yield piece
 
 
-def build(voices: Voices, names: Sequence[str], *, seed: int) -> Any:
+def build_chat_page(session: PolicySession, names: Sequence[str], *, seed: int) -> Any:
     """The page, not served yet. Its conversation is the tab's own."""
     gradio = gradio_pages.load_gradio()
-    chat = voices.found.chat
+    chat = session.info.chat
     with gradio.Blocks(
-        title=f"{', '.join(names)} of {voices.found.folder}", analytics_enabled=False, fill_width=True
+        title=f"{', '.join(names)} of {session.info.folder}", analytics_enabled=False, fill_width=True
     ) as page:
-        gradio.HTML(f'<span class="note">{html.escape(voices.found.describe(names))}</span>', padding=False)
+        gradio.HTML(f'<span class="note">{html.escape(session.info.describe(names))}</span>', padding=False)
         placeholder = "A message" if chat else "The beginning of a text, which they go on from"
         line = gradio.Textbox(
             show_label=False, container=False, placeholder=placeholder, elem_id="line", lines=1
@@ -70,7 +70,7 @@ def build(voices: Voices, names: Sequence[str], *, seed: int) -> Any:
             send = gradio.Button("Ask" if chat else "Go on", variant="primary", elem_id="send")
             anew = gradio.Button("New conversation" if chat else "Clear", elem_id="anew")
         log = gradio.HTML(elem_id="log", padding=False)
-        talk = gradio.State(Talk(voices, names, seed=seed))
+        talk = gradio.State(Talk(session, names, seed=seed))
 
         def say(text: str, talk: Talk) -> Iterator[tuple[str, str, Talk]]:
             if not text.strip():
@@ -83,7 +83,7 @@ def build(voices: Voices, names: Sequence[str], *, seed: int) -> Any:
         how = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
         said = gradio.on([line.submit, send.click], say, [line, talk], [log, line, talk], **how)
         anew.click(
-            lambda: ("", "", Talk(voices, names, seed=seed)), None, [log, line, talk], cancels=[said], **how
+            lambda: ("", "", Talk(session, names, seed=seed)), None, [log, line, talk], cancels=[said], **how
         )
     return page
 
@@ -91,14 +91,14 @@ def build(voices: Voices, names: Sequence[str], *, seed: int) -> Any:
 class Talk:
     """One tab's conversation: the turns of each role, and what is shown of them."""
 
-    def __init__(self, voices: Voices, names: Sequence[str], *, seed: int):
-        self.voices, self.seed = voices, seed
+    def __init__(self, session: PolicySession, names: Sequence[str], *, seed: int):
+        self.session, self.seed = session, seed
         self.turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         self.exchanges: list[Exchange] = []
 
     def __deepcopy__(self, memo: Any) -> "Talk":
         # Gradio copies what a tab begins with, and must not copy the model
-        other = Talk(self.voices, list(self.turns), seed=self.seed)
+        other = Talk(self.session, list(self.turns), seed=self.seed)
         other.turns, other.exchanges = copy.deepcopy(self.turns, memo), copy.deepcopy(self.exchanges, memo)
         return other
 
@@ -107,11 +107,11 @@ class Talk:
         exchange = Exchange(line, {name: ("", "waits") for name in self.turns})
         self.exchanges.append(exchange)
         for name, turns in self.turns.items():
-            prompt, before = self.voices.found.asked(turns, line)
+            prompt, before = self.session.info.prompt_after(turns, line)
             exchange.boxes[name] = (before, "writes")
             yield
             try:
-                for piece in stream(self.voices, name, prompt, seed=self.seed + len(self.exchanges) - 1):
+                for piece in stream(self.session, name, prompt, seed=self.seed + len(self.exchanges) - 1):
                     if isinstance(piece, str):
                         exchange.boxes[name] = (before + piece, "writes")
                     else:
@@ -141,6 +141,6 @@ def _log(exchanges: Sequence[Exchange]) -> str:
     )
 
 
-def serve_chat(voices: Voices, names: Sequence[str], *, seed: int, port: int | None) -> None:
+def serve_chat(session: PolicySession, names: Sequence[str], *, seed: int, port: int | None) -> None:
     """Serve the page until Ctrl-C."""
-    gradio_pages.serve(build(voices, names, seed=seed), port=port, css=CSS)
+    gradio_pages.serve(build_chat_page(session, names, seed=seed), port=port, css=CHAT_CSS)

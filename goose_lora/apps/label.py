@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from goose_lora.apps.label_file import ChoiceFile, key_of
-from goose_lora.apps.session import Found, Prompt, Reply, Voices, check_sampling, find
+from goose_lora.apps.session import PolicySession, Prompt, RunInfo, SampledReply, check_sampling, inspect_run
 from goose_lora.data.rows import load_rows
 from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.errors import UserError
@@ -31,8 +31,8 @@ class Pair:
 
     key: str
     prompt: Prompt
-    left: Reply
-    right: Reply
+    left: SampledReply
+    right: SampledReply
 
 
 class LabelQueue:
@@ -50,7 +50,7 @@ class LabelQueue:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        make: Callable[[int], tuple[Reply, Reply] | None],
+        make: Callable[[int], tuple[SampledReply, SampledReply] | None],
         file: ChoiceFile,
         *,
         policy: str,
@@ -179,7 +179,9 @@ def row_of(pair: Pair, choice: str, better: str | None = None) -> dict[str, Any]
     return {"chosen": written(chosen), "rejected": written(rejected), "edited": better is not None}
 
 
-def choose_two(replies: Sequence[Reply], how: Choose, rng: random.Random) -> tuple[Reply, Reply] | None:
+def choose_two(
+    replies: Sequence[SampledReply], how: Choose, rng: random.Random
+) -> tuple[SampledReply, SampledReply] | None:
     """Two different replies, none of them empty, in random order: any two, or those whose scores
     are nearest. None if there are not two."""
     different = list({reply.text.strip(): reply for reply in replies if reply.text.strip()}.values())
@@ -228,27 +230,29 @@ def open_queue(
     check_sampling(temperature, max_new_tokens, greedy=False)
     if candidates < 2:
         raise UserError(f"--candidates {candidates}: must be 2 or more, of which two are shown.")
-    found = find(policy, base=base)
-    if choose == "uncertain" and found.reward is None:
+    info = inspect_run(policy, base=base)
+    if choose == "uncertain" and info.reward is None:
         raise UserError(
             f"--choose uncertain asks the reward model, and {policy} has none. Use --choose random."
         )
-    texts = _prompts(found, prompts, max_new_tokens or found.response_tokens)
+    texts = _prompts(info, prompts, max_new_tokens or info.response_tokens)
     file = ChoiceFile(out)
-    voices = Voices(found, temperature=temperature, max_new_tokens=max_new_tokens)
-    name = next(name for name, role in found.roles.items() if role == "policy")
+    session = PolicySession(info, temperature=temperature, max_new_tokens=max_new_tokens)
+    name = next(name for name, role in info.roles.items() if role == "policy")
 
-    def make(number: int) -> tuple[Reply, Reply] | None:
+    def make(number: int) -> tuple[SampledReply, SampledReply] | None:
         own_seed = seed * 1_000_003 + number
         return choose_two(
-            voices.ask(name, texts[number], seed=own_seed, count=candidates), choose, random.Random(own_seed)
+            session.reply(name, texts[number], seed=own_seed, count=candidates),
+            choose,
+            random.Random(own_seed),
         )
 
-    return LabelQueue(texts, make, file, policy=file_sha256(found.folder / WEIGHTS)[:12], seed=seed)
+    return LabelQueue(texts, make, file, policy=file_sha256(info.folder / WEIGHTS)[:12], seed=seed)
 
 
-def _prompts(found: Found, name: str, response_tokens: int) -> list[Prompt]:
-    limit = found.settings.get("max_prompt_tokens", PPOConfig.max_prompt_tokens)
-    rows = tokenize_prompts(load_rows(name, stage="ppo"), found.tokenizer, name=name, max_prompt_tokens=limit)
-    found.check(tokens=max(map(len, rows["input_ids"])) + response_tokens)
+def _prompts(info: RunInfo, name: str, response_tokens: int) -> list[Prompt]:
+    limit = info.settings.get("max_prompt_tokens", PPOConfig.max_prompt_tokens)
+    rows = tokenize_prompts(load_rows(name, stage="ppo"), info.tokenizer, name=name, max_prompt_tokens=limit)
+    info.check(tokens=max(map(len, rows["input_ids"])) + response_tokens)
     return list(rows["prompt"])

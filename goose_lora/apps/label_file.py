@@ -15,7 +15,7 @@ from goose_lora.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-PAIR = ("prompt", "chosen", "rejected")
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def key_of(prompt: Any, policy: str | None) -> str:
@@ -125,7 +125,7 @@ class ChoiceFile:
     def _note(self, path: Path, line: bytes) -> None:
         if not line.strip():
             return
-        columns = PAIR if path == self.path else ("prompt", "choice")
+        columns = PAIR_COLUMNS if path == self.path else ("prompt", "choice")
         row = json.loads(line) if _is_object(line) else {}
         if not set(columns) <= row.keys():
             found = ", ".join(row) or "no JSON object"

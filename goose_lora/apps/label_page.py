@@ -28,7 +28,7 @@ document.addEventListener("keydown", (event) => {
   if (!button.disabled) button.click();
 });
 </script>"""
-CSS = """
+LABEL_CSS = """
 .html-container { padding: 0 !important; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 0.8rem 1rem; }
@@ -63,10 +63,12 @@ def label(
     """
     gradio_pages.require(port)
     queue = open_queue(policy, prompts, out, choose=choose, **options)
-    gradio_pages.serve(build(queue, title=f"Labelling {policy}"), port=port, css=CSS, head=KEYS)
+    gradio_pages.serve(
+        build_label_page(queue, title=f"Labelling {policy}"), port=port, css=LABEL_CSS, head=KEYS
+    )
 
 
-def build(queue: LabelQueue, *, title: str) -> Any:
+def build_label_page(queue: LabelQueue, *, title: str) -> Any:
     """The page, not served yet."""
     gradio = gradio_pages.load_gradio()
     with gradio.Blocks(title=title, analytics_enabled=False) as page:

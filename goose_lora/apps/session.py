@@ -29,7 +29,7 @@ Prompt = str | list[dict[str, Any]]
 
 
 @dataclass
-class Reply:
+class SampledReply:
     """One reply: its text, length (tokens), whether it ended by itself, and the reward model's
     score where the run has one."""
 
@@ -47,7 +47,7 @@ class Reply:
 
 
 @dataclass
-class Found:
+class RunInfo:
     """What is there of a run, before any weights are loaded.
 
     ``roles``: what can be asked, ``base``, ``sft`` and ``ppo``, as roles of the shared base.
@@ -75,7 +75,7 @@ class Found:
         named = {name: str(folder) if folder else None for name, folder in adapters.items()}
         check_fit(self.arguments, self.tokenizer, named, tokens=tokens, chat=self.chat)
 
-    def asked(self, turns: Sequence[dict[str, Any]], line: str) -> tuple[Prompt, str]:
+    def prompt_after(self, turns: Sequence[dict[str, Any]], line: str) -> tuple[Prompt, str]:
         """What a role is asked when ``line`` comes after ``turns``, and what of it stands before
         the reply: a text that is gone on from."""
         return ([*turns, {"role": "user", "content": line}], "") if self.chat else (line, line)
@@ -95,7 +95,7 @@ class Found:
         return self.settings.get("temperature", PPOConfig.temperature)
 
 
-def find(run: str | Path, *, base: str | None = None) -> Found:
+def inspect_run(run: str | Path, *, base: str | None = None) -> RunInfo:
     """Look at the policy that recipes/ppo.py or own_loop.py left, or recipes/sft.py; a folder, or
     user/repo[@revision] on the Hub.
 
@@ -139,7 +139,7 @@ def find(run: str | Path, *, base: str | None = None) -> Found:
         )
     chat = any(row.get("chat") for row in lineage.get("data", []))
     tokenizer = tokenizer_of(folder, arguments)
-    return Found(
+    return RunInfo(
         folder,
         arguments,
         tokenizer,
@@ -185,7 +185,7 @@ class Pieces(TextStreamer):
             self.write(text)
 
 
-class Voices:
+class PolicySession:
     """The models of a run on one shared base. Threads may ask at once; they are answered one after
     the other.
 
@@ -194,27 +194,27 @@ class Voices:
         max_new_tokens: most tokens of a reply; the run's own if unset.
     """
 
-    def __init__(self, found: Found, *, temperature: float | None = None, max_new_tokens: int | None = None):
-        self.found, self.tokenizer = found, found.tokenizer
-        base = load_base(found.arguments, self.tokenizer)
+    def __init__(self, info: RunInfo, *, temperature: float | None = None, max_new_tokens: int | None = None):
+        self.info, self.tokenizer = info, info.tokenizer
+        base = load_base(info.arguments, self.tokenizer)
         self.shared = SharedBase.build(
-            base, found.folder, reward=found.reward, reference=found.reference or "base"
+            base, info.folder, reward=info.reward, reference=info.reference or "base"
         )
         # As rollouts are sampled, and the name whose adapter is merged in
         self.dense, self._merged = dense_copy(self.shared, "auto"), ""
-        temperature = found.temperature if temperature is None else temperature
+        temperature = info.temperature if temperature is None else temperature
         tokenizer: Any = self.tokenizer
         self.sampling = generation_config(
-            response_tokens=max_new_tokens or found.response_tokens,
+            response_tokens=max_new_tokens or info.response_tokens,
             temperature=temperature or 1.0,
             do_sample=temperature > 0,
-            eos_token_ids=[tokenizer.eos_token_id, *(found.settings.get("stop_token_ids") or [])],
+            eos_token_ids=[tokenizer.eos_token_id, *(info.settings.get("stop_token_ids") or [])],
             pad_token_id=tokenizer.pad_token_id,
         )
         self._one_at_a_time = threading.Lock()
 
     @torch.no_grad()
-    def ask(
+    def reply(
         self,
         name: str,
         prompt: Prompt,
@@ -222,7 +222,7 @@ class Voices:
         seed: int,
         count: int = 1,
         write: Callable[[str], None] | None = None,
-    ) -> list[Reply]:
+    ) -> list[SampledReply]:
         """``count`` replies of ``name`` to ``prompt``, a text to go on from or chat messages. The
         same ``seed`` gives the same replies.
 
@@ -237,15 +237,15 @@ class Voices:
         tokens, mask = left_pad(
             [ids] * count, self.tokenizer.pad_token_id, core.get_output_embeddings().weight.device
         )
-        strings = self.found.settings.get("stop_strings")
+        strings = self.info.settings.get("stop_strings")
         with self._one_at_a_time:
             torch.manual_seed(seed)
             stop = StopStrings(self.tokenizer, strings, len(ids)) if strings else None
             streamer = Pieces(self.tokenizer, write) if write else None
             if self.dense is not None and self._merged != name:
-                self.dense.become(self.found.roles[name])
+                self.dense.become(self.info.roles[name])
                 self._merged = name
-            how = {"role": self.found.roles[name], "dense": self.dense, "stop": stop, "streamer": streamer}
+            how = {"role": self.info.roles[name], "dense": self.dense, "stop": stop, "streamer": streamer}
             rollout = sample(self.shared, tokens, mask, self.sampling, **how)
             scores: Sequence[float | None] = [None] * count
             if self.shared.has("reward"):
@@ -253,7 +253,7 @@ class Voices:
                 scores = self.shared.scores(rollout.input_ids, rollout.attention_mask, None, closed).tolist()
         texts = [self._text(ids, reply, follows=isinstance(prompt, str)) for reply in rollout.response_ids()]
         facts = zip(texts, rollout.lengths.tolist(), rollout.ended.tolist(), scores, strict=True)
-        return [Reply(*reply) for reply in facts]
+        return [SampledReply(*reply) for reply in facts]
 
     def _check_room(self, tokens: int) -> None:
         core: Any = self.shared.get_base_model()

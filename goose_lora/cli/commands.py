@@ -213,14 +213,14 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from goose_lora.reporting.diagnosis import report
+    from goose_lora.reporting.diagnosis import diagnosis_text
     from goose_lora.reporting.run_files import read_metrics
 
     path = Path(arguments.run)
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the output_dir of a run of recipes/ppo.py.")
-    print(report(read_metrics(path)))
+    print(diagnosis_text(read_metrics(path)))
 
 
 def _data(arguments: argparse.Namespace) -> None:
@@ -276,9 +276,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _show(arguments: argparse.Namespace) -> None:
     from goose_lora.models.adapters import local_folder
-    from goose_lora.sharing.provenance import describe
+    from goose_lora.sharing.provenance import describe_chain
 
-    print(describe(local_folder(arguments.run)))
+    print(describe_chain(local_folder(arguments.run)))
 
 
 def _push(arguments: argparse.Namespace) -> None:

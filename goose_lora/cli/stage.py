@@ -34,7 +34,7 @@ def begin(
     if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
         require_vllm()
     start = starting_point(config, stage, model, policy_adapter)
-    hub.check(config, model)
+    hub.check_upload(config, model)
     set_seed(config.seed)
     return start
 
@@ -62,7 +62,7 @@ def finish(
         facts: more for the lineage.
     """
     folder, figures = Path(config.output_dir or "."), {**figures, **cost()}
-    command = lineage.command_line(stage, args)
+    command = lineage.recorded_command(stage, args)
     noted = {
         "settings": [config, *others],
         "data": data,
@@ -71,8 +71,8 @@ def finish(
         "figures": figures,
     }
     lineage.record(folder, stage, model=model, tokenizer=tokenizer, **noted, **facts)
-    model_card.write(folder)
+    model_card.write_card(folder)
     if stage in ("ppo", "own_loop"):
-        html_report.write(folder)
+        html_report.write_report(folder)
     write_stage(str(folder), stage, figures, log_history)
     return hub.push_result(config, model)

@@ -49,7 +49,7 @@ def refuse_upload(*args: object, **kwargs: object) -> None:
     """Stands in place of Trainer's ``push_to_hub``. Raises ValueError."""
     raise UserError(
         "push_to_hub: Trainer would upload all that lies in output_dir. Save, then call"
-        " goose_lora.hub.push(output_dir, repo)."
+        " goose_lora.sharing.hub.push(output_dir, repo)."
     )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from goose_lora.errors import UserError
 from goose_lora.models.adapters import read_lineage
 from goose_lora.reporting import plots
+from goose_lora.reporting.figures import MEASURES, with_interval
 from goose_lora.reporting.html_report import data_uri, fill, read_evaluation, shown
-from goose_lora.reporting.run_files import COLUMNS, read_metrics, with_interval
+from goose_lora.reporting.run_files import read_metrics
 from goose_lora.terminal import table
 
-LAST = 10  # logged rollouts that the figures of a run without an evaluation are means of
+LAST_ROLLOUTS = 10  # logged rollouts that the figures of a run without an evaluation are means of
 PLACES = {"output_dir", "run_name", "logging_dir", "hub_model_id"}  # where a run is kept: of no run the same
 # Where a figure of evaluation.json stands in training's logs.
 LOGGED = {
@@ -66,7 +67,7 @@ def _read(folder: Path) -> Run:
     return Run(folder, metrics, read_lineage(folder), read_evaluation(folder))
 
 
-def differing(runs: Mapping[str, Run]) -> list[list[str]]:
+def differing_settings(runs: Mapping[str, Run]) -> list[list[str]]:
     """The settings that are not the same in all runs of known settings: the name, and each run's
     value. The rows of a data set are one too."""
     known = {name: _settings(run) for name, run in runs.items() if run.lineage}
@@ -124,15 +125,15 @@ def figures(runs: Mapping[str, Run]) -> list[list[str]]:
     """What was measured, on what, and each run's: means with 95 % intervals in brackets where there
     are any."""
     found = {name: _row(run) for name, run in runs.items()}
-    measured = [key for key in COLUMNS if any(key in row for _, row in found.values())]
-    rows = [[COLUMNS[key], *(with_interval(row, key) for _, row in found.values())] for key in measured]
+    measured = [key for key in MEASURES if any(key in row for _, row in found.values())]
+    rows = [[MEASURES[key], *(with_interval(row, key) for _, row in found.values())] for key in measured]
     return [["measured on", *(where for where, _ in found.values())], *rows]
 
 
 def _row(run: Run) -> tuple[str, Mapping[str, Any]]:
     if run.evaluation is not None and "ppo" in run.evaluation["figures"]:
         return f"{run.evaluation['prompts']} held-out prompts", run.evaluation["figures"]["ppo"]
-    last = plots.rollouts_of(run.metrics)[-LAST:]
+    last = plots.rollouts_of(run.metrics)[-LAST_ROLLOUTS:]
     row: dict[str, Any] = {}
     for key, name in LOGGED.items():
         values = [float(logged[name]) for logged in last if name in logged and abs(logged[name]) < inf]
@@ -150,8 +151,8 @@ def normal_interval(values: Sequence[float]) -> list[float]:
 
 HOW = (
     "Intervals are of 95 %: those of recipes/evaluate.py over prompts, or, where it was not run, normal ones"
-    f" over the last {LAST} logged rollouts as if these were independent, which a trend makes too narrow."
-    " None of them knows of other seeds: two seeds of one setting differ too."
+    f" over the last {LAST_ROLLOUTS} logged rollouts as if these were independent, which a trend makes too"
+    " narrow. None of them knows of other seeds: two seeds of one setting differ too."
 )
 
 
@@ -166,7 +167,7 @@ def compare(folders: Sequence[str | Path], output: str | Path = "compare.html") 
     if output.suffix not in (".html", ".htm"):
         raise UserError(f"--output {output}: a page of HTML is written; give a name that ends in .html.")
     runs = read_runs(folders)
-    settings, said, measured = differing(runs), notes(runs), figures(runs)
+    settings, said, measured = differing_settings(runs), notes(runs), figures(runs)
     page = fill(
         "compare.html",
         title=" / ".join(runs),

@@ -43,7 +43,7 @@ def diagnose(metrics: Rows) -> list[Finding]:
     )
 
 
-def report(metrics: Rows) -> str:
+def diagnosis_text(metrics: Rows) -> str:
     """All findings, a line each, and a last line with what was read."""
     findings = diagnose(metrics)
     rollouts = [row for row in metrics if "objective/score" in row]

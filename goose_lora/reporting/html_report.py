@@ -14,9 +14,14 @@ from goose_lora.files import read_json, read_jsonl
 from goose_lora.models.adapters import read_lineage
 from goose_lora.reporting import plots
 from goose_lora.reporting.diagnosis import diagnose
-from goose_lora.reporting.run_files import COLUMNS, TITLES, figure, with_interval
+from goose_lora.reporting.figures import (
+    MEASURES,
+    STAGE_TITLES,
+    rounded,
+    with_interval,
+)
 
-NAME = "report.html"
+REPORT_FILE = "report.html"
 # Of the table that is always open, where they were logged.
 HEADLINE = (
     "objective/score",
@@ -34,7 +39,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters["figure"] = figure
+_TEMPLATES.filters["figure"] = rounded
 
 
 def fill(template: str, **values: Any) -> str:
@@ -46,18 +51,18 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def write(folder: str | Path) -> None:
+def write_report(folder: str | Path) -> None:
     """Write report.html of the run in ``folder`` from the files that are there."""
-    (Path(folder) / NAME).write_text(render(folder), encoding="utf-8")
+    (Path(folder) / REPORT_FILE).write_text(render_report(folder), encoding="utf-8")
 
 
-def refresh(folder: str | Path) -> None:
+def refresh_report(folder: str | Path) -> None:
     """Write it again, where there is one."""
-    if (Path(folder) / NAME).is_file():
-        write(folder)
+    if (Path(folder) / REPORT_FILE).is_file():
+        write_report(folder)
 
 
-def render(folder: str | Path) -> str:
+def render_report(folder: str | Path) -> str:
     """The page as text.
 
     Raises:
@@ -106,15 +111,15 @@ def _made(lineage: Mapping[str, Any]) -> str:
     if "base" not in lineage:
         return "A run without a lineage (goose_lora.json)."
     base, figures = lineage["base"], lineage.get("figures", {})
-    said = ", ".join(f"{name} {figure(value)}" for name, value in figures.items())
+    said = ", ".join(f"{name} {rounded(value)}" for name, value in figures.items())
     how = "not quantized" if base.get("quantization") == "none" else f"in {base.get('quantization')}"
-    return f"{TITLES.get(lineage.get('stage', ''), 'A run')} on {base['id']}, {how}" + (
+    return f"{STAGE_TITLES.get(lineage.get('stage', ''), 'A run')} on {base['id']}, {how}" + (
         f". At its end: {said}." if said else "."
     )
 
 
 def _numbers(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    return [[name, *(figure(row.get(name)) for row in rows)] for name in names]
+    return [[name, *(rounded(row.get(name)) for row in rows)] for name in names]
 
 
 def _samples(path: Path) -> list[tuple[int, list[dict[str, Any]]]]:
@@ -143,7 +148,7 @@ def reward_lines(lineage: Mapping[str, Any]) -> list[str]:
         ]
     low, high = verdict["accuracy_ci"]
     among = (
-        f"{figure(verdict['accuracy'])} (95 % interval {figure(low)} to {figure(high)}) of"
+        f"{rounded(verdict['accuracy'])} (95 % interval {rounded(low)} to {rounded(high)}) of"
         f" {verdict['n_pairs']} held-out pairs"
     )
     return [
@@ -174,8 +179,8 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     figures, dataset = evaluation["figures"], evaluation.get("dataset", "a data set")
-    measured = [key for key in COLUMNS if any(key in row for row in figures.values())]
-    rows = [[COLUMNS[key], *(with_interval(row, key) for row in figures.values())] for key in measured]
+    measured = [key for key in MEASURES if any(key in row for row in figures.values())]
+    rows = [[MEASURES[key], *(with_interval(row, key) for row in figures.values())] for key in measured]
     where = (
         f"{evaluation['prompts']} prompts of {dataset}; win rates against {evaluation['against']}; 95 %"
         " intervals in brackets."

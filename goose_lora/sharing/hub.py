@@ -50,10 +50,10 @@ TOKENIZER_FILES = (
 ) + ("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 RUN_FILES = ("README.md", "stage.json", "metrics.jsonl", "evaluation.json", "curves.png")
 _LATER = "Try again, or upload later with goose-lora push."
-ROLES = tuple(role for role in ADAPTERS if role != "policy")
+OTHER_ROLES = tuple(role for role in ADAPTERS if role != "policy")
 
 
-def check(config: TrainingArguments, model: ModelArguments) -> None:
+def check_upload(config: TrainingArguments, model: ModelArguments) -> None:
     """Before anything is loaded: with ``push_to_hub``, that the upload at the end can succeed.
     Makes the repository if there is none.
 
@@ -146,8 +146,8 @@ def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str
     """
     folder = Path(folder)
     for role in include:
-        if role not in ROLES:
-            raise UserError(f"--include {role}: no such role. There are {', '.join(ROLES)}.")
+        if role not in OTHER_ROLES:
+            raise UserError(f"--include {role}: no such role. There are {', '.join(OTHER_ROLES)}.")
         if not (folder / role / CONFIG).is_file():
             raise UserError(f"--include {role}: {folder} has no adapter {role}/.")
     names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
@@ -177,8 +177,8 @@ def push(
     card in ``folder`` note where it went.
 
     Raises:
-        ValueError: there is no repository named, or what ``check`` raises. OSError: the upload
-            itself failed.
+        UserError: no repository is named, or what ``check_upload`` raises.
+        OSError: the upload itself failed.
     """
     folder = Path(folder)
     paths = files_to_upload(folder, include)
@@ -193,7 +193,7 @@ def push(
     name = authorize(repo, token=token, private=private)
     if lineage.get("base"):
         write_lineage(folder, **(lineage | {"hub_repo": name, "base": lineage["base"] | {"hub_id": known}}))
-        model_card.refresh(folder)
+        model_card.refresh_card(folder)
     contents = {path: _named(folder / path, base, known) for path in paths}
     operations = [
         CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in contents.items()

@@ -77,7 +77,7 @@ def record(
         "chat_template_sha256": None if tokenizer is None else template_sha256(tokenizer.chat_template),
         "parents": {role: _parent(parent) for role, parent in given.items()},
         "command": command,
-        "settings": differing(model, *settings),
+        "settings": changed_settings(model, *settings),
         "data": list(data),
         "figures": dict(figures),
         "hardware": hardware(),
@@ -112,7 +112,7 @@ def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
     return {"name": name, "split": split, "rows": len(rows), "sha256": digest.hexdigest(), "chat": chat}
 
 
-def differing(*instances: Any) -> dict[str, Any]:
+def changed_settings(*instances: Any) -> dict[str, Any]:
     """The settings of dataclasses that are not their defaults, as JSON values; secrets are left
     out."""
     found = {}
@@ -122,14 +122,14 @@ def differing(*instances: Any) -> dict[str, Any]:
                 continue
             default = _plain(field.default if field.default_factory is MISSING else field.default_factory())
             value = getattr(instance, field.name)
-            value = differing(value) if is_dataclass(value) else _plain(value)
+            value = changed_settings(value) if is_dataclass(value) else _plain(value)
             # An unset list may be kept as None or as []
             if value != default and not (value in ([], {}, "", None) and not default):
                 found[field.name] = value
     return found
 
 
-def command_line(recipe: str, words: Sequence[str] | None) -> str:
+def recorded_command(recipe: str, words: Sequence[str] | None) -> str:
     """The command that ran, with no secret in it: ``words``, or what the process was started
     with."""
     kept = list(sys.argv[1:] if words is None else words)

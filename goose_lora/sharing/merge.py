@@ -33,7 +33,7 @@ from goose_lora.models.shared_base import SharedBase
 from goose_lora.sharing import lineage, model_card
 from goose_lora.training.cost import cost
 
-PROMPTS, REPLY_TOKENS, MAX_PROMPT_TOKENS = 32, 32, 512  # what the KL is measured on
+KL_PROMPTS, REPLY_TOKENS, MAX_PROMPT_TOKENS = 32, 32, 512  # what the KL is measured on
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -91,7 +91,7 @@ def merge(
     ]
     noted_too = {"command": shlex.join(command), "data": data, "parents": {"policy": folder}}
     lineage.record(out, "merge", model=args, tokenizer=tokenizer, figures={**figures, **cost()}, **noted_too)
-    model_card.write(out)
+    model_card.write_card(out)
     lines = [
         f"merged into {out}: KL to the adapter's model {figures['kl']:.3g} nats a token ({len(prompt_ids)}"
         f" prompts, {figures['tokens']} tokens)"
@@ -128,7 +128,7 @@ def _prompts(
     folder: Path, name: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     if name is not None:
-        rows = load_rows(name, stage="ppo", max_rows=PROMPTS)
+        rows = load_rows(name, stage="ppo", max_rows=KL_PROMPTS)
         ids = tokenize_prompts(rows, tokenizer, name=name, max_prompt_tokens=MAX_PROMPT_TOKENS)["input_ids"]
         return [list(row) for row in ids], [lineage.fingerprint(name, None, rows)]
     if not (folder / "samples.jsonl").is_file():
@@ -136,7 +136,7 @@ def _prompts(
             f"{folder} has no samples.jsonl, so there are no prompts to measure on: --prompts FILE, with rows"
             " that have a prompt."
         )
-    texts = list(dict.fromkeys(row["prompt"] for row in read_jsonl(folder / "samples.jsonl")))[:PROMPTS]
+    texts = list(dict.fromkeys(row["prompt"] for row in read_jsonl(folder / "samples.jsonl")))[:KL_PROMPTS]
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], []  # type: ignore[misc]
 
 

@@ -11,7 +11,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from goose_lora.data.rows import READERS
 from goose_lora.files import read_json, read_jsonl, write_json
 from goose_lora.models.adapters import read_lineage
-from goose_lora.reporting.run_files import COLUMNS, TITLES, figure, with_interval
+from goose_lora.reporting.figures import (
+    MEASURES,
+    STAGE_TITLES,
+    rounded,
+    with_interval,
+)
 from goose_lora.sharing.lineage import hub_name
 from goose_lora.sharing.provenance import loading_code
 
@@ -33,17 +38,17 @@ LIMITS = [
 ]
 
 
-def write(folder: str | Path) -> None:
+def write_card(folder: str | Path) -> None:
     """Write README.md of the output in ``folder``."""
-    (Path(folder) / "README.md").write_text(render(folder), encoding="utf-8")
+    (Path(folder) / "README.md").write_text(render_card(folder), encoding="utf-8")
 
 
-def refresh(folder: str | Path) -> None:
+def refresh_card(folder: str | Path) -> None:
     """Write it again from the files as they are now, unless someone took it over by taking the mark
     out."""
     path = Path(folder) / "README.md"
     if path.is_file() and MARK in path.read_text(encoding="utf-8"):
-        write(folder)
+        write_card(folder)
 
 
 def add_evaluation(
@@ -53,10 +58,10 @@ def add_evaluation(
     an adapter of the Hub or without a lineage."""
     if read_lineage(policy) and hub_name(policy) == str(policy):
         write_json(Path(policy) / "evaluation.json", {**evaluation, "samples": list(replies[:SAMPLES])})
-        refresh(policy)
+        refresh_card(policy)
 
 
-def render(folder: str | Path) -> str:
+def render_card(folder: str | Path) -> str:
     """The card as text: the Hub's metadata as YAML, then Markdown."""
     folder = Path(folder)
     lineage = read_lineage(folder)
@@ -152,9 +157,9 @@ def _results(
     elif evaluation and "ppo" in evaluation["figures"]:
         held_out = evaluation.get("dataset", "held-out prompts")
         values = {
-            key: (COLUMNS[key], value)
+            key: (MEASURES[key], value)
             for key, value in evaluation["figures"]["ppo"].items()
-            if key in COLUMNS
+            if key in MEASURES
         }
     else:
         return []
@@ -186,7 +191,7 @@ def _introduction(lineage: Mapping[str, Any]) -> str:
     base = lineage["base"]
     what = "The weights of" if lineage["stage"] == "merge" else "A LoRA adapter for"
     how = {"nf4": "kept in nf4", "int8": "kept in int8", "none": "not quantized"}[base["quantization"]]
-    start = f"{what} `{hub_base(base) or base['id']}`, by {TITLES[lineage['stage']]}"
+    start = f"{what} `{hub_base(base) or base['id']}`, by {STAGE_TITLES[lineage['stage']]}"
     return f"{start}. In training the base was {how}, with arithmetic in {base['dtype']}."
 
 
@@ -206,8 +211,16 @@ def _making(lineage: Mapping[str, Any]) -> list[str]:
     for stage in stages:
         figures = {**stage.get("figures", {})}
         seconds, memory, gpu = (figures.pop(key, None) for key in ("seconds", "peak_rss_gb", "peak_gpu_gb"))
-        said = ", ".join(f"{key} {figure(value)}" for key, value in figures.items())
-        rows.append([stage["stage"], said, figure(seconds), figure(memory), *([figure(gpu)] if gpu else [])])
+        said = ", ".join(f"{key} {rounded(value)}" for key, value in figures.items())
+        rows.append(
+            [
+                stage["stage"],
+                said,
+                rounded(seconds),
+                rounded(memory),
+                *([rounded(gpu)] if gpu else []),
+            ]
+        )
     gpu_too = ["GPU memory, GB"] if any(len(row) > 4 for row in rows) else []
     table = _table(
         ["stage", "figures", "seconds", "memory, GB", *gpu_too],
@@ -246,11 +259,11 @@ def _merged(lineage: Mapping[str, Any]) -> list[str]:
         " prompts"
     )
     lines = [
-        f"KL from the model with the adapter beside the base: {figure(figures['kl'])} nats a token, {where}."
+        f"KL from the model with the adapter beside the base: {rounded(figures['kl'])} nats a token, {where}."
     ]
     if "kl_nf4" in figures:
         lines.append(
-            f"These weights are in nf4, which makes it {figure(figures['kl_nf4'])} nats a token; the figure"
+            f"These weights are in nf4, which makes it {rounded(figures['kl_nf4'])} nats a token; the figure"
             " above is that of dense weights."
         )
     return ["## What merging changed", _bullets(lines)]
@@ -264,14 +277,14 @@ def _measured(lineage: Mapping[str, Any], evaluation: Mapping[str, Any] | None) 
             else ["## Measured", "recipes/evaluate.py has not been run on it."]
         )
     figures = evaluation["figures"]
-    columns = [key for key in COLUMNS if any(key in row for row in figures.values())]
+    columns = [key for key in MEASURES if any(key in row for row in figures.values())]
     rows = [[name, *(with_interval(row, key) for key in columns)] for name, row in figures.items()]
     where = f" of `{_data_name(evaluation['dataset'])}`" if "dataset" in evaluation else ""
     text = (
         f"{evaluation['prompts']} held-out prompts{where}. Win rates are against {evaluation['against']};"
         " intervals in brackets."
     )
-    return ["## Measured", text, _table(["", *(COLUMNS[key] for key in columns)], rows)]
+    return ["## Measured", text, _table(["", *(MEASURES[key] for key in columns)], rows)]
 
 
 def _reward_model(lineage: Mapping[str, Any], verdict: Mapping[str, Any] | None) -> list[str]:
@@ -279,7 +292,7 @@ def _reward_model(lineage: Mapping[str, Any], verdict: Mapping[str, Any] | None)
         return []
     low, high = verdict["accuracy_ci"]
     lines = [
-        f"right on {figure(verdict['accuracy'])} ({figure(low)} to {figure(high)}) of {verdict['n_pairs']}"
+        f"right on {rounded(verdict['accuracy'])} ({rounded(low)} to {rounded(high)}) of {verdict['n_pairs']}"
         " held-out pairs"
     ]
     return [
@@ -301,7 +314,7 @@ def _samples(folder: Path, evaluation: Mapping[str, Any] | None) -> list[str]:
 def _text(value: Any) -> str:
     """A reply in one cell, as it is: no markup, no line breaks."""
     if not isinstance(value, str):
-        return figure(value)
+        return rounded(value)
     text = " ".join(value.split())
     shown = html.escape(text[:CELL], quote=False) + (" ..." if len(text) > CELL else "")
     return "".join(f"\\{char}" if char in "|`*_[]\\" else char for char in shown)

@@ -13,7 +13,7 @@ from goose_lora.sharing.lineage import hub_name, template_sha256
 
 
 @dataclass
-class Link:
+class Ancestor:
     """One adapter of the chain: its lineage, where it is, and what does not fit. ``role`` is what
     its child uses it as."""
 
@@ -37,7 +37,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def chain(folder: str | Path) -> list[Link]:
+def read_chain(folder: str | Path) -> list[Ancestor]:
     """The adapters from which the one in ``folder`` was made, it last: parents are read where they
     still are, else from their recorded copies.
 
@@ -51,18 +51,18 @@ def chain(folder: str | Path) -> list[Link]:
             f"{folder} has no {CONFIG}: no adapter. Give the output_dir of a stage, or user/repo on the Hub."
         )
     base = lineage.get("base") or {"id": read_json(folder / CONFIG).get("base_model_name_or_path")}
-    link = Link(hub_name(folder), "policy", {**lineage, "base": base})
+    link = Ancestor(hub_name(folder), "policy", {**lineage, "base": base})
     link.problems += _own_problems(folder, link.lineage)
     return [*_parents(link), link]
 
 
-def _parents(child: Link) -> list[Link]:
+def _parents(child: Ancestor) -> list[Ancestor]:
     links = []
     for role, noted in child.lineage.get("parents", {}).items():
         there = (Path(noted["name"]) / WEIGHTS).is_file()
         lineage = (read_lineage(noted["name"]) if there else {}) or noted["lineage"]
         where = "on the Hub" if "@" in noted["name"] else "not here any more"
-        link = Link(noted["name"] if there else f"{noted['name']} ({where}; as recorded)", role, lineage)
+        link = Ancestor(noted["name"] if there else f"{noted['name']} ({where}; as recorded)", role, lineage)
         if there and (now := file_sha256(Path(noted["name"]) / WEIGHTS)) != noted["sha256"]:
             link.problems.append(
                 f"has changed since {child.stage} started from it: sha256 was {noted['sha256'][:12]}, is"
@@ -73,7 +73,7 @@ def _parents(child: Link) -> list[Link]:
     return links
 
 
-def _misfits(parent: dict[str, Any], child: Link) -> list[str]:
+def _misfits(parent: dict[str, Any], child: Ancestor) -> list[str]:
     """How a parent was trained otherwise than its child."""
     ours, theirs = child.lineage["base"], parent.get("base")
     if theirs is None:
@@ -123,9 +123,9 @@ def _own_problems(folder: Path, lineage: dict[str, Any]) -> list[str]:
     return problems
 
 
-def describe(folder: str | Path) -> str:
+def describe_chain(folder: str | Path) -> str:
     """What ``goose-lora show`` prints: the chain, what does not fit, and the code that loads it."""
-    links = chain(folder)
+    links = read_chain(folder)
     base = links[-1].lineage["base"]
     made = ", ".join(str(base[key]) for key in ("quantization", "dtype") if base.get(key))
     commit = (

@@ -22,7 +22,7 @@ from trl import RewardConfig
 from goose_lora import cli
 from goose_lora.apps import chat_page, gradio_pages, session
 from goose_lora.apps.chat import Conversation
-from goose_lora.apps.session import Reply, Voices, find
+from goose_lora.apps.session import PolicySession, RunInfo, SampledReply, inspect_run
 from goose_lora.cli import commands
 from goose_lora.data.rows import DataArguments
 from goose_lora.data.tokenization import prompt_ids
@@ -43,7 +43,7 @@ TYPES = {
 
 @pytest.fixture(scope="module")
 def loaded(adapter_chain):
-    return Voices(find(adapter_chain / "ppo"), max_new_tokens=TOKENS)
+    return PolicySession(inspect_run(adapter_chain / "ppo"), max_new_tokens=TOKENS)
 
 
 def say(monkeypatch, capsys, run, lines, *options):
@@ -64,7 +64,7 @@ def test_each_role_of_a_run_says_what_its_own_separately_loaded_model_says(adapt
     noted = read_lineage(run / "ppo")
     # In bfloat16 two ways of adding may differ
     write_lineage(run / "ppo", **(noted | {"base": noted["base"] | {"dtype": "float32"}}))
-    greedy = Voices(find(run / "ppo"), temperature=0, max_new_tokens=TOKENS)
+    greedy = PolicySession(inspect_run(run / "ppo"), temperature=0, max_new_tokens=TOKENS)
     args = tiny.arguments(str(run / "base"), quantization="nf4")
     tokenizer = load_tokenizer(args)
     config = generation_config(
@@ -83,27 +83,27 @@ def test_each_role_of_a_run_says_what_its_own_separately_loaded_model_says(adapt
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
         )
         want = tokenizer.decode(alone, skip_special_tokens=True).removeprefix("ba be")
-        (said[name],) = (reply.text for reply in greedy.ask(name, "ba be", seed=0))
+        (said[name],) = (reply.text for reply in greedy.reply(name, "ba be", seed=0))
         assert said[name] == want
     assert len(set(said.values())) == 3, "the adapters must show"
 
 
 def test_reply_score_length_and_end_are_those_of_the_evaluation(loaded):
     for name in ("base", "sft", "ppo"):
-        (got,) = loaded.ask(name, "ba be", seed=3)
+        (got,) = loaded.reply(name, "ba be", seed=3)
         ids = [prompt_ids("ba be", loaded.tokenizer)]
         how = {"batch_size": 1, "seed": 3, "dense": loaded.dense}
-        want = answer(loaded.shared, loaded.found.roles[name], ids, loaded.tokenizer, loaded.sampling, **how)
+        want = answer(loaded.shared, loaded.info.roles[name], ids, loaded.tokenizer, loaded.sampling, **how)
         assert (got.text.strip(), got.tokens, got.ended) == (want.texts[0], want.lengths[0], want.ended[0])
         assert got.score == pytest.approx(want.scores[0]) and f"score {got.score:.3f}" in got.facts()
 
 
 def test_a_reply_is_streamed_in_words_that_make_up_the_reply_and_begin_with_their_space(loaded):
     pieces = []
-    (reply,) = loaded.ask("ppo", "ba be", seed=1, write=pieces.append)
+    (reply,) = loaded.reply("ppo", "ba be", seed=1, write=pieces.append)
     assert len(pieces) >= reply.tokens - 1 > 1, "word by word"
     assert "".join(pieces) == reply.text and reply.text.startswith(" ")
-    assert loaded.ask("ppo", "ba be", seed=1) == [reply] != loaded.ask("ppo", "ba be", seed=2)
+    assert loaded.reply("ppo", "ba be", seed=1) == [reply] != loaded.reply("ppo", "ba be", seed=2)
 
 
 def test_a_conversation_goes_through_the_chat_template_once(loaded, monkeypatch):
@@ -118,7 +118,7 @@ def test_a_conversation_goes_through_the_chat_template_once(loaded, monkeypatch)
         "chat_template",
         "{{ bos_token }}{% for m in messages %} {{ m['content'] }}{% endfor %}",
     )
-    (reply,) = loaded.ask("ppo", turns("ba", "be", "bi"), seed=0)
+    (reply,) = loaded.reply("ppo", turns("ba", "be", "bi"), seed=0)
     assert loaded.tokenizer.decode(seen[0][0]) == "<s> ba be bi" and reply.text[0] != " "
 
 
@@ -127,10 +127,10 @@ def test_a_prompt_that_leaves_no_room_is_refused_and_the_voices_go_on(loaded):
         ValueError,
         match=r"the prompt is 123 tokens long, and with a reply of 6 .* context of 127\. Begin anew",
     ):
-        loaded.ask("ppo", "ba " * 122, seed=0)
+        loaded.reply("ppo", "ba " * 122, seed=0)
     with pytest.raises(ValueError, match="no tokens"):
-        loaded.ask("ppo", "", seed=0)
-    assert loaded.ask("ppo", "ba", seed=0)
+        loaded.reply("ppo", "", seed=0)
+    assert loaded.reply("ppo", "ba", seed=0)
 
 
 # The terminal and the pipe
@@ -139,7 +139,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_and_the_voices_go_on(loaded):
 def test_lines_of_a_pipe_are_answered_one_by_one_until_it_ends(monkeypatch, capsys, adapter_chain, loaded):
     shown = say(monkeypatch, capsys, adapter_chain / "ppo", "ba be\n\nbi\n")
     want = [
-        loaded.ask(name, prompt, seed=seed)[0]
+        loaded.reply(name, prompt, seed=seed)[0]
         for seed, prompt in enumerate(("ba be", "bi"))
         for name in ("base", "sft", "ppo")
     ]
@@ -156,26 +156,24 @@ def test_a_role_says_the_same_whoever_else_is_asked_and_another_seed_says_someth
     monkeypatch, capsys, adapter_chain, loaded
 ):
     alone = say(monkeypatch, capsys, adapter_chain / "ppo", "ba be\n", "--roles", "ppo", "--seed", "5")
-    (reply,) = loaded.ask("ppo", "ba be", seed=5)
+    (reply,) = loaded.reply("ppo", "ba be", seed=5)
     assert alone == f"> ba be\nppo  ba be{reply.text}\n     ({reply.facts()})\n\n"
-    assert reply != loaded.ask("ppo", "ba be", seed=0)[0]
+    assert reply != loaded.reply("ppo", "ba be", seed=0)[0]
 
 
 class Talker:
     """Answers with a count, and notes what it was asked."""
 
     def __init__(self, chat):
-        self.found = find.__globals__["Found"](
-            None, None, None, {"base": "base", "ppo": "policy"}, None, None, chat, {}
-        )
+        self.info = RunInfo(None, None, None, {"base": "base", "ppo": "policy"}, None, None, chat, {})
         self.asked = []
 
-    def ask(self, name, prompt, *, seed, write):
+    def reply(self, name, prompt, *, seed, write):
         if prompt == "bad":
             raise ValueError("too long")
         self.asked.append((name, prompt, seed))
         write("hm")
-        return [Reply(f"{name} {len(self.asked)}", 1, True, None)]
+        return [SampledReply(f"{name} {len(self.asked)}", 1, True, None)]
 
 
 def turns(*contents):
@@ -224,18 +222,18 @@ def test_sft_and_reward_of_a_run_are_those_beside_it_or_its_parents_and_what_is_
     adapter_chain, tmp_path
 ):
     run = tiny_chain.copy(adapter_chain, tmp_path / "run")
-    found = find(run / "ppo")
-    assert (found.reference, found.reward) == (run / "ppo" / "reference", run / "ppo" / "reward") and list(
-        found.roles
+    info = inspect_run(run / "ppo")
+    assert (info.reference, info.reward) == (run / "ppo" / "reference", run / "ppo" / "reward") and list(
+        info.roles
     ) == ["base", "sft", "ppo"]
     for name in ("reference", "reward"):
         (run / "ppo" / name).rename(tmp_path / name)
-    found = find(run / "ppo")
-    assert (found.reference, found.reward) == (run / "sft", run / "reward")
+    info = inspect_run(run / "ppo")
+    assert (info.reference, info.reward) == (run / "sft", run / "reward")
     for name in ("sft", "reward"):
         (run / name).rename(tmp_path / f"{name} of old")
-    found = find(run / "ppo")
-    assert (found.reference, found.reward, list(found.roles)) == (None, None, ["base", "ppo"])
+    info = inspect_run(run / "ppo")
+    assert (info.reference, info.reward, list(info.roles)) == (None, None, ["base", "ppo"])
 
 
 def test_adapters_of_a_run_of_the_hub_are_sought_in_its_folders_at_its_commit(adapter_chain, monkeypatch):
@@ -257,11 +255,11 @@ def test_a_run_is_chat_if_it_was_trained_on_chat_messages_and_text_otherwise(ada
     }
     assert noted == {"text": False, "chat": True, "ranked": False}
     run = tiny_chain.copy(adapter_chain, tmp_path / "run")
-    assert find(run / "ppo").chat is False and find(run / "ppo").tokenizer.chat_template
+    assert inspect_run(run / "ppo").chat is False and inspect_run(run / "ppo").tokenizer.chat_template
     facts = read_lineage(run / "ppo")
     facts["data"][0]["chat"] = True
     write_lineage(run / "ppo", **facts)
-    assert find(run / "ppo").chat is True
+    assert inspect_run(run / "ppo").chat is True
 
 
 def test_a_base_that_has_moved_is_asked_for_and_taken_from_where_it_is_now(
@@ -272,7 +270,7 @@ def test_a_base_that_has_moved_is_asked_for_and_taken_from_where_it_is_now(
     with pytest.raises(
         ValueError, match=r"the run's base was .*/run/base, and that is not here\. Say where it is: --base"
     ):
-        find(run / "ppo")
+        inspect_run(run / "ppo")
     shown = say(
         monkeypatch, capsys, run / "ppo", "ba\n", "--base", str(tmp_path / "moved"), "--roles", "sft,base"
     )
@@ -320,7 +318,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_loads(monkeypatch, caps
 
 def test_a_stream_ends_with_the_reply_and_raises_what_went_wrong():
     talker = Talker(chat=False)
-    assert list(chat_page.stream(talker, "ppo", "x", seed=0)) == ["hm", Reply("ppo 1", 1, True, None)]
+    assert list(chat_page.stream(talker, "ppo", "x", seed=0)) == ["hm", SampledReply("ppo 1", 1, True, None)]
     with pytest.raises(ValueError, match="too long"):
         list(chat_page.stream(talker, "ppo", "bad", seed=0))
 
@@ -346,9 +344,9 @@ def test_commands_in_the_documentation_of_chat_and_label_are_ones_that_the_parse
     ]
     taken = []
     monkeypatch.setattr(
-        cli,
+        commands,
         "COMMANDS",
-        {command: lambda arguments: taken.append(arguments.command) for command in cli.COMMANDS},
+        {command: lambda arguments: taken.append(arguments.command) for command in commands.COMMANDS},
     )
     for line in lines:
         words = shlex.split(line.rpartition("| ")[2])

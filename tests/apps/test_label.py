@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from goose_lora.apps.label import LabelQueue, choose_two, open_queue, row_of
 from goose_lora.apps.label_file import ChoiceFile, key_of
-from goose_lora.apps.session import Reply
+from goose_lora.apps.session import SampledReply
 from goose_lora.data.rows import load_rows
 from goose_lora.files import read_jsonl
 
@@ -26,7 +26,7 @@ CHAT = [[{"role": "user", "content": f"question {number}"}] for number in range(
 
 
 def reply(text, score=None):
-    return Reply(text, 2, True, score)
+    return SampledReply(text, 2, True, score)
 
 
 def two(number):
@@ -247,7 +247,7 @@ def test_many_threads_label_each_prompt_once(tmp_path):
 
 APPENDS = """
 import sys
-from goose_lora.label_file import ChoiceFile
+from goose_lora.apps.label_file import ChoiceFile
 file = ChoiceFile(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -12,7 +12,7 @@ from playwright.sync_api import expect, sync_playwright
 from goose_lora.apps import chat_page, gradio_pages, label_page
 from goose_lora.apps.label import LabelQueue
 from goose_lora.apps.label_file import ChoiceFile
-from goose_lora.apps.session import Reply, Voices, find
+from goose_lora.apps.session import PolicySession, SampledReply, inspect_run
 from goose_lora.files import read_jsonl
 from goose_lora.reporting import html_report
 
@@ -67,7 +67,7 @@ def test_the_report_opens_from_disk_shows_its_pictures_and_asks_for_nothing_else
     folder = hand_made.write(
         tmp_path / "a-run", lines=hand_made.samples(text=NASTY), evaluation=hand_made.EVALUATION
     )
-    html_report.write(folder)
+    html_report.write_report(folder)
     address = (folder / "report.html").as_uri()
     tab = window.tab(address)
     widths = tab.evaluate("Array.from(document.images, image => image.complete && image.naturalWidth)")
@@ -82,7 +82,7 @@ def test_the_report_opens_from_disk_shows_its_pictures_and_asks_for_nothing_else
 
 
 def reply(text):
-    return Reply(text, 3, True, None)
+    return SampledReply(text, 3, True, None)
 
 
 @pytest.fixture
@@ -95,8 +95,8 @@ def labelling(tmp_path):
         ChoiceFile(file),
         policy="p1",
     )
-    blocks = label_page.build(queue, title="Labelling a run")
-    yield gradio_pages.open_page(blocks, port=None, css=label_page.CSS, head=label_page.KEYS), file
+    blocks = label_page.build_label_page(queue, title="Labelling a run")
+    yield gradio_pages.open_page(blocks, port=None, css=label_page.LABEL_CSS, head=label_page.KEYS), file
     blocks.close(verbose=False)
 
 
@@ -192,14 +192,14 @@ def test_a_reply_that_is_edited_is_kept_and_keys_pressed_in_it_choose_nothing(wi
 
 @pytest.fixture(scope="module")
 def chatting(adapter_chain):
-    voices = Voices(find(adapter_chain / "ppo"), max_new_tokens=6)
-    blocks = chat_page.build(voices, ["base", "sft", "ppo"], seed=0)
-    yield gradio_pages.open_page(blocks, port=None, css=chat_page.CSS), voices
+    session = PolicySession(inspect_run(adapter_chain / "ppo"), max_new_tokens=6)
+    blocks = chat_page.build_chat_page(session, ["base", "sft", "ppo"], seed=0)
+    yield gradio_pages.open_page(blocks, port=None, css=chat_page.CHAT_CSS), session
     blocks.close(verbose=False)
 
 
 def test_the_chat_page_answers_with_the_replies_of_each_role_and_clears(window, chatting):
-    url, voices = chatting
+    url, session = chatting
     tab = window.tab(url)
     for count, (line, act) in enumerate(
         (("ba be", lambda: tab.keyboard.press("Enter")), ("bi", lambda: tab.click("#send")))
@@ -208,7 +208,7 @@ def test_the_chat_page_answers_with_the_replies_of_each_role_and_clears(window, 
         act()
         latest = tab.locator(".exchange").first
         for name in ("base", "sft", "ppo"):
-            (want,) = voices.ask(name, line, seed=count)
+            (want,) = session.reply(name, line, seed=count)
             expect(latest.locator(f".{name}")).to_contain_text(want.facts())
             assert latest.locator(f".{name} .words").text_content() == line + want.text
     other = window.tab(url)
@@ -230,7 +230,7 @@ def test_serving_a_page_connects_to_no_other_machine_and_needs_no_proxy(labellin
     sys.addaudithook(
         lambda event, args: asked.append(args) if event in ("socket.connect", "socket.getaddrinfo") else None
     )
-    blocks = label_page.build(
+    blocks = label_page.build_label_page(
         LabelQueue(["x"], lambda number: None, ChoiceFile(labelling[1]), policy="p"), title="t"
     )
     address = gradio_pages.open_page(blocks, port=None)

@@ -7,7 +7,7 @@ from recipe_runs import options, recipe
 
 from goose_lora.apps.label import open_queue
 from goose_lora.files import read_json, read_jsonl
-from goose_lora.sharing.provenance import chain
+from goose_lora.sharing.provenance import read_chain
 
 
 def liking(text):
@@ -99,6 +99,6 @@ def test_the_new_policy_says_something_else_and_is_asked_about_every_prompt_agai
 
 
 def test_the_new_policys_chain_leads_to_the_file_of_labels(turned):
-    links = {link.stage: link for link in chain(turned[0] / "ppo")}
+    links = {link.stage: link for link in read_chain(turned[0] / "ppo")}
     assert [link.problems for link in links.values()] == [[], [], []]
     assert {row["name"] for row in links["reward"].lineage["data"]} == {str(turned[0] / "pairs.jsonl")}

@@ -224,9 +224,9 @@ def test_every_stage_leaves_its_lineage_and_a_card_with_what_was_measured_and_no
     from cards import unexplained
 
     from goose_lora.sharing.model_card import MARK
-    from goose_lora.sharing.provenance import chain
+    from goose_lora.sharing.provenance import read_chain
 
-    links = chain(run / "ppo")
+    links = read_chain(run / "ppo")
     assert [link.stage for link in links] == ["sft", "reward", "ppo"] and [
         link.problems for link in links
     ] == [[], [], []]

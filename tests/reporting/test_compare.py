@@ -9,7 +9,7 @@ import pytest
 
 from goose_lora import cli
 from goose_lora.reporting import compare, plots
-from goose_lora.reporting.run_files import figure
+from goose_lora.reporting.figures import rounded
 
 
 def run(monkeypatch, *words):
@@ -28,7 +28,7 @@ def two(tmp_path):
 
 
 def test_settings_that_differ_between_hand_made_runs_are_named_with_both_values_and_no_other(two):
-    rows = compare.differing(compare.read_runs([two / "one", two / "other"]))
+    rows = compare.differing_settings(compare.read_runs([two / "one", two / "other"]))
     assert rows == [
         ["(rows of the data)", "8 of sha256 dddddddddddd", "8 of sha256 eeeeeeeeeeee"],
         ["kl_coef", "(default)", "0.3"],
@@ -47,7 +47,9 @@ def test_figures_of_a_hand_made_run_are_its_evaluations_or_means_of_its_last_rol
         -10:
     ]
     half = 1.96 * stdev(values) / 10**0.5
-    training = f"{figure(fmean(values))} ({figure(fmean(values) - half)} to {figure(fmean(values) + half)})"
+    training = (
+        f"{rounded(fmean(values))} ({rounded(fmean(values) - half)} to {rounded(fmean(values) + half)})"
+    )
     assert rows["score of the reward model"] == ["1.877 (1.503 to 2.251)", training]
     assert rows["tokens"][1].startswith("5.5 ("), "mean of 10 to 1"
     assert rows["share that ended"][0] == "-", "not in that evaluation"

@@ -18,7 +18,7 @@ from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
 from goose_lora.ppo.callbacks import Diagnosis
 from goose_lora.ppo.trainer import PPOTrainer
-from goose_lora.reporting.diagnosis import diagnose, report
+from goose_lora.reporting.diagnosis import diagnose, diagnosis_text
 
 # ---- Hand-made rows: what a real run is too slow or too noisy to show ----
 
@@ -176,7 +176,7 @@ def test_a_log_of_several_rollouts_may_begin_with_a_kl():
         }
     )
     assert bad(rows) == {}
-    assert "read 60 rollouts, steps 4 to 80: 0 wrong, 0 to look at" in report(rows)
+    assert "read 60 rollouts, steps 4 to 80: 0 wrong, 0 to look at" in diagnosis_text(rows)
 
 
 def test_a_score_that_rises_while_length_and_entropy_fall_is_suspected():
@@ -201,7 +201,7 @@ def test_the_worst_comes_first_and_a_short_run_is_read_too():
     findings = diagnose(healthy(**BROKEN["critic"][1], **BROKEN["sampling"][1]))
     assert [finding.level for finding in findings][:3] == ["wrong", "look", "ok"]
     assert {finding.level for finding in diagnose(healthy()[:1])} == {"ok"}
-    assert report(healthy()[:1]).endswith(
+    assert diagnosis_text(healthy()[:1]).endswith(
         "read 1 rollouts, steps 4 to 4: 0 wrong, 0 to look at (what is a trend needs 5 logs)"
     )
     with pytest.raises(ValueError, match="no rollout is in these metrics"):

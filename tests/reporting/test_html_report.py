@@ -5,18 +5,19 @@ import pytest
 import tiny_runs
 from transformers import TrainingArguments
 
+import goose_lora.cli.stage as cli_stage
 from goose_lora.files import read_jsonl, write_json
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.reporting import html_report
 from goose_lora.reporting.diagnosis import diagnose
-from goose_lora.reporting.run_files import figure
+from goose_lora.reporting.figures import rounded
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     """The page of a hand-made run with everything, as text and as a reader has it."""
     folder = hand_made.write(tmp_path_factory.mktemp("page") / "a-run", evaluation=hand_made.EVALUATION)
-    html_report.write(folder)
+    html_report.write_report(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
     return text, hand_made.Page(text)
 
@@ -49,7 +50,7 @@ def test_numbers_of_the_page_are_those_of_the_hand_made_metrics(shown):
     assert ["", "step 4", "step 28", "step 48"] in shown[1].rows
     for name in html_report.HEADLINE:
         if name in rows[0]:
-            assert shown[1].row(name) == [figure(rows[index][name]) for index in (0, 6, 11)], name
+            assert shown[1].row(name) == [rounded(rows[index][name]) for index in (0, 6, 11)], name
     assert shown[1].row("loss/value") == ["1", "0.1429", "0.08333"], "in the table of all that was logged"
 
 
@@ -81,7 +82,9 @@ def test_markup_in_hand_made_samples_settings_and_names_is_shown_and_not_run(tmp
     script = "<script>alert('x')</script><img src=http://example.org/x.png>"
     lines = hand_made.samples(steps=(0,), text=script)
     noted = hand_made.lineage(reward_function=[script])
-    html_report.write(hand_made.write(tmp_path / "run<b>", lines=lines, noted=noted, metrics=NO_ROLLOUT))
+    html_report.write_report(
+        hand_made.write(tmp_path / "run<b>", lines=lines, noted=noted, metrics=NO_ROLLOUT)
+    )
     text = (tmp_path / "run<b>" / "report.html").read_text(encoding="utf-8")
     read = hand_made.Page(text)
     assert "<script" not in text and "&lt;script&gt;alert(" in text and "b" not in read.tags
@@ -99,7 +102,7 @@ def test_a_hand_made_run_without_rollouts_samples_lineage_or_verdict_says_so(tmp
     folder = hand_made.write(tmp_path / "run", metrics=NO_ROLLOUT)
     for name in ("samples.jsonl", "goose_lora.json"):
         (folder / name).unlink()
-    read = hand_made.Page(html_report.render(folder))
+    read = hand_made.Page(html_report.render_report(folder))
     for words in (
         "No rollout was logged",
         "None were written",
@@ -113,15 +116,15 @@ def test_a_hand_made_run_without_rollouts_samples_lineage_or_verdict_says_so(tmp
 
 def test_the_evaluation_of_a_hand_made_run_comes_on_its_page_when_it_is_made_and_on_no_other(tmp_path):
     folder = hand_made.write(tmp_path / "run", metrics=NO_ROLLOUT)
-    html_report.refresh(folder)
+    html_report.refresh_report(folder)
     assert not (folder / "report.html").exists(), "an adapter of other origin gets no page"
-    html_report.write(folder)
+    html_report.write_report(folder)
     write_json(folder / "evaluation.json", hand_made.EVALUATION)
-    html_report.refresh(folder)
+    html_report.refresh_report(folder)
     assert "1.877 (1.503 to 2.251)" in (folder / "report.html").read_text(encoding="utf-8")
     write_json(folder / "evaluation.json", {"prompts": 3})
     with pytest.raises(ValueError, match=r"evaluation\.json: no figures of recipes/evaluate\.py"):
-        html_report.refresh(folder)
+        html_report.refresh_report(folder)
 
 
 @pytest.mark.parametrize(("stage", "has_page"), [("ppo", True), ("own_loop", True), ("sft", False)])
@@ -129,25 +132,27 @@ def test_what_ends_a_stage_of_ppo_writes_the_page_before_it_says_that_the_stage_
     tmp_path, monkeypatch, stage, has_page
 ):
     folder, order = hand_made.write(tmp_path / "run", noted={}, metrics=NO_ROLLOUT), []
-    monkeypatch.setattr(stage.lineage, "record", lambda *args, **kwargs: order.append("lineage"))
-    monkeypatch.setattr(stage.card, "write", lambda folder: order.append("card"))
+    monkeypatch.setattr(cli_stage.lineage, "record", lambda *args, **kwargs: order.append("lineage"))
+    monkeypatch.setattr(cli_stage.model_card, "write_card", lambda folder: order.append("card"))
     monkeypatch.setattr(
-        stage, "write_stage", lambda *args: order.append(f"whole, page {(folder / 'report.html').is_file()}")
+        cli_stage,
+        "write_stage",
+        lambda *args: order.append(f"whole, page {(folder / 'report.html').is_file()}"),
     )
-    monkeypatch.setattr(stage.hub, "push_result", lambda *args: None)
+    monkeypatch.setattr(cli_stage.hub, "push_result", lambda *args: None)
     config = TrainingArguments(output_dir=str(folder), use_cpu=True)
-    stage.finish(stage, config, ModelArguments("x"), figures={}, tokenizer=None, data=[])
+    cli_stage.finish(stage, config, ModelArguments("x"), figures={}, tokenizer=None, data=[])
     assert order == ["lineage", "card", f"whole, page {has_page}"]
 
 
 def test_a_real_tiny_run_has_its_own_figures_and_replies_on_its_page(tmp_path):
     tiny_runs.trainer(tmp_path / "run", num_rollouts=3, num_ppo_epochs=1).train()
-    html_report.write(tmp_path / "run")
+    html_report.write_report(tmp_path / "run")
     read = hand_made.Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
     rollouts = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "objective/score" in row]
     assert len(rollouts) == 3
     for name in ("objective/score", "objective/kl", "rollout/response_tokens", "value/explained_variance"):
-        assert read.row(name) == [figure(row[name]) for row in rollouts]
+        assert read.row(name) == [rounded(row[name]) for row in rollouts]
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert {row["step"] for row in samples} == {0, 2, 4}
     assert [

@@ -20,7 +20,7 @@ from recipe_runs import options, recipe
 from transformers import TrainingArguments
 
 from goose_lora import cli
-from goose_lora.apps.session import find
+from goose_lora.apps.session import inspect_run
 from goose_lora.models.adapters import local_folder, read_lineage
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.loading import load_base, load_tokenizer, require_adapter
@@ -78,11 +78,11 @@ BASE = ModelArguments("org/base")
 
 
 def test_the_check_makes_the_repository_and_needs_nothing_where_nothing_is_to_be_uploaded(server):
-    hub.check(settings(push_to_hub=False), BASE)
+    hub.check_upload(settings(push_to_hub=False), BASE)
     assert server.requests == []
-    hub.check(settings(hub_private_repo=True), BASE)
+    hub.check_upload(settings(hub_private_repo=True), BASE)
     assert server.private == {REPO: True}
-    hub.check(settings(), BASE)  # it is there already: 409
+    hub.check_upload(settings(), BASE)  # it is there already: 409
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_check_makes_the_repository_and_needs_nothing_where_nothing_is_to_be
 def test_what_would_make_the_upload_fail_is_an_error_before_the_run(server, failure, changes, message):
     server.failures = failure
     with pytest.raises(ValueError, match=message):
-        hub.check(settings(**changes), BASE)
+        hub.check_upload(settings(**changes), BASE)
     assert not any(server.repos.values())
 
 
@@ -119,16 +119,16 @@ def test_without_a_token_or_network_the_check_says_so(server, monkeypatch, tmp_p
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"there is no Hub token.*hf auth login"):
-        hub.check(settings(), BASE)
+        hub.check_upload(settings(), BASE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE=1\. Unset it"):
-        hub.check(settings(), BASE)
+        hub.check_upload(settings(), BASE)
 
 
 def test_a_base_in_a_folder_asks_for_its_name_on_the_hub(server, tiny_base):
     with pytest.raises(ValueError, match=rf"the base is the folder {tiny_base}.*--base_hub_id user/model"):
-        hub.check(settings(), ModelArguments(tiny_base))
-    hub.check(settings(), ModelArguments(tiny_base, base_hub_id="org/base"))
+        hub.check_upload(settings(), ModelArguments(tiny_base))
+    hub.check_upload(settings(), ModelArguments(tiny_base, base_hub_id="org/base"))
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo", "own_loop"])
@@ -250,12 +250,12 @@ def test_roles_load_from_the_hub_by_name_folder_and_revision(server, run):
         )
     folder = require_adapter("policy_adapter", f"{REPO}@{old}", ModelArguments("org/base"))
     assert read_lineage(folder)["stage"] == "sft"
-    shown = provenance.describe(folder)
+    shown = provenance.describe_chain(folder)
     assert (
         f'PeftModel.from_pretrained(base, "{REPO}", revision="{old}")' in shown
         and 'AutoModelForCausalLM.from_pretrained("org/base"' in shown
     )
-    reward = provenance.describe(local_folder(f"{REPO}/reward"))
+    reward = provenance.describe_chain(local_folder(f"{REPO}/reward"))
     assert (
         f'PeftModel.from_pretrained(base, "{REPO}", subfolder="reward",'
         f' revision="{server.commit_id(REPO, 1)}")' in reward
@@ -264,7 +264,7 @@ def test_roles_load_from_the_hub_by_name_folder_and_revision(server, run):
 
 def test_whom_one_can_talk_to_is_found_in_a_run_of_the_hub_at_its_commit(server, run):
     hub.push(run / "ppo", REPO, base_hub_id="org/base", include=["reward", "reference"])
-    found = find(REPO, base=str(run / "base"))
+    found = inspect_run(REPO, base=str(run / "base"))
     assert list(found.roles) == ["base", "sft", "ppo"] and found.tokenizer.chat_template
     for folder, name in ((found.reference, "reference"), (found.reward, "reward")):
         assert folder == found.folder / name and server.commit_id(REPO, 0) in str(folder)
@@ -326,7 +326,7 @@ def test_the_push_command_answers_a_failure_in_one_line(server, run, monkeypatch
 def test_a_trainer_never_uploads_by_itself(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"push_to_hub: Trainer would upload all that lies in output_dir.*goose_lora.hub.push",
+        match=r"push_to_hub: Trainer would upload all that lies in output_dir.*goose_lora.sharing.hub.push",
     ):
         tiny_runs.trainer(tmp_path, push_to_hub=True)
     with pytest.raises(ValueError, match="Trainer would upload all that lies in output_dir"):

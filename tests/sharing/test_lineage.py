@@ -30,7 +30,7 @@ def run(whole, tmp_path):
 
 
 def problems(folder):
-    return [f"{link.stage}: {problem}" for link in provenance.chain(folder) for problem in link.problems]
+    return [f"{link.stage}: {problem}" for link in provenance.read_chain(folder) for problem in link.problems]
 
 
 def change(folder, **facts):
@@ -84,12 +84,12 @@ def test_no_secret_is_recorded(whole):
     for path in (path for path in whole.rglob("*") if path.suffix in (".json", ".jsonl", ".md")):
         assert tiny_chain.TOKEN not in path.read_text(), path
     assert (
-        lineage.command_line(
+        lineage.recorded_command(
             "ppo", ["--hub_token=abc", "--api-key", "abc", "--env", "x=hf_abcdefgh1234"]
         ).count("(not recorded)")
         == 3
     )
-    settings = lineage.differing(
+    settings = lineage.changed_settings(
         PPOConfig(output_dir="x", use_cpu=True, hub_token="abc", run_name="of hf_abcdefgh1234")
     )
     assert "hub_token" not in settings and settings["run_name"] == "of (not recorded)"
@@ -104,7 +104,7 @@ def test_a_fingerprint_depends_on_every_row_and_on_nothing_else():
 
 
 def test_the_chain_runs_from_the_base_to_the_policy_and_fits(whole):
-    assert [(link.stage, link.role) for link in provenance.chain(whole / "ppo")] == [
+    assert [(link.stage, link.role) for link in provenance.read_chain(whole / "ppo")] == [
         ("sft", "policy"),
         ("reward", "reward"),
         ("ppo", "policy"),
@@ -130,7 +130,7 @@ def test_show_prints_chain_and_loading_code(whole, monkeypatch, capsys):
 
 def test_a_parent_that_is_gone_is_read_from_its_copy(run):
     shutil.rmtree(run / "sft")
-    links = provenance.chain(run / "ppo")
+    links = provenance.read_chain(run / "ppo")
     assert (
         links[0].stage == "sft"
         and links[0].lineage["figures"]["loss"] == 2.345
@@ -187,7 +187,7 @@ def test_another_chat_template_is_noticed_in_the_run_in_the_base_and_in_a_parent
 
 def test_an_adapter_of_other_origin_is_shown_with_its_base(run):
     (run / "sft" / "goose_lora.json").unlink()
-    shown = provenance.describe(run / "sft")
+    shown = provenance.describe_chain(run / "sft")
     assert (
         f"base      {run / 'base'}" in shown
         and "has no goose_lora.json" in shown
@@ -197,7 +197,7 @@ def test_an_adapter_of_other_origin_is_shown_with_its_base(run):
 
 def test_a_folder_without_an_adapter_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"has no adapter_config.json: no adapter"):
-        provenance.describe(tmp_path)
+        provenance.describe_chain(tmp_path)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -234,4 +234,4 @@ def test_an_older_note_beside_a_reward_adapter_is_still_read(run):
     assert (shared.reads_eos, shared.offsets["reward"]) == (False, 0.5)
     old = {"name": "x", "sha256": "0", "verdict": None, "lineage": {"append_eos": True}}
     change(run / "ppo", parents=read_lineage(run / "ppo")["parents"] | {"reward": old})
-    assert [link.stage for link in provenance.chain(run / "ppo")] == ["sft", "adapter", "ppo"]
+    assert [link.stage for link in provenance.read_chain(run / "ppo")] == ["sft", "adapter", "ppo"]

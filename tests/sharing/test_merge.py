@@ -17,7 +17,7 @@ from goose_lora.models.adapters import read_lineage, write_lineage
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.sharing import merge
-from goose_lora.sharing.provenance import describe
+from goose_lora.sharing.provenance import describe_chain
 
 
 @pytest.fixture
@@ -124,9 +124,9 @@ def test_tokenizer_template_and_generation_settings_come_along_with_a_card_of_me
     assert unexplained(tmp_path / "out", text) == []
     chain = read_lineage(tmp_path / "out")["parents"]["policy"]["lineage"]
     assert chain["stage"] == "ppo" and chain["parents"]["policy"]["lineage"]["stage"] == "sft"
-    assert "merge " in describe(tmp_path / "out") and 'AutoModelForCausalLM.from_pretrained("' in describe(
+    assert "merge " in describe_chain(
         tmp_path / "out"
-    )
+    ) and 'AutoModelForCausalLM.from_pretrained("' in describe_chain(tmp_path / "out")
 
 
 def test_four_bits_are_refused_unless_asked_for_and_then_both_kls_are_shown(

@@ -9,7 +9,7 @@ from peft import PeftModel
 from goose_lora.files import read_json
 from goose_lora.models.adapters import read_lineage, write_lineage
 from goose_lora.models.loading import load_base, load_tokenizer
-from goose_lora.reporting import run_files
+from goose_lora.reporting import figures
 from goose_lora.sharing import lineage, model_card
 
 EVALUATION = {
@@ -72,7 +72,7 @@ def test_the_metadata_is_what_the_hub_reads(run):
         write_lineage(
             run / stage, **(noted | {"base": noted["base"] | {"hub_id": "org/base", "licence": "mit"}})
         )
-        model_card.write(run / stage)
+        model_card.write_card(run / stage)
     model_card.add_evaluation(run / "ppo", EVALUATION, REPLIES)
     data = ModelCard.load(run / "ppo" / "README.md").data
     assert (data.base_model, data.library_name, data.license, data.datasets) == (
@@ -84,7 +84,7 @@ def test_the_metadata_is_what_the_hub_reads(run):
     assert data.pipeline_tag == "text-generation" and {"lora", "ppo", "rlhf"} <= set(data.tags)
     results = {result.metric_type: result.metric_value for result in data.eval_results}
     assert results == {
-        key: value for key, value in EVALUATION["figures"]["ppo"].items() if key in run_files.COLUMNS
+        key: value for key, value in EVALUATION["figures"]["ppo"].items() if key in figures.MEASURES
     }
     assert {result.dataset_name for result in data.eval_results} == {"org/prompts"}
     assert ModelCard.load(run / "sft" / "README.md").data.eval_results is None, (
@@ -141,7 +141,7 @@ def test_peft_does_not_keep_its_own_card_in_place_of_ours(run):
     ours = (run / "sft" / "README.md").read_text()
     PeftModel.from_pretrained(base, run / "sft").save_pretrained(run / "sft")
     assert (run / "sft" / "README.md").read_text() != ours, "PEFT writes into a card that it finds"
-    model_card.refresh(run / "sft")
+    model_card.refresh_card(run / "sft")
     assert (run / "sft" / "README.md").read_text() == ours
 
 
@@ -172,6 +172,6 @@ def test_parents_of_other_origin_have_no_history_to_tell(run):
         noted["parents"][role]["lineage"] = facts
     assert len(noted["parents"]) == 2
     write_lineage(run / "ppo", **noted)
-    text = model_card.render(run / "ppo")
+    text = model_card.render_card(run / "ppo")
     assert not unexplained(run / "ppo", text)
     assert "recipes/ppo.py" in text and "recipes/sft.py" not in text

@@ -4,7 +4,7 @@ import json
 import re
 from numbers import Real
 
-from goose_lora.reporting import run_files
+from goose_lora.reporting import figures
 
 
 def leaves(content):
@@ -24,7 +24,7 @@ def unexplained(folder, text):
         for line in (path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()])
         for leaf in leaves(json.loads(line))
     ]
-    rounded = {run_files.figure(value) for value in values if isinstance(value, Real)}
+    rounded = {figures.rounded(value) for value in values if isinstance(value, Real)}
     found = re.findall(r"(?<![\w.\-/])-?\d+(?:\.\d+)*(?:e[+-]?\d+)?(?![\w])", text)
     assert found, "the card has numbers"
     return [

@@ -46,7 +46,7 @@ def build(folder: Path, *, quantization: str = "nf4") -> Path:
         noted = {
             "settings": [config],
             "data": [lineage.fingerprint("tiny/prompts", "train", rows)],
-            "command": lineage.command_line(stage, words),
+            "command": lineage.recorded_command(stage, words),
         }
         figures = {**figures, "seconds": 7.5, "peak_rss_gb": 1.25}
         lineage.record(
@@ -60,7 +60,7 @@ def build(folder: Path, *, quantization: str = "nf4") -> Path:
             **facts,
         )
         write_json(folder / stage / "stage.json", {"stage": stage, **figures})
-        model_card.write(folder / stage)
+        model_card.write_card(folder / stage)
 
     sft = tiny.shared(load_base(args, tokenizer), layers="top-2")
     tiny.randomise(sft, std=0.1)
