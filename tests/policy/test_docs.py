@@ -21,7 +21,8 @@ from recipe_runs import settings_of
 from goose_lora import cli
 
 COMMANDS = [command for path in PAGES for command in commands(path)]
-RECIPES = ("sft", "reward", "ppo", "own_loop", "evaluate")
+RECIPES = ("sft", "reward", "ppo", "own_loop", "evaluate", "ppo_in_one_file")
+WITHOUT_CONFIGURATION = {"ppo_in_one_file"}  # all its settings have defaults; its page is one_file.md
 # Programs of others that the pages name, and scripts that run in other repositories.
 FOREIGN = {"tensorboard", "trackio"}
 FOREIGN_SCRIPTS = {"examples/scripts/ppo/ppo.py", "convert_hf_to_gguf.py"}
@@ -106,6 +107,9 @@ def recipe(path, arguments, known):
     assert options <= names_of(known[name]), (
         "argparse takes an option that is cut short; a page writes it out"
     )
+    if name in WITHOUT_CONFIGURATION:
+        cli.parse(*known[name], args=arguments)
+        return
     arguments = ["--config", demo, *arguments] if "--config" not in arguments else list(arguments)
     at = arguments.index("--config") + 1
     arguments[at] = demo if arguments[at].startswith("my_") else str(ROOT / arguments[at])
@@ -271,6 +275,8 @@ def first_column(text, heading):
 def test_each_recipe_has_a_section_and_names_settings_of_its_own(known):
     found = sections(ROOT / "docs" / "recipes.md")
     for name, types in known.items():
+        if name in WITHOUT_CONFIGURATION:
+            continue
         text = next(text for heading, text in found.items() if heading.endswith(f"{name}.py"))
         named = {
             setting for cell in first_column(text, "setting") for setting in re.findall(r"`(\w+)`", cell)

@@ -38,4 +38,5 @@ def settings_of(name):
         "ppo": lambda: (PPOConfig, ModelArguments, DataArguments, recipe("ppo").RoleArguments),
         "own_loop": lambda: (PPOConfig, ModelArguments, DataArguments, recipe("own_loop").InterviewArguments),
         "evaluate": lambda: (recipe("evaluate").EvaluationArguments, ModelArguments, DataArguments),
+        "ppo_in_one_file": lambda: (recipe("ppo_in_one_file").Settings,),
     }[name]()
