@@ -3,7 +3,7 @@
     accelerate launch recipes/ppo_in_one_file.py [--any_field value]
     python recipes/ppo_in_one_file.py --policy_adapter FOLDER --reward_adapter FOLDER
 
-By default the demo's model learns to continue film reviews so that VADER scores them well. The loop:
+By default the demo's model learns to continue film reviews, and VADER scores them. The loop:
 
     load the base; policy, critic, reward model and reference are adapters on it   chapter 1
     for each rollout:
