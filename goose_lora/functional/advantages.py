@@ -113,4 +113,4 @@ def token_rewards(
     if by_token is not None:
         by_token = torch.where(mask, _upcast(by_token), 0.0)
         rewards, scores = rewards + by_token, scores - by_token.sum(-1)
-    return rewards.scatter_add(1, last_counted(mask.long())[:, None], scores[:, None])
+    return rewards.scatter_add(1, last_counted(mask.long())[:, None], scores[:, None].to(rewards.dtype))

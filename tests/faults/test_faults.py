@@ -96,6 +96,7 @@ def test_processes_stop_at_the_same_step_whichever_was_asked(tmp_path):
     class Trainer:
         args = type("Args", (), {"world_size": 2, "device": torch.device("cpu")})()
         stop = type("Stop", (), {"asked": 0})()
+        steps_between_resumable = 1
 
     children = []
     for rank in range(2):

@@ -55,7 +55,7 @@ def test_shards_of_a_quantized_base_are_refused_with_the_way_out(variable, name,
 def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(tmp_path, monkeypatch):
     """By accelerate's own launcher, of a script that asks."""
     script = tmp_path / "ask.py"
-    launch_module = str(ROOT / "goose_lora" / "launch.py")
+    launch_module = str(ROOT / "goose_lora" / "training" / "launch.py")
     ask = f"runpy.run_path({launch_module!r})['require_all_processes']"
     script.write_text(f"import runpy, types; {ask}(types.SimpleNamespace(world_size=1, n_gpu=1))")
     launch = [
