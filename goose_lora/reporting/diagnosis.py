@@ -1,5 +1,4 @@
-"""What the metrics of a PPO run say about it: a verdict a line, each with its figure and what to
-do."""
+"""The diagnosis of a PPO run by its metrics: verdicts, each with its figure and what to do."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -19,42 +18,44 @@ from goose_lora.reporting.findings import (
     ends,
     recent,
     rollouts_in,
+    rollouts_of,
 )
 from goose_lora.reporting.reply_checks import REPLY_CHECKS
 
-SAMPLING_GAP = 0.15  # nats a token; a bf16 copy of an nf4 base is 0.05 away (docs/LOG.md)
-RATIO_GAP = 0.1  # nats a token; the gate of step 0 allows 0.05 in bf16
+# Both in nats per token. Arithmetic stays below them: a bf16 copy of an nf4 base samples 0.05 away
+# from it (docs/LOG.md), and the check of step 0 allows a ratio 0.05 away from 1 in bf16.
+SAMPLING_GAP = 0.15
+RATIO_GAP = 0.1
 
 
 def diagnose(metrics: Rows) -> list[Finding]:
-    """Findings over a run's logs so far (the rows of ``metrics.jsonl``), the worst first.
+    """Return findings over a run's logs so far (the rows of ``metrics.jsonl``), the worst first.
 
     Raises:
-        ValueError: no rollout was logged.
+        UserError: no rollout was logged.
     """
-    if not any("objective/score" in row for row in metrics):
+    if not rollouts_of(metrics):
         raise UserError(
             "no rollout is in these metrics. A run of recipes/ppo.py writes one line a rollout to"
             " metrics.jsonl."
         )
     order: dict[Level, int] = {"wrong": 0, "look": 1, "ok": 2}
-    return sorted(
-        (finding for check in CHECKS for finding in check(metrics)), key=lambda finding: order[finding.level]
-    )
+    found = [finding for check in CHECKS for finding in check(metrics)]
+    return sorted(found, key=lambda finding: order[finding.level])
 
 
 def diagnosis_text(metrics: Rows) -> str:
-    """All findings, a line each, and a last line with what was read."""
+    """Return all findings, a line each, and a last line with what was read."""
     findings = diagnose(metrics)
-    rollouts = [row for row in metrics if "objective/score" in row]
-    counts = [
-        f"{sum(finding.level == level for finding in findings)} {says}"
-        for level, says in (("wrong", "wrong"), ("look", "to look at"))
-    ]
-    steps = f", steps {rollouts[0]['step']} to {rollouts[-1]['step']}" if "step" in rollouts[0] else ""
-    read = f"read {sum(rollouts_in(row) for row in rollouts):g} rollouts{steps}: {', '.join(counts)}"
-    early = f" (what is a trend needs {TREND} logs)" if len(rollouts) < TREND else ""
-    return "\n".join([*map(str, findings), read + early])
+    rollouts = rollouts_of(metrics)
+    levels = [finding.level for finding in findings]
+    read = f"read {sum(rollouts_in(row) for row in rollouts):g} rollouts"
+    if "step" in rollouts[0]:
+        read += f", steps {rollouts[0]['step']} to {rollouts[-1]['step']}"
+    read += f": {levels.count('wrong')} wrong, {levels.count('look')} to look at"
+    if len(rollouts) < TREND:
+        read += f" (what is a trend needs {TREND} logs)"
+    return "\n".join([*map(str, findings), read])
 
 
 # ---- Is it PPO: numbers, ratio, sampling, KL, reference ----
@@ -62,7 +63,7 @@ def diagnosis_text(metrics: Rows) -> str:
 
 def _numbers(rows: Rows) -> Iterator[Finding]:
     numbers = {(name, value) for row in rows for name, value in row.items() if isinstance(value, float)}
-    # Those: a source said nothing
+    # A source of reward that says nothing on a reply logs NaN
     broken = sorted(
         {name for name, value in numbers if not abs(value) < inf and not name.startswith("reward/")}
     )
@@ -80,13 +81,17 @@ def _first_ratio(rows: Rows) -> Iterator[Finding]:
     if not values:
         return
     gap = ends(values)[1]
+    # The run's own first gap is its arithmetic; four times that is something else
     if gap > min(RATIO_GAP / 2, max(0.01, 4 * values[0])):
+        level: Level = "look"
+        if gap > RATIO_GAP:
+            level = "wrong"
         text = (
             f"each rollout's first minibatch is {gap:.2g} nats a token off before anything was updated on it:"
             " the ratio does not start at 1. Turn dropout off, and look for padding that reaches the"
             " attention or a temperature that changed after the rollout."
         )
-        yield Finding("wrong" if gap > RATIO_GAP else "look", "first ratio", text)
+        yield Finding(level, "first ratio", text)
     else:
         yield Finding("ok", "first ratio", f"1 within {gap:.2g} nats a token before a rollout's first update")
 
@@ -96,15 +101,13 @@ def _sampling(rows: Rows) -> Iterator[Finding]:
     if gap is None:
         return
     if gap > SAMPLING_GAP:
-        passes_differ = (recent(rows, "policy/first_ratio_gap") or 0.0) > RATIO_GAP / 2
         action = (
-            "So are two passes of the update: see first ratio, which names the cause of both"
-            if passes_differ
-            else (
-                "Turn sampling filters off (repetition penalty, shortest length, suppressed tokens, top_k,"
-                " top_p), or try rollout_weights: shared"
-            )
+            "Turn sampling filters off (repetition penalty, shortest length, suppressed tokens, top_k,"
+            " top_p), or try rollout_weights: shared"
         )
+        # Where two passes over one text differ, sampling is not to blame
+        if (recent(rows, "policy/first_ratio_gap") or 0.0) > RATIO_GAP / 2:
+            action = "So are two passes of the update: see first ratio, which names the cause of both"
         yield Finding(
             "wrong",
             "sampling",
@@ -115,13 +118,17 @@ def _sampling(rows: Rows) -> Iterator[Finding]:
 
 
 def _kl_sign(rows: Rows) -> Iterator[Finding]:
-    """The mean of log p(y)/r(y) over y drawn from p is a KL, hence not negative whatever r is: if
-    it is, y was not drawn from p."""
+    """Look for a KL below 0.
+
+    The mean of log p(y)/r(y) over y drawn from p is a KL, hence not negative whatever r is: if it
+    is, y was not drawn from p.
+    """
     values = column(rows, "objective/kl")
     values = values[-max(TREND, len(values) // 5) :]
     if len(values) < TREND:
         return
     mean, negative = fmean(values), sum(value < 0 for value in values) / len(values)
+    # Estimates of a small KL scatter around it: two standard errors below 0, in most rollouts
     if mean < -max(0.05, 2 * stdev(values) / len(values) ** 0.5) and negative > 0.5:
         text = (
             f"negative in {negative:.0%} of the last {len(values)} rollouts, {mean:.2f} on average. A KL is"
@@ -135,6 +142,7 @@ def _kl_sign(rows: Rows) -> Iterator[Finding]:
 
 
 def _cause_of_negative(rows: Rows) -> str:
+    """Return what other metrics say of a KL below 0: two passes, sampling, or the reference."""
     sampling, first = recent(rows, "rollout/sampling_gap"), recent(rows, "policy/first_ratio_gap") or 0.0
     if first > RATIO_GAP / 2:
         return (
@@ -159,12 +167,13 @@ def _cause_of_negative(rows: Rows) -> str:
 
 
 def _reference(rows: Rows) -> Iterator[Finding]:
-    """A KL that comes before, or is far above, what the updates can have moved the policy by.
+    """Look for a KL that the updates cannot explain: too early, or with a leap.
 
-    The root of the KL a token is a distance, nearly (half of Fisher's metric), and
+    The root of the KL per token is nearly a distance (half of Fisher's metric), and
     policy/kl_from_rollout tells how far one rollout's updates go, where they are two or more. The
-    smaller of k1 and k3, since k3 has a long tail.
+    smaller of k1 and k3 is taken, since k3 has a long tail.
     """
+    # Distance from the reference at each logged rollout, and what its updates may add to it
     logged = [
         row
         for row in rows
@@ -184,7 +193,8 @@ def _reference(rows: Rows) -> Iterator[Finding]:
     moves = [
         _movement(updates, row["step"], after["step"]) for row, after in pairwise([*logged, {"step": inf}])
     ]
-    # Not resumed: the policy is its reference still
+
+    # The first rollout. In a run that was not resumed, the policy is its reference still
     from_the_start = logged[0]["step"] <= logged[1]["step"] - logged[0]["step"]
     if from_the_start and away[0] > 0.1 + moves[0] * (rollouts_in(logged[0]) - 1):
         text = (
@@ -193,10 +203,11 @@ def _reference(rows: Rows) -> Iterator[Finding]:
         )
         yield Finding("wrong", "reference", text)
         return
+
+    # Each later one: a row is the mean of several rollouts, of which all but one came after updates
     for index in range(1, len(logged)):
-        moved = moves[index - 1] * rollouts_in(logged[index - 1]) + moves[index] * (
-            rollouts_in(logged[index]) - 1
-        )
+        before = moves[index - 1] * rollouts_in(logged[index - 1])
+        moved = before + moves[index] * (rollouts_in(logged[index]) - 1)
         if moves[index - 1] > 0 and away[index] - away[index - 1] > 0.1 + moved:
             text = (
                 f"the KL leaps from {away[index - 1] ** 2:.2g} to {away[index] ** 2:.2g} nats a token at step"
@@ -209,18 +220,17 @@ def _reference(rows: Rows) -> Iterator[Finding]:
 
 
 def _movement(updates: list[tuple[float, float]], start: float, end: float) -> float:
-    """How far a rollout's updates may have moved the policy, logged at a step from ``start`` to
-    before ``end``, with room to spare.
+    """Return how far a rollout's updates may have moved the policy, with room to spare.
 
-    ``updates``: steps in order, and the KL from the rollout that was logged there. Searched, since
-    a log is read anew each time that it grows.
+    They are those logged at a step from ``start`` to before ``end``. It is 0 where no movement was
+    seen: with one optimizer step a rollout, all of it comes after the measurement.
 
-    0 where that was not seen: with one optimizer step a rollout, all of it comes after the
-    measurement.
+    Args:
+        updates: steps in order, and the KL from the rollout that was logged there.
     """
-    seen = max(
-        (kl for _, kl in updates[bisect_left(updates, (start,)) : bisect_left(updates, (end,))]), default=0.0
-    )
+    # Searched by halves, since a log is read anew each time that it grows
+    first, last = bisect_left(updates, (start,)), bisect_left(updates, (end,))
+    seen = max((kl for _, kl in updates[first:last]), default=0.0)
     return 5 * seen**0.5 if seen > 1e-8 else 0.0
 
 
@@ -251,8 +261,12 @@ def _learning_rate(rows: Rows) -> Iterator[Finding]:
         )
         yield Finding("wrong", "learning rate", text)
         return
-    moves = "constant" if max(values) == min(values) else f"between {min(values):.2g} and {max(values):.2g}"
+    moves = f"between {min(values):.2g} and {max(values):.2g}"
+    if max(values) == min(values):
+        moves = "constant"
     yield Finding("ok", "learning rate", f"{values[0]:.2g} to {values[-1]:.2g}, {moves}")
+
+    # k3 is 0 while the policy is its reference, and no longer once an update has moved it
     logged = [row for row in rows if "objective/kl_k3" in row and "learning_rate" in row]
     after_updates = [
         row["objective/kl_k3"] for before, row in pairwise(logged) if before["learning_rate"] > 0
@@ -288,18 +302,19 @@ def _gradient(rows: Rows) -> Iterator[Finding]:
 
 
 def _advantages(rows: Rows) -> Iterator[Finding]:
-    spread, largest, scores = (
-        recent(rows, "advantage/std"),
-        recent(rows, "advantage/largest"),
-        column(rows, "objective/score"),
-    )
+    spread, largest = recent(rows, "advantage/std"), recent(rows, "advantage/largest")
+    scores = column(rows, "objective/score")
     if spread is None or largest is None:
         return
-    whitened = any("value/explained_variance" in row for row in rows)
-    outlier = largest if whitened else largest / max(spread, 1e-12)
+    # With a critic, advantages are whitened, and the largest is in standard deviations already
+    outlier = largest
+    if not any("value/explained_variance" in row for row in rows):
+        outlier = largest / max(spread, 1e-12)
     alike = len(scores) >= TREND and max(scores) - min(scores) < 1e-6
     if spread < 1e-3 or alike:
-        reason = f"every rollout scores {scores[-1]:.3g}" if alike else "replies to a prompt score alike"
+        reason = "replies to a prompt score alike"
+        if alike:
+            reason = f"every rollout scores {scores[-1]:.3g}"
         text = (
             f"a standard deviation of {spread:.2g}, and {reason}: there is nothing to learn from. Look at"
             " what scores, and at its prompts."
@@ -350,6 +365,7 @@ def _critic(rows: Rows) -> Iterator[Finding]:
     if not values:
         return
     last = ends(values)[1]
+    # A critic that starts at 0 and gains is on its way
     learns = change(values[-2 * TREND :]) > CLEAR
     if len(values) >= TREND and last < 0.05 and not learns:
         text = (
@@ -358,11 +374,10 @@ def _critic(rows: Rows) -> Iterator[Finding]:
         )
         yield Finding("look", "critic", text)
     else:
-        yield Finding(
-            "ok",
-            "critic",
-            f"explains {last:.2f} of the returns' variance at the end{', and gains' if learns else ''}",
-        )
+        text = f"explains {last:.2f} of the returns' variance at the end"
+        if learns:
+            text += ", and gains"
+        yield Finding("ok", "critic", text)
 
 
 CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [

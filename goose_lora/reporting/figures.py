@@ -1,8 +1,8 @@
-"""The names of stages and figures, and how a figure is written in a card or a report."""
+"""The names of stages and measures, and how figures and settings are written as text."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
 
 STAGE_TITLES = {
     "sft": "supervised fine-tuning",
@@ -11,7 +11,7 @@ STAGE_TITLES = {
     "own_loop": "PPO in a loop of its own",
     "merge": "merging a policy into it",
 }
-# Figures of evaluation.json, and what they are.
+# The figures of evaluation.json, and what each one says.
 MEASURES = {
     "score": "score of the reward model",
     "judge": "judge",
@@ -24,16 +24,30 @@ MEASURES = {
 }
 
 
-def rounded(value: Any) -> str:
-    """A number as the card shows it; anything else as text."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return "-" if value is None else str(value)
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+def rounded(value: object) -> str:
+    """Return a number with 4 significant digits, a whole number as it is, None as "-"."""
+    if value is None:
+        return "-"
+    # A bool is a number to Python, and text to a reader
+    if isinstance(value, (bool, int)) or not isinstance(value, Real):
+        return str(value)
+    return f"{float(value):.4g}"
 
 
-def with_interval(row: Mapping[str, Any], key: str) -> str:
-    """A figure of an evaluation as the card shows it, its interval in brackets where it has one."""
+def with_interval(row: Mapping[str, object], key: str) -> str:
+    """Return a figure of an evaluation, rounded, with its interval in brackets if it has one."""
     interval = row.get(f"{key}_ci")
-    return rounded(row.get(key)) + (
-        f" ({rounded(interval[0])} to {rounded(interval[1])})" if interval else ""
-    )
+    if not isinstance(interval, Sequence) or not interval:
+        return rounded(row.get(key))
+    low, high = interval[0], interval[1]
+    return f"{rounded(row.get(key))} ({rounded(low)} to {rounded(high)})"
+
+
+def measured_in(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return the names of those ``MEASURES`` that at least one of ``rows`` has."""
+    return [key for key in MEASURES if any(key in row for row in rows)]
+
+
+def setting_text(value: object) -> str:
+    """Return a setting as text: JSON, but a string as it is."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,5 +1,4 @@
-"""Findings on a run, and the figures that verdicts are made of: columns of its logged rows, their
-ends and their change."""
+"""Findings on a run, and the statistics of its logged rows that they are made of."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -25,25 +24,49 @@ class Finding(NamedTuple):
         return f"{self.level:5}  {self.name:14}  {self.text}"
 
 
+# ---- Rows ----
+
+
+def rollouts_of(rows: Rows) -> Rows:
+    """Return the rows in which a rollout was logged."""
+    return [row for row in rows if "objective/score" in row]
+
+
+def rollouts_in(row: Mapping[str, Any]) -> float:
+    """Return the number of rollouts whose mean a row is."""
+    return row.get("rollout/count", 1)
+
+
 def column(rows: Rows, name: str) -> list[float]:
+    """Return the finite values of a metric, in the order in which they were logged."""
     return [float(row[name]) for row in rows if name in row and abs(row[name]) < inf]
 
 
+# ---- Ends and their change ----
+
+
 def ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means of the first and of the last fifth, of three values at least where there are six."""
+    """Return the means of the first and of the last fifth, as ``end_size`` counts it."""
     size = end_size(values)
     return fmean(values[:size]), fmean(values[-size:])
 
 
 def end_size(values: Sequence[float]) -> int:
+    """Return the number of values in a fifth: at least 1, and at least 3 where there are 6."""
     return max(1, len(values) // 5, min(3, len(values) // 2))
 
 
-def change(values: Sequence[float]) -> float:
-    """From the first end to the last, in standard errors; 0 where there are too few values to tell.
+def recent(rows: Rows, name: str) -> float | None:
+    """Return the mean of a metric over the last fifth of the run, None if it was not logged."""
+    values = column(rows, name)
+    return ends(values)[1] if values else None
 
-    The noise is that of successive values (von Neumann 1941), so that a trend does not count as its
-    own noise.
+
+def change(values: Sequence[float]) -> float:
+    """Return the change from the first end to the last, in standard errors.
+
+    It is 0 where there are too few values to tell. The noise is that of successive values (von
+    Neumann 1941), so that a trend does not count as its own noise.
     """
     if len(values) < TREND:
         return 0.0
@@ -51,13 +74,3 @@ def change(values: Sequence[float]) -> float:
     noise = (fmean((after - before) ** 2 for before, after in pairwise(values)) / 2) ** 0.5
     error = noise * (2 / end_size(values)) ** 0.5
     return (last - first) / error if error > 0 else 0.0
-
-
-def rollouts_in(row: Mapping[str, Any]) -> float:
-    return row.get("rollout/count", 1)
-
-
-def recent(rows: Rows, name: str) -> float | None:
-    """Mean over the last fifth of the run, where the metric was logged."""
-    values = column(rows, name)
-    return ends(values)[1] if values else None

@@ -1,28 +1,31 @@
-"""``report.html``: a run on one page that opens from disk, with nothing in it from elsewhere and no
-script."""
+"""``report.html``: a run in one file that opens from disk.
+
+Nothing in it is loaded from elsewhere, and there is no script in it.
+"""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from goose_lora.errors import UserError
-from goose_lora.files import read_json, read_jsonl
-from goose_lora.models.adapters import read_lineage
+from goose_lora.files import read_jsonl
 from goose_lora.reporting import plots
 from goose_lora.reporting.diagnosis import diagnose
 from goose_lora.reporting.figures import (
     MEASURES,
     STAGE_TITLES,
+    measured_in,
     rounded,
+    setting_text,
     with_interval,
 )
+from goose_lora.reporting.findings import rollouts_of
+from goose_lora.reporting.run_files import EvaluationFile, Lineage, lineage_of, read_evaluation
 
 REPORT_FILE = "report.html"
-# Of the table that is always open, where they were logged.
+# Metrics of the table that is always open, where they were logged.
 HEADLINE = (
     "objective/score",
     "objective/raw_score",
@@ -30,7 +33,11 @@ HEADLINE = (
     "policy/entropy",
     "rollout/response_tokens",
     "rollout/eos_rate",
-) + ("value/explained_variance", "policy/clip_fraction")
+    "value/explained_variance",
+    "policy/clip_fraction",
+)
+
+Item = TypeVar("Item")
 
 _TEMPLATES = Environment(
     loader=PackageLoader("goose_lora.reporting"),
@@ -42,12 +49,13 @@ _TEMPLATES = Environment(
 _TEMPLATES.filters["figure"] = rounded
 
 
-def fill(template: str, **values: Any) -> str:
-    """A page from one of the package's templates; every value is escaped."""
+def fill(template: str, **values: object) -> str:
+    """Return HTML from one of the templates beside this module; every value is escaped."""
     return _TEMPLATES.get_template(template).render(values)
 
 
 def data_uri(png: bytes) -> str:
+    """Return a picture as an address that holds the picture itself."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
@@ -57,130 +65,125 @@ def write_report(folder: str | Path) -> None:
 
 
 def refresh_report(folder: str | Path) -> None:
-    """Write it again, where there is one."""
+    """Write report.html again, if there is one."""
     if (Path(folder) / REPORT_FILE).is_file():
         write_report(folder)
 
 
 def render_report(folder: str | Path) -> str:
-    """The page as text.
+    """Return the report as HTML.
 
     Raises:
         OSError: there is no metrics.jsonl.
-        ValueError: a file that cannot be read, with its name.
+        UserError: a file cannot be read; its name is in the message.
     """
     folder = Path(folder)
-    metrics, lineage = read_jsonl(folder / "metrics.jsonl"), read_lineage(folder)
-    rollouts = plots.rollouts_of(metrics)
+    metrics, lineage = read_jsonl(folder / "metrics.jsonl"), lineage_of(folder)
+    rollouts = rollouts_of(metrics)
+
+    # A run that was stopped before its first log has metrics, and nothing to judge or to draw
+    findings, curves, frontier = [], "", ""
+    if rollouts:
+        findings = diagnose(metrics)
+        curves = data_uri(plots.curves({"": metrics}))
+        frontier = data_uri(plots.frontier(metrics))
+
+    # Tables of metrics have a column for the first, the middle and the last rollout
     chosen = first_middle_last(rollouts)
     logged = list(dict.fromkeys(key for row in chosen for key in row if key != "step"))
+
+    # No settings at all are another thing than settings that are all defaults
+    settings = None
+    if "settings" in lineage:
+        settings = [[name, setting_text(value)] for name, value in lineage["settings"].items()]
+
     return fill(
         "run.html",
         title=folder.resolve().name,
         made=_made(lineage),
         command=lineage.get("command"),
-        findings=diagnose(metrics) if rollouts else [],
+        findings=findings,
         rollouts=rollouts,
-        curves=data_uri(plots.curves({"": metrics})) if rollouts else "",
-        frontier=data_uri(plots.frontier(metrics)) if rollouts else "",
+        curves=curves,
+        frontier=frontier,
         steps=[f"step {row['step']}" for row in chosen],
-        headline=_numbers([name for name in HEADLINE if name in logged], chosen),
-        everything=_numbers(logged, chosen),
+        headline=_metrics_table([name for name in HEADLINE if name in logged], chosen),
+        everything=_metrics_table(logged, chosen),
         samples=_samples(folder / "samples.jsonl"),
         reward=reward_lines(lineage),
         evaluation=_evaluation(read_evaluation(folder)),
-        settings=(
-            [[name, shown(value)] for name, value in lineage["settings"].items()]
-            if "settings" in lineage
-            else None
-        ),
+        settings=settings,
     )
 
 
-def first_middle_last(rows: Sequence[Any]) -> list[Any]:
-    """Three of ``rows``; fewer where there are fewer."""
-    return [rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1})] if rows else []
+def first_middle_last(rows: Sequence[Item]) -> list[Item]:
+    """Return the first, the middle and the last of ``rows``, or fewer if there are fewer."""
+    if not rows:
+        return []
+    return [rows[index] for index in sorted({0, len(rows) // 2, len(rows) - 1})]
 
 
-def shown(value: Any) -> str:
-    """A setting as text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _made(lineage: Mapping[str, Any]) -> str:
+def _made(lineage: Lineage) -> str:
+    """Return stage, base and last figures in one sentence or two."""
     if "base" not in lineage:
         return "A run without a lineage (goose_lora.json)."
-    base, figures = lineage["base"], lineage.get("figures", {})
-    said = ", ".join(f"{name} {rounded(value)}" for name, value in figures.items())
-    how = "not quantized" if base.get("quantization") == "none" else f"in {base.get('quantization')}"
-    return f"{STAGE_TITLES.get(lineage.get('stage', ''), 'A run')} on {base['id']}, {how}" + (
-        f". At its end: {said}." if said else "."
-    )
+    base = lineage["base"]
+    how = f"in {base.get('quantization')}"
+    if base.get("quantization") == "none":
+        how = "not quantized"
+    made = f"{STAGE_TITLES.get(lineage.get('stage', ''), 'A run')} on {base['id']}, {how}."
+    figures = [f"{name} {rounded(value)}" for name, value in lineage.get("figures", {}).items()]
+    if figures:
+        made += f" At its end: {', '.join(figures)}."
+    return made
 
 
-def _numbers(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _metrics_table(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [[name, *(rounded(row.get(name)) for row in rows)] for name in names]
 
 
 def _samples(path: Path) -> list[tuple[int, list[dict[str, Any]]]]:
-    rows = read_jsonl(path) if path.is_file() else []
+    """Return the sampled replies of three steps, each step with its rows."""
+    if not path.is_file():
+        return []
+    rows = read_jsonl(path)
     steps = first_middle_last(sorted({row["step"] for row in rows}))
     return [(step, [row for row in rows if row["step"] == step]) for step in steps]
 
 
-def reward_lines(lineage: Mapping[str, Any]) -> list[str]:
-    """What scored the replies, and what recipes/reward.py found it worth, a line each."""
-    parent, functions = (
-        lineage.get("parents", {}).get("reward"),
-        lineage.get("settings", {}).get("reward_function"),
-    )
-    by_function = [f"Replies were scored by {', '.join(functions)}."] if functions else []
+def reward_lines(lineage: Lineage) -> list[str]:
+    """Return what scored the replies and what recipes/reward.py found it worth, a line each."""
+    functions = lineage.get("settings", {}).get("reward_function")
+    parent = lineage.get("parents", {}).get("reward")
+    lines = []
+    if functions:
+        lines.append(f"Replies were scored by {', '.join(functions)}.")
     if not parent:
-        return by_function or ["Which one scored the replies is not known."]
+        return lines or ["Which one scored the replies is not known."]
+
     verdict = parent.get("verdict")
     if not verdict:
-        return [
-            *by_function,
-            (
-                f"{parent['name']} has no verdict.json: it was not judged on held-out pairs by"
-                " recipes/reward.py."
-            ),
-        ]
+        lines.append(
+            f"{parent['name']} has no verdict.json: it was not judged on held-out pairs by recipes/reward.py."
+        )
+        return lines
     low, high = verdict["accuracy_ci"]
-    among = (
-        f"{rounded(verdict['accuracy'])} (95 % interval {rounded(low)} to {rounded(high)}) of"
-        f" {verdict['n_pairs']} held-out pairs"
+    lines.append(
+        f"{parent['name']} is right on {rounded(verdict['accuracy'])} (95 % interval {rounded(low)} to"
+        f" {rounded(high)}) of {verdict['n_pairs']} held-out pairs."
     )
-    return [
-        *by_function,
-        f"{parent['name']} is right on {among}.",
-        *(verdict.get("warnings") or ["No warnings."]),
-    ]
+    return [*lines, *(verdict.get("warnings") or ["No warnings."])]
 
 
-def read_evaluation(folder: str | Path) -> dict[str, Any] | None:
-    """evaluation.json, if there is one.
-
-    Raises:
-        ValueError: it is none of recipes/evaluate.py.
-    """
-    path = Path(folder) / "evaluation.json"
-    if not path.is_file():
-        return None
-    evaluation = read_json(path)
-    figures = evaluation.get("figures")
-    sound = isinstance(figures, dict) and figures and all(isinstance(row, dict) for row in figures.values())
-    if not sound or not {"prompts", "against"} <= evaluation.keys():
-        raise UserError(f"{path}: no figures of recipes/evaluate.py. Run it again, or delete the file.")
-    return evaluation
-
-
-def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _evaluation(evaluation: EvaluationFile | None) -> dict[str, object] | None:
+    """Return the table of recipes/evaluate.py: a row a measure, a column a policy."""
     if evaluation is None:
         return None
     figures, dataset = evaluation["figures"], evaluation.get("dataset", "a data set")
-    measured = [key for key in MEASURES if any(key in row for row in figures.values())]
-    rows = [[MEASURES[key], *(with_interval(row, key) for row in figures.values())] for key in measured]
+    rows = [
+        [MEASURES[key], *(with_interval(row, key) for row in figures.values())]
+        for key in measured_in(list(figures.values()))
+    ]
     where = (
         f"{evaluation['prompts']} prompts of {dataset}; win rates against {evaluation['against']}; 95 %"
         " intervals in brackets."

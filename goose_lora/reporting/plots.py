@@ -1,50 +1,50 @@
-"""Curves of runs and the frontier of one, as PNG."""
+"""Pictures of runs as PNG: curves of one or several, and the frontier of one."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import accumulate
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from goose_lora.reporting.findings import Rows, rollouts_in
+from goose_lora.reporting.findings import Rows, rollouts_in, rollouts_of
 
-
-def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Score, KL, critic loss (entropy where there is no critic) and reply length over PPO steps, as
-    one PNG."""
-    Path(path).write_bytes(curves({"": metrics}))
-
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Points = list[tuple[float, float]]
 
 
-def rollouts_of(metrics: Rows) -> Rows:
-    """The rows in which a rollout was logged."""
-    return [row for row in metrics if "objective/score" in row]
+def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write the curves of one run over PPO steps to ``path``, as one PNG."""
+    Path(path).write_bytes(curves({"": metrics}))
 
 
 def curves(runs: Mapping[str, Rows], *, over: str = "optimizer step") -> bytes:
-    """Score, KL, critic loss (entropy where no run has a critic) and reply length of each run; of a
-    single one also the evaluations while training.
+    """Draw score, KL, critic loss and reply length of each run.
+
+    Where no run has a critic, entropy takes the place of its loss. A single run also has its
+    evaluations while training.
 
     Args:
         runs: logged rows by the run's name.
         over: ``optimizer step``, or ``rollout``, which means the same in runs that train on a
             rollout in different numbers of steps.
     """
+    # Imported late: matplotlib takes a second, and most commands draw nothing
     from matplotlib.figure import Figure
 
+    # Metric, its counterpart on held-out prompts, and title of each panel
+    third = ("policy/entropy", "", "entropy (nats a token)")
+    if any("loss/value" in row for rows in runs.values() for row in rows):
+        third = ("loss/value", "", "critic loss")
     panels = [
         ("objective/score", "eval_score", "score (reward model, in SFT standard deviations)"),
         ("objective/kl", "eval_kl", "KL to the reference (nats a reply)"),
-        (
-            ("loss/value", "", "critic loss")
-            if any("loss/value" in row for rows in runs.values() for row in rows)
-            else ("policy/entropy", "", "entropy (nats a token)")
-        ),
+        third,
         ("rollout/response_tokens", "eval_response_tokens", "reply length (tokens)"),
     ]
+
     figure = Figure(figsize=(10, 6), layout="constrained")
     lines = []
     for axis, (name, evaluated, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
@@ -52,13 +52,17 @@ def curves(runs: Mapping[str, Rows], *, over: str = "optimizer step") -> bytes:
             axis.plot(*_columns(_points(rows, name, over)), marker=".", color=f"C{index}")[0]
             for index, rows in enumerate(runs.values())
         ]
-        held_out = _points(next(iter(runs.values())), evaluated, over) if len(runs) == 1 else []
+        held_out: Points = []
+        if len(runs) == 1:
+            held_out = _points(next(iter(runs.values())), evaluated, over)
         if held_out:
             axis.plot(*_columns(held_out), marker="s", color="C1", label="held-out prompts")
             axis.legend()
         axis.set(title=title, xlabel=over)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
+
+    # One legend for all panels; a dollar sign in a name would begin a formula
     if len(runs) > 1:
         figure.legend(
             lines,
@@ -70,8 +74,9 @@ def curves(runs: Mapping[str, Rows], *, over: str = "optimizer step") -> bytes:
 
 
 def frontier(metrics: Rows) -> bytes:
-    """Score against KL, a point a logged rollout, coloured by its step: what score was bought with
-    what distance (Gao et al. 2022, arXiv:2210.10760).
+    """Draw score against KL, a point a logged rollout, coloured by its step.
+
+    It shows what score was bought with what distance (Gao et al. 2022, arXiv:2210.10760).
     """
     from matplotlib.figure import Figure
 
@@ -91,11 +96,12 @@ def frontier(metrics: Rows) -> bytes:
 
 
 def _points(rows: Rows, name: str, over: str) -> Points:
-    places = (
-        [row["step"] for row in rows]
-        if over == "optimizer step"
-        else accumulate(rollouts_in(row) * ("objective/score" in row) for row in rows)
-    )
+    """Return the finite values of a metric, each with its place on the axis ``over``."""
+    if over == "rollout":
+        # A row is the mean of the rollouts since the last row; other rows count none
+        places = list(accumulate(rollouts_in(row) * ("objective/score" in row) for row in rows))
+    else:
+        places = [row["step"] for row in rows]
     return [
         (place, row[name])
         for place, row in zip(places, rows, strict=True)
@@ -107,7 +113,7 @@ def _columns(points: Points) -> tuple[Sequence[float], Sequence[float]]:
     return [place for place, _ in points], [value for _, value in points]
 
 
-def _png(figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
     file = BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

@@ -1,5 +1,8 @@
-"""Verdicts on what becomes of the score and of the replies: entropy, repetition, endings, length,
-and signs of reward hacking."""
+"""Verdicts on the score and on the replies.
+
+They are on entropy, repetition, variety, endings, length, and signs of reward hacking. Each
+compares the last fifth of the run with the first.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -9,11 +12,13 @@ from goose_lora.reporting.findings import CLEAR, TREND, Finding, Rows, change, c
 def _score(rows: Rows) -> Iterator[Finding]:
     values = column(rows, "objective/score")
     first, last = ends(values)
+    # A fall is clear early; that nothing rises is known only after twice as many rollouts
     falls, stands = change(values) < -CLEAR, len(values) >= 2 * TREND and last <= first
     if falls or stands:
+        what = "falls" if falls else "does not rise"
         text = (
-            f"{first:.2f} to {last:.2f}: it {'falls' if falls else 'does not rise'}. Look at critic, clipping"
-            " and learning rate; lower kl_coef."
+            f"{first:.2f} to {last:.2f}: it {what}. Look at critic, clipping and learning rate; lower"
+            " kl_coef."
         )
         yield Finding("look", "score", text)
     else:
@@ -36,6 +41,7 @@ def _entropy(rows: Rows) -> Iterator[Finding]:
 
 
 def _repeats(rows: Rows) -> bool:
+    """Return whether 15 percentage points more of a reply's trigrams stood in it before."""
     values = column(rows, "rollout/repetition")
     return len(values) >= TREND and ends(values)[1] > ends(values)[0] + 0.15
 
@@ -76,9 +82,10 @@ def _endings(rows: Rows) -> Iterator[Finding]:
         return
     first, last = ends(values)
     if len(values) >= TREND and last < 0.05:
-        reason = (
-            "the policy has stopped ending its replies" if first > 0.2 else "replies do not end by themselves"
-        )
+        # Did they end at the start of the run?
+        reason = "replies do not end by themselves"
+        if first > 0.2:
+            reason = "the policy has stopped ending its replies"
         yield Finding(
             "look",
             "endings",
@@ -104,14 +111,19 @@ def _length(rows: Rows) -> Iterator[Finding]:
 
 
 def _hacking(rows: Rows) -> Iterator[Finding]:
-    """Signs that the score rises by something else than better replies: what else should have risen
-    fell, or replies changed their shape."""
+    """Look for signs that the score rises by something else than better replies.
+
+    Signs are that a judge's score fell meanwhile, or that replies changed their shape.
+    """
+    # A score that has not risen was not hacked
     scores = column(rows, "objective/score")
     if len(scores) < TREND:
         return
     if change(scores) < CLEAR:
         yield Finding("ok", "reward hacking", "no sign: the score has not clearly risen")
         return
+
+    # Judges: every source of reward by itself, and the score of held-out prompts
     judges = sorted(
         {
             name
@@ -126,6 +138,8 @@ def _hacking(rows: Rows) -> Iterator[Finding]:
         for name, values in columns.items()
         if change(values) < -CLEAR
     ]
+
+    # The shape of the replies
     entropy, length = (
         ends(column(rows, name) or [1.0]) for name in ("policy/entropy", "rollout/response_tokens")
     )
@@ -135,6 +149,7 @@ def _hacking(rows: Rows) -> Iterator[Finding]:
         signs.append("entropy and length fell")
     if _repeats(rows):
         signs.append("replies repeat themselves more")
+
     if signs:
         first, last = ends(scores)
         text = (
@@ -143,11 +158,10 @@ def _hacking(rows: Rows) -> Iterator[Finding]:
         )
         yield Finding("look", "reward hacking", text)
     else:
-        yield Finding(
-            "ok",
-            "reward hacking",
-            f"no sign{' by ' + ', '.join(judges) if judges else ''}: length, entropy and repetition keep",
-        )
+        by = ""
+        if judges:
+            by = f" by {', '.join(judges)}"
+        yield Finding("ok", "reward hacking", f"no sign{by}: length, entropy and repetition keep")
 
 
 REPLY_CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [

@@ -1,8 +1,8 @@
-"""Uploads to the Hub: the right to write is checked before a run, a named list of files goes up
-after it, and a failure costs nothing.
+"""Uploads to the Hub.
 
-Trainer's own uploads are off: they would send whatever lies in the output folder, and make a run
-fail that has only lost its connection.
+The right to write is checked before a run, and a named list of files goes up after it. A failed
+upload is a warning. Trainer's own uploads are off: they would send whatever lies in the output
+folder, and end a run that has only lost its connection.
 """
 
 import copy
@@ -12,18 +12,20 @@ import shlex
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from goose_lora.errors import UserError
-from goose_lora.models.adapters import CONFIG, LINEAGE, WEIGHTS, read_lineage, write_lineage
+from goose_lora.files import read_json
+from goose_lora.models.adapters import CONFIG, LINEAGE, WEIGHTS, write_lineage
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.roles import ADAPTERS
+from goose_lora.reporting.run_files import Lineage, lineage_of
 from goose_lora.sharing import model_card
 
 logger = logging.getLogger(__name__)
@@ -47,19 +49,28 @@ TOKENIZER_FILES = (
     "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
-) + ("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 RUN_FILES = ("README.md", "stage.json", "metrics.jsonl", "evaluation.json", "curves.png")
 _LATER = "Try again, or upload later with goose-lora push."
+# Roles that --include can name: each has a folder of its own below the policy's.
 OTHER_ROLES = tuple(role for role in ADAPTERS if role != "policy")
 
 
+# ---- Before a run ----
+
+
 def check_upload(config: TrainingArguments, model: ModelArguments) -> None:
-    """Before anything is loaded: with ``push_to_hub``, that the upload at the end can succeed.
-    Makes the repository if there is none.
+    """Check that the upload at the end of a run can succeed, before anything is loaded.
+
+    Makes the repository if there is none. Does nothing without ``push_to_hub``.
 
     Raises:
-        ValueError: no repository named, a base that the Hub does not know, no valid token, or no
-            right to write; or the Hub is out of reach.
+        UserError: no repository is named, the base is a folder, the token is not valid or may not
+            write, or the Hub is out of reach.
     """
     if not config.push_to_hub:
         return
@@ -76,14 +87,14 @@ def check_upload(config: TrainingArguments, model: ModelArguments) -> None:
 
 
 def without_trainers_push(config: Settings) -> Settings:
-    """The settings for a Trainer, whose own uploads are off."""
+    """Return the settings for a Trainer, with its own uploads off."""
     quiet = copy.copy(config)
     quiet.push_to_hub = False
     return quiet
 
 
 def require_hub_base(base: str) -> None:
-    """Raise ValueError if ``base`` is a folder: who downloads the adapter does not have it."""
+    """Raise UserError if ``base`` is a folder: who downloads the adapter does not have it."""
     if Path(base).exists() or Path(base).is_absolute():
         raise UserError(
             f"the base is the folder {base}, which nobody else has. Say what it is on the Hub: --base_hub_id"
@@ -92,40 +103,26 @@ def require_hub_base(base: str) -> None:
 
 
 def authorize(repo: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """The full name of ``repo``, made if it is not there, to which this token may write.
+    """Return the full name of ``repo``, to which this token may write; make it if it is not there.
 
     Raises:
-        ValueError: the name, the token, its rights or the connection does not do, and what to do
-            about it.
+        UserError: the name, the token, its rights or the connection will not do, with a way out.
     """
-    validate_repo_id(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(str(error)) from error
     if constants.is_offline_mode():
         raise UserError(
             "nothing can be uploaded with HF_HUB_OFFLINE=1. Unset it, or upload later with goose-lora push."
         )
     api = HfApi(token=token)
-    try:
-        user = api.whoami()["name"]
-    except LocalTokenNotFoundError as error:
-        raise UserError(
-            "there is no Hub token. Make one that may write (https://huggingface.co/settings/tokens), then:"
-            " hf auth login."
-        ) from error
-    except HfHubHTTPError as error:
-        why = (
-            "is not valid. Make a new one, then: hf auth login"
-            if _status(error) == 401
-            else f"could not be checked ({_reason(error)})"
-        )
-        raise UserError(f"the Hub token {why}.") from error
-    except Exception as error:  # whatever the HTTP library raises
-        raise UserError(
-            f"the Hub could not be reached at {api.endpoint} ({_reason(error)}). {_LATER}"
-        ) from error
+    user = _user_of_token(api)
     try:
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         api.auth_check(name, write=True)
     except HfHubHTTPError as error:
+        # The Hub answers 404 for a repository that this token may not see
         if _status(error) in (401, 403, 404):
             raise UserError(
                 f"{user}'s token may not write to {repo}. Use one with the right to write, or a repository of"
@@ -137,12 +134,36 @@ def authorize(repo: str, *, token: str | None = None, private: bool | None = Non
     return name
 
 
+def _user_of_token(api: HfApi) -> str:
+    """Return the name of the token's user; raise UserError for a token that will not do."""
+    try:
+        return api.whoami()["name"]
+    except LocalTokenNotFoundError as error:
+        raise UserError(
+            "there is no Hub token. Make one that may write (https://huggingface.co/settings/tokens), then:"
+            " hf auth login."
+        ) from error
+    except HfHubHTTPError as error:
+        why = f"could not be checked ({_reason(error)})"
+        if _status(error) == 401:
+            why = "is not valid. Make a new one, then: hf auth login"
+        raise UserError(f"the Hub token {why}.") from error
+    except Exception as error:  # whatever the HTTP library raises
+        raise UserError(
+            f"the Hub could not be reached at {api.endpoint} ({_reason(error)}). {_LATER}"
+        ) from error
+
+
+# ---- After a run ----
+
+
 def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str]:
-    """Paths below ``folder`` that an upload takes: the result at its root, and the roles of
-    ``include`` in folders of their own.
+    """Return the paths below ``folder`` that an upload takes.
+
+    They are the result at its root, and the roles of ``include`` in folders of their own.
 
     Raises:
-        ValueError: a role that is unknown or not there; no adapter and no model in ``folder``.
+        UserError: a role is unknown or not there, or ``folder`` has no adapter and no model.
     """
     folder = Path(folder)
     for role in include:
@@ -150,7 +171,9 @@ def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str
             raise UserError(f"--include {role}: no such role. There are {', '.join(OTHER_ROLES)}.")
         if not (folder / role / CONFIG).is_file():
             raise UserError(f"--include {role}: {folder} has no adapter {role}/.")
-    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    names: list[str] = []
+    if folder.is_dir():
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if CONFIG not in names and "config.json" not in names:
         raise UserError(
             f"{folder} has no {CONFIG} and no config.json: nothing to upload. Give the output_dir of a stage,"
@@ -173,35 +196,46 @@ def push(
     revision: str | None = None,
     base_hub_id: str | None = None,
 ) -> str:
-    """Upload the output in ``folder`` as one commit; returns the repository's address. Lineage and
-    card in ``folder`` note where it went.
+    """Upload the output in ``folder`` as one commit; return the repository's address.
+
+    Lineage and card in ``folder`` note where it went.
 
     Raises:
         UserError: no repository is named, or what ``check_upload`` raises.
         OSError: the upload itself failed.
     """
+    # What goes up, and where: all of it is known before the Hub is asked
     folder = Path(folder)
     paths = files_to_upload(folder, include)
-    lineage = read_lineage(folder)
+    lineage = lineage_of(folder)
     repo = repo or model_card.hub_repo(lineage)
     if repo is None:
         raise UserError(f"{folder} was made without hub_model_id. Name the repository: --repo user/name.")
+    noted_base = lineage.get("base")
     base = _base_of(folder, lineage)
-    known = base_hub_id or (lineage.get("base") or {}).get("hub_id")
+    known = base_hub_id
+    if not known and noted_base:
+        known = noted_base.get("hub_id")
     if base is not None:
         require_hub_base(known or base)
     name = authorize(repo, token=token, private=private)
-    if lineage.get("base"):
-        write_lineage(folder, **(lineage | {"hub_repo": name, "base": lineage["base"] | {"hub_id": known}}))
+
+    # The files here come to know the repository, before they are read for the upload
+    if noted_base:
+        write_lineage(folder, **{**lineage, "hub_repo": name, "base": {**noted_base, "hub_id": known}})
         model_card.refresh_card(folder)
-    contents = {path: _named(folder / path, base, known) for path in paths}
+
     operations = [
-        CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in contents.items()
+        CommitOperationAdd(path_in_repo=path, path_or_fileobj=_for_the_hub(folder / path, base, known))
+        for path in paths
     ]
     api = HfApi(token=token)
     try:
         api.create_commit(
-            name, operations, commit_message=f"Upload of {folder.name} by goose_lora", revision=revision
+            name,
+            operations,
+            commit_message=f"Upload of {folder.name} by goose_lora",
+            revision=revision,
         )
     except Exception as error:  # the Hub's errors, those of its HTTP library, and RuntimeError around either
         raise OSError(f"the upload to {name} failed: {_reason(error)}") from error
@@ -209,49 +243,64 @@ def push(
 
 
 def push_result(config: TrainingArguments, model: ModelArguments) -> str | None:
-    """Upload a run's output where ``push_to_hub`` asks for it; a failure is a warning with the
-    command that tries again."""
+    """Upload a run's output if ``push_to_hub`` asks for it; return the repository's address.
+
+    A failure is a warning, with the command that tries again.
+    """
     if not config.push_to_hub:
         return None
-    how = {"private": config.hub_private_repo, "token": config.hub_token, "revision": config.hub_revision}
     try:
-        return push(str(config.output_dir), config.hub_model_id, base_hub_id=model.base_hub_id, **how)
-    except (ValueError, OSError) as error:
-        words = ["goose-lora", "push", str(config.output_dir), "--repo", str(config.hub_model_id)]
-        words += ["--private"] if config.hub_private_repo else []
-        words += ["--revision", config.hub_revision] if config.hub_revision else []
-        words += ["--base_hub_id", model.base_hub_id] if model.base_hub_id else []
+        return push(
+            str(config.output_dir),
+            config.hub_model_id,
+            base_hub_id=model.base_hub_id,
+            private=config.hub_private_repo,
+            token=config.hub_token,
+            revision=config.hub_revision,
+        )
+    except (ValueError, OSError) as error:  # whatever it is, the run has its result
         reason = " ".join(str(error).split())
         logger.warning(
-            "%s\nEverything is saved in %s. To upload it:\n  %s", reason, config.output_dir, shlex.join(words)
+            "%s\nEverything is saved in %s. To upload it:\n  %s",
+            reason,
+            config.output_dir,
+            _push_command(config, model),
         )
         return None
 
 
-def _base_of(folder: Path, lineage: dict[str, Any]) -> str | None:
-    """The base as the files call it; None for merged weights, which need none."""
+def _push_command(config: TrainingArguments, model: ModelArguments) -> str:
+    words = ["goose-lora", "push", str(config.output_dir), "--repo", str(config.hub_model_id)]
+    if config.hub_private_repo:
+        words.append("--private")
+    if config.hub_revision:
+        words += ["--revision", config.hub_revision]
+    if model.base_hub_id:
+        words += ["--base_hub_id", model.base_hub_id]
+    return shlex.join(words)
+
+
+def _base_of(folder: Path, lineage: Lineage) -> str | None:
+    """Return the base as the files name it, None for merged weights, which need none."""
     if not (folder / CONFIG).is_file():
         return None
-    return (
-        json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        or lineage["base"]["id"]
-    )
+    return read_json(folder / CONFIG).get("base_model_name_or_path") or lineage["base"]["id"]
 
 
-def _named(path: Path, base: str | None, hub_id: str | None) -> Path | bytes:
-    """A file as it goes up: where the base is a folder here, what names it names the Hub's base
-    instead."""
+def _for_the_hub(path: Path, base: str | None, hub_id: str | None) -> Path | bytes:
+    """Return a file as it goes up: a base that is a folder here has the Hub's name there."""
     if not hub_id or not base or path.name not in (CONFIG, LINEAGE):
         return path
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return (json.dumps(_replaced(content, base, hub_id), indent=2, ensure_ascii=False) + "\n").encode()
+    content = _with_replaced(read_json(path), base, hub_id)
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _replaced(content: Any, old: str, new: str) -> Any:
+def _with_replaced(content: object, old: str, new: str) -> object:
+    """Return JSON in which each string ``old`` is ``new``, at any depth."""
     if isinstance(content, dict):
-        return {key: _replaced(value, old, new) for key, value in content.items()}
+        return {key: _with_replaced(value, old, new) for key, value in content.items()}
     if isinstance(content, list):
-        return [_replaced(value, old, new) for value in content]
+        return [_with_replaced(value, old, new) for value in content]
     return new if content == old else content
 
 
@@ -260,10 +309,9 @@ def _status(error: HfHubHTTPError) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error and of what caused it."""
-    lines = [
-        " ".join(str(one).split())[:200] or type(one).__name__
-        for one in (error, error.__cause__)
-        if one is not None
-    ]
+    """Return the first 200 characters of an error and of its cause, in one line."""
+    lines = []
+    for one in (error, error.__cause__):
+        if one is not None:
+            lines.append(" ".join(str(one).split())[:200] or type(one).__name__)
     return ": ".join(dict.fromkeys(lines))

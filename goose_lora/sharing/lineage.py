@@ -1,8 +1,7 @@
-"""Where an adapter comes from: ``goose_lora.json`` in every output names base, parents, settings,
-data, versions and figures.
+"""Where an adapter comes from: ``goose_lora.json`` in every output.
 
-A parent stands in it with the sha256 of its weights and a copy of its own lineage, so that the
-chain can be read where the parent is gone.
+It names base, parents, settings, data, versions and figures. A parent stands in it with the sha256
+of its weights and a copy of its own lineage, so that the chain can be read when the parent is gone.
 """
 
 import hashlib
@@ -17,25 +16,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.files import file_sha256
+from goose_lora.files import file_sha256, read_json
 from goose_lora.models.adapters import WEIGHTS, read_lineage, write_lineage
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.roles import ADAPTERS
+from goose_lora.reporting.run_files import (
+    BaseRecord,
+    DataRecord,
+    HardwareRecord,
+    Lineage,
+    ParentRecord,
+    VerdictFile,
+    lineage_of,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "goose-lora")
 SECRET_NAMES = re.compile(r"(hub_token|access_token|api_key|password|secret)s?$")
 SECRET_VALUES = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 HIDDEN = "(not recorded)"
+_VERDICT_KEYS = ("accuracy", "accuracy_ci", "n_pairs", "warnings")
+# A folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT, and what lies below it.
 _SNAPSHOT = re.compile(
     r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]+)(?P<rest>[/\\].*)?$"
 )
+
+
+# ---- Writing ----
 
 
 def record(
@@ -45,58 +61,91 @@ def record(
     model: ModelArguments,
     tokenizer: PreTrainedTokenizerBase | None,
     figures: Mapping[str, Any],
-    settings: Sequence[Any] = (),
+    settings: Sequence["DataclassInstance"] = (),
     data: Sequence[Mapping[str, Any]] = (),
     parents: Mapping[str, str | Path | None] | None = None,
     command: str | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write the lineage of the adapter in ``folder`` and of the roles in folders below it; returns
-    the former.
+    """Write the lineage of the adapter in ``folder`` and of the roles below it; return the former.
 
     Args:
         settings: dataclasses; what differs from their defaults is kept, and no secret.
-        data: what ``fingerprint`` gave.
+        data: fingerprints of the data sets.
         parents: folders of the adapters that the stage started from, by role.
         facts: more to be noted beside it, such as ``append_eos``.
     """
-    commit = base_commit(model.model_name_or_path, model.model_revision)
-    folder, given = Path(folder), {role: parent for role, parent in (parents or {}).items() if parent}
-    lineage: dict[str, Any] = {
+    folder = Path(folder)
+    given = {role: parent for role, parent in (parents or {}).items() if parent}
+    template = tokenizer.chat_template if tokenizer is not None else None
+    lineage: Lineage = {
         "stage": stage,
-        "base": {
-            "id": model.model_name_or_path,
-            "hub_id": model.base_hub_id,
-            "revision": model.model_revision,
-            "commit": commit,
-            "quantization": model.quantization,
-            "dtype": model.dtype,
-            "licence": _licence(model.base_hub_id or model.model_name_or_path, commit),
-        },
-        "sha256": file_sha256(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None,
-        "chat_template_sha256": None if tokenizer is None else template_sha256(tokenizer.chat_template),
-        "parents": {role: _parent(parent) for role, parent in given.items()},
+        "base": _base_record(model),
+        "sha256": _weights_sha256(folder),
+        "chat_template_sha256": template_sha256(template),
+        "parents": {role: _parent_record(parent) for role, parent in given.items()},
         "command": command,
         "settings": changed_settings(model, *settings),
-        "data": list(data),
+        "data": [cast(DataRecord, row) for row in data],
         "figures": dict(figures),
         "hardware": hardware(),
         "versions": versions(),
     }
-    write_lineage(folder, **((read_lineage(folder) if stage == "reward" else {}) | lineage | facts))
+    # A reward model's folder has its bias and its ending already
+    before = read_lineage(folder) if stage == "reward" else {}
+    write_lineage(folder, **(before | lineage | facts))
+    _record_roles(folder, lineage)
+    return {**lineage, **facts}
+
+
+def _record_roles(folder: Path, lineage: Lineage) -> None:
+    """Write the lineages of the roles below ``folder``: of their parent, or of the stage itself.
+
+    A frozen reference has the policy's parent. What a role's folder says already stays.
+    """
     for role, name in ADAPTERS.items():
-        if role != "policy" and (folder / name / WEIGHTS).is_file():
-            came_from = lineage["parents"].get("policy" if role == "reference" else role)
-            own = (
-                came_from["lineage"]
-                if came_from
-                else {key: lineage[key] for key in ("stage", "base", "chat_template_sha256", "versions")}
-            )
-            write_lineage(
-                folder / name,
-                **(own | read_lineage(folder / name) | {"sha256": file_sha256(folder / name / WEIGHTS)}),
-            )
-    return lineage | facts
+        sha256 = _weights_sha256(folder / name)
+        if role == "policy" or sha256 is None:
+            continue
+        parent = lineage["parents"].get("policy" if role == "reference" else role)
+        if parent:
+            own = dict(parent["lineage"])
+        else:
+            own = {key: lineage[key] for key in ("stage", "base", "chat_template_sha256", "versions")}
+        write_lineage(folder / name, **(own | read_lineage(folder / name) | {"sha256": sha256}))
+
+
+def _base_record(model: ModelArguments) -> BaseRecord:
+    commit = base_commit(model.model_name_or_path, model.model_revision)
+    return {
+        "id": model.model_name_or_path,
+        "hub_id": model.base_hub_id,
+        "revision": model.model_revision,
+        "commit": commit,
+        "quantization": model.quantization,
+        "dtype": model.dtype,
+        "licence": _licence(model.base_hub_id or model.model_name_or_path, commit),
+    }
+
+
+def _weights_sha256(folder: Path) -> str | None:
+    """Return the sha256 of an adapter's weights, None for merged weights or an empty folder."""
+    path = folder / WEIGHTS
+    return file_sha256(path) if path.is_file() else None
+
+
+def _parent_record(folder: str | Path) -> ParentRecord:
+    path = Path(folder)
+    verdict: VerdictFile | None = None
+    if (path / "verdict.json").is_file():
+        said = read_json(path / "verdict.json")
+        verdict = cast(VerdictFile, {key: said.get(key) for key in _VERDICT_KEYS})
+    return {
+        "name": hub_name(path),
+        "sha256": file_sha256(path / WEIGHTS),
+        "verdict": verdict,
+        "lineage": lineage_of(path),
+    }
 
 
 def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
@@ -112,123 +161,138 @@ def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
     return {"name": name, "split": split, "rows": len(rows), "sha256": digest.hexdigest(), "chat": chat}
 
 
-def changed_settings(*instances: Any) -> dict[str, Any]:
-    """The settings of dataclasses that are not their defaults, as JSON values; secrets are left
-    out."""
+# ---- Settings and command, without secrets ----
+
+
+def changed_settings(*instances: "DataclassInstance") -> dict[str, Any]:
+    """Return the settings of dataclasses that are not their defaults, as JSON values.
+
+    Secrets are left out.
+    """
     found = {}
     for instance in instances:
         for field in fields(instance):
             if not field.init or field.name.startswith("_") or SECRET_NAMES.search(field.name):
                 continue
-            default = _plain(field.default if field.default_factory is MISSING else field.default_factory())
+            default = field.default
+            if field.default_factory is not MISSING:
+                default = field.default_factory()
+            default = _plain(default)
             value = getattr(instance, field.name)
-            value = changed_settings(value) if is_dataclass(value) else _plain(value)
+            if is_dataclass(value) and not isinstance(value, type):
+                value = changed_settings(value)
+            else:
+                value = _plain(value)
             # An unset list may be kept as None or as []
-            if value != default and not (value in ([], {}, "", None) and not default):
+            both_unset = value in ([], {}, "", None) and not default
+            if value != default and not both_unset:
                 found[field.name] = value
     return found
 
 
 def recorded_command(recipe: str, words: Sequence[str] | None) -> str:
-    """The command that ran, with no secret in it: ``words``, or what the process was started
-    with."""
-    kept = list(sys.argv[1:] if words is None else words)
+    """Return the command that ran, with no secret in it.
+
+    It is made of ``words``, or of what the process was started with.
+    """
+    kept = list(words) if words is not None else sys.argv[1:]
     for index, word in enumerate(kept):
         name, equals, _ = word.partition("=")
-        if name.startswith("-") and SECRET_NAMES.search(name.replace("-", "_")):
-            if equals:
-                kept[index] = f"{name}={HIDDEN}"
-            elif index + 1 < len(kept):
-                kept[index + 1] = HIDDEN
+        if not name.startswith("-") or not SECRET_NAMES.search(name.replace("-", "_")):
+            continue
+        # A secret stands behind "=", or is the next word
+        if equals:
+            kept[index] = f"{name}={HIDDEN}"
+        elif index + 1 < len(kept):
+            kept[index + 1] = HIDDEN
     return SECRET_VALUES.sub(HIDDEN, shlex.join([f"recipes/{recipe}.py", *kept]))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """Return a setting as a value of JSON, with no secret in it."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, str):
         return SECRET_VALUES.sub(HIDDEN, value)
     if isinstance(value, Mapping):
-        return {
-            str(key): HIDDEN if SECRET_NAMES.search(str(key)) else _plain(inner)
-            for key, inner in value.items()
-        }
+        plain = {}
+        for key, inner in value.items():
+            is_secret = SECRET_NAMES.search(str(key))
+            plain[str(key)] = HIDDEN if is_secret else _plain(inner)
+        return plain
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    return value if isinstance(value, (bool, int, float, type(None))) else str(value)
+    if isinstance(value, (bool, int, float, type(None))):
+        return value
+    return str(value)
 
 
-def _parent(folder: str | Path) -> dict[str, Any]:
-    path = Path(folder)
-    verdict = path / "verdict.json"
-    kept = ("accuracy", "accuracy_ci", "n_pairs", "warnings")
-    return {
-        "name": hub_name(path),
-        "sha256": file_sha256(path / WEIGHTS),
-        "verdict": (
-            {key: json.loads(verdict.read_text(encoding="utf-8")).get(key) for key in kept}
-            if verdict.is_file()
-            else None
-        ),
-        "lineage": read_lineage(path),
-    }
+# ---- Names and hashes ----
 
 
 def hub_name(folder: str | Path) -> str:
-    """``folder`` as it was given; user/repo[/folder]@commit where it lies in the Hub's cache."""
+    """Return ``folder`` as it is, or user/repo[/folder]@commit if it lies in the Hub's cache."""
     match = _SNAPSHOT.search(str(folder))
     if match is None:
         return str(folder)
-    return f"{match['owner']}/{match['name']}{(match['rest'] or '').replace(os.sep, '/')}@{match['commit']}"
+    inside = (match["rest"] or "").replace(os.sep, "/")
+    return f"{match['owner']}/{match['name']}{inside}@{match['commit']}"
 
 
-def template_sha256(template: Any) -> str | None:
-    """Of a chat template, or of several by name; None for none."""
-    text = json.dumps(template, sort_keys=True) if isinstance(template, (dict, list)) else template
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores and GPUs of this machine."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"processor": _processor(), "cores": os.cpu_count(), "gpus": gpus}
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of each of ``PACKAGES`` that is installed; this project may be used from a
-    folder."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def template_sha256(template: str | list[Any] | dict[str, Any] | None) -> str | None:
+    """Return the sha256 of a chat template, or of several by name; None if there is none."""
+    if template is None:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def base_commit(base: str, revision: str | None) -> str | None:
-    """Hash of the commit from which a base of the Hub was loaded; None for a folder."""
-    path = None if Path(base).exists() else try_to_load_from_cache(base, "config.json", revision=revision)
+    """Return the commit from which a base of the Hub was loaded, None for a folder."""
+    if Path(base).exists():
+        return None
+    path = try_to_load_from_cache(base, "config.json", revision=revision)
     match = _SNAPSHOT.search(path) if isinstance(path, str) else None
     return match["commit"] if match else None
 
 
 def _licence(base: str, commit: str | None) -> str | None:
-    """What the base's own card says, where it can be read."""
+    """Return the licence that the base's own card names, None if it cannot be read."""
     try:
-        path = (
-            Path(base) / "README.md"
-            if Path(base).exists()
-            else Path(hf_hub_download(base, "README.md", revision=commit))
-        )
+        path = Path(base) / "README.md"
+        if not Path(base).exists():
+            path = hf_hub_download(base, "README.md", revision=commit)
         licence = ModelCard.load(path).data.get("license")
     except Exception:  # a card is no condition of training, whatever keeps it from being read
         return None
     return licence if isinstance(licence, str) else None
+
+
+# ---- The machine and its software ----
+
+
+def hardware() -> HardwareRecord:
+    """Return processor, cores and GPUs of this machine."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"processor": _processor(), "cores": os.cpu_count(), "gpus": gpus}
+
+
+def _processor() -> str:
+    # Linux alone has this file, and platform.processor() is empty or "x86_64" there
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of those ``PACKAGES`` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # such as this one, used from a folder
+            continue
+    return found

@@ -1,24 +1,29 @@
-"""The model card, README.md of an output, written from the run's own files: every number in it
-stands in one of them."""
+"""The model card: README.md of an output, written from the run's own files.
+
+Every number in it stands in one of them.
+"""
 
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from goose_lora.data.rows import READERS
 from goose_lora.files import read_json, read_jsonl, write_json
 from goose_lora.models.adapters import read_lineage
-from goose_lora.reporting.figures import (
-    MEASURES,
-    STAGE_TITLES,
-    rounded,
-    with_interval,
+from goose_lora.reporting.figures import MEASURES, STAGE_TITLES, measured_in, rounded, with_interval
+from goose_lora.reporting.run_files import (
+    BaseRecord,
+    EvaluationFile,
+    Lineage,
+    VerdictFile,
+    lineage_of,
+    read_evaluation,
 )
 from goose_lora.sharing.lineage import hub_name
-from goose_lora.sharing.provenance import loading_code
+from goose_lora.sharing.provenance import loading_code, recorded_stages
 
 MARK = (
     "<!-- Written by goose_lora from the files of the run, and again when they change. Take this line out to"
@@ -44,8 +49,7 @@ def write_card(folder: str | Path) -> None:
 
 
 def refresh_card(folder: str | Path) -> None:
-    """Write it again from the files as they are now, unless someone took it over by taking the mark
-    out."""
+    """Write the card again from the files as they are now, unless someone took its mark out."""
     path = Path(folder) / "README.md"
     if path.is_file() and MARK in path.read_text(encoding="utf-8"):
         write_card(folder)
@@ -54,20 +58,26 @@ def refresh_card(folder: str | Path) -> None:
 def add_evaluation(
     policy: str | Path, evaluation: Mapping[str, Any], replies: Sequence[Mapping[str, str]]
 ) -> None:
-    """Put what recipes/evaluate.py measured beside the policy, where its card reads it; nothing for
-    an adapter of the Hub or without a lineage."""
+    """Write what recipes/evaluate.py measured beside the policy, and the card again with it.
+
+    Does nothing for an adapter of the Hub, or for one without a lineage.
+    """
     if read_lineage(policy) and hub_name(policy) == str(policy):
         write_json(Path(policy) / "evaluation.json", {**evaluation, "samples": list(replies[:SAMPLES])})
         refresh_card(policy)
 
 
 def render_card(folder: str | Path) -> str:
-    """The card as text: the Hub's metadata as YAML, then Markdown."""
+    """Return the card as text: the Hub's metadata as YAML, then Markdown."""
+    # The files of the run
     folder = Path(folder)
-    lineage = read_lineage(folder)
-    evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else None
+    lineage = lineage_of(folder)
+    evaluation = read_evaluation(folder)
     verdict = _verdict(folder, lineage)
+
+    # The parts of the card. A section that does not apply to the stage is an empty list.
     name = hub_repo(lineage) or folder.resolve().name
+    findings = [f"In training: {finding}" for finding in lineage.get("findings", [])]
     parts = [
         f"---\n{metadata(name, lineage, evaluation, verdict).to_yaml()}\n---",
         MARK,
@@ -80,28 +90,33 @@ def render_card(folder: str | Path) -> str:
         *_merged(lineage),
         *_measured(lineage, evaluation),
         *_reward_model(lineage, verdict),
-        *(
-            ["## Curves", "![score, KL, critic loss and reply length over the run](curves.png)"]
-            if (folder / "curves.png").is_file()
-            else []
-        ),
+        *_curves(folder),
         *_samples(folder, evaluation),
         "## Limits",
-        _bullets([*LIMITS, *(f"In training: {finding}" for finding in lineage.get("findings", []))]),
+        _bullets([*LIMITS, *findings]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def hub_repo(lineage: Mapping[str, Any]) -> str | None:
-    """Where it was or will be uploaded, if anywhere."""
+def _verdict(folder: Path, lineage: Lineage) -> VerdictFile | None:
+    """Return the verdict on a reward model: its own, or that on the one a policy learned from."""
+    if (folder / "verdict.json").is_file():
+        return cast(VerdictFile, read_json(folder / "verdict.json"))
+    parent = lineage["parents"].get("reward")
+    return parent["verdict"] if parent else None
+
+
+def hub_repo(lineage: Lineage) -> str | None:
+    """Return the repository to which the output was or will be uploaded, if there is one."""
     return lineage.get("hub_repo") or lineage.get("settings", {}).get("hub_model_id")
 
 
-def hub_base(base: Mapping[str, Any]) -> str | None:
-    """The base's name on the Hub; None for a folder that was given no such name."""
-    return base.get("hub_id") or (
-        None if Path(base["id"]).exists() or Path(base["id"]).is_absolute() else base["id"]
-    )
+def hub_base(base: BaseRecord) -> str | None:
+    """Return the base's name on the Hub, None for a folder without one."""
+    if name := base.get("hub_id"):
+        return name
+    is_folder = Path(base["id"]).exists() or Path(base["id"]).is_absolute()
+    return None if is_folder else base["id"]
 
 
 # ---- Metadata ----
@@ -109,24 +124,35 @@ def hub_base(base: Mapping[str, Any]) -> str | None:
 
 def metadata(
     name: str,
-    lineage: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None,
-    verdict: Mapping[str, Any] | None,
+    lineage: Lineage,
+    evaluation: EvaluationFile | None,
+    verdict: VerdictFile | None,
 ) -> ModelCardData:
+    """Return what the Hub reads of a card: base, library, task, licence, data sets, results."""
+    # Merged weights are a model of transformers, everything else an adapter of PEFT
     stage, base = lineage["stage"], hub_base(lineage["base"])
+    library, relation, tags = "peft", "adapter", ["rlhf", stage.replace("_", "-"), "lora", "goose-lora"]
+    if stage == "merge":
+        library, relation = "transformers", "finetune"
+        tags.remove("lora")
     datasets = sorted({row["name"] for row in lineage["data"] if _on_hub(row["name"])})
-    results = _results(stage, lineage, evaluation, verdict)
+    results = _results(lineage, evaluation, verdict)
+    # The Hub asks for a name only where there are results
     return ModelCardData(
         base_model=base,
-        base_model_relation=None if base is None else "finetune" if stage == "merge" else "adapter",
-        library_name="transformers" if stage == "merge" else "peft",
-        pipeline_tag="text-classification" if stage == "reward" else "text-generation",
+        base_model_relation=relation if base else None,
+        library_name=library,
+        pipeline_tag=_task(stage),
         license=lineage["base"].get("licence"),
         datasets=datasets or None,
-        tags=["rlhf", stage.replace("_", "-"), *([] if stage == "merge" else ["lora"]), "goose-lora"],
+        tags=tags,
         model_name=name if results else None,
         eval_results=results or None,
     )
+
+
+def _task(stage: str) -> str:
+    return "text-classification" if stage == "reward" else "text-generation"
 
 
 def _on_hub(name: str) -> bool:
@@ -139,35 +165,28 @@ def _on_hub(name: str) -> bool:
 
 
 def _data_name(name: str) -> str:
-    """A data set as others may know it: of a file, its name alone."""
+    """Return a data set's name as others may know it: of a file, its name without the folder."""
     return name if _on_hub(name) or name.startswith("embedded/") else Path(name).name
 
 
 def _results(
-    stage: str,
-    lineage: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None,
-    verdict: Mapping[str, Any] | None,
+    lineage: Lineage, evaluation: EvaluationFile | None, verdict: VerdictFile | None
 ) -> list[EvalResult]:
+    """Return the figures that the Hub shows: a reward model's accuracy, or a policy's measures."""
+    stage = lineage["stage"]
     if stage == "reward" and verdict:
-        held_out = next(
-            (row["name"] for row in lineage["data"] if row.get("use") == "eval"), "held-out pairs"
-        )
+        held_out = [row["name"] for row in lineage["data"] if row.get("use") == "eval"]
+        dataset = _data_name([*held_out, "held-out pairs"][0])
         values = {"accuracy": ("accuracy on held-out pairs", verdict["accuracy"])}
     elif evaluation and "ppo" in evaluation["figures"]:
-        held_out = evaluation.get("dataset", "held-out prompts")
-        values = {
-            key: (MEASURES[key], value)
-            for key, value in evaluation["figures"]["ppo"].items()
-            if key in MEASURES
-        }
+        dataset = _data_name(evaluation.get("dataset", "held-out prompts"))
+        row = evaluation["figures"]["ppo"]
+        values = {key: (MEASURES[key], value) for key, value in row.items() if key in MEASURES}
     else:
         return []
-    task = "text-classification" if stage == "reward" else "text-generation"
-    dataset = _data_name(held_out)
     return [
         EvalResult(
-            task_type=task,
+            task_type=_task(stage),
             dataset_type=dataset,
             dataset_name=dataset,
             metric_type=key,
@@ -178,16 +197,10 @@ def _results(
     ]
 
 
-def _verdict(folder: Path, lineage: Mapping[str, Any]) -> dict[str, Any] | None:
-    if (folder / "verdict.json").is_file():
-        return read_json(folder / "verdict.json")
-    return lineage["parents"].get("reward", {}).get("verdict")
-
-
 # ---- Sections ----
 
 
-def _introduction(lineage: Mapping[str, Any]) -> str:
+def _introduction(lineage: Lineage) -> str:
     base = lineage["base"]
     what = "The weights of" if lineage["stage"] == "merge" else "A LoRA adapter for"
     how = {"nf4": "kept in nf4", "int8": "kept in int8", "none": "not quantized"}[base["quantization"]]
@@ -195,38 +208,22 @@ def _introduction(lineage: Mapping[str, Any]) -> str:
     return f"{start}. In training the base was {how}, with arithmetic in {base['dtype']}."
 
 
-def _use(folder: Path, lineage: Mapping[str, Any]) -> list[str]:
-    place = hub_repo(lineage) or str(folder)
-    plain, quantized = loading_code(dict(lineage), place)
-    return [_code(plain), *(["On the base as it was trained on:", _code(quantized)] if quantized else [])]
+def _use(folder: Path, lineage: Lineage) -> list[str]:
+    plain, quantized = loading_code(lineage, hub_repo(lineage) or str(folder))
+    parts = [_code(plain)]
+    if quantized:
+        parts += ["On the base as it was trained on:", _code(quantized)]
+    return parts
 
 
-def _code(text: str, language: str = "python") -> str:
-    return f"```{language}\n{text}\n```"
+def _making(lineage: Lineage) -> list[str]:
+    """Return the stages with their figures and cost, their commands, and data and machine."""
+    stages = recorded_stages(lineage)
+    parts = [_stages_table(stages)]
+    commands = [stage["command"] or "" for stage in stages if stage.get("command")]
+    if commands:
+        parts.append(_code("\n".join(commands), "bash"))
 
-
-def _making(lineage: Mapping[str, Any]) -> list[str]:
-    stages = _stages(lineage)
-    rows = []
-    for stage in stages:
-        figures = {**stage.get("figures", {})}
-        seconds, memory, gpu = (figures.pop(key, None) for key in ("seconds", "peak_rss_gb", "peak_gpu_gb"))
-        said = ", ".join(f"{key} {rounded(value)}" for key, value in figures.items())
-        rows.append(
-            [
-                stage["stage"],
-                said,
-                rounded(seconds),
-                rounded(memory),
-                *([rounded(gpu)] if gpu else []),
-            ]
-        )
-    gpu_too = ["GPU memory, GB"] if any(len(row) > 4 for row in rows) else []
-    table = _table(
-        ["stage", "figures", "seconds", "memory, GB", *gpu_too],
-        [row + ["-"] * (4 + len(gpu_too) - len(row)) for row in rows],
-    )
-    commands = [stage["command"] for stage in stages if stage.get("command")]
     data = [
         f"{stage['stage']}: `{_data_name(row['name'])}`, split {row['split'] or 'all'}, {row['rows']} rows,"
         f" sha256 `{row['sha256']}`"
@@ -234,23 +231,26 @@ def _making(lineage: Mapping[str, Any]) -> list[str]:
         for row in stage.get("data", [])
     ]
     machine, versions = lineage["hardware"], lineage["versions"]
-    on = ", ".join([*machine["gpus"], f"{machine['processor']}, {machine['cores']} cores"])
-    with_what = ", ".join(f"{package} {version}" for package, version in versions.items())
-    facts = [*data, f"Hardware: {on}", f"Versions: {with_what}"]
-    return [table, *([_code("\n".join(commands), "bash")] if commands else []), _bullets(facts)]
+    parts_of_it = ", ".join([*machine["gpus"], f"{machine['processor']}, {machine['cores']} cores"])
+    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return [*parts, _bullets([*data, f"Hardware: {parts_of_it}", f"Versions: {packages}"])]
 
 
-def _stages(lineage: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    known = [
-        parent["lineage"]
-        for parent in lineage["parents"].values()
-        if parent["lineage"].get("parents") is not None
-    ]
-    before = [stage for parent in known for stage in _stages(parent)]
-    return [*before, lineage]
+def _stages_table(stages: Sequence[Lineage]) -> str:
+    rows = []
+    for stage in stages:
+        figures = dict(stage.get("figures", {}))
+        cost = [figures.pop(key, None) for key in ("seconds", "peak_rss_gb", "peak_gpu_gb")]
+        said = ", ".join(f"{key} {rounded(value)}" for key, value in figures.items())
+        rows.append([stage["stage"], said, *map(rounded, cost)])
+    columns = ["stage", "figures", "seconds", "memory, GB", "GPU memory, GB"]
+    # Runs without a GPU have no column for it
+    if all(row[-1] == rounded(None) for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return _table(columns, rows)
 
 
-def _merged(lineage: Mapping[str, Any]) -> list[str]:
+def _merged(lineage: Lineage) -> list[str]:
     if lineage["stage"] != "merge":
         return []
     figures = lineage["figures"]
@@ -269,55 +269,70 @@ def _merged(lineage: Mapping[str, Any]) -> list[str]:
     return ["## What merging changed", _bullets(lines)]
 
 
-def _measured(lineage: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
+def _measured(lineage: Lineage, evaluation: EvaluationFile | None) -> list[str]:
+    """Return the figures of recipes/evaluate.py, a row a policy and a column a measure."""
     if evaluation is None:
-        return (
-            []
-            if lineage["stage"] in ("sft", "reward", "merge")
-            else ["## Measured", "recipes/evaluate.py has not been run on it."]
-        )
+        # recipes/evaluate.py is for policies of PPO
+        if lineage["stage"] in ("sft", "reward", "merge"):
+            return []
+        return ["## Measured", "recipes/evaluate.py has not been run on it."]
     figures = evaluation["figures"]
-    columns = [key for key in MEASURES if any(key in row for row in figures.values())]
-    rows = [[name, *(with_interval(row, key) for key in columns)] for name, row in figures.items()]
+    measured = measured_in(list(figures.values()))
+    rows = [[name, *(with_interval(row, key) for key in measured)] for name, row in figures.items()]
     where = f" of `{_data_name(evaluation['dataset'])}`" if "dataset" in evaluation else ""
     text = (
         f"{evaluation['prompts']} held-out prompts{where}. Win rates are against {evaluation['against']};"
         " intervals in brackets."
     )
-    return ["## Measured", text, _table(["", *(MEASURES[key] for key in columns)], rows)]
+    return ["## Measured", text, _table(["", *(MEASURES[key] for key in measured)], rows)]
 
 
-def _reward_model(lineage: Mapping[str, Any], verdict: Mapping[str, Any] | None) -> list[str]:
+def _reward_model(lineage: Lineage, verdict: VerdictFile | None) -> list[str]:
     if verdict is None:
         return []
+    title = "## Measured" if lineage["stage"] == "reward" else "## The reward model"
     low, high = verdict["accuracy_ci"]
-    lines = [
+    right = (
         f"right on {rounded(verdict['accuracy'])} ({rounded(low)} to {rounded(high)}) of {verdict['n_pairs']}"
         " held-out pairs"
-    ]
-    return [
-        "## The reward model" if lineage["stage"] != "reward" else "## Measured",
-        _bullets([*lines, *(verdict.get("warnings") or [])]),
-    ]
+    )
+    return [title, _bullets([right, *(verdict.get("warnings") or [])])]
 
 
-def _samples(folder: Path, evaluation: Mapping[str, Any] | None) -> list[str]:
+def _curves(folder: Path) -> list[str]:
+    if not (folder / "curves.png").is_file():
+        return []
+    return ["## Curves", "![score, KL, critic loss and reply length over the run](curves.png)"]
+
+
+def _samples(folder: Path, evaluation: EvaluationFile | None) -> list[str]:
+    """Return replies to a few prompts: those of each evaluated policy, or the run's last ones."""
+    path = folder / "samples.jsonl"
     if evaluation and evaluation.get("samples"):
         rows, columns = evaluation["samples"], list(evaluation["samples"][0])
-    elif (folder / "samples.jsonl").is_file() and (lines := read_jsonl(folder / "samples.jsonl")):
+    elif path.is_file() and (lines := read_jsonl(path)):
         rows, columns = lines[-SAMPLES:], ["prompt", "reply", "raw_score"]
     else:
         return []
     return ["## Samples", _table(columns, [[_text(row[column]) for column in columns] for row in rows])]
 
 
-def _text(value: Any) -> str:
-    """A reply in one cell, as it is: no markup, no line breaks."""
+# ---- Markdown ----
+
+
+def _text(value: object) -> str:
+    """Return a reply as it is for one cell of a table: no markup, no line breaks."""
     if not isinstance(value, str):
         return rounded(value)
     text = " ".join(value.split())
-    shown = html.escape(text[:CELL], quote=False) + (" ..." if len(text) > CELL else "")
+    shown = html.escape(text[:CELL], quote=False)
+    if len(text) > CELL:
+        shown += " ..."
     return "".join(f"\\{char}" if char in "|`*_[]\\" else char for char in shown)
+
+
+def _code(text: str, language: str = "python") -> str:
+    return f"```{language}\n{text}\n```"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,25 +1,28 @@
-"""The chain from the base to a policy, what in it does not fit together, and the code that loads
-its end."""
+"""The chain from the base to an adapter: its ancestors, what does not fit, code that loads it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from goose_lora.errors import UserError
 from goose_lora.files import file_sha256, read_json
-from goose_lora.models.adapters import CONFIG, WEIGHTS, read_lineage
+from goose_lora.models.adapters import CONFIG, WEIGHTS
 from goose_lora.models.folders import saved_template
+from goose_lora.reporting.run_files import BaseRecord, Lineage, ParentRecord, lineage_of
 from goose_lora.sharing.lineage import hub_name, template_sha256
 
 
 @dataclass
 class Ancestor:
-    """One adapter of the chain: its lineage, where it is, and what does not fit. ``role`` is what
-    its child uses it as."""
+    """One adapter of the chain: where it is, its lineage, and what does not fit.
+
+    ``role`` is the role in which its child uses it.
+    """
 
     name: str
     role: str
-    lineage: dict[str, Any]
+    lineage: Lineage
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -27,58 +30,116 @@ class Ancestor:
         return self.lineage.get("stage", "adapter")
 
     def line(self) -> str:
-        figures = ", ".join(
-            f"{key} {_short(value)}" for key, value in self.lineage.get("figures", {}).items()
-        )
-        return f"{self.stage:9} {self.name}" + (f"   {figures}" if figures else "")
+        """Return stage, name and figures in one line."""
+        figures = [f"{key} {_short(value)}" for key, value in self.lineage.get("figures", {}).items()]
+        line = f"{self.stage:9} {self.name}"
+        if figures:
+            line += f"   {', '.join(figures)}"
+        return line
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+# ---- The chain ----
+
+
 def read_chain(folder: str | Path) -> list[Ancestor]:
-    """The adapters from which the one in ``folder`` was made, it last: parents are read where they
-    still are, else from their recorded copies.
+    """Return the adapters from which the one in ``folder`` was made, with that one last.
+
+    A parent is read from its folder; where that is gone, or belongs to a later stage of the chain,
+    it is read from the copy of its lineage that its child has.
 
     Raises:
-        ValueError: there is no adapter in ``folder``.
+        UserError: there is no adapter in ``folder``.
     """
     folder = Path(folder)
-    lineage = read_lineage(folder)
+    lineage = lineage_of(folder)
     if not (folder / CONFIG).is_file() and lineage.get("stage") != "merge":
         raise UserError(
             f"{folder} has no {CONFIG}: no adapter. Give the output_dir of a stage, or user/repo on the Hub."
         )
+    # Of an adapter of other origin, PEFT's own file names the base
     base = lineage.get("base") or {"id": read_json(folder / CONFIG).get("base_model_name_or_path")}
-    link = Ancestor(hub_name(folder), "policy", {**lineage, "base": base})
-    link.problems += _own_problems(folder, link.lineage)
-    return [*_parents(link), link]
+    last = Ancestor(hub_name(folder), "policy", cast(Lineage, {**lineage, "base": base}))
+    last.problems += _own_problems(folder, last.lineage)
+    return [*_ancestors(last, frozenset([folder.resolve()])), last]
 
 
-def _parents(child: Ancestor) -> list[Ancestor]:
-    links = []
+def _ancestors(child: Ancestor, later: frozenset[Path]) -> list[Ancestor]:
+    """Return the parents of ``child`` and theirs, the oldest first.
+
+    ``later`` holds the folders of ``child`` and of the stages after it. A folder is read once on
+    the way from the end of the chain to its beginning, and a recorded copy has no circle, so that
+    the walk ends.
+    """
+    found = []
     for role, noted in child.lineage.get("parents", {}).items():
-        there = (Path(noted["name"]) / WEIGHTS).is_file()
-        lineage = (read_lineage(noted["name"]) if there else {}) or noted["lineage"]
-        where = "on the Hub" if "@" in noted["name"] else "not here any more"
-        link = Ancestor(noted["name"] if there else f"{noted['name']} ({where}; as recorded)", role, lineage)
-        if there and (now := file_sha256(Path(noted["name"]) / WEIGHTS)) != noted["sha256"]:
-            link.problems.append(
+        folder = Path(noted["name"]).resolve()
+        parent = _read_parent(role, noted, child, is_later=folder in later)
+        found += [*_ancestors(parent, later | {folder}), parent]
+    return found
+
+
+def _read_parent(role: str, noted: ParentRecord, child: Ancestor, *, is_later: bool) -> Ancestor:
+    """Return a parent of ``child``, with what does not fit.
+
+    ``is_later`` says that the parent's folder is that of a later stage too.
+    """
+    name = noted["name"]
+    weights = Path(name) / WEIGHTS
+    problems = []
+
+    # Where the parent's lineage is to be had
+    if weights.is_file() and not is_later:
+        lineage = lineage_of(name) or noted["lineage"]
+        now = file_sha256(weights)
+        if now != noted["sha256"]:
+            problems.append(
                 f"has changed since {child.stage} started from it: sha256 was {noted['sha256'][:12]}, is"
                 f" {now[:12]}"
             )
-        link.problems += _misfits(lineage, child)
-        links += [*_parents(link), link]
-    return links
+    else:
+        where = "not here any more"
+        if is_later:
+            where = "replaced"
+            problems.append(
+                "its folder is that of a later stage of this chain too, so what"
+                f" {child.stage} started from is not there any more"
+            )
+        elif "@" in name:
+            where = "on the Hub"
+        lineage = noted["lineage"]
+        name = f"{name} ({where}; as recorded)"
+
+    return Ancestor(name, role, lineage, problems + _misfits(lineage, child))
 
 
-def _misfits(parent: dict[str, Any], child: Ancestor) -> list[str]:
-    """How a parent was trained otherwise than its child."""
+def recorded_stages(lineage: Lineage) -> list[Lineage]:
+    """Return the lineages from which a stage was made, as it recorded them, with its own last.
+
+    Parents of other origin, which have no stage that made them, are left out.
+    """
+    known = [
+        parent["lineage"]
+        for parent in lineage["parents"].values()
+        if parent["lineage"].get("parents") is not None
+    ]
+    return [*(stage for parent in known for stage in recorded_stages(parent)), lineage]
+
+
+# ---- What does not fit ----
+
+
+def _misfits(parent: Lineage, child: Ancestor) -> list[str]:
+    """Return how a parent was trained otherwise than its child."""
     ours, theirs = child.lineage["base"], parent.get("base")
     if theirs is None:
         return []
     problems = []
+
+    # The base: another one, one under another name, or another commit of the same
     if _base_name(ours) != _base_name(theirs):
         if Path(ours["id"]).is_absolute() == Path(theirs["id"]).is_absolute():
             problems.append(f"was trained on another base: {theirs['id']}, {child.stage} on {ours['id']}")
@@ -87,11 +148,15 @@ def _misfits(parent: dict[str, Any], child: Ancestor) -> list[str]:
                 f"names the base {theirs['id']}, and {child.stage} {ours['id']}: one is a folder, see that"
                 " they are the same"
             )
-    elif ours.get("commit") and theirs.get("commit") and ours["commit"] != theirs["commit"]:
-        problems.append(
-            f"was trained on another commit of the base: {theirs['commit'][:12]}, {child.stage} on"
-            f" {ours['commit'][:12]}"
-        )
+    else:
+        our_commit, their_commit = ours.get("commit"), theirs.get("commit")
+        if our_commit and their_commit and our_commit != their_commit:
+            problems.append(
+                f"was trained on another commit of the base: {their_commit[:12]}, {child.stage} on"
+                f" {our_commit[:12]}"
+            )
+
+    # How the base was kept, and how chats were written
     if ours.get("quantization") and ours["quantization"] != theirs["quantization"]:
         problems.append(
             f"was trained on a base in {theirs['quantization']}, {child.stage} on one in"
@@ -102,18 +167,21 @@ def _misfits(parent: dict[str, Any], child: Ancestor) -> list[str]:
     return problems
 
 
-def _base_name(base: dict[str, Any]) -> str:
+def _base_name(base: BaseRecord) -> str:
     return Path(base.get("hub_id") or base["id"]).name
 
 
-def _own_problems(folder: Path, lineage: dict[str, Any]) -> list[str]:
-    """How the files in ``folder`` are not those that its lineage was written for."""
+def _own_problems(folder: Path, lineage: Lineage) -> list[str]:
+    """Return how the files in ``folder`` are not those that its lineage was written for."""
     problems, base = [], lineage["base"]
     if lineage.get("sha256") and lineage["sha256"] != file_sha256(folder / WEIGHTS):
         problems.append(f"{WEIGHTS} is not the one that {lineage['stage']} saved")
-    named = read_json(folder / CONFIG).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
-    if named and named not in (base["id"], base.get("hub_id")) and Path(named).name != Path(base["id"]).name:
-        problems.append(f"{CONFIG} names the base {named}, the lineage {base['id']}")
+    if (folder / CONFIG).is_file():
+        named = read_json(folder / CONFIG).get("base_model_name_or_path")
+        # A base that was moved keeps its folder's name
+        known = named in (None, "", base["id"], base.get("hub_id"))
+        if not known and Path(named).name != Path(base["id"]).name:
+            problems.append(f"{CONFIG} names the base {named}, the lineage {base['id']}")
     if "chat_template_sha256" not in lineage:
         return problems
     for place in (folder, Path(base["id"])):
@@ -123,79 +191,52 @@ def _own_problems(folder: Path, lineage: dict[str, Any]) -> list[str]:
     return problems
 
 
+# ---- As text ----
+
+
 def describe_chain(folder: str | Path) -> str:
-    """What ``goose-lora show`` prints: the chain, what does not fit, and the code that loads it."""
-    links = read_chain(folder)
-    base = links[-1].lineage["base"]
-    made = ", ".join(str(base[key]) for key in ("quantization", "dtype") if base.get(key))
-    commit = (
-        f" at commit {base['commit'][:12]}"
-        if base.get("commit")
-        else f" at {base['revision']}"
-        if base.get("revision")
-        else ""
-    )
-    lines = [
-        f"{'base':9} {base['id']}{commit}" + (f"   {made}" if made else ""),
-        *(link.line() for link in links),
-    ]
-    problems = [f"{link.stage} {link.name}: {problem}" for link in links for problem in link.problems]
-    if not links[-1].lineage.get("stage"):
+    """Return what ``goose-lora show`` prints: the chain, what does not fit, and loading code."""
+    chain = read_chain(folder)
+    own = chain[-1].lineage
+    lines = [_base_line(own["base"]), *(ancestor.line() for ancestor in chain)]
+    if not own.get("stage"):
         lines.append(
             f"{folder} has no goose_lora.json: an adapter of other origin, of which only the base's name is"
             " known."
         )
-    lines += (
-        ["", "Does not fit:", *(f"  {problem}" for problem in problems)]
-        if problems
-        else ["", "All of it fits together."]
-    )
-    plain, quantized = loading_code(links[-1].lineage, hub_name(folder))
+
+    # What does not fit
+    problems = [
+        f"  {ancestor.stage} {ancestor.name}: {problem}"
+        for ancestor in chain
+        for problem in ancestor.problems
+    ]
+    if problems:
+        lines += ["", "Does not fit:", *problems]
+    else:
+        lines += ["", "All of it fits together."]
+
+    # How to load it
+    plain, quantized = loading_code(own, hub_name(folder))
     lines += ["", "Without this project:", "", plain]
-    return "\n".join(lines + (["", "On the base as it was trained on:", "", quantized] if quantized else []))
+    if quantized:
+        lines += ["", "On the base as it was trained on:", "", quantized]
+    return "\n".join(lines)
 
 
-def loading_code(lineage: dict[str, Any], folder: str) -> tuple[str, str | None]:
-    """Python that loads an adapter without this project: on the base as it is, and on the base
-    quantized as in training, if it was."""
-    base, is_reward = lineage["base"], lineage.get("stage") == "reward"
-    name, dtype = base.get("hub_id") or base["id"], base.get("dtype") or "auto"
-    revision = base.get("commit") or base.get("revision")
-    adapter = _place(folder)
-    if lineage.get("stage") == "merge":
-        start = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        load = [
-            f'model = AutoModelForCausalLM.from_pretrained({adapter}, dtype="auto")',
-            f"tokenizer = AutoTokenizer.from_pretrained({adapter})",
-        ]
-        return start + "\n".join(load), None
-    auto = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
-    options = [
-        f'dtype="{dtype}"',
-        *([f'revision="{revision}"'] if revision else []),
-        *(["num_labels=1"] if is_reward else []),
-    ]
-    end = [
-        f"tokenizer = AutoTokenizer.from_pretrained({adapter})",
-        *(["base.config.pad_token_id = tokenizer.pad_token_id"] if is_reward else []),
-        f"model = PeftModel.from_pretrained(base, {adapter})",
-    ]
-
-    def code(imports: list[str], options: list[str]) -> str:
-        start = [
-            f"from transformers import {', '.join([auto, 'AutoTokenizer', *imports])}",
-            "from peft import PeftModel",
-            "",
-        ]
-        return "\n".join([*start, f'base = {auto}.from_pretrained("{name}", {", ".join(options)})', *end])
-
-    how = _QUANTIZED.get(base.get("quantization") or "none", "").format(dtype=dtype)
-    return code([], options), (
-        code(["BitsAndBytesConfig"], [*options, f"quantization_config={how}"]) if how else None
-    )
+def _base_line(base: BaseRecord) -> str:
+    line = f"{'base':9} {base['id']}"
+    if commit := base.get("commit"):
+        line += f" at commit {commit[:12]}"
+    elif revision := base.get("revision"):
+        line += f" at {revision}"
+    made = [str(base[key]) for key in ("quantization", "dtype") if base.get(key)]
+    if made:
+        line += f"   {', '.join(made)}"
+    return line
 
 
-# As loading.quantization_config makes them.
+# As models.quantization.quantization_config makes them.
 _QUANTIZED = {
     "nf4": (
         'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,'
@@ -205,12 +246,64 @@ _QUANTIZED = {
 }
 
 
+def loading_code(lineage: Lineage, folder: str) -> tuple[str, str | None]:
+    """Return Python code that loads an adapter without this project, on two bases.
+
+    The first is the base as it is; the second the base quantized as in training, None if it was
+    not quantized. Merged weights are loaded alone, and have no second.
+    """
+    base, place = lineage["base"], _place(folder)
+    if lineage.get("stage") == "merge":
+        merged = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained({place}, dtype="auto")',
+            f"tokenizer = AutoTokenizer.from_pretrained({place})",
+        ]
+        return "\n".join(merged), None
+
+    # How the base is loaded
+    dtype = base.get("dtype") or "auto"
+    revision = base.get("commit") or base.get("revision")
+    options = [f'"{base.get("hub_id") or base["id"]}"', f'dtype="{dtype}"']
+    if revision:
+        options.append(f'revision="{revision}"')
+
+    # What comes after it. A reward model is a classifier with one output, which finds the end of a
+    # text by its padding.
+    auto = "AutoModelForCausalLM"
+    rest = [f"tokenizer = AutoTokenizer.from_pretrained({place})"]
+    if lineage.get("stage") == "reward":
+        auto = "AutoModelForSequenceClassification"
+        options.append("num_labels=1")
+        rest.append("base.config.pad_token_id = tokenizer.pad_token_id")
+    rest.append(f"model = PeftModel.from_pretrained(base, {place})")
+
+    # The same code twice: on the base as it is, and on the quantized one
+    plain = _adapter_code(auto, ["AutoTokenizer"], options, rest)
+    how = _QUANTIZED.get(base.get("quantization") or "none")
+    if how is None:
+        return plain, None
+    options = [*options, f"quantization_config={how.format(dtype=dtype)}"]
+    return plain, _adapter_code(auto, ["AutoTokenizer", "BitsAndBytesConfig"], options, rest)
+
+
+def _adapter_code(auto: str, imports: Sequence[str], options: Sequence[str], rest: Sequence[str]) -> str:
+    lines = [
+        f"from transformers import {', '.join([auto, *imports])}",
+        "from peft import PeftModel",
+        "",
+        f"base = {auto}.from_pretrained({', '.join(options)})",
+        *rest,
+    ]
+    return "\n".join(lines)
+
+
 def _place(name: str) -> str:
-    """Arguments of from_pretrained: a folder, or user/repo[/folder]@commit taken apart."""
+    """Return the arguments of from_pretrained for a folder, or for user/repo[/folder]@commit."""
     repo, at, revision = name.partition("@")
     if not at:
         return f'"{name}"'
     owner, repo, *inside = repo.split("/")
-    return (
-        f'"{owner}/{repo}"' + "".join(f', subfolder="{part}"' for part in inside) + f', revision="{revision}"'
-    )
+    subfolder = "".join(f', subfolder="{part}"' for part in inside)
+    return f'"{owner}/{repo}"{subfolder}, revision="{revision}"'

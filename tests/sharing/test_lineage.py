@@ -144,6 +144,34 @@ def test_a_parent_that_has_changed_since_is_noticed(run):
     assert any("sft: has changed since ppo started from it" in problem for problem in problems(run / "ppo"))
 
 
+def test_a_parent_in_the_folder_of_its_child_ends_the_walk_and_is_shown_as_recorded(run):
+    """As after a run whose output_dir is its own policy_adapter."""
+    before = read_lineage(run / "sft")
+    parent = {"name": str(run / "sft"), "sha256": before["sha256"], "verdict": None, "lineage": before}
+    change(run / "sft", stage="ppo", parents={"policy": parent})
+    assert [(link.stage, link.role) for link in provenance.read_chain(run / "sft")] == [
+        ("sft", "policy"),
+        ("ppo", "policy"),
+    ]
+    shown = provenance.describe_chain(run / "sft")
+    assert f"sft       {run / 'sft'} (replaced; as recorded)" in shown
+    assert "its folder is that of a later stage of this chain too, so what ppo started from" in shown
+
+
+def test_two_folders_that_are_each_others_parents_end_the_walk(run):
+    for stage, parent in (("sft", "reward"), ("reward", "sft")):
+        copy = {"stage": parent, "base": read_lineage(run / parent)["base"]}
+        sha256 = read_lineage(run / parent)["sha256"]
+        noted = {"name": str(run / parent), "sha256": sha256, "verdict": None, "lineage": copy}
+        change(run / stage, parents={"policy": noted})
+    assert [link.stage for link in provenance.read_chain(run / "ppo")] == [
+        *("sft", "reward", "sft"),
+        *("reward", "sft", "reward"),
+        "ppo",
+    ]
+    assert sum("a later stage of this chain too" in problem for problem in problems(run / "ppo")) == 2
+
+
 def test_a_policy_whose_weights_are_not_those_it_was_written_for_is_noticed(run):
     shutil.copyfile(run / "sft" / "adapter_model.safetensors", run / "ppo" / "adapter_model.safetensors")
     assert problems(run / "ppo") == ["ppo: adapter_model.safetensors is not the one that ppo saved"]
