@@ -177,9 +177,13 @@ def ready_run(
     """A PPO run whose prompts and replies have full length, which is what the plan is for; each
     phase is inside of what ``inside`` makes of it."""
     base = load_base(model, tokenizer, device=config.device)
-    critic: Any = config.critic_for(has_reward=reward is not None)
+    plan = config.role_plan(has_policy=False, has_reward=reward is not None)
     shared = SharedBase.build(
-        base, lora_config(model, base), reward=reward, critic=critic, critic_init=config.critic_init
+        base,
+        lora_config(model, base),
+        reward=reward,
+        critic=plan.critic,
+        critic_init=plan.critic_init,
     )
     generator, longest = torch.Generator().manual_seed(1), config.max_prompt_tokens
     rows = [
@@ -356,9 +360,9 @@ def measured_fake(
         base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).eval().requires_grad_(False)
         if model.quantization == "nf4":
             _quantize(base, dtype)
-        start = {"adapter": "policy", "shared": "zero", None: None}[config.critic_for(has_reward=False)]
-        critic: Any = config.critic_for(has_reward=False)
-        shared = SharedBase.build(base, lora_config(model, base), critic=critic, critic_init=start)  # type: ignore[arg-type]
+        critic = config.role_plan(has_policy=False, has_reward=False).critic
+        start = "policy" if critic == "adapter" else None
+        shared = SharedBase.build(base, lora_config(model, base), critic=critic, critic_init=start)
     before = (SharedBase.logprobs, transformers.masking_utils._ignore_causal_mask_sdpa)
     try:
         # Fake tensors have no values: which tokens count, and whether there is padding, cannot be

@@ -111,8 +111,8 @@ def main(args: list[str] | None = None) -> None:
     )
 
     base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
-    critic = config.critic_for(has_reward=False)
-    starts = {"critic": critic, "critic_init": config.critic_init, "train_layers": config.train_layers}
+    plan = config.role_plan(has_policy=game.policy_adapter is not None, has_reward=False)
+    starts = {"critic": plan.critic, "critic_init": plan.critic_init, "train_layers": plan.train_layers}
     shared = SharedBase.build(base, game.policy_adapter or lora_config(model_args, base), **starts)
     trainer = PPOTrainer(shared, hub.without_trainers_push(config), None, tokenizer)
     done = trainer.start(resume_from_checkpoint=start)

@@ -24,7 +24,6 @@ from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dense_copy import free_bytes
 from goose_lora.models.loading import load_base, load_tokenizer, lora_config, require_adapter
-from goose_lora.models.roles import check_critic
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.planning.memory import planner
 from goose_lora.ppo.config import PPOConfig
@@ -96,8 +95,10 @@ def main(args: list[str] | None = None) -> None:
     sources = reward_sources(
         roles.reward_function, adapter=roles.reward_adapter, trust_remote_code=config.trust_remote_code
     )
-    critic = config.critic_for(has_reward=roles.reward_adapter is not None)
-    check_critic(critic, config.critic_init, has_reward=roles.reward_adapter is not None)
+    role_plan = config.role_plan(
+        has_policy=roles.policy_adapter is not None,
+        has_reward=roles.reward_adapter is not None,
+    )
     roles.policy_adapter = require_adapter("policy_adapter", roles.policy_adapter, model_args)
     roles.reward_adapter = require_adapter("reward_adapter", roles.reward_adapter, model_args)
     start = begin("ppo", config, model_args, roles.policy_adapter)
@@ -152,14 +153,14 @@ def main(args: list[str] | None = None) -> None:
         model.load(replace(model_args, quantization=roles.reward_model_quantization), config.device)
     starts = {
         "reward": roles.reward_adapter,
-        "critic": critic,
-        "critic_init": config.critic_init,
-        "train_layers": config.train_layers,
+        "critic": role_plan.critic,
+        "critic_init": role_plan.critic_init,
+        "train_layers": role_plan.train_layers,
     }
     shared = SharedBase.build(
         base,
         roles.policy_adapter or lora_config(model_args, base),
-        average=config.ema_decay is not None,
+        average=role_plan.average,
         **starts,
     )
     more = {

@@ -17,10 +17,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from goose_lora.errors import UserError
-from goose_lora.models import adapters, roles
+from goose_lora.models import adapters
 from goose_lora.models.adapters import adapter_config
 from goose_lora.models.role_outputs import Views
-from goose_lora.models.roles import ADAPTERS, Critic, CriticInit, Role, belongs_to
+from goose_lora.models.roles import ADAPTERS, Critic, CriticInit, Reference, Role, RolePlan, belongs_to
 from goose_lora.models.trunk import trained_from
 
 
@@ -32,6 +32,7 @@ class SharedBase(Views, PeftModel):
     as adapters only.
     """
 
+    role_plan: RolePlan
     reads_eos: bool
     values_are_scores: bool
     offsets: dict[Role, float]  # what is subtracted from a head's output, in units of the raw score
@@ -85,8 +86,17 @@ class SharedBase(Views, PeftModel):
                 cannot start as ``critic_init`` says; ``reward_features`` without a reward adapter;
                 ``train_layers`` that the model or the adapters do not have.
         """
-        critic_init = roles.check_critic(critic, critic_init, has_reward=reward is not None)
         from_folder = not isinstance(policy, LoraConfig)
+        kinds: dict[Any, Reference | None] = {None: None, "copy": "copy", "base": "base"}
+        plan = RolePlan.of(
+            critic=critic,
+            critic_init=critic_init,
+            has_policy=from_folder,
+            has_reward=reward is not None,
+            reference=kinds.get(reference, "folder"),
+            average=average,
+            train_layers=train_layers,
+        )
         start: Any = adapters.local_folder(policy) if from_folder else policy
         reward = None if reward is None else adapters.local_folder(reward)
         reference = reference if reference in (None, "copy", "base") else adapters.local_folder(reference)
@@ -103,14 +113,13 @@ class SharedBase(Views, PeftModel):
         )
         adapters.switch_off_dropout(base)
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
-        self._role = "policy"
+        self.role_plan, self._role = plan, "policy"
         if from_folder:
             self.load_role("policy", start)
-        reference = reference or ("copy" if from_folder else "base")
-        if reference == "copy":
+        if plan.reference == "copy":
             self.add_adapter(ADAPTERS["reference"], copy.deepcopy(config))
             self._copy_role("policy", "reference")
-        elif reference != "base":
+        elif reference is not None and plan.reference == "folder":
             self.add_adapter(ADAPTERS["reference"], adapter_config(reference))
             self.load_role("reference", reference)
         if average:
@@ -126,32 +135,32 @@ class SharedBase(Views, PeftModel):
                 lineage.get("reward_bias", 0.0),
             )
         self.critic = critic
-        self.values_are_scores = critic is not None and critic_init == "reward"
+        self.values_are_scores = plan.values_are_scores
         if critic is not None:
-            self._add_critic(critic, critic_init, value)
+            self._add_critic(plan, value)
         self.train_layers = train_layers
-        training: list[Role] = ["policy", "value"] if critic == "adapter" else ["policy"]
         self.trained_from = {
-            role: trained_from(self, self.layers, ADAPTERS[role], train_layers) for role in training
+            role: trained_from(self, self.layers, ADAPTERS[role], train_layers)
+            for role in plan.training_adapters
         }
         self._switch_to("policy")
         self.set_trainable(("policy", "value"))
         return self.eval()
 
-    def _add_critic(self, critic: Critic, critic_init: CriticInit, value: LoraConfig | None) -> None:
-        source: Role = "reward" if self.has("reward") and critic_init != "policy" else "policy"
+    def _add_critic(self, plan: RolePlan, value: LoraConfig | None) -> None:
+        source = plan.value_source
         config: Any = self.peft_config[ADAPTERS[source]]
-        if critic != "adapter":
+        if plan.critic != "adapter":
             config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
-        elif critic_init == "zero" and value is not None:
+        elif plan.critic_init == "zero" and value is not None:
             config = value
         config = copy.deepcopy(config)
         config.modules_to_save = ["score"]
         config.lora_dropout = 0.0
         self.add_adapter(ADAPTERS["value"], config)
-        if critic_init != "zero":
+        if plan.critic_init != "zero":
             self._copy_role(source, "value")
-        if critic_init == "reward":
+        if plan.critic_init == "reward":
             # A copy says what the reward model says; a head of zeros says 0
             self.offsets["value"] = self.offsets["reward"]
         else:
@@ -265,8 +274,7 @@ class SharedBase(Views, PeftModel):
     def value_states(self) -> Role:
         """The role whose hidden states the critic's head reads: a head alone brings no adapter of
         its own."""
-        heads: dict[str, Role] = {"shared": "policy", "reward_features": "reward"}
-        return heads.get(self.critic, "value")
+        return self.role_plan.value_states
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; the reward adapter's folder keeps the note of what it was trained to read,

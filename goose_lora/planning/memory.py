@@ -297,7 +297,7 @@ class Planner:
         config, model = self.config, self.model
         state = model.hidden * model.compute * sizes.all_rows
         trunk = sizes.length * self.roles.trunks if config.reuse_trunk else 0
-        features = sizes.response_tokens if self.roles.critic == "reward_features" else 0
+        features = sizes.response_tokens if self.roles.plan.critic == "reward_features" else 0
         reference = (
             sizes.response_tokens if config.kl_estimator == "exact" and config.kl_location == "loss" else 0
         )
@@ -361,7 +361,7 @@ class Planner:
         if config.ptx_coef > 0:
             policy += self.kept(roles.policy, config.ptx_batch_size, self.ptx_tokens)
         value = 0
-        if roles.value is not None and roles.critic == "adapter":
+        if roles.value is not None and roles.plan.critic == "adapter":
             value = self.kept(roles.value, rows, length, read) + rows * length * FP32 * model.hidden
         return policy, value
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from goose_lora.models.adapters import adapter_config
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.loading import lora_config
-from goose_lora.models.roles import Critic
+from goose_lora.models.roles import RolePlan
 from goose_lora.models.trunk import decoder_layers, top_layers
 from goose_lora.ppo.config import PPOConfig
 
@@ -122,8 +122,7 @@ class Roles:
     policy: Adapter
     value: Adapter | None
     reward: Adapter | None
-    critic: Critic | None
-    copies: int  # frozen copies of the policy: reference, ema
+    plan: RolePlan
     value_copies_policy: bool = False
 
     @property
@@ -134,7 +133,7 @@ class Roles:
     @property
     def bytes(self) -> int:
         own = sum(a.parameters + a.head for a in (self.policy, self.value, self.reward) if a is not None)
-        return FP32 * (own + self.copies * self.policy.parameters)
+        return FP32 * (own + self.plan.policy_copies * self.policy.parameters)
 
     @property
     def trunks(self) -> int:
@@ -231,10 +230,10 @@ def read_roles(
         if reward
         else None
     )
-    critic, value = config.critic_for(has_reward=judge is not None), None
-    if critic is not None:
-        start = judge if judge is not None and config.critic_init != "policy" else ours
+    plan, value = config.role_plan(has_policy=policy is not None, has_reward=judge is not None), None
+    if plan.critic is not None:
+        start = judge if judge is not None and plan.value_source == "reward" else ours
         none = Adapter({}, 0, model.layers, 0, model.layers)
-        value = replace(start if critic == "adapter" else none, head=model.states)
+        value = replace(start if plan.critic == "adapter" else none, head=model.states)
     copied = config.critic_init == "policy" or (judge is None and config.critic_init != "zero")
-    return Roles(ours, value, judge, critic, (policy is not None) + (config.ema_decay is not None), copied)
+    return Roles(ours, value, judge, plan, copied)

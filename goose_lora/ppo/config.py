@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from goose_lora.errors import UserError
-from goose_lora.models.roles import Critic
+from goose_lora.models.roles import RolePlan, default_critic
 from goose_lora.models.trunk import top_layers
 from goose_lora.ppo.trl_names import FROM_TRL, answers_trl
 from goose_lora.training.validation import check_finite, check_training
@@ -307,11 +307,23 @@ class PPOConfig(TrainingArguments):
         """Whether advantages are taken against a learned value."""
         return self.advantage_estimator == "gae"
 
-    def critic_for(self, *, has_reward: bool) -> Critic | None:
-        """The critic of a run with or without a reward adapter; None where there is none."""
-        if not self.needs_critic:
-            return None
-        return self.critic or ("reward_features" if has_reward else "adapter")
+    def role_plan(self, *, has_policy: bool, has_reward: bool) -> RolePlan:
+        """Return the roles of a run with or without a trained policy adapter and a reward adapter.
+
+        Raises:
+            UserError: the critic cannot start as ``critic_init`` says, or has nothing to read.
+        """
+        critic = None
+        if self.needs_critic:
+            critic = self.critic or default_critic(has_reward=has_reward)
+        return RolePlan.of(
+            critic=critic,
+            critic_init=self.critic_init,
+            has_policy=has_policy,
+            has_reward=has_reward,
+            average=self.ema_decay is not None,
+            train_layers=self.train_layers,
+        )
 
     @property
     def critic_learning_rate(self) -> float:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from goose_lora.errors import UserError
+from goose_lora.models.roles import RolePlan
 
 # Log-probabilities of one text in batches of two sizes: fp32 sums in another order, by 2e-5 on
 # average where logits are large, on a GPU; bf16 rounds what differs.
@@ -23,19 +24,20 @@ class GateError(UserError):
 
 def check_roles(shared: Any, args: Any) -> None:
     """Raise ValueError where a shared base was not built as the settings say."""
-    if args.needs_critic != (shared.critic is not None):
+    plan: RolePlan = shared.role_plan
+    if args.needs_critic != (plan.critic is not None):
         wanted = (
             "SharedBase.build(..., critic=args.critic)"
             if args.needs_critic
             else "critic=None: replies are compared with one another"
         )
         raise UserError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
-    if args.ema_decay is not None and not shared.has("ema"):
+    if args.ema_decay is not None and not plan.average:
         raise UserError(
             f"ema_decay={args.ema_decay:g} needs a place for the average: SharedBase.build(...,"
             " average=True)."
         )
-    if args.train_layers != shared.train_layers:
+    if args.train_layers != plan.train_layers:
         raise UserError(
             f"train_layers={args.train_layers} goes with SharedBase.build(...,"
             " train_layers=args.train_layers)."

@@ -244,7 +244,7 @@ def test_adapters_that_are_not_trained_yet_are_counted_as_the_settings_say(tmp_p
     later = Planner(
         core, args, config, policy=str(tmp_path / "sft"), reward=str(tmp_path / "reward"), device="cpu"
     ).roles
-    assert later.copies == 1 and alone.copies == 0
+    assert later.plan.policy_copies == 1 and alone.plan.policy_copies == 0
     assert (
         later.reward is not None
         and later.reward.ranks == later.policy.ranks == alone.policy.ranks
@@ -332,4 +332,4 @@ def test_adapters_in_folders_are_counted_with_their_own_rank(tmp_path):
         model, config, PlannedRoles(policy_adapter=str(tmp_path / "policy")), memory=None, device="cpu"
     ).roles
     assert counted.policy.parameters == sum(p.numel() for _, p in shared.role_parameters("policy"))
-    assert counted.copies == 1  # the reference
+    assert counted.plan.policy_copies == 1  # the reference

@@ -8,7 +8,7 @@ from tiny_runs import assert_same_weights, fresh, logged, trainer, with_reward_a
 from transformers import TrainerCallback
 
 from goose_lora.data.tokenization import left_pad
-from goose_lora.models.roles import ADAPTERS, check_critic
+from goose_lora.models.roles import ADAPTERS, RolePlan
 from goose_lora.models.shared_base import SharedBase
 
 BEGINNINGS = [
@@ -23,20 +23,25 @@ BEGINNINGS = [
 ]
 
 
+def critic_start(critic, critic_init, *, has_reward):
+    plan = RolePlan.of(critic=critic, critic_init=critic_init, has_policy=False, has_reward=has_reward)
+    return plan.critic_init
+
+
 @pytest.mark.parametrize(("critic", "has_reward", "possible"), BEGINNINGS)
 def test_a_critic_starts_only_from_what_is_there(critic, has_reward, possible):
-    assert check_critic(critic, None, has_reward=has_reward) == possible[0]
+    assert critic_start(critic, None, has_reward=has_reward) == possible[0]
     for start in ("reward", "policy", "zero"):
         if start in possible:
-            assert check_critic(critic, start, has_reward=has_reward) == start
+            assert critic_start(critic, start, has_reward=has_reward) == start
         else:
             with pytest.raises(ValueError, match=f"critic_init: {start} does not go with critic: {critic}"):
-                check_critic(critic, start, has_reward=has_reward)
+                critic_start(critic, start, has_reward=has_reward)
 
 
 def test_a_critic_on_reward_features_needs_a_reward_adapter():
     with pytest.raises(ValueError, match=r"there is no reward adapter\. Use adapter or shared"):
-        check_critic("reward_features", None, has_reward=False)
+        critic_start("reward_features", None, has_reward=False)
 
 
 def twins(shared, role):
@@ -221,13 +226,24 @@ def test_a_run_without_a_critic_has_none_to_warm_up(tmp_path):
 
 
 def test_the_default_critic_reads_the_reward_adapter_where_there_is_one(tmp_path):
-    config = tiny_runs.config(tmp_path)
-    assert (config.critic_for(has_reward=True), config.critic_for(has_reward=False)) == (
-        "reward_features",
-        "adapter",
-    )
-    assert tiny_runs.config(tmp_path, critic="shared").critic_for(has_reward=True) == "shared"
-    assert (
-        tiny_runs.config(tmp_path, advantage_estimator="rloo", num_generations=2).critic_for(has_reward=True)
-        is None
-    )
+    def critic_of(*, has_reward, **settings):
+        config = tiny_runs.config(tmp_path, **settings)
+        return config.role_plan(has_policy=False, has_reward=has_reward).critic
+
+    assert critic_of(has_reward=True) == "reward_features"
+    assert critic_of(has_reward=False) == "adapter"
+    assert critic_of(has_reward=True, critic="shared") == "shared"
+    assert critic_of(has_reward=True, advantage_estimator="rloo", num_generations=2) is None
+
+
+@pytest.mark.parametrize("reference", [None, "copy", "base"])
+@pytest.mark.parametrize("critic", ["adapter", "shared", "reward_features", None])
+def test_the_plan_names_the_adapters_that_are_put_on_the_base(tmp_path, critic, reference):
+    shared = with_reward_adapter(tmp_path, critic=critic, reference=reference, average=True)
+    plan = shared.role_plan
+    assert {ADAPTERS[role] for role in plan.adapters} == set(shared.peft_config)
+    assert set(plan.training_adapters) == set(shared.trained_from)
+    training = {
+        role for role in plan.adapters if any(p.requires_grad for _, p in shared.role_parameters(role))
+    }
+    assert training == set(plan.training)
