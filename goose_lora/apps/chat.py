@@ -1,13 +1,11 @@
-"""``goose-lora chat``: what base, SFT and PPO of a run answer to the same, in the terminal or on a
-local page."""
+"""``goose-lora chat``: base, SFT and PPO of a run answer the same, in a terminal or on a page."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from goose_lora.apps import gradio_pages
 from goose_lora.apps.chat_page import serve_chat
-from goose_lora.apps.session import PolicySession, RunInfo, check_sampling, inspect_run
+from goose_lora.apps.session import PolicySession, RunInfo, Turn, check_sampling, inspect_run
 from goose_lora.errors import UserError
 
 ANEW = "/new"
@@ -24,8 +22,9 @@ def chat(
     serve: bool = False,
     port: int | None = None,
 ) -> None:
-    """Load ``run`` and answer line after line from stdin until it ends; or with ``serve`` on a page
-    of this machine, until Ctrl-C.
+    """Load ``run`` and answer each line of stdin, or with ``serve`` what is asked on a page.
+
+    It ends with stdin, the page with Ctrl-C.
 
     Args:
         roles: which of base, sft and ppo answer, in this order; all that the run has if empty.
@@ -35,9 +34,10 @@ def chat(
         base: where the base is, if not where the run had it.
 
     Raises:
-        ValueError: no run, roles that it does not have, or settings that nobody can sample with;
-            before anything is loaded.
+        UserError: there is no run, it lacks a role, or nobody can sample with the settings; before
+            anything is loaded.
     """
+    # What can be known before a weight is read
     check_sampling(temperature, max_new_tokens)
     if port is not None and not serve:
         raise UserError(f"--port {port} is the page's. Add --serve.")
@@ -46,31 +46,37 @@ def chat(
     info = inspect_run(run, base=base)
     names = choose_roles(info, roles)
     info.check(tokens=max_new_tokens or info.response_tokens)
+
     session = PolicySession(info, temperature=temperature, max_new_tokens=max_new_tokens)
     if serve:
         serve_chat(session, names, seed=seed, port=port)
-        return
-    interactive = sys.stdin.isatty()
+    else:
+        _chat_in_terminal(session, names, seed=seed)
+
+
+def _chat_in_terminal(session: PolicySession, names: Sequence[str], *, seed: int) -> None:
+    """Answer lines as they are typed, or each line of a pipe as a conversation of its own."""
     conversation = Conversation(session, names, seed=seed, write=_to_stdout)
+    interactive = sys.stdin.isatty()
+    lines: Iterator[str] = iter(sys.stdin)
     if interactive:
-        how = (
-            f"Write a message; {ANEW} begins another conversation"
-            if info.chat
-            else "Write a beginning, which is gone on from"
-        )
-        _to_stdout(f"{info.describe(names)}\n{how}; Ctrl-D ends.\n")
+        lines = _typed()
+        how = "Type the start of a text; each model continues it"
+        if session.info.chat:
+            how = f"Write a message; {ANEW} begins another conversation"
+        _to_stdout(f"{session.info.describe(names)}\n{how}; Ctrl-D ends.\n")
     try:
-        for line in _typed() if interactive else sys.stdin:
+        for line in lines:
             conversation.hear(line.rstrip("\r\n"), alone=not interactive)
     except KeyboardInterrupt:
         _to_stdout("\n")
 
 
 def choose_roles(info: RunInfo, roles: Sequence[str]) -> list[str]:
-    """``roles``, or all that there are.
+    """Return ``roles``, each once, or all roles of the run if empty.
 
     Raises:
-        ValueError: one that the run does not have.
+        UserError: the run lacks one.
     """
     missing = [name for name in roles if name not in info.roles]
     if missing:
@@ -82,10 +88,15 @@ def choose_roles(info: RunInfo, roles: Sequence[str]) -> list[str]:
 
 
 class Conversation:
-    """The turns of each role, and how they are shown: one role after the other, word by word."""
+    """The turns of each role, shown one role after the other, word by word."""
 
     def __init__(
-        self, session: PolicySession, names: Sequence[str], *, seed: int, write: Callable[[str], Any]
+        self,
+        session: PolicySession,
+        names: Sequence[str],
+        *,
+        seed: int,
+        write: Callable[[str], None],
     ):
         self.session, self.names, self.seed, self.write = session, list(names), seed, write
         self.width = max(map(len, self.names)) + 2
@@ -93,11 +104,14 @@ class Conversation:
         self.forget()
 
     def forget(self) -> None:
-        self.turns: dict[str, list[dict[str, Any]]] = {name: [] for name in self.names}
+        """Begin anew: no role remembers a turn."""
+        self.turns: dict[str, list[Turn]] = {name: [] for name in self.names}
 
     def hear(self, line: str, *, alone: bool = False) -> None:
-        """Answer ``line``; with ``alone`` as the first and only one of a conversation. What cannot
-        be answered is said, and the next may be."""
+        """Answer ``line``; with ``alone`` as the only one of its conversation.
+
+        An error is said, and the next line can be answered.
+        """
         if not line.strip():
             return
         if alone:
@@ -106,11 +120,12 @@ class Conversation:
             self.forget()
         if line.strip() == ANEW:
             return
+
         for name in self.names:
             self.write(name.ljust(self.width))
             try:
                 self._answer(name, line)
-            except ValueError as error:
+            except UserError as error:
                 self.write(f"({error})\n")
         self.write("\n")
         self.asked += 1
@@ -118,6 +133,7 @@ class Conversation:
     def _answer(self, name: str, line: str) -> None:
         prompt, shown = self.session.info.prompt_after(self.turns[name], line)
         self.write(shown)
+        # A seed a question, the same for all roles: what they say differs by the role alone
         (reply,) = self.session.reply(name, prompt, seed=self.seed + self.asked, write=self.write)
         self.write(f"\n{'':{self.width}}({reply.facts()})\n")
         if isinstance(prompt, list):
@@ -125,11 +141,13 @@ class Conversation:
 
 
 def _to_stdout(text: str) -> None:
+    # Flushed, since a reply is shown as it is written
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def _typed() -> Iterator[str]:
+    """Yield lines with a prompt and the terminal's editing, until Ctrl-D."""
     while True:
         try:
             yield input("> ")

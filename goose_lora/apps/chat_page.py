@@ -6,10 +6,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from queue import Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from goose_lora.apps import gradio_pages
-from goose_lora.apps.session import PolicySession, Prompt, SampledReply
+from goose_lora.apps.session import PolicySession, Prompt, SampledReply, Turn
+from goose_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from gradio import Blocks
 
 CHAT_CSS = """
 .html-container { padding: 0 !important; }
@@ -24,27 +28,74 @@ CHAT_CSS = """
 """
 
 
+# ---- The conversation of a tab ----
+
+
 @dataclass
 class Exchange:
-    """What was asked, and for each role what stands in its box: the reply as far as it is written,
-    and a note."""
+    """What was asked, and what stands in the box of each role.
+
+    A box has the reply as far as it is written, and a note.
+    """
 
     line: str
     boxes: dict[str, tuple[str, str]]
 
 
+class Talk:
+    """One tab's conversation: the turns of each role, and what is shown of them."""
+
+    def __init__(self, session: PolicySession, names: Sequence[str], *, seed: int):
+        self.session, self.seed = session, seed
+        self.turns: dict[str, list[Turn]] = {name: [] for name in names}
+        self.exchanges: list[Exchange] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Talk":
+        # Gradio copies what a tab begins with, and must not copy the model
+        other = Talk(self.session, list(self.turns), seed=self.seed)
+        other.turns, other.exchanges = copy.deepcopy(self.turns, memo), copy.deepcopy(self.exchanges, memo)
+        return other
+
+    def say(self, line: str) -> Iterator[None]:
+        """Ask every role in turn; at each step there is something more to show."""
+        # All boxes are there at once, and are filled one after the other
+        exchange = Exchange(line, {name: ("", "waits") for name in self.turns})
+        self.exchanges.append(exchange)
+        seed = self.seed + len(self.exchanges) - 1
+        for name, turns in self.turns.items():
+            prompt, before = self.session.info.prompt_after(turns, line)
+            exchange.boxes[name] = (before, "writes")
+            yield
+            try:
+                for piece in stream(self.session, name, prompt, seed=seed):
+                    if isinstance(piece, str):
+                        exchange.boxes[name] = (before + piece, "writes")
+                    else:
+                        exchange.boxes[name] = (before + piece.text, piece.facts())
+                        # Only a chat has turns: a text is continued by itself each time
+                        if isinstance(prompt, list):
+                            self.turns[name] = [*prompt, {"role": "assistant", "content": piece.text}]
+                    yield
+            except UserError as error:
+                exchange.boxes[name] = (before, str(error))
+                yield
+
+
 def stream(session: PolicySession, name: str, prompt: Prompt, *, seed: int) -> Iterator[str | SampledReply]:
-    """The text of a reply as it grows, and at its end the reply. What goes wrong while it is
-    written is raised here."""
+    """Yield the text of a reply as it grows, and at its end the reply.
+
+    What goes wrong while it is written is raised here.
+    """
     pieces: Queue[str | SampledReply | BaseException] = Queue()
 
-    def ask() -> None:
+    def write_reply() -> None:
         try:
             pieces.put(session.reply(name, prompt, seed=seed, write=pieces.put)[0])
         except BaseException as error:  # handed to whoever waits
             pieces.put(error)
 
-    threading.Thread(target=ask, daemon=True).start()
+    # The model writes in a thread, so that this generator can yield in between
+    threading.Thread(target=write_reply, daemon=True).start()
     text = ""
     while isinstance(piece := pieces.get(), str):
         text += piece
@@ -54,24 +105,39 @@ def stream(session: PolicySession, name: str, prompt: Prompt, *, seed: int) -> I
     yield piece
 
 
-def build_chat_page(session: PolicySession, names: Sequence[str], *, seed: int) -> Any:
-    """The page, not served yet. Its conversation is the tab's own."""
+# ---- The page ----
+
+
+def build_chat_page(session: PolicySession, names: Sequence[str], *, seed: int) -> "Blocks":
+    """Build the page without serving it. Each tab has a conversation of its own."""
     gradio = gradio_pages.load_gradio()
-    chat = session.info.chat
+
+    # Words of a chat, or of texts to continue
+    placeholder, ask, begin_anew = "The start of a text; each model continues it", "Go on", "Clear"
+    if session.info.chat:
+        placeholder, ask, begin_anew = "A message", "Ask", "New conversation"
+
     with gradio.Blocks(
-        title=f"{', '.join(names)} of {session.info.folder}", analytics_enabled=False, fill_width=True
+        title=f"{', '.join(names)} of {session.info.folder}",
+        analytics_enabled=False,
+        fill_width=True,
     ) as page:
-        gradio.HTML(f'<span class="note">{html.escape(session.info.describe(names))}</span>', padding=False)
-        placeholder = "A message" if chat else "The beginning of a text, which they go on from"
+        # What is on it, from top to bottom
+        gradio.HTML(_note(session.info.describe(names)), padding=False)
         line = gradio.Textbox(
-            show_label=False, container=False, placeholder=placeholder, elem_id="line", lines=1
+            show_label=False,
+            container=False,
+            placeholder=placeholder,
+            elem_id="line",
+            lines=1,
         )
         with gradio.Row():
-            send = gradio.Button("Ask" if chat else "Go on", variant="primary", elem_id="send")
-            anew = gradio.Button("New conversation" if chat else "Clear", elem_id="anew")
+            send = gradio.Button(ask, variant="primary", elem_id="send")
+            anew = gradio.Button(begin_anew, elem_id="anew")
         log = gradio.HTML(elem_id="log", padding=False)
         talk = gradio.State(Talk(session, names, seed=seed))
 
+        # What the buttons and the Enter key do
         def say(text: str, talk: Talk) -> Iterator[tuple[str, str, Talk]]:
             if not text.strip():
                 raise gradio.Error(
@@ -80,65 +146,49 @@ def build_chat_page(session: PolicySession, names: Sequence[str], *, seed: int) 
             for _ in talk.say(text):
                 yield _log(talk.exchanges), "", talk
 
-        how = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
-        said = gradio.on([line.submit, send.click], say, [line, talk], [log, line, talk], **how)
+        said = gradio.on(
+            [line.submit, send.click],
+            say,
+            [line, talk],
+            [log, line, talk],
+            concurrency_limit=None,
+            api_visibility="private",
+            show_progress="hidden",
+        )
         anew.click(
-            lambda: ("", "", Talk(session, names, seed=seed)), None, [log, line, talk], cancels=[said], **how
+            lambda: ("", "", Talk(session, names, seed=seed)),
+            None,
+            [log, line, talk],
+            cancels=[said],
+            concurrency_limit=None,
+            api_visibility="private",
+            show_progress="hidden",
         )
     return page
 
 
-class Talk:
-    """One tab's conversation: the turns of each role, and what is shown of them."""
-
-    def __init__(self, session: PolicySession, names: Sequence[str], *, seed: int):
-        self.session, self.seed = session, seed
-        self.turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        self.exchanges: list[Exchange] = []
-
-    def __deepcopy__(self, memo: Any) -> "Talk":
-        # Gradio copies what a tab begins with, and must not copy the model
-        other = Talk(self.session, list(self.turns), seed=self.seed)
-        other.turns, other.exchanges = copy.deepcopy(self.turns, memo), copy.deepcopy(self.exchanges, memo)
-        return other
-
-    def say(self, line: str) -> Iterator[None]:
-        """Ask every role in turn; something more can be shown at each step."""
-        exchange = Exchange(line, {name: ("", "waits") for name in self.turns})
-        self.exchanges.append(exchange)
-        for name, turns in self.turns.items():
-            prompt, before = self.session.info.prompt_after(turns, line)
-            exchange.boxes[name] = (before, "writes")
-            yield
-            try:
-                for piece in stream(self.session, name, prompt, seed=self.seed + len(self.exchanges) - 1):
-                    if isinstance(piece, str):
-                        exchange.boxes[name] = (before + piece, "writes")
-                    else:
-                        exchange.boxes[name] = (before + piece.text, piece.facts())
-                        if isinstance(prompt, list):
-                            self.turns[name] = [*prompt, {"role": "assistant", "content": piece.text}]
-                    yield
-            except ValueError as error:
-                exchange.boxes[name] = (before, str(error))
-                yield
-
-
 def _log(exchanges: Sequence[Exchange]) -> str:
-    """The last first, so that it stands below the line that is written in."""
+    """Return the exchanges as HTML, the last one first: it stands right below the input line."""
+    return "".join(_exchange(exchange) for exchange in reversed(exchanges))
 
-    def box(name: str, words: str, note: str) -> str:
-        words, note = html.escape(words), html.escape(note)
-        return (
-            f'<div class="reply {name}"><span class="note">{name}</span><div class="words">{words}</div><span'
-            f' class="note">{note}</span></div>'
-        )
 
-    return "".join(
-        f'<div class="exchange"><div class="asked">{html.escape(exchange.line)}</div><div'
-        f' class="replies">{"".join(box(name, *shown) for name, shown in exchange.boxes.items())}</div></div>'
-        for exchange in reversed(exchanges)
+def _exchange(exchange: Exchange) -> str:
+    boxes = "".join(_box(name, words, note) for name, (words, note) in exchange.boxes.items())
+    return (
+        f'<div class="exchange"><div class="asked">{html.escape(exchange.line)}</div>'
+        f'<div class="replies">{boxes}</div></div>'
     )
+
+
+def _box(name: str, words: str, note: str) -> str:
+    return (
+        f'<div class="reply {name}"><span class="note">{name}</span>'
+        f'<div class="words">{html.escape(words)}</div>{_note(note)}</div>'
+    )
+
+
+def _note(words: str) -> str:
+    return f'<span class="note">{html.escape(words)}</span>'
 
 
 def serve_chat(session: PolicySession, names: Sequence[str], *, seed: int, port: int | None) -> None:

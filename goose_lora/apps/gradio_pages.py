@@ -1,23 +1,30 @@
-"""Pages for this machine alone, by gradio: nothing is shared, recorded or reported, and nothing is
-loaded from elsewhere."""
+"""Pages of gradio for this machine alone.
+
+Nothing is shared, recorded or reported, and nothing is loaded from elsewhere.
+"""
 
 import os
 import socket
 import sys
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from goose_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from gradio import Blocks
 
 HOST = "127.0.0.1"
 FIRST_PORT, LAST_PORT = 7860, 7959  # as gradio looks for a free one
 
 
-def load_gradio() -> Any:
-    """The module, its analytics off.
+def load_gradio() -> ModuleType:
+    """Return the module gradio, its analytics off.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
+    # It reads the variable as it is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -29,7 +36,7 @@ def load_gradio() -> Any:
 
 
 def require(port: int | None) -> None:
-    """Raise ValueError unless gradio is there and ``port``, if one is named, is free."""
+    """Raise UserError unless gradio is there and ``port``, if one is named, is free."""
     load_gradio()
     if port is None:
         return
@@ -47,30 +54,43 @@ def require(port: int | None) -> None:
             raise UserError(f"--port {port} cannot be had on {HOST}: {error.strerror}. {way_out}") from error
 
 
-def open_page(blocks: Any, *, port: int | None, css: str = "", head: str = "") -> str:
-    """Serve ``blocks`` on the loopback address in a thread; returns the address.
-    ``blocks.block_thread()`` waits for Ctrl-C."""
+def open_page(blocks: "Blocks", *, port: int | None, css: str = "", head: str = "") -> str:
+    """Serve ``blocks`` on the loopback address in a thread; return the address.
+
+    ``blocks.block_thread()`` waits for Ctrl-C.
+    """
     gradio = load_gradio()
     # Gradio asks its own page whether it is there, which a proxy would look for on the network
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
+    # Fonts of the machine: gradio's own come from the network
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    private = {
-        "share": False,
-        "run_history": False,
-        "enable_monitoring": False,
-        "mcp_server": False,
-        "ssr_mode": False,
-        "pwa": False,
-    }
-    looks = {"theme": theme, "css": css, "head": head, "footer_links": []}
-    how = {"inbrowser": False, "prevent_thread_lock": True, "show_error": True, "quiet": True}
-    _, address, _ = blocks.launch(server_name=HOST, server_port=port, **private, **looks, **how)
+    _, address, _ = blocks.launch(
+        server_name=HOST,
+        server_port=port,
+        # Nothing leaves the machine, and nothing is kept
+        share=False,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        # Looks
+        theme=theme,
+        css=css,
+        head=head,
+        footer_links=[],
+        # How it runs
+        inbrowser=False,
+        prevent_thread_lock=True,
+        show_error=True,
+        quiet=True,
+    )
     return address
 
 
-def serve(blocks: Any, *, port: int | None, css: str = "", head: str = "") -> None:
-    """``open_page``, its address said, until Ctrl-C."""
+def serve(blocks: "Blocks", *, port: int | None, css: str = "", head: str = "") -> None:
+    """Serve ``blocks``, print their address, and wait for Ctrl-C."""
     address = open_page(blocks, port=port, css=css, head=head)
     sys.stdout.write(f"On {address}, for this machine alone. Ctrl-C ends.\n")
     sys.stdout.flush()

@@ -1,5 +1,7 @@
-"""The file that choices are appended to, a line each, by one process or several: a line that was
-acknowledged is on the disk."""
+"""The file that choices are appended to, a line each, by one process or several.
+
+A line that was acknowledged is on the disk.
+"""
 
 import hashlib
 import json
@@ -7,33 +9,35 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from goose_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from goose_lora.apps.session import Prompt
 
 logger = logging.getLogger(__name__)
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 
-def key_of(prompt: Any, policy: str | None) -> str:
-    """What is labelled once: a prompt, answered by one policy."""
-    return hashlib.sha256(
-        json.dumps([prompt, policy], sort_keys=True, ensure_ascii=False).encode()
-    ).hexdigest()[:16]
+def key_of(prompt: "Prompt", policy: str | None) -> str:
+    """Return a hash of what is labelled once: a prompt, answered by one policy."""
+    named = json.dumps([prompt, policy], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
 class ChoiceFile:
-    """Pairs in TRL's preference format go to ``path``; ties and what was skipped, which are none,
-    to ``.passed.jsonl`` beside it.
+    """The choices on disk.
 
-    Each line names the policy that replied. ``done`` has the keys of all lines, those of other
-    processes as of the last ``refresh``.
+    Pairs in TRL's preference format go to ``path``. Ties and skipped prompts, which are no pairs,
+    go to ``.passed.jsonl`` beside it. Each line names the policy that replied. ``done`` has the
+    keys of all lines, those of other processes as of the last ``refresh``.
 
     Raises:
-        ValueError: not a .jsonl file, or one with lines of another kind.
+        UserError: it is not a .jsonl file, or has lines of another kind.
     """
 
     def __init__(self, path: str | Path):
@@ -47,20 +51,24 @@ class ChoiceFile:
             if file.exists() and not file.is_file():
                 raise UserError(f"--out {path}: {file} is no file. Give another name.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Processes that share the file take turns, and each has read it up to these bytes
         self._lock = FileLock(f"{self.path}.lock")
-        self._seen = {self.path: 0, self.passed: 0}  # bytes
+        self._seen = {self.path: 0, self.passed: 0}
         self.done: dict[str, str] = {}  # by key: pair or passed
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what was appended since, by whomever; a line that was cut off in the middle is taken
-        away."""
+        """Read what was appended since, by whomever.
+
+        A line that was cut off in the middle is taken away.
+        """
         with self._lock:
             self._read()
 
-    def append(self, prompt: Any, row: Mapping[str, Any], *, policy: str, pair: bool) -> bool:
-        """Write a line and wait until the disk has it. False, and nothing is written, if the prompt
-        has one already.
+    def append(self, prompt: "Prompt", row: Mapping[str, Any], *, policy: str, pair: bool) -> bool:
+        """Write a line and wait until the disk has it.
+
+        Returns False, and writes nothing, if the prompt has a line already.
 
         Raises:
             OSError: it could not be written; what was there before is whole.
@@ -70,13 +78,12 @@ class ChoiceFile:
             self._read()
             if key_of(prompt, policy) in self.done:
                 return False
+            # Half a line on a full disk is taken away again
             size = self._seen[path]
-            line = (
-                json.dumps({"prompt": prompt, **row, "policy": policy}, ensure_ascii=False).encode() + b"\n"
-            )
+            text = json.dumps({"prompt": prompt, **row, "policy": policy}, ensure_ascii=False)
             try:
                 with open(path, "ab") as file:
-                    file.write(line)
+                    file.write(text.encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
             except OSError:
@@ -86,6 +93,7 @@ class ChoiceFile:
         return True
 
     def _read(self) -> None:
+        """Read both files from where the last reading ended. The caller holds the lock."""
         for path, start in self._seen.items():
             if not path.is_file():
                 continue
@@ -103,9 +111,11 @@ class ChoiceFile:
             self._seen[path] = start + len(new)
 
     def _heal(self, path: Path, start: int, new: bytes) -> bytes:
-        """``new``, what stands in ``path`` from byte ``start`` on, with a whole last line. Whoever
-        writes holds the lock, so half a line is a process that died, or a line without its end that
-        was written by hand, which is kept."""
+        """Return ``new``, what stands in ``path`` from byte ``start`` on, with a whole last line.
+
+        Whoever writes holds the lock. So half a line is a process that died, and is taken away; or
+        a line without its end that was written by hand, which is kept.
+        """
         if new.endswith(b"\n"):
             return new
         whole, _, last = new.rpartition(b"\n")
@@ -118,14 +128,19 @@ class ChoiceFile:
             path,
             last[:80].decode(errors="replace"),
         )
-        kept = whole + b"\n" if whole else b""
+        kept = b""
+        if whole:
+            kept = whole + b"\n"
         os.truncate(path, start + len(kept))
         return kept
 
     def _note(self, path: Path, line: bytes) -> None:
+        """Remember a line's key, and that it is a pair or was passed over."""
         if not line.strip():
             return
-        columns = PAIR_COLUMNS if path == self.path else ("prompt", "choice")
+        kind, columns = "passed", ("prompt", "choice")
+        if path == self.path:
+            kind, columns = "pair", PAIR_COLUMNS
         row = json.loads(line) if _is_object(line) else {}
         if not set(columns) <= row.keys():
             found = ", ".join(row) or "no JSON object"
@@ -133,7 +148,7 @@ class ChoiceFile:
                 f"--out {path}: has a line with {found}, and choices have {', '.join(columns)}. Give another"
                 " file, or mend that line."
             )
-        self.done[key_of(row["prompt"], row.get("policy"))] = "pair" if path == self.path else "passed"
+        self.done[key_of(row["prompt"], row.get("policy"))] = kind
 
 
 def _is_object(line: bytes) -> bool:

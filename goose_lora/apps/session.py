@@ -1,14 +1,18 @@
-"""Base, SFT and PPO of a finished run, found by its lineage, put on one shared base again, and
-asked."""
+"""A finished run to talk to: base, SFT and PPO of it on one shared base again.
+
+``inspect_run`` finds them by the run's lineage, before a weight is read; ``PolicySession`` loads
+them and replies.
+"""
 
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from goose_lora.data.tokenization import left_pad, prompt_ids
@@ -25,13 +29,17 @@ from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.config import PPOConfig
 from goose_lora.sharing.lineage import hub_name
 
-Prompt = str | list[dict[str, Any]]
+# A chat message, and what a role is asked: a text that it continues, or the turns of a chat.
+Turn = dict[str, Any]
+Prompt = str | list[Turn]
 
 
 @dataclass
 class SampledReply:
-    """One reply: its text, length (tokens), whether it ended by itself, and the reward model's
-    score where the run has one."""
+    """One reply: text, length in tokens, whether it ended by itself, and its score.
+
+    The score is the reward model's, None where the run has no reward model.
+    """
 
     text: str
     tokens: int
@@ -39,20 +47,25 @@ class SampledReply:
     score: float | None
 
     def facts(self) -> str:
-        score = "" if self.score is None else f"score {self.score:.3f}, "
-        return (
-            f"{score}{self.tokens} token{'s' if self.tokens != 1 else ''},"
-            f" {'ended' if self.ended else 'cut off'}"
-        )
+        """Return score, length and ending in a few words."""
+        unit = "token" if self.tokens == 1 else "tokens"
+        ending = "ended" if self.ended else "cut off"
+        facts = f"{self.tokens} {unit}, {ending}"
+        if self.score is not None:
+            facts = f"score {self.score:.3f}, {facts}"
+        return facts
+
+
+# ---- Before a weight is read ----
 
 
 @dataclass
 class RunInfo:
-    """What is there of a run, before any weights are loaded.
+    """What is known of a run before any weights are loaded.
 
-    ``roles``: what can be asked, ``base``, ``sft`` and ``ppo``, as roles of the shared base.
-    ``chat``: whether the run was trained on chat
-    messages. ``settings``: those of the run that are not defaults.
+    ``roles`` has what can be asked, ``base``, ``sft`` and ``ppo``, as roles of the shared base.
+    ``chat`` says whether the run was trained on chat messages. ``settings`` are those of the run
+    that are not defaults.
     """
 
     folder: Path
@@ -65,8 +78,7 @@ class RunInfo:
     settings: dict[str, Any]
 
     def check(self, *, tokens: int | None = None) -> None:
-        """Raise ValueError unless the adapters fit the base, and texts of ``tokens`` its
-        context."""
+        """Raise UserError unless the adapters fit the base, and texts of ``tokens`` its context."""
         adapters = {
             "policy_adapter": self.folder,
             "sft_adapter": self.reference,
@@ -75,19 +87,25 @@ class RunInfo:
         named = {name: str(folder) if folder else None for name, folder in adapters.items()}
         check_fit(self.arguments, self.tokenizer, named, tokens=tokens, chat=self.chat)
 
-    def prompt_after(self, turns: Sequence[dict[str, Any]], line: str) -> tuple[Prompt, str]:
-        """What a role is asked when ``line`` comes after ``turns``, and what of it stands before
-        the reply: a text that is gone on from."""
-        return ([*turns, {"role": "user", "content": line}], "") if self.chat else (line, line)
+    def prompt_after(self, turns: Sequence[Turn], line: str) -> tuple[Prompt, str]:
+        """Return what a role is asked when ``line`` follows ``turns``, and what stands before it.
+
+        The latter is empty in a chat. Otherwise it is ``line`` itself, which the reply continues.
+        """
+        if self.chat:
+            return [*turns, {"role": "user", "content": line}], ""
+        return line, line
 
     def describe(self, names: Sequence[str]) -> str:
-        """Who answers, in one line."""
-        quantized = "" if self.arguments.quantization == "none" else f" in {self.arguments.quantization}"
-        return f"{', '.join(names)} of {self.folder} on {self.arguments.model_name_or_path}{quantized}."
+        """Return who answers, in one line."""
+        base = self.arguments.model_name_or_path
+        if self.arguments.quantization != "none":
+            base += f" in {self.arguments.quantization}"
+        return f"{', '.join(names)} of {self.folder} on {base}."
 
     @property
     def response_tokens(self) -> int:
-        """Most tokens of a reply in the run."""
+        """The most tokens of a reply in the run."""
         return self.settings.get("response_length", PPOConfig.response_length)
 
     @property
@@ -96,18 +114,17 @@ class RunInfo:
 
 
 def inspect_run(run: str | Path, *, base: str | None = None) -> RunInfo:
-    """Look at the policy that recipes/ppo.py or own_loop.py left, or recipes/sft.py; a folder, or
-    user/repo[@revision] on the Hub.
+    """Look at the policy that recipes/ppo.py, own_loop.py or sft.py left.
 
-    SFT and reward adapter are those beside the policy, or else those that it started from, where
-    they still are.
+    ``run`` is its folder, or user/repo[@revision] on the Hub. SFT and reward adapter are those
+    beside the policy, or else those that it started from, where they still are.
 
     Args:
         base: where the base is, if not where the run had it.
 
     Raises:
-        ValueError: no run, one that is no policy, or of which the base's quantization is not known;
-            its base is gone.
+        UserError: there is no run, it is no policy, or its base is gone or was quantized in a way
+            that is not known.
     """
     folder = local_folder(run)
     if not folder.is_dir():
@@ -128,54 +145,79 @@ def inspect_run(run: str | Path, *, base: str | None = None) -> RunInfo:
             " recipes/sft.py."
         )
     arguments = arguments_of(lineage["base"], base)
+
+    # Who can be asked. After PPO the adapter it started from is a role of its own
     reference = reward = None
     roles: dict[str, Role] = {"base": "base", "sft": "policy"}
     if stage != "sft":
-        reference, reward = (_adapter_of(folder, lineage, role) for role in ("reference", "reward"))
-        roles = (
-            {"base": "base", "sft": "reference", "ppo": "policy"}
-            if reference
-            else {"base": "base", "ppo": "policy"}
-        )
-    chat = any(row.get("chat") for row in lineage.get("data", []))
+        reference = _adapter_of(folder, lineage, "reference")
+        reward = _adapter_of(folder, lineage, "reward")
+        roles = {"base": "base", "ppo": "policy"}
+    if reference:
+        roles = {"base": "base", "sft": "reference", "ppo": "policy"}
+
+    # Chats need a template, to be asked as the run was trained
     tokenizer = tokenizer_of(folder, arguments)
+    trained_on_chat = any(row.get("chat") for row in lineage.get("data", []))
     return RunInfo(
-        folder,
-        arguments,
-        tokenizer,
-        roles,
-        reference,
-        reward,
-        chat and bool(tokenizer.chat_template),
-        lineage.get("settings", {}),
+        folder=folder,
+        arguments=arguments,
+        tokenizer=tokenizer,
+        roles=roles,
+        reference=reference,
+        reward=reward,
+        chat=trained_on_chat and bool(tokenizer.chat_template),
+        settings=lineage.get("settings", {}),
     )
 
 
 def _adapter_of(folder: Path, lineage: dict[str, Any], role: Role) -> Path | None:
+    """Return the folder of a role's adapter: below the policy's, or the one it started from."""
     name, at, revision = hub_name(folder).partition("@")
+    places = [f"{name}/{ADAPTERS[role]}{at}{revision}"]
+    # The reference of PPO is the adapter that the policy started from
     parent = lineage.get("parents", {}).get("policy" if role == "reference" else role)
-    for place in (f"{name}/{ADAPTERS[role]}{at}{revision}", parent and parent["name"]):
-        if place:
-            try:
-                found = local_folder(place)
-            except ValueError:  # neither here nor on the Hub
-                continue
-            if (found / CONFIG).is_file():
-                return found
+    if parent:
+        places.append(parent["name"])
+    for place in places:
+        try:
+            found = local_folder(place)
+        except UserError:  # neither here nor on the Hub
+            continue
+        if (found / CONFIG).is_file():
+            return found
     return None
 
 
-class Pieces(TextStreamer):
-    """Hands a reply on as it is written, in whole words, decoded as what follows its prompt: by
-    itself a first word has no space before it."""
+def check_sampling(temperature: float | None, max_new_tokens: int | None, *, greedy: bool = True) -> None:
+    """Raise UserError for a temperature or a length that nobody can sample with.
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]):
-        super().__init__(tokenizer, skip_special_tokens=True)
+    ``greedy`` says whether a temperature of 0 will do.
+    """
+    if temperature is not None and not (0 <= temperature < float("inf") and (greedy or temperature > 0)):
+        also = ", or 0 for greedy replies" if greedy else ""
+        raise UserError(f"--temperature {temperature:g}: must be a number above 0{also}.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: must be 1 or more.")
+
+
+# ---- With the weights in memory ----
+
+
+class Pieces(TextStreamer):
+    """A streamer that hands a reply on as it is written, in whole words.
+
+    The reply is decoded as what follows its prompt: by itself a first word has no space before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+        super().__init__(cast(Any, tokenizer), skip_special_tokens=True)
         self.write = write
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             return super().put(value)
+        # The prompt comes first. It stays in the cache as text that was printed already
         self.next_tokens_are_prompt = False
         self.token_cache = value[0].tolist()
         self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
@@ -186,8 +228,9 @@ class Pieces(TextStreamer):
 
 
 class PolicySession:
-    """The models of a run on one shared base. Threads may ask at once; they are answered one after
-    the other.
+    """The models of a run on one shared base.
+
+    Threads may ask at once; they are answered one after the other.
 
     Args:
         temperature: of the sampling; 0 for greedy replies, the run's own if unset.
@@ -196,20 +239,22 @@ class PolicySession:
 
     def __init__(self, info: RunInfo, *, temperature: float | None = None, max_new_tokens: int | None = None):
         self.info, self.tokenizer = info, info.tokenizer
-        base = load_base(info.arguments, self.tokenizer)
         self.shared = SharedBase.build(
-            base, info.folder, reward=info.reward, reference=info.reference or "base"
+            load_base(info.arguments, self.tokenizer),
+            info.folder,
+            reward=info.reward,
+            reference=info.reference or "base",
         )
-        # As rollouts are sampled, and the name whose adapter is merged in
+        # Replies are sampled as rollouts are: from a dense copy, which holds one role at a time
         self.dense, self._merged = dense_copy(self.shared, "auto"), ""
-        temperature = info.temperature if temperature is None else temperature
-        tokenizer: Any = self.tokenizer
+        if temperature is None:
+            temperature = info.temperature
         self.sampling = generation_config(
             response_tokens=max_new_tokens or info.response_tokens,
             temperature=temperature or 1.0,
             do_sample=temperature > 0,
-            eos_token_ids=[tokenizer.eos_token_id, *(info.settings.get("stop_token_ids") or [])],
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_ids=[self.tokenizer.eos_token_id, *(info.settings.get("stop_token_ids") or [])],
+            pad_token_id=self.tokenizer.pad_token_id,
         )
         self._one_at_a_time = threading.Lock()
 
@@ -223,66 +268,73 @@ class PolicySession:
         count: int = 1,
         write: Callable[[str], None] | None = None,
     ) -> list[SampledReply]:
-        """``count`` replies of ``name`` to ``prompt``, a text to go on from or chat messages. The
-        same ``seed`` gives the same replies.
+        """Sample ``count`` replies of ``name`` to ``prompt``, a text to continue or chat messages.
 
-        ``write`` gets the text of one reply, piece by piece, while it is written.
+        The same ``seed`` gives the same replies. ``write`` gets the text of one reply, piece by
+        piece, while it is written.
 
         Raises:
-            ValueError: the prompt is empty, or leaves no room for a reply in the base's context.
+            UserError: the prompt is empty, or leaves no room for a reply in the base's context.
         """
         ids = prompt_ids(prompt, self.tokenizer)
         self._check_room(len(ids))
-        core: Any = self.shared.get_base_model()
-        tokens, mask = left_pad(
-            [ids] * count, self.tokenizer.pad_token_id, core.get_output_embeddings().weight.device
-        )
+        tokens, mask = left_pad([ids] * count, self.tokenizer.pad_token_id, self._head_device())
         strings = self.info.settings.get("stop_strings")
+        stop = StopStrings(self.tokenizer, strings, len(ids)) if strings else None
+        streamer = Pieces(self.tokenizer, write) if write else None
+
+        # The dense copy, the roles and torch's generator are one for all threads
         with self._one_at_a_time:
             torch.manual_seed(seed)
-            stop = StopStrings(self.tokenizer, strings, len(ids)) if strings else None
-            streamer = Pieces(self.tokenizer, write) if write else None
+            role = self.info.roles[name]
             if self.dense is not None and self._merged != name:
-                self.dense.become(self.info.roles[name])
+                self.dense.become(role)
                 self._merged = name
-            how = {"role": self.info.roles[name], "dense": self.dense, "stop": stop, "streamer": streamer}
-            rollout = sample(self.shared, tokens, mask, self.sampling, **how)
+            rollout = sample(
+                self.shared,
+                tokens,
+                mask,
+                self.sampling,
+                role=role,
+                dense=self.dense,
+                stop=stop,
+                streamer=streamer,
+            )
             scores: Sequence[float | None] = [None] * count
             if self.shared.has("reward"):
                 closed = rollout.closes_with(self.tokenizer.eos_token_id)
                 scores = self.shared.scores(rollout.input_ids, rollout.attention_mask, None, closed).tolist()
+
+        # Text that continues a prompt keeps the space before its first word
         texts = [self._text(ids, reply, follows=isinstance(prompt, str)) for reply in rollout.response_ids()]
         facts = zip(texts, rollout.lengths.tolist(), rollout.ended.tolist(), scores, strict=True)
         return [SampledReply(*reply) for reply in facts]
 
+    def _core(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.shared.get_base_model())
+
+    def _head_device(self) -> torch.device:
+        return cast(nn.Linear, self._core().get_output_embeddings()).weight.device
+
     def _check_room(self, tokens: int) -> None:
-        core: Any = self.shared.get_base_model()
-        config = core.config.get_text_config().to_dict()
+        """Raise UserError for an empty prompt, or one that leaves no room for a reply."""
+        config = self._core().config.get_text_config().to_dict()
         context = config.get("max_position_embeddings") or config.get("n_positions")
+        longest = cast(int, self.sampling.max_new_tokens)
         if tokens == 0:
             raise UserError("there is nothing to answer: the prompt has no tokens.")
-        if context is not None and tokens + self.sampling.max_new_tokens > context:
+        if context is not None and tokens + longest > context:
             raise UserError(
-                f"the prompt is {tokens} tokens long, and with a reply of {self.sampling.max_new_tokens} it"
+                f"the prompt is {tokens} tokens long, and with a reply of {longest} it"
                 f" does not fit the base's context of {context}. Begin anew, or lower --max_new_tokens."
             )
 
     def _text(self, prompt: list[int], reply: list[int], *, follows: bool) -> str:
-        """A reply decoded; with ``follows`` as it goes on from its prompt, with the space before
-        its first word."""
+        """Return a reply decoded; with ``follows`` as it continues its prompt."""
         alone, before, whole = self.tokenizer.batch_decode(
-            [reply, prompt, prompt + reply], skip_special_tokens=True
+            [reply, prompt, prompt + reply],
+            skip_special_tokens=True,
         )
-        return whole[len(before) :] if follows and whole.startswith(before) else alone
-
-
-def check_sampling(temperature: float | None, max_new_tokens: int | None, *, greedy: bool = True) -> None:
-    """Raise ValueError for a temperature or a length that nobody can sample with; ``greedy``:
-    whether 0 will do."""
-    if temperature is not None and not (0 <= temperature < float("inf") and (greedy or temperature > 0)):
-        raise UserError(
-            f"--temperature {temperature:g}: must be a number above"
-            f" 0{', or 0 for greedy replies' if greedy else ''}."
-        )
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens {max_new_tokens}: must be 1 or more.")
+        if follows and whole.startswith(before):
+            return whole[len(before) :]
+        return alone

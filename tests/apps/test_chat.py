@@ -26,6 +26,7 @@ from goose_lora.apps.session import PolicySession, RunInfo, SampledReply, inspec
 from goose_lora.cli import commands
 from goose_lora.data.rows import DataArguments
 from goose_lora.data.tokenization import prompt_ids
+from goose_lora.errors import UserError
 from goose_lora.evaluation.policies import answer
 from goose_lora.generation.sampling import generation_config
 from goose_lora.models.adapters import read_lineage, write_lineage
@@ -170,7 +171,7 @@ class Talker:
 
     def reply(self, name, prompt, *, seed, write):
         if prompt == "bad":
-            raise ValueError("too long")
+            raise UserError("too long")
         self.asked.append((name, prompt, seed))
         write("hm")
         return [SampledReply(f"{name} {len(self.asked)}", 1, True, None)]
