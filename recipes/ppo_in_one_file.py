@@ -140,7 +140,7 @@ def score(shared, tokenizer, rollout, rows, function):
     if function is None:
         ids, attention, read = rollout.input_ids, rollout.attention_mask, rollout.response_tokens + 1
         hidden = shared.hidden("reward", ids, attention, columns=read)  # of the last columns only
-        return shared.read_scores(hidden, attention, rollout.closes_with(tokenizer.eos_token_id))
+        return shared.read_scores(hidden, attention, rollout.ends_with_token(tokenizer.eos_token_id))
     replies = rollout.response_ids()
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "input_ids"}
     prompts, texts = columns.pop("prompt"), tokenizer.batch_decode(replies, skip_special_tokens=True)

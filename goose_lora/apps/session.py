@@ -302,7 +302,7 @@ class PolicySession:
             )
             scores: Sequence[float | None] = [None] * count
             if self.shared.has("reward"):
-                closed = rollout.closes_with(self.tokenizer.eos_token_id)
+                closed = rollout.ends_with_token(self.tokenizer.eos_token_id)
                 scores = self.shared.scores(rollout.input_ids, rollout.attention_mask, None, closed).tolist()
 
         # Text that continues a prompt keeps the space before its first word

@@ -74,7 +74,7 @@ def answer(
         replies.ended += rollout.ended.tolist()
         if shared.has("reward"):
             replies.scores += shared.scores(
-                ids, mask, trunks["reward"], rollout.closes_with(tokenizer.eos_token_id)
+                ids, mask, trunks["reward"], rollout.ends_with_token(tokenizer.eos_token_id)
             ).tolist()
     return replies
 

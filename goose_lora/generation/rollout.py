@@ -56,7 +56,7 @@ class Rollout:
     def lengths(self) -> Int[Tensor, " B"]:
         return self.response_mask.sum(-1)
 
-    def closes_with(self, token_id: Any) -> Bool[Tensor, " B"]:
+    def ends_with_token(self, token_id: Any) -> Bool[Tensor, " B"]:
         """Whether each reply's last counted token is ``token_id``."""
         last = last_counted(self.response_mask.long()) + self.prompt_tokens
         return self.input_ids.gather(1, last[:, None]).squeeze(1) == token_id

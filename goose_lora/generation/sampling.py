@@ -80,7 +80,7 @@ def sample(
     ``keep_trunk_on`` or the model's device: they run for every token anyway. ``streamer`` gets the
     tokens of one reply as they are drawn.
     """
-    chooser = Chooser(config.temperature if config.do_sample else None)
+    sampler = TokenSampler(config.temperature if config.do_sample else None)
     settings = copy.deepcopy(config)
     settings.update(
         do_sample=False,
@@ -102,7 +102,7 @@ def sample(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([chooser]),
+                logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
                 streamer=streamer,
             )
@@ -111,7 +111,7 @@ def sample(
     mask, ended = response_mask(sequences[:, input_ids.shape[1] :], config.eos_token_id)
     if stop:
         mask, ended = stop.cut(mask, ended)
-    logprobs = torch.where(mask, chooser.logprobs(mask.shape[1]), 0.0)
+    logprobs = torch.where(mask, sampler.logprobs(mask.shape[1]), 0.0)
     return Rollout(sequences, torch.cat([attention_mask, mask.long()], dim=1), mask, ended, logprobs, trunk)
 
 
@@ -136,7 +136,7 @@ def _trunk(
     return capture.states[:, :length]
 
 
-class Chooser:
+class TokenSampler:
     """Draws each token from softmax(logits / temperature), or takes the likeliest where
     ``temperature`` is None, and notes its log-probability.
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 # A token of the tail that decodes to nothing, such as half a character, must not push a stop text
 # out of it.
-SPARE_TOKENS = 8
+TOKENS_WITHOUT_TEXT = 8
 
 
 class StopStrings(StoppingCriteria):
@@ -22,8 +22,8 @@ class StopStrings(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], prompt_tokens: int):
         self.tokenizer, self.strings, self.prompt_tokens = tokenizer, list(strings), prompt_tokens
-        # Each token of a match but for the spare ones adds a byte or more to it.
-        self.tail = max(len(text.encode()) for text in strings) + SPARE_TOKENS
+        # Each other token of a match adds a byte or more to it.
+        self.tail = max(len(text.encode()) for text in strings) + TOKENS_WITHOUT_TEXT
         self.lengths: dict[int, int] = {}
 
     def __call__(self, input_ids: Int[Tensor, "B L"], scores: Tensor, **kwargs: object) -> Bool[Tensor, " B"]:

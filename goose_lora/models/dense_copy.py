@@ -86,6 +86,14 @@ class DenseCopy:
         return self.model
 
 
+def takes_dense_copy(wanted: RolloutWeights, *, need: float, free: float) -> bool:
+    """Return whether rollouts take a dense copy of ``need`` bytes where ``free`` bytes are free.
+
+    ``auto`` takes one that needs no more than half of the free memory.
+    """
+    return wanted == "dense" or (wanted == "auto" and need <= SHARE_OF_FREE_MEMORY * free)
+
+
 def dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | None:
     """A copy if ``wanted`` is ``dense``, or ``auto`` and it takes less than half of the free
     memory.
@@ -113,7 +121,7 @@ def dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | None:
         dense_bytes(shared),
         free_bytes(shared.get_base_model().get_output_embeddings().weight.device),
     )  # type: ignore[operator]
-    if wanted == "auto" and need > SHARE_OF_FREE_MEMORY * free:
+    if not takes_dense_copy(wanted, need=need, free=free):
         logger.info(
             "rollouts use the shared weights: a dense copy takes %.1f GB and %.1f GB are free",
             need / 1e9,

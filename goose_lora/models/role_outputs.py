@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from goose_lora.functional import last_counted, token_kl, token_logprobs
 from goose_lora.models.roles import ADAPTERS, Role
-from goose_lora.models.trunk import above, below, decoder_layers, reading, same_below
+from goose_lora.models.trunk import above, below, captured_depth, decoder_layers, reading, same_below
 
 
 class PolicyAndValue(NamedTuple):
@@ -58,7 +58,8 @@ class Views:
         """How many of the lowest layers may be noted while the policy generates: those of its
         trunk, unless merging changes their weights."""
         depth = self.trunk_depth("policy")
-        return 0 if merged and not same_below(self, self.layers, depth, ADAPTERS["policy"], None) else depth
+        adapted = merged and not same_below(self, self.layers, depth, ADAPTERS["policy"], None)
+        return captured_depth(depth, merged=merged, adapted_below=adapted)
 
     def _leader(self, role: Role) -> Role | None:
         """The role that trains whose trunk serves ``role``: itself, the policy, or the critic."""

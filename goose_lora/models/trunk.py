@@ -177,6 +177,18 @@ def trained_from(model: Any, layers: nn.ModuleList, adapter: str, train_layers: 
     return max(lowest, lowest_layer(layers, adapter))
 
 
+def captured_depth(depth: int, *, merged: bool, adapted_below: bool) -> int:
+    """Return how many of the lowest layers are noted while the policy generates (0: none).
+
+    Args:
+        depth: layers of the policy's trunk.
+        merged: whether the policy's adapter is merged into the weights that generate.
+        adapted_below: whether the adapter changes layers of the trunk. Merging rounds them to
+            other weights than those that the update computes with.
+    """
+    return 0 if merged and adapted_below else depth
+
+
 def same_below(model: Any, layers: nn.ModuleList, depth: int, one: str | None, other: str | None) -> bool:
     """Whether two adapters (None: none at all) compute the same in ``layers[:depth]`` and outside
     the layers, bit for bit."""

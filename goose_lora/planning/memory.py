@@ -17,10 +17,11 @@ from goose_lora.errors import UserError
 from goose_lora.functional import CHUNK_TOKENS
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
-from goose_lora.models.dense_copy import SHARE_OF_FREE_MEMORY
-from goose_lora.models.trunk import BY_POSITION
+from goose_lora.models.dense_copy import takes_dense_copy
+from goose_lora.models.trunk import BY_POSITION, captured_depth
 from goose_lora.planning.shapes import FP32, Adapter, Linear, read_model, read_roles
 from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.memory_rules import scoring_keeps_graph, waits_on_host
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PARTS = ("base", "adapters", "optimizer", "dense copy", "vllm", "cache", "trunk", "activations", "logits")
@@ -136,12 +137,7 @@ class Planner:
             if self.model.quantization != "none" or x.name in self.roles.policy.ranks
         ]
         need = sum(x.inputs * x.outputs for x in chosen) * self.model.compute
-        wanted = self.config.rollout_weights
-        return (
-            need
-            if wanted == "dense" or (wanted == "auto" and need <= SHARE_OF_FREE_MEMORY * self.free)
-            else 0
-        )
+        return need if takes_dense_copy(self.config.rollout_weights, need=need, free=self.free) else 0
 
     def _vllm_bytes(self, sizes: Sizes) -> int:
         """What vLLM takes of the device: its share, or what a base of its own and the cache need if
@@ -274,13 +270,10 @@ class Planner:
     @property
     def _notes_trunk(self) -> bool:
         policy = self.roles.policy
-        if self.config.rollout_engine == "vllm":
+        if self.config.rollout_engine == "vllm" or not self.config.reuse_trunk:
             return False
-        return (
-            self.config.reuse_trunk
-            and policy.trained_from > 0
-            and not (self.dense and policy.lowest_layer < policy.trained_from)
-        )
+        adapted = policy.lowest_layer < policy.trained_from
+        return captured_depth(policy.trained_from, merged=self.dense > 0, adapted_below=adapted) > 0
 
     def _replies(self, sizes: Sizes) -> int:
         """How many are ever generated at a time: in a rollout, to learn the scale of scores, or in
@@ -304,9 +297,9 @@ class Planner:
         return state * (trunk + features + reference)
 
     def _waits_on_host(self, sizes: Sizes) -> bool:
-        how = "device" if self.device == "cpu" else self.config.trunk_memory
-        return how == "host" or (
-            how == "auto" and self._experience(sizes) > SHARE_OF_FREE_MEMORY * (self.free - self.dense)
+        # On a CPU the host's memory is the device's.
+        return self.device != "cpu" and waits_on_host(
+            self.config.trunk_memory, need=self._experience(sizes), free=self.free - self.dense
         )
 
     def _score(self, sizes: Sizes) -> dict[str, int]:
@@ -367,11 +360,12 @@ class Planner:
 
     def _keeps_graph(self, sizes: Sizes) -> bool:
         """Whether scoring makes the first pass of the update: see ``passes``."""
-        config = self.config
-        return (
-            sizes.all_rows <= min(sizes.rows, sizes.rollout_rows)
-            and config.max_tokens_per_microbatch is None
-            and config.ptx_coef == 0
+        return scoring_keeps_graph(
+            replies=sizes.all_rows,
+            microbatch_rows=sizes.rows,
+            group_rows=sizes.rollout_rows,
+            max_tokens=self.config.max_tokens_per_microbatch,
+            pretraining=self.config.ptx_coef > 0,
         )
 
     # ---- What fits ----

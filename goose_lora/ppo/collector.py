@@ -15,10 +15,11 @@ from goose_lora.generation.rollout import Rollout, joined
 from goose_lora.generation.sampling import sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.generation.vllm import VLLMEngine
-from goose_lora.models.dense_copy import SHARE_OF_FREE_MEMORY, RolloutWeights, dense_copy, free_bytes
+from goose_lora.models.dense_copy import RolloutWeights, dense_copy, free_bytes
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.ppo.memory_rules import waits_on_host
 from goose_lora.rewards.sources import RewardMix, Scores
 
 
@@ -85,8 +86,8 @@ class Rollouts:
         """The device on which a rollout of this size leaves its states."""
         weight = self.shared.get_base_model().get_output_embeddings().weight
         number = rows * columns * weight.shape[1] * weight.element_size() * self.shared.kept_trunks()
-        short = self.trunk_memory == "auto" and number > SHARE_OF_FREE_MEMORY * free_bytes(weight.device)
-        return torch.device("cpu") if short or self.trunk_memory == "host" else weight.device
+        on_host = waits_on_host(self.trunk_memory, need=number, free=free_bytes(weight.device))
+        return torch.device("cpu") if on_host else weight.device
 
     @torch.no_grad()
     def generate(
@@ -227,7 +228,7 @@ class Rollouts:
     def _groups(self, rollout: Rollout) -> Iterator[tuple[Any, ...]]:
         """Ids, attention mask, response mask, which replies close with the end-of-text token, since
         a reward model may not have read it, and the trunk's output where there is one."""
-        closed = rollout.closes_with(self.tokenizer.eos_token_id)
+        closed = rollout.ends_with_token(self.tokenizer.eos_token_id)
         fields = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, closed)
         parts = [field.split(self.batch_size) for field in fields]
         trunks = [None] * len(parts[0]) if rollout.trunk is None else rollout.trunk.split(self.batch_size)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from goose_lora.generation.rollout import Rollout
 from goose_lora.models.role_outputs import PolicyAndValue
 from goose_lora.ppo.collector import Evaluated, Rollouts
+from goose_lora.ppo.memory_rules import scoring_keeps_graph
 from goose_lora.ppo.microbatches import halves, padded_tokens, within
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,13 @@ class Passes:
     def _ask_the_roles(self, rollout: Rollout, *, score: bool) -> Evaluated:
         """What the roles say of a rollout, with the graph of policy and critic where the update
         goes on from it."""
-        rows = min(self.args.per_device_train_batch_size, self.rollouts.batch_size)
-        whole = len(rollout.ended) <= rows and self._most_tokens is None and self.ptx_dataset is None
+        whole = scoring_keeps_graph(
+            replies=len(rollout.ended),
+            microbatch_rows=self.args.per_device_train_batch_size,
+            group_rows=self.rollouts.batch_size,
+            max_tokens=self._most_tokens,
+            pretraining=self.ptx_dataset is not None,
+        )
         if not whole or self.state.global_step == 0 or self.accelerator.num_processes > 1:
             return self.rollouts.evaluate(rollout, score=score)
         # As for the other passes of the update, also in a run's first rollout after a checkpoint

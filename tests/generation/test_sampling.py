@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from goose_lora.generation.sampling import Chooser, generation_config, response_mask, sample
+from goose_lora.generation.sampling import TokenSampler, generation_config, response_mask, sample
 from goose_lora.models.loading import load_base, load_tokenizer
 
 FILTERS = {
@@ -108,9 +108,11 @@ def test_log_probabilities_are_those_that_tokens_were_drawn_with(
     tiny.randomise(shared, std=0.1)  # with more, rounding alone comes to 2e-5
     ids, mask = prompts()
     logits = []
-    choose = Chooser.__call__
+    choose = TokenSampler.__call__
     monkeypatch.setattr(
-        Chooser, "__call__", lambda self, ids, given: logits.append(given.clone()) or choose(self, ids, given)
+        TokenSampler,
+        "__call__",
+        lambda self, ids, given: logits.append(given.clone()) or choose(self, ids, given),
     )
     rollout = sample(shared, ids, mask, config())
     given = torch.stack(logits[: rollout.response_mask.shape[1]], dim=1)
@@ -174,7 +176,7 @@ def test_tokens_are_drawn_with_their_probabilities(vocabulary, temperature):
     torch.manual_seed(3)
     logits = torch.randn(vocabulary) * 2
     logits[5] = -1e30  # never
-    draws = torch.cat([Chooser(temperature)(None, logits.repeat(4000, 1)).argmax(-1) for _ in range(20)])
+    draws = torch.cat([TokenSampler(temperature)(None, logits.repeat(4000, 1)).argmax(-1) for _ in range(20)])
     want = (logits.double() / temperature).softmax(-1) * len(draws)
     got = draws.bincount(minlength=vocabulary).double()
     assert got[5] == 0
@@ -183,14 +185,14 @@ def test_tokens_are_drawn_with_their_probabilities(vocabulary, temperature):
     assert abs(squares.sum() - len(squares)) < 4.5 * (2 * len(squares)) ** 0.5
     rare = want[~usual].sum()
     assert abs(got[~usual].sum() - rare) < 5 * rare.sqrt() + 1
-    assert torch.equal(Chooser(None)(None, logits.repeat(2, 1)).argmax(-1), logits.argmax().repeat(2))
+    assert torch.equal(TokenSampler(None)(None, logits.repeat(2, 1)).argmax(-1), logits.argmax().repeat(2))
 
 
 def test_broken_logits_are_named_and_no_token_is_drawn_from_them():
     logits = torch.zeros(3, 9)
     logits[1, 4] = float("nan")
     with pytest.raises(ValueError, match="logits are not finite in 1 of 3 rows"):
-        Chooser(1.0)(None, logits)
+        TokenSampler(1.0)(None, logits)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The memory plan against measured peaks, and what it says of a run that does not fit."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_runs
 import torch
 from transformers import AutoConfig
 
@@ -333,3 +335,61 @@ def test_adapters_in_folders_are_counted_with_their_own_rank(tmp_path):
     ).roles
     assert counted.policy.parameters == sum(p.numel() for _, p in shared.role_parameters("policy"))
     assert counted.plan.policy_copies == 1  # the reference
+
+
+DECISIONS = {
+    # by name: the trainer's module that asks, and the settings of runs that decide otherwise
+    "takes_dense_copy": (
+        "models.dense_copy",
+        [{"rollout_weights": "dense"}, {"rollout_weights": "auto", "share": 0}],
+    ),
+    "captured_depth": ("models.role_outputs", [{"lora_layers": "top-2"}, {"lora_layers": "all"}]),
+    "waits_on_host": ("ppo.collector", [{"trunk_memory": "host"}, {"trunk_memory": "device"}]),
+    "scoring_keeps_graph": ("ppo.update", [{}, {"num_mini_batches": 2}, {"max_tokens_per_microbatch": 40}]),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_trainer_and_plan_ask_one_function_and_get_one_answer(name, tmp_path, monkeypatch):
+    home, runs = DECISIONS[name]
+    places = {
+        "run": importlib.import_module(f"goose_lora.{home}"),
+        "plan": importlib.import_module("goose_lora.planning.memory"),
+    }
+    decide = getattr(places["run"], name)
+    assert getattr(places["plan"], name) is decide
+    answers: dict[str, list[Any]] = {}
+
+    def noting(who):
+        def asked(*args, **kwargs):
+            answers.setdefault(who, []).append(decide(*args, **kwargs))
+            return answers[who][-1]
+
+        return asked
+
+    for who, module in places.items():
+        monkeypatch.setattr(module, name, noting(who))
+    given = set()
+    for index, changes in enumerate(runs):
+        answers.clear()
+        settings = {"rollout_weights": "shared"} | changes
+        monkeypatch.setattr(
+            importlib.import_module("goose_lora.models.dense_copy"),
+            "SHARE_OF_FREE_MEMORY",
+            settings.pop("share", 0.5),
+        )
+        layers = settings.pop("lora_layers", "top-2")
+        run = tiny_runs.trainer(
+            tmp_path / str(index),
+            shared=tiny_runs.fresh(layers=layers),
+            num_rollouts=2,
+            **{"gradient_accumulation_steps": 1, "num_mini_batches": 1} | settings,
+        )
+        run.train()
+        core = tiny.base()
+        model = tiny.arguments(lora_layers=layers)
+        # A CPU has no memory but the host's: the plan is of a GPU.
+        Planner(meta_model(model, config=core.config), model, run.args, device="cuda").plan()
+        assert len(set(answers["run"])) == 1 and set(answers["run"]) == set(answers["plan"]), changes
+        given.add(bool(answers["run"][0]))
+    assert given == {False, True}, "the runs are to differ in it"

@@ -1,0 +1,47 @@
+"""Decisions on memory that the trainer makes and the memory plan foresees, as pure functions.
+
+Two more stand beside what they decide on: ``models.dense_copy.takes_dense_copy`` and
+``models.trunk.captured_depth``.
+"""
+
+from typing import Literal
+
+from goose_lora.models.dense_copy import SHARE_OF_FREE_MEMORY
+
+TrunkMemory = Literal["auto", "device", "host"]
+
+
+def waits_on_host(where: TrunkMemory, *, need: float, free: float) -> bool:
+    """Return whether the states of a rollout wait for the update in the host's memory.
+
+    Args:
+        where: the setting ``trunk_memory``.
+        need: bytes of the states.
+        free: bytes that are free on the device. ``auto`` takes the host where the states need more
+            than half of them.
+    """
+    return where == "host" or (where == "auto" and need > SHARE_OF_FREE_MEMORY * free)
+
+
+def scoring_keeps_graph(
+    *,
+    replies: int,
+    microbatch_rows: int,
+    group_rows: int,
+    max_tokens: int | None,
+    pretraining: bool,
+) -> bool:
+    """Return whether scoring makes the first forward pass of the update, and keeps its graph.
+
+    No weight changes between the two, so one pass serves both where the first optimizer step takes
+    the whole rollout at once.
+
+    Args:
+        replies: of the rollout, on this process.
+        microbatch_rows: rows of a microbatch of the update.
+        group_rows: replies that are scored at a time.
+        max_tokens: the bound on a microbatch's tokens; with one, the update cuts its own parts.
+        pretraining: whether the update reads pretraining text besides.
+    """
+    one_pass = replies <= min(microbatch_rows, group_rows)
+    return one_pass and max_tokens is None and not pretraining
