@@ -39,7 +39,7 @@ from goose_lora.evaluation.policies import answer, judge_all, summary
 from goose_lora.files import write_json
 from goose_lora.generation.sampling import generation_config
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.dense_copy import dense_copy
+from goose_lora.models.dense_copy import make_dense_copy
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 
@@ -155,7 +155,7 @@ def judge_here(seed_folder: str, folder: str, seed: int, dtype: Any, which: str)
             sampling,
             batch_size=100,
             seed=seed,
-            dense=dense_copy(shared, "auto"),
+            dense=make_dense_copy(shared, "auto"),
         )
     }
     judge_all(named, tokenizer.batch_decode(prompts), demo.vader)

@@ -19,7 +19,7 @@ from goose_lora.files import import_function, write_json, write_jsonl
 from goose_lora.generation.sampling import generation_config
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import check_fit
-from goose_lora.models.dense_copy import RolloutWeights, dense_copy
+from goose_lora.models.dense_copy import RolloutWeights, make_dense_copy
 from goose_lora.models.loading import load_base, load_tokenizer, require_adapter
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
@@ -125,7 +125,7 @@ def main(args: list[str] | None = None) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
 
-    dense = dense_copy(shared, config.rollout_weights)
+    dense = make_dense_copy(shared, config.rollout_weights)
 
     def replies(role: Role, seed: int, label: str) -> Replies:
         options = {"batch_size": config.batch_size, "stop_strings": config.stop_strings, "dense": dense}

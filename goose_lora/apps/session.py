@@ -22,7 +22,7 @@ from goose_lora.generation.stopping import StopStrings
 from goose_lora.models.adapters import CONFIG, local_folder, read_lineage
 from goose_lora.models.arguments import ModelArguments, arguments_of
 from goose_lora.models.compatibility import check_fit
-from goose_lora.models.dense_copy import dense_copy
+from goose_lora.models.dense_copy import make_dense_copy
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
@@ -246,7 +246,7 @@ class PolicySession:
             reference=info.reference or "base",
         )
         # Replies are sampled as rollouts are: from a dense copy, which holds one role at a time
-        self.dense, self._merged = dense_copy(self.shared, "auto"), ""
+        self.dense, self._merged = make_dense_copy(self.shared, "auto"), ""
         if temperature is None:
             temperature = info.temperature
         self.sampling = generation_config(

@@ -3,7 +3,7 @@
 from .arguments import ModelArguments as ModelArguments
 from .compatibility import check_fit as check_fit
 from .dense_copy import DenseCopy as DenseCopy
-from .dense_copy import dense_copy as dense_copy
+from .dense_copy import make_dense_copy as make_dense_copy
 from .loading import adapters_to_fp32 as adapters_to_fp32
 from .loading import load_base as load_base
 from .loading import load_reward_base as load_reward_base

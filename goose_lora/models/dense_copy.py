@@ -94,7 +94,7 @@ def takes_dense_copy(wanted: RolloutWeights, *, need: float, free: float) -> boo
     return wanted == "dense" or (wanted == "auto" and need <= SHARE_OF_FREE_MEMORY * free)
 
 
-def dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | None:
+def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | None:
     """A copy if ``wanted`` is ``dense``, or ``auto`` and it takes less than half of the free
     memory.
 

@@ -15,7 +15,7 @@ from goose_lora.generation.rollout import Rollout, joined
 from goose_lora.generation.sampling import sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.generation.vllm import VLLMEngine
-from goose_lora.models.dense_copy import RolloutWeights, dense_copy, free_bytes
+from goose_lora.models.dense_copy import RolloutWeights, free_bytes, make_dense_copy
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
@@ -80,7 +80,7 @@ class Rollouts:
         self.stop_strings, self.exact_kl, self.entropy_gradient = stop_strings, exact_kl, entropy_gradient
         self.trunk_memory = trunk_memory
         self.engine = engine
-        self.dense = dense_copy(shared, "shared" if engine else weights)
+        self.dense = make_dense_copy(shared, "shared" if engine else weights)
 
     def _keep_on(self, rows: int, columns: int) -> torch.device:
         """The device on which a rollout of this size leaves its states."""

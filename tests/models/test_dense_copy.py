@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 from goose_lora.generation.sampling import generation_config, sample
-from goose_lora.models.dense_copy import DenseCopy, dense_bytes, dense_copy
+from goose_lora.models.dense_copy import DenseCopy, dense_bytes, make_dense_copy
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 
@@ -131,8 +131,8 @@ def test_auto_makes_a_copy_where_half_of_the_free_memory_holds_it(
     monkeypatch.setattr(
         "goose_lora.models.dense_copy.free_bytes", lambda device: int(dense_bytes(shared) / share_needed)
     )
-    assert (dense_copy(shared, "auto") is not None) == expected
-    assert dense_copy(shared, "dense") is not None and dense_copy(shared, "shared") is None
+    assert (make_dense_copy(shared, "auto") is not None) == expected
+    assert make_dense_copy(shared, "dense") is not None and make_dense_copy(shared, "shared") is None
 
 
 def test_a_variant_of_lora_is_never_merged_wrongly():
@@ -140,6 +140,6 @@ def test_a_variant_of_lora_is_never_merged_wrongly():
     shared = SharedBase.build(
         base, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
     )
-    assert dense_copy(shared, "auto") is None
+    assert make_dense_copy(shared, "auto") is None
     with pytest.raises(ValueError, match="rollout_weights: shared"):
-        dense_copy(shared, "dense")
+        make_dense_copy(shared, "dense")
