@@ -19,7 +19,7 @@ from goose_lora.models.dense_copy import RolloutWeights, free_bytes, make_dense_
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.ppo.memory_rules import waits_on_host
+from goose_lora.ppo.memory_rules import TrunkMemory, waits_on_host
 from goose_lora.rewards.sources import RewardMix, Scores
 
 
@@ -72,13 +72,13 @@ class Rollouts:
         reuse_trunk: bool = True,
         exact_kl: Literal["reward", "loss"] | None = None,
         entropy_gradient: bool = False,
-        trunk_memory: Literal["auto", "device", "host"] = "auto",
+        trunk_memory: TrunkMemory = "auto",
         engine: VLLMEngine | None = None,
     ):
         self.shared, self.tokenizer, self.generation = shared, tokenizer, generation
         self.batch_size, self.reuse_trunk, self.reward = batch_size, reuse_trunk, reward
         self.stop_strings, self.exact_kl, self.entropy_gradient = stop_strings, exact_kl, entropy_gradient
-        self.trunk_memory = trunk_memory
+        self.trunk_memory: TrunkMemory = trunk_memory
         self.engine = engine
         self.dense = make_dense_copy(shared, "shared" if engine else weights)
 
