@@ -8,7 +8,7 @@ from goose_lora.apps.chat_page import serve_chat
 from goose_lora.apps.session import PolicySession, RunInfo, Turn, check_sampling, inspect_run
 from goose_lora.errors import UserError
 
-ANEW = "/new"
+ANEW = "/new"  # the word that begins another conversation
 
 
 def chat(
@@ -56,6 +56,7 @@ def chat(
 
 def _chat_in_terminal(session: PolicySession, names: Sequence[str], *, seed: int) -> None:
     """Answer lines as they are typed, or each line of a pipe as a conversation of its own."""
+    # A pipe has no one to be told what to type
     conversation = Conversation(session, names, seed=seed, write=_to_stdout)
     interactive = sys.stdin.isatty()
     lines: Iterator[str] = iter(sys.stdin)
@@ -99,8 +100,8 @@ class Conversation:
         write: Callable[[str], None],
     ):
         self.session, self.names, self.seed, self.write = session, list(names), seed, write
-        self.width = max(map(len, self.names)) + 2
-        self.asked = 0
+        self.width = max(map(len, self.names)) + 2  # of the column of names
+        self.asked = 0  # questions so far: each has a seed of its own
         self.forget()
 
     def forget(self) -> None:
@@ -112,6 +113,7 @@ class Conversation:
 
         An error is said, and the next line can be answered.
         """
+        # Empty lines ask nothing, and a question of a pipe is echoed
         if not line.strip():
             return
         if alone:
@@ -121,6 +123,7 @@ class Conversation:
         if line.strip() == ANEW:
             return
 
+        # One role after the other
         for name in self.names:
             self.write(name.ljust(self.width))
             try:

@@ -96,6 +96,7 @@ def stream(session: PolicySession, name: str, prompt: Prompt, *, seed: int) -> I
 
     # The model writes in a thread, so that this generator can yield in between
     threading.Thread(target=write_reply, daemon=True).start()
+    # A page shows the whole text so far, not what was added
     text = ""
     while isinstance(piece := pieces.get(), str):
         text += piece
@@ -139,6 +140,7 @@ def build_chat_page(session: PolicySession, names: Sequence[str], *, seed: int) 
 
         # What the buttons and the Enter key do
         def say(text: str, talk: Talk) -> Iterator[tuple[str, str, Talk]]:
+            # The line is emptied as soon as it is asked
             if not text.strip():
                 raise gradio.Error(
                     "There is nothing to answer. Write something first.", print_exception=False

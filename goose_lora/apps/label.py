@@ -25,6 +25,7 @@ from goose_lora.ppo.config import PPOConfig
 Choose = Literal["random", "uncertain"]
 Choice = Literal["left", "right", "tie", "skip"]
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "skip")
+# A labeler who has gone away keeps a pair from the others for so long.
 LEASE_SECONDS = 15 * 60.0
 
 
@@ -122,6 +123,7 @@ class LabelQueue:
         if choice not in CHOICES:
             raise UserError(f"choice {choice!r}: there are {', '.join(CHOICES)}.")
         with self._lock:
+            # Only a pair that was shown can be chosen from
             if key not in self._made or (pair := self._made[key].result()) is None:
                 raise UserError(f"there is no pair {key!r}. Ask for the next one.")
             row = row_of(pair, choice, better)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a line of pairs must have to be trained on.
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -46,6 +47,7 @@ class ChoiceFile:
             raise UserError(
                 f"--out {path}: choices are written line by line. Give a name that ends in .jsonl."
             )
+        # A file of pairs alone can be given to recipes/reward.py as it is
         self.passed = self.path.with_suffix(".passed.jsonl")
         for file in (self.path, self.passed):
             if file.exists() and not file.is_file():
@@ -75,6 +77,7 @@ class ChoiceFile:
         """
         path = self.path if pair else self.passed
         with self._lock:
+            # Another process may have written the prompt's line meanwhile
             self._read()
             if key_of(prompt, policy) in self.done:
                 return False
@@ -97,6 +100,7 @@ class ChoiceFile:
         for path, start in self._seen.items():
             if not path.is_file():
                 continue
+            # Lines are only ever appended: what was read once stays
             size = path.stat().st_size
             if size < start:
                 raise UserError(f"{path} has become shorter while it was labelled into. Start again.")
@@ -118,6 +122,7 @@ class ChoiceFile:
         """
         if new.endswith(b"\n"):
             return new
+        # Is the last piece a whole line but for its end?
         whole, _, last = new.rpartition(b"\n")
         if _is_object(last):
             with open(path, "ab") as file:

@@ -6,7 +6,7 @@ label.py decides which pair is shown, and keeps what is chosen.
 import html
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from goose_lora.apps import gradio_pages
 from goose_lora.apps.label import Choose, LabelQueue, Pair, open_queue
@@ -51,26 +51,48 @@ LABEL_CSS = """
 .bar div { height: 100%; background: #4a7a4f; }
 @media (max-width: 40rem) { .two { grid-template-columns: 1fr; } }
 """
+# What the page says after each choice.
 SAID = {
     "left": "Kept: 1 is better.",
     "right": "Kept: 2 is better.",
     "tie": "Kept: no difference.",
     "skip": "Skipped.",
 }
+# Where two people were shown one prompt.
 MEANWHILE = "That prompt had been labelled meanwhile, so this choice was not written. Here is the next."
 
 
 def label(
-    policy: str, prompts: str, out: str, *, port: int | None = None, choose: Choose = "random", **options: Any
+    policy: str,
+    prompts: str,
+    out: str,
+    *,
+    port: int | None = None,
+    choose: Choose = "random",
+    candidates: int = 4,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    base: str | None = None,
 ) -> None:
-    """Load ``policy`` and serve the page until Ctrl-C; ``options`` as for ``open_queue``.
+    """Load ``policy`` and serve the page until Ctrl-C; arguments as for ``open_queue``.
 
     Raises:
         UserError: there is no gradio, the port is taken, or what ``open_queue`` raises; before
             anything is loaded.
     """
     gradio_pages.require(port)
-    queue = open_queue(policy, prompts, out, choose=choose, **options)
+    queue = open_queue(
+        policy,
+        prompts,
+        out,
+        choose=choose,
+        candidates=candidates,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        base=base,
+    )
     page = build_label_page(queue, title=f"Labelling {policy}")
     gradio_pages.serve(page, port=port, css=LABEL_CSS, head=KEYS)
 

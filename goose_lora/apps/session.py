@@ -126,6 +126,7 @@ def inspect_run(run: str | Path, *, base: str | None = None) -> RunInfo:
         UserError: there is no run, it is no policy, or its base is gone or was quantized in a way
             that is not known.
     """
+    # Is it a policy whose base can be loaded as it was in training?
     folder = local_folder(run)
     if not folder.is_dir():
         raise UserError(
@@ -194,6 +195,7 @@ def check_sampling(temperature: float | None, max_new_tokens: int | None, *, gre
 
     ``greedy`` says whether a temperature of 0 will do.
     """
+    # NaN fails every comparison, and so is refused too
     if temperature is not None and not (0 <= temperature < float("inf") and (greedy or temperature > 0)):
         also = ", or 0 for greedy replies" if greedy else ""
         raise UserError(f"--temperature {temperature:g}: must be a number above 0{also}.")
@@ -247,6 +249,7 @@ class PolicySession:
         )
         # Replies are sampled as rollouts are: from a dense copy, which holds one role at a time
         self.dense, self._merged = make_dense_copy(self.shared, "auto"), ""
+        # A temperature of 0 is greedy, and transformers takes no 0
         if temperature is None:
             temperature = info.temperature
         self.sampling = generation_config(
@@ -256,6 +259,7 @@ class PolicySession:
             eos_token_ids=[self.tokenizer.eos_token_id, *(info.settings.get("stop_token_ids") or [])],
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        # A page has several tabs, and each asks in a thread of its own
         self._one_at_a_time = threading.Lock()
 
     @torch.no_grad()
@@ -276,6 +280,7 @@ class PolicySession:
         Raises:
             UserError: the prompt is empty, or leaves no room for a reply in the base's context.
         """
+        # What is asked, as tokens, and where it stops
         ids = prompt_ids(prompt, self.tokenizer)
         self._check_room(len(ids))
         tokens, mask = left_pad([ids] * count, self.tokenizer.pad_token_id, self._head_device())
@@ -318,6 +323,7 @@ class PolicySession:
 
     def _check_room(self, tokens: int) -> None:
         """Raise UserError for an empty prompt, or one that leaves no room for a reply."""
+        # GPT-2 has its own name for it, and some models have no limit
         config = self._core().config.get_text_config().to_dict()
         context = config.get("max_position_embeddings") or config.get("n_positions")
         longest = cast(int, self.sampling.max_new_tokens)

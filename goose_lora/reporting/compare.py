@@ -93,6 +93,7 @@ def differing_settings(runs: Mapping[str, Run]) -> list[list[str]]:
 
     The rows of the data sets are one setting. A run without a lineage has no known settings.
     """
+    # A setting that is missing has its default, in a run whose settings are known
     known = {name: _settings(run) for name, run in runs.items() if run.lineage}
     differ = []
     for key in sorted({key for settings in known.values() for key in settings}):
@@ -169,6 +170,7 @@ def _row(run: Run) -> tuple[str, Mapping[str, Any]]:
     """Return what a run was measured on, and its figures: of evaluation, or else of training."""
     if run.evaluation is not None and "ppo" in run.evaluation["figures"]:
         return f"{run.evaluation['prompts']} held-out prompts", run.evaluation["figures"]["ppo"]
+    # Not evaluated: the same measures over the last logged rollouts
     last = rollouts_of(run.metrics)[-LAST_ROLLOUTS:]
     row: dict[str, Any] = {}
     for key, name in LOGGED.items():
@@ -201,7 +203,7 @@ def compare(folders: Sequence[str | Path], output: str | Path = "compare.html") 
     runs = read_runs(folders)
     settings, said, measured = differing_settings(runs), notes(runs), figures(runs)
 
-    # For a browser
+    # For a browser. Runs of unequal batches have the rollout as their common axis
     curves = plots.curves({name: run.metrics for name, run in runs.items()}, over="rollout")
     html = fill(
         "compare.html",

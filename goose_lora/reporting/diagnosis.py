@@ -124,6 +124,7 @@ def _kl_sign(rows: Rows) -> Iterator[Finding]:
     is, y was not drawn from p.
     """
     values = column(rows, "objective/kl")
+    # The last fifth, and no fewer than a trend has
     values = values[-max(TREND, len(values) // 5) :]
     if len(values) < TREND:
         return
@@ -143,13 +144,14 @@ def _kl_sign(rows: Rows) -> Iterator[Finding]:
 
 def _cause_of_negative(rows: Rows) -> str:
     """Return what other metrics say of a KL below 0: two passes, sampling, or the reference."""
+    # Two passes first: where these differ, sampling and update differ too
     sampling, first = recent(rows, "rollout/sampling_gap"), recent(rows, "policy/first_ratio_gap") or 0.0
     if first > RATIO_GAP / 2:
         return (
             f"one text has log-probabilities {first:.2g} nats apart in two passes, which is dropout or"
             " padding. Turn dropout off"
         )
-    if sampling is None:
+    if sampling is None:  # not logged
         return (
             "the replies were not drawn from the policy as it was. Sample without filters, at the temperature"
             " of the settings, after each update"
@@ -181,6 +183,7 @@ def _reference(rows: Rows) -> Iterator[Finding]:
     ]
     if len(logged) < 2:
         return
+    # objective/kl is nats per reply
     away = [
         (min(abs(row["objective/kl"]), row["objective/kl_k3"]) / row["rollout/response_tokens"]) ** 0.5
         for row in logged
@@ -254,6 +257,7 @@ def _learning_rate(rows: Rows) -> Iterator[Finding]:
     values = column(rows, "learning_rate")
     if not values:
         return
+    # Cut off in a warm-up, the run may be meant so, and has learned nothing all the same
     if max(values) == 0:
         text = (
             "0 in all of the run: nothing was learned. Look at learning_rate, warmup_steps, and"
@@ -283,6 +287,7 @@ def _gradient(rows: Rows) -> Iterator[Finding]:
     values = column(rows, "grad_norm")
     if not values:
         return
+    # A single spike is clipped and passes; an end far above the median stays
     usual, last = median(values), ends(values)[1]
     if max(values) == 0:
         yield Finding(
@@ -310,6 +315,7 @@ def _advantages(rows: Rows) -> Iterator[Finding]:
     outlier = largest
     if not any("value/explained_variance" in row for row in rows):
         outlier = largest / max(spread, 1e-12)
+    # No spread teaches nothing, and too much of it lets a few replies rule
     alike = len(scores) >= TREND and max(scores) - min(scores) < 1e-6
     if spread < 1e-3 or alike:
         reason = "replies to a prompt score alike"
@@ -365,7 +371,7 @@ def _critic(rows: Rows) -> Iterator[Finding]:
     if not values:
         return
     last = ends(values)[1]
-    # A critic that starts at 0 and gains is on its way
+    # A critic that is at 0 still, but gains, is on its way
     learns = change(values[-2 * TREND :]) > CLEAR
     if len(values) >= TREND and last < 0.05 and not learns:
         text = (
@@ -380,6 +386,7 @@ def _critic(rows: Rows) -> Iterator[Finding]:
         yield Finding("ok", "critic", text)
 
 
+# Findings of one level come in this order.
 CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [
     _numbers,
     _first_ratio,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from numbers import Real
 
+# Stages by the names that they have in goose_lora.json.
 STAGE_TITLES = {
     "sft": "supervised fine-tuning",
     "reward": "training as a reward model",

@@ -6,6 +6,7 @@ from math import inf
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
+# "look": may be meant so; "wrong": the run does not do what PPO says.
 Level = Literal["ok", "look", "wrong"]
 Rows = Sequence[Mapping[str, Any]]
 
@@ -14,7 +15,7 @@ CLEAR = 2.5  # standard errors: the size of a change that is not noise
 
 
 class Finding(NamedTuple):
-    """One verdict. ``look``: may be meant so; ``wrong``: the run does not do what PPO says."""
+    """One verdict on a run: how bad it is, what it is about, and what was seen."""
 
     level: Level
     name: str
@@ -70,6 +71,7 @@ def change(values: Sequence[float]) -> float:
     """
     if len(values) < TREND:
         return 0.0
+    # The standard error of a difference of two means, each over an end's values
     first, last = ends(values)
     noise = (fmean((after - before) ** 2 for before, after in pairwise(values)) / 2) ** 0.5
     error = noise * (2 / end_size(values)) ** 0.5

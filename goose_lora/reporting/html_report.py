@@ -39,6 +39,7 @@ HEADLINE = (
 
 Item = TypeVar("Item")
 
+# A name in a template that nobody gave is an error, not a blank.
 _TEMPLATES = Environment(
     loader=PackageLoader("goose_lora.reporting"),
     autoescape=True,
@@ -97,6 +98,7 @@ def render_report(folder: str | Path) -> str:
     if "settings" in lineage:
         settings = [[name, setting_text(value)] for name, value in lineage["settings"].items()]
 
+    # What the template shows
     return fill(
         "run.html",
         title=folder.resolve().name,
@@ -153,6 +155,7 @@ def _samples(path: Path) -> list[tuple[int, list[dict[str, Any]]]]:
 
 def reward_lines(lineage: Lineage) -> list[str]:
     """Return what scored the replies and what recipes/reward.py found it worth, a line each."""
+    # Functions and a reward model may score together
     functions = lineage.get("settings", {}).get("reward_function")
     parent = lineage.get("parents", {}).get("reward")
     lines = []
@@ -161,6 +164,7 @@ def reward_lines(lineage: Lineage) -> list[str]:
     if not parent:
         return lines or ["Which one scored the replies is not known."]
 
+    # Its verdict on held-out pairs, as it was when PPO started
     verdict = parent.get("verdict")
     if not verdict:
         lines.append(

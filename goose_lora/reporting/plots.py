@@ -52,6 +52,7 @@ def curves(runs: Mapping[str, Rows], *, over: str = "optimizer step") -> bytes:
             axis.plot(*_columns(_points(rows, name, over)), marker=".", color=f"C{index}")[0]
             for index, rows in enumerate(runs.values())
         ]
+        # With several runs, their evaluations would be lost among their curves
         held_out: Points = []
         if len(runs) == 1:
             held_out = _points(next(iter(runs.values())), evaluated, over)
@@ -85,6 +86,7 @@ def frontier(metrics: Rows) -> bytes:
         for row in rollouts_of(metrics)
         if "objective/kl" in row
     ]
+    # A line joins the points in the order of training, and colours tell its direction
     kl, scores, steps = zip(*points, strict=True) if points else ((), (), ())
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = figure.subplots()

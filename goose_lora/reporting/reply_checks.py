@@ -62,6 +62,7 @@ def _repetition(rows: Rows) -> Iterator[Finding]:
 
 
 def _variety(rows: Rows) -> Iterator[Finding]:
+    # Many prompts may have one good reply: what counts is how far the share falls
     values = column(rows, "rollout/distinct_replies")
     if not values:
         return
@@ -96,6 +97,7 @@ def _endings(rows: Rows) -> Iterator[Finding]:
 
 
 def _length(rows: Rows) -> Iterator[Finding]:
+    # Longer replies often score higher whatever they say, and shorter ones may be cut off
     values = column(rows, "rollout/response_tokens")
     if not values:
         return
@@ -145,6 +147,7 @@ def _hacking(rows: Rows) -> Iterator[Finding]:
     )
     if length[1] > 1.5 * length[0]:
         signs.append(f"replies grew from {length[0]:.1f} to {length[1]:.1f} tokens")
+    # Shorter replies alone may be better ones
     if length[1] < 0.6 * length[0] and entropy[1] < 0.6 * entropy[0]:
         signs.append("entropy and length fell")
     if _repeats(rows):
@@ -164,6 +167,7 @@ def _hacking(rows: Rows) -> Iterator[Finding]:
         yield Finding("ok", "reward hacking", f"no sign{by}: length, entropy and repetition keep")
 
 
+# Findings of one level come in this order, after those on PPO itself.
 REPLY_CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [
     _score,
     _hacking,

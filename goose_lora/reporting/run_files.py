@@ -17,31 +17,31 @@ from goose_lora.training.cost import cost
 class BaseRecord(TypedDict):
     """The base model of a stage, in its lineage."""
 
-    id: str
-    hub_id: str | None
-    revision: str | None
-    commit: str | None
-    quantization: str
-    dtype: str
-    licence: str | None
+    id: str  # model_name_or_path: a folder, or a name on the Hub
+    hub_id: str | None  # base_hub_id: what a folder is on the Hub
+    revision: str | None  # as it was asked for
+    commit: str | None  # as it was loaded; None for a folder
+    quantization: str  # nf4, int8 or none
+    dtype: str  # of the arithmetic in training
+    licence: str | None  # of the base's own card
 
 
 class VerdictFile(TypedDict):
     """The verdict of recipes/reward.py on a reward model, and a parent's copy of these keys."""
 
     accuracy: float
-    accuracy_ci: list[float]
-    n_pairs: int
+    accuracy_ci: list[float]  # 95 %: low and high
+    n_pairs: int  # held-out ones
     warnings: list[str] | None
 
 
 class ParentRecord(TypedDict):
     """An adapter that a stage started from, in its lineage."""
 
-    name: str
-    sha256: str
-    verdict: VerdictFile | None
-    lineage: "Lineage"
+    name: str  # a folder, or user/repo[/folder]@commit
+    sha256: str  # of its weights, as the stage read them
+    verdict: VerdictFile | None  # of a reward model
+    lineage: "Lineage"  # its own, copied; empty for an adapter of other origin
 
 
 class DataRecord(TypedDict):
@@ -50,8 +50,8 @@ class DataRecord(TypedDict):
     name: str
     split: str | None
     rows: int
-    sha256: str
-    chat: bool
+    sha256: str  # of the rows as lines of JSON
+    chat: bool  # whether they are chat messages
 
 
 class HardwareRecord(TypedDict):
@@ -63,10 +63,12 @@ class HardwareRecord(TypedDict):
 
 
 class _Facts(TypedDict, total=False):
+    # What only some stages note: PPO its findings, a reward model how it is read, and an upload
+    # where it went
     findings: list[str]
-    hub_repo: str
     append_eos: bool
     reward_bias: float
+    hub_repo: str
 
 
 class Lineage(_Facts):
@@ -74,15 +76,15 @@ class Lineage(_Facts):
 
     stage: str
     base: BaseRecord
-    sha256: str | None
+    sha256: str | None  # of the adapter's weights; None for merged ones
     chat_template_sha256: str | None
-    parents: dict[str, ParentRecord]
+    parents: dict[str, ParentRecord]  # by role
     command: str | None
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # those that are not defaults
     data: list[DataRecord]
     figures: dict[str, Any]
     hardware: HardwareRecord
-    versions: dict[str, str]
+    versions: dict[str, str]  # by package
 
 
 class EvaluationFile(TypedDict):
@@ -90,8 +92,8 @@ class EvaluationFile(TypedDict):
 
     prompts: int
     dataset: str
-    against: str
-    figures: dict[str, dict[str, Any]]
+    against: str  # the policy that win rates are against
+    figures: dict[str, dict[str, Any]]  # by policy, then by measure; intervals end in _ci
     samples: list[dict[str, str]]
 
 

@@ -14,6 +14,7 @@ def save_policy(shared: SharedBase, tokenizer: PreTrainedTokenizerBase, folder: 
     The other roles go to ``value/``, ``reward/`` and ``reference/`` below it. All weights are
     safetensors.
     """
+    # A run that is killed while it saves leaves what was there before, or nothing that loads
     with replacing(folder) as temporary:
         shared.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))

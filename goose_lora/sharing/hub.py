@@ -55,6 +55,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 RUN_FILES = ("README.md", "stage.json", "metrics.jsonl", "evaluation.json", "curves.png")
+# The end of each message about a broken connection.
 _LATER = "Try again, or upload later with goose-lora push."
 # Roles that --include can name: each has a folder of its own below the policy's.
 OTHER_ROLES = tuple(role for role in ADAPTERS if role != "policy")
@@ -76,6 +77,7 @@ def check_upload(config: TrainingArguments, model: ModelArguments) -> None:
         return
     if config.hub_model_id is None:
         raise UserError("push_to_hub: true needs the repository's name: hub_model_id: user/name.")
+    # Checkpoints have the optimizer's state, which is of no use to others
     strategy = HubStrategy(config.hub_strategy)
     if strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
         raise UserError(
@@ -88,6 +90,7 @@ def check_upload(config: TrainingArguments, model: ModelArguments) -> None:
 
 def without_trainers_push(config: Settings) -> Settings:
     """Return the settings for a Trainer, with its own uploads off."""
+    # A copy, since the run's own settings still ask for the upload
     quiet = copy.copy(config)
     quiet.push_to_hub = False
     return quiet
@@ -179,6 +182,7 @@ def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str
             f"{folder} has no {CONFIG} and no config.json: nothing to upload. Give the output_dir of a stage,"
             " run to its end."
         )
+    # What is not named stays here
     allowed = (*ADAPTER_FILES, *TOKENIZER_FILES, *RUN_FILES, *MODEL_FILES)
     found = [name for name in names if any(fnmatch(name, pattern) for pattern in allowed)]
     return found + [

@@ -40,14 +40,18 @@ from goose_lora.reporting.run_files import (
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# Packages whose versions are noted.
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "goose-lora")
+# Settings that are secrets by their names, and texts that are Hub tokens wherever they stand.
 SECRET_NAMES = re.compile(r"(hub_token|access_token|api_key|password|secret)s?$")
 SECRET_VALUES = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 HIDDEN = "(not recorded)"
+# What a child copies of its reward model's verdict: the rest is calibration and probes.
 _VERDICT_KEYS = ("accuracy", "accuracy_ci", "n_pairs", "warnings")
 # A folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT, and what lies below it.
 _SNAPSHOT = re.compile(
-    r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]+)(?P<rest>[/\\].*)?$"
+    r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)"
+    r"[/\\]snapshots[/\\](?P<commit>[0-9a-f]+)(?P<rest>[/\\].*)?$"
 )
 
 
@@ -75,6 +79,7 @@ def record(
         parents: folders of the adapters that the stage started from, by role.
         facts: more to be noted beside it, such as ``append_eos``.
     """
+    # What is the same for the result and for all roles below it
     folder = Path(folder)
     given = {role: parent for role, parent in (parents or {}).items() if parent}
     template = tokenizer.chat_template if tokenizer is not None else None
@@ -107,6 +112,7 @@ def _record_roles(folder: Path, lineage: Lineage) -> None:
         sha256 = _weights_sha256(folder / name)
         if role == "policy" or sha256 is None:
             continue
+        # A critic that was trained here has no parent
         parent = lineage["parents"].get("policy" if role == "reference" else role)
         if parent:
             own = dict(parent["lineage"])
@@ -171,6 +177,7 @@ def changed_settings(*instances: "DataclassInstance") -> dict[str, Any]:
     """
     found = {}
     for instance in instances:
+        # Private fields and those that nobody can give are no settings
         for field in fields(instance):
             if not field.init or field.name.startswith("_") or SECRET_NAMES.search(field.name):
                 continue
@@ -251,6 +258,7 @@ def base_commit(base: str, revision: str | None) -> str | None:
     """Return the commit from which a base of the Hub was loaded, None for a folder."""
     if Path(base).exists():
         return None
+    # The cache knows which commit a branch or tag was
     path = try_to_load_from_cache(base, "config.json", revision=revision)
     match = _SNAPSHOT.search(path) if isinstance(path, str) else None
     return match["commit"] if match else None

@@ -38,6 +38,7 @@ from goose_lora.training.cost import cost
 
 # What the KL is measured on: at most so many prompts, and replies of so many tokens.
 KL_PROMPTS, KL_REPLY_TOKENS, KL_PROMPT_TOKENS = 32, 32, 512
+# What dense weights can be written in.
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -157,6 +158,7 @@ def _prompts(
 
 
 def _replies(shared: SharedBase, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]]) -> Rollout:
+    # The same replies each time, so that two merges of one run have comparable figures
     torch.manual_seed(0)
     ids, mask = left_pad(prompt_ids, tokenizer.pad_token_id, _head_device(shared))
     sampling = generation_config(
@@ -205,6 +207,8 @@ def write_dense(shared: SharedBase, dtype: torch.dtype, folder: Path) -> None:
 
     The shared base keeps its own tensors. Tied ones stay tied in the copy.
     """
+    # What the copy did not dequantize is shared with the base, and is cast to a tensor of its own.
+    # A tensor that two modules share is cast once
     model = DenseCopy(shared, dtype).become("policy")
     cast_once: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -260,6 +264,7 @@ def kl_to_adapter(shared: SharedBase, merged: PreTrainedModel, rollout: Rollout)
 
 def _reply_logprobs(model: Callable[..., Any], ids: Tensor, tokens: int) -> Float[Tensor, "T V"]:
     """Return the log-probabilities over the vocabulary at each of the last ``tokens`` positions."""
+    # The logits at a position are of the next token
     logits = model(input_ids=ids, use_cache=False).logits
     return logits[0, -tokens - 1 : -1].float().log_softmax(-1)
 

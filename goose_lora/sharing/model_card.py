@@ -25,11 +25,13 @@ from goose_lora.reporting.run_files import (
 from goose_lora.sharing.lineage import hub_name
 from goose_lora.sharing.provenance import loading_code, recorded_stages
 
+# A card without this line is someone's own, and is left alone.
 MARK = (
     "<!-- Written by goose_lora from the files of the run, and again when they change. Take this line out to"
     " keep your own text. -->"
 )
 SAMPLES, CELL = 4, 300  # rows of the table of samples, and most characters of a reply in it
+# What every card says, whatever was measured.
 LIMITS = [
     (
         "A higher score is what the reward model likes, and it can be wrong in ways that PPO finds; the"
@@ -135,6 +137,7 @@ def metadata(
     if stage == "merge":
         library, relation = "transformers", "finetune"
         tags.remove("lora")
+    # Files of this machine are no data sets of the Hub
     datasets = sorted({row["name"] for row in lineage["data"] if _on_hub(row["name"])})
     results = _results(lineage, evaluation, verdict)
     # The Hub asks for a name only where there are results
@@ -201,6 +204,7 @@ def _results(
 
 
 def _introduction(lineage: Lineage) -> str:
+    # A base in a folder has the folder's name, unless someone said what it is on the Hub
     base = lineage["base"]
     what = "The weights of" if lineage["stage"] == "merge" else "A LoRA adapter for"
     how = {"nf4": "kept in nf4", "int8": "kept in int8", "none": "not quantized"}[base["quantization"]]
@@ -218,12 +222,14 @@ def _use(folder: Path, lineage: Lineage) -> list[str]:
 
 def _making(lineage: Lineage) -> list[str]:
     """Return the stages with their figures and cost, their commands, and data and machine."""
+    # Stages and commands from the first to this one
     stages = recorded_stages(lineage)
     parts = [_stages_table(stages)]
     commands = [stage["command"] or "" for stage in stages if stage.get("command")]
     if commands:
         parts.append(_code("\n".join(commands), "bash"))
 
+    # What they read, and what they ran on
     data = [
         f"{stage['stage']}: `{_data_name(row['name'])}`, split {row['split'] or 'all'}, {row['rows']} rows,"
         f" sha256 `{row['sha256']}`"
@@ -239,6 +245,7 @@ def _making(lineage: Lineage) -> list[str]:
 def _stages_table(stages: Sequence[Lineage]) -> str:
     rows = []
     for stage in stages:
+        # The cost has columns of its own
         figures = dict(stage.get("figures", {}))
         cost = [figures.pop(key, None) for key in ("seconds", "peak_rss_gb", "peak_gpu_gb")]
         said = ", ".join(f"{key} {rounded(value)}" for key, value in figures.items())
@@ -253,6 +260,7 @@ def _stages_table(stages: Sequence[Lineage]) -> str:
 def _merged(lineage: Lineage) -> list[str]:
     if lineage["stage"] != "merge":
         return []
+    # Figures that merge measured over its own replies
     figures = lineage["figures"]
     where = (
         f"over {figures['tokens']} tokens of replies that the adapter's model samples to {figures['prompts']}"
@@ -290,6 +298,7 @@ def _measured(lineage: Lineage, evaluation: EvaluationFile | None) -> list[str]:
 def _reward_model(lineage: Lineage, verdict: VerdictFile | None) -> list[str]:
     if verdict is None:
         return []
+    # Of a reward model it is the result, of a policy what it learned from
     title = "## Measured" if lineage["stage"] == "reward" else "## The reward model"
     low, high = verdict["accuracy_ci"]
     right = (
@@ -324,6 +333,7 @@ def _text(value: object) -> str:
     """Return a reply as it is for one cell of a table: no markup, no line breaks."""
     if not isinstance(value, str):
         return rounded(value)
+    # HTML is text too in Markdown, and a bar ends a cell
     text = " ".join(value.split())
     shown = html.escape(text[:CELL], quote=False)
     if len(text) > CELL:

@@ -74,6 +74,7 @@ def _ancestors(child: Ancestor, later: frozenset[Path]) -> list[Ancestor]:
     the way from the end of the chain to its beginning, and a recorded copy has no circle, so that
     the walk ends.
     """
+    # Depth first, so that each adapter comes after what it was made from
     found = []
     for role, noted in child.lineage.get("parents", {}).items():
         folder = Path(noted["name"]).resolve()
@@ -173,6 +174,7 @@ def _base_name(base: BaseRecord) -> str:
 
 def _own_problems(folder: Path, lineage: Lineage) -> list[str]:
     """Return how the files in ``folder`` are not those that its lineage was written for."""
+    # The weights, and the base that PEFT's file names
     problems, base = [], lineage["base"]
     if lineage.get("sha256") and lineage["sha256"] != file_sha256(folder / WEIGHTS):
         problems.append(f"{WEIGHTS} is not the one that {lineage['stage']} saved")
@@ -182,6 +184,7 @@ def _own_problems(folder: Path, lineage: Lineage) -> list[str]:
         known = named in (None, "", base["id"], base.get("hub_id"))
         if not known and Path(named).name != Path(base["id"]).name:
             problems.append(f"{CONFIG} names the base {named}, the lineage {base['id']}")
+    # The template, of the adapter's tokenizer and of the base's. An older lineage does not name it
     if "chat_template_sha256" not in lineage:
         return problems
     for place in (folder, Path(base["id"])):
