@@ -43,11 +43,6 @@ def build(folder: Path, *, quantization: str = "nf4") -> Path:
             output_dir=str(folder / stage), learning_rate=0.0123, use_cpu=True, hub_token=TOKEN
         )
         words = ["--config", "x.yaml", "--hub_token", TOKEN]
-        noted = {
-            "settings": [config],
-            "data": [lineage.fingerprint("tiny/prompts", "train", rows)],
-            "command": lineage.recorded_command(stage, words),
-        }
         figures = {**figures, "seconds": 7.5, "peak_rss_gb": 1.25}
         lineage.record(
             folder / stage,
@@ -55,8 +50,10 @@ def build(folder: Path, *, quantization: str = "nf4") -> Path:
             model=args,
             tokenizer=tokenizer,
             figures=figures,
+            settings=[config],
+            data=[lineage.fingerprint("tiny/prompts", "train", rows)],
             parents=parents,
-            **noted,
+            command=lineage.recorded_command(stage, words),
             **facts,
         )
         write_json(folder / stage / "stage.json", {"stage": stage, **figures})
