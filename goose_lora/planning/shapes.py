@@ -1,18 +1,17 @@
-"""A base and its adapters as shapes: what is adapted, how large it is, and how many bytes it takes.
-No weights are read.
+"""A base and its adapters as shapes: what is adapted, how large it is, how many bytes it takes.
 
-The model is built on torch's meta device, where tensors have shapes and no memory, and its
-parameters are counted there.
+No weights are read. The model is built on torch's meta device, where tensors have shapes and no
+memory, and its parameters are counted there.
 """
 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.models.adapters import adapter_config
@@ -26,9 +25,8 @@ FP32 = 4
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear layer inside the decoder: its full name, the index of its layer, and the numbers of
-    features."""
+class LinearShape:
+    """A linear layer inside the decoder: full name, index of its layer, numbers of features."""
 
     name: str
     layer: int
@@ -43,12 +41,17 @@ class Linear:
     def in_attention(self) -> bool:
         return "att" in self.parent.lower()
 
+    @property
+    def numbers(self) -> int:
+        """Numbers of its matrix."""
+        return self.inputs * self.outputs
+
 
 @dataclass(frozen=True)
-class Model:
+class ModelShape:
     """The base as shapes."""
 
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearShape, ...]
     other_parameters: int  # embeddings, norms, biases, and the head where it is not tied
     norms: int  # features that the norms of one layer see of a token
     layers: int
@@ -67,14 +70,22 @@ class Model:
 
     @property
     def weights(self) -> int:
-        return sum(linear.inputs * linear.outputs for linear in self.linears)
+        """Numbers of the decoder's matrices."""
+        return sum(linear.numbers for linear in self.linears)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the decoder's matrices in the base's dtype."""
+        return self.weights * self.compute
 
     @property
     def base(self) -> int:
-        """Bytes of the frozen base. nf4 has a byte of scale for 64 numbers, and 4 for 256 scales;
-        int8 a float for each row."""
+        """Bytes of the frozen base.
+
+        nf4 has a byte of scale for 64 numbers, and 4 for 256 scales; int8 a float for each row.
+        """
         quantized = {
-            "none": self.weights * self.compute,
+            "none": self.dense_bytes,
             "int8": self.weights + sum(FP32 * linear.outputs for linear in self.linears),
             "nf4": (
                 math.ceil(self.weights * (1 / 2 + 1 / 64 + FP32 / 64 / 256))
@@ -85,13 +96,13 @@ class Model:
 
     @property
     def largest_weight(self) -> int:
-        """Bytes of the largest dequantized matrix, which quantized layers make and drop; nothing
-        where they are not quantized."""
-        return (
-            0
-            if self.quantization == "none"
-            else max(x.inputs * x.outputs for x in self.linears) * self.compute
-        )
+        """Bytes of the largest dequantized matrix, which quantized layers make and drop.
+
+        0 where they are not quantized.
+        """
+        if self.quantization == "none":
+            return 0
+        return max(linear.numbers for linear in self.linears) * self.compute
 
     @property
     def wide(self) -> int:
@@ -100,140 +111,203 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A role's LoRA matrices: which linears, and each one's rank. ``head``: features that its
-    scalar head reads, 0 without one.
-
-    ``trained``: parameters in the layers that train, the lowest of which is ``trained_from``.
-    """
+class AdapterShape:
+    """A role's LoRA matrices: which linears, and each one's rank."""
 
     ranks: dict[str, int]
     parameters: int
     lowest_layer: int
-    trained: int
-    trained_from: int
-    head: int = 0
+    trained: int  # parameters in the layers that train
+    trained_from: int  # the lowest of these layers
+    head: int = 0  # features that its scalar head reads; 0 without one
+
+    @property
+    def with_head(self) -> int:
+        """Parameters, those of the head included."""
+        return self.parameters + self.head
 
 
 @dataclass(frozen=True)
-class Roles:
+class RoleShapes:
     """The adapters of a run; None where a role has none of its own."""
 
-    policy: Adapter
-    value: Adapter | None
-    reward: Adapter | None
+    policy: AdapterShape
+    value: AdapterShape | None
+    reward: AdapterShape | None
     plan: RolePlan
-    value_copies_policy: bool = False
+    value_starts_as_policy: bool  # it is the policy's copy, or neither changes anything yet
 
     @property
     def trained(self) -> int:
         """Parameters that train."""
-        return sum(a.trained + a.head for a in (self.policy, self.value) if a is not None)
+        training = (self.policy, self.value)
+        return sum(adapter.trained + adapter.head for adapter in training if adapter is not None)
 
     @property
     def bytes(self) -> int:
-        own = sum(a.parameters + a.head for a in (self.policy, self.value, self.reward) if a is not None)
+        """Bytes of all adapters, copies and heads, in fp32."""
+        adapters = (self.policy, self.value, self.reward)
+        own = sum(adapter.with_head for adapter in adapters if adapter is not None)
         return FP32 * (own + self.plan.policy_copies * self.policy.parameters)
 
     @property
     def trunks(self) -> int:
-        """How many outputs of lower layers a rollout keeps: the policy's, and the critic's where
-        its adapter is not the same below."""
+        """Number of trunks that a rollout keeps.
+
+        They are the policy's, and the critic's where its adapter is not the same below.
+        """
         policy, value = self.policy, self.value
+        of_policy = int(policy.trained_from > 0)
         if value is None or not value.ranks:
-            return int(policy.trained_from > 0)
+            return of_policy
+
+        # One trunk serves both where neither adapter changes it, or both change it alike.
         bare = min(policy.lowest_layer, value.lowest_layer) >= policy.trained_from == value.trained_from
-        alike = policy.trained_from == value.trained_from and (bare or self.value_copies_policy)
-        return int(policy.trained_from > 0) + int(value.trained_from > 0 and not alike)
+        alike = policy.trained_from == value.trained_from and (bare or self.value_starts_as_policy)
+        return of_policy + int(value.trained_from > 0 and not alike)
 
 
-def read_model(core: Any, args: ModelArguments, device: str) -> Model:
-    """Count the parameters of a transformers model by kind; ``device`` is where it will run, cuda
-    or cpu."""
+def read_model(core: PreTrainedModel, args: ModelArguments, device: str) -> ModelShape:
+    """Count the parameters of a transformers model by kind.
+
+    Args:
+        core: the model, on any device.
+        device: where it will run, cuda or cpu.
+    """
     layers, config = decoder_layers(core), core.config.get_text_config()
-    names = {id(module): name for name, module in core.named_modules()}
-    linears = []
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
-                linears.append(Linear(names[id(module)], index, shape[1], shape[0]))
-    settings = config.to_dict()  # not every family has each of these
+    linears = _linears(core, layers)
+
+    # The head's matrix is (vocabulary, features). Where it is tied, it is the embeddings.
+    total = sum(parameter.numel() for parameter in core.parameters())
+    vocabulary, states = core.get_output_embeddings().weight.shape  # type: ignore[union-attr]
+
+    # Not every family has each of these settings.
+    settings = config.to_dict()
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = settings.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, (settings.get("num_key_value_heads") or heads) * head_dim
-    total = sum(parameter.numel() for parameter in core.parameters())
-    return Model(
-        tuple(linears),
-        total - sum(linear.inputs * linear.outputs for linear in linears),
-        sum(_norm_width(name, module, hidden, queries, keys) for name, module in layers[0].named_modules()),
-        len(layers),
-        hidden,
-        core.get_output_embeddings().weight.shape[1],
-        heads,
-        queries,
-        keys,
-        core.get_output_embeddings().weight.shape[0],
-        args.torch_dtype.itemsize,
-        args.quantization,
-        config._attn_implementation != "eager",
-        args.torch_dtype.itemsize < FP32 and (args.quantization == "none" or device == "cpu"),
+    queries = heads * head_dim
+    keys = (settings.get("num_key_value_heads") or heads) * head_dim
+    norms = [_norm_width(name, norm, hidden, queries, keys) for name, norm in layers[0].named_modules()]
+
+    compute = args.torch_dtype.itemsize
+    return ModelShape(
+        linears=linears,
+        other_parameters=total - sum(linear.numbers for linear in linears),
+        norms=sum(norms),
+        layers=len(layers),
+        hidden=hidden,
+        states=states,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        vocabulary=vocabulary,
+        compute=compute,
+        quantization=args.quantization,
+        fused_attention=config._attn_implementation != "eager",
+        casts=compute < FP32 and (args.quantization == "none" or device == "cpu"),
     )
+
+
+def _linears(core: PreTrainedModel, layers: nn.ModuleList) -> tuple[LinearShape, ...]:
+    names = {id(module): name for name, module in core.named_modules()}
+    found = []
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            # The matrix is (out, in), and GPT-2's Conv1D keeps (in, out).
+            if isinstance(module, nn.Linear):
+                outputs, inputs = module.weight.shape
+            elif isinstance(module, Conv1D):
+                inputs, outputs = module.weight.shape
+            else:
+                continue
+            found.append(LinearShape(names[id(module)], index, inputs, outputs))
+    return tuple(found)
 
 
 def _norm_width(name: str, module: nn.Module, hidden: int, queries: int, keys: int) -> int:
+    """Return how many features of a token a norm sees; 0 for a module that is no norm."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1:
         return 0
-    return hidden if weight.numel() == hidden else keys if "k_" in name.rpartition(".")[2] else queries
+    if weight.numel() == hidden:
+        return hidden
+    # A norm of one head's width sees each head of the queries or the keys.
+    return keys if "k_" in name.rpartition(".")[2] else queries
 
 
 def read_adapter(
-    config: LoraConfig, model: Model, *, train_layers: str = "all", head: bool = False
-) -> Adapter:
-    """Which linears a LoRA configuration adapts, by PEFT's own rule."""
+    config: LoraConfig, model: ModelShape, *, train_layers: str = "all", head: bool = False
+) -> AdapterShape:
+    """Return which linears a LoRA configuration adapts, by PEFT's own rule."""
+    chosen = [linear for linear in model.linears if check_target_module_exists(config, linear.name)]
+    ranks = {linear.name: _rank(config, linear.name) for linear in chosen}
+    sizes = {linear: ranks[linear.name] * (linear.inputs + linear.outputs) for linear in chosen}
+
+    # Of what train_layers leaves out, nothing trains.
     first = top_layers(train_layers, model.layers, "train_layers")[0]
-    ranks = {x.name: int(config.r) for x in model.linears if check_target_module_exists(config, x.name)}
-    for name in ranks:
-        own = [rank for pattern, rank in (config.rank_pattern or {}).items() if name.endswith(pattern)]
-        ranks[name] = own[0] if own else ranks[name]
-    chosen = [x for x in model.linears if x.name in ranks]
-    sizes = {x: ranks[x.name] * (x.inputs + x.outputs) for x in chosen}
-    trained = sum(size for x, size in sizes.items() if x.layer >= first)
-    lowest = min((x.layer for x in chosen), default=model.layers)
-    return Adapter(
-        ranks, sum(sizes.values()), lowest, trained, max(lowest, first), model.states if head else 0
+    lowest = min((linear.layer for linear in chosen), default=model.layers)
+    return AdapterShape(
+        ranks=ranks,
+        parameters=sum(sizes.values()),
+        lowest_layer=lowest,
+        trained=sum(size for linear, size in sizes.items() if linear.layer >= first),
+        trained_from=max(lowest, first),
+        head=model.states if head else 0,
     )
 
 
+def _rank(config: LoraConfig, name: str) -> int:
+    for pattern, rank in (config.rank_pattern or {}).items():
+        if name.endswith(pattern):
+            return rank
+    return int(config.r)
+
+
 def is_trained(folder: str) -> bool:
+    """Return whether ``folder`` holds an adapter already."""
     return (Path(folder) / "adapter_config.json").is_file()
 
 
 def read_roles(
-    core: Any,
-    model: Model,
+    core: PreTrainedModel,
+    model: ModelShape,
     args: ModelArguments,
     config: PPOConfig,
     policy: str | None = None,
     reward: str | None = None,
-) -> Roles:
-    """The roles that recipes/ppo.py puts on the base, as ``SharedBase.build`` does. An adapter that
-    is not trained yet counts as the settings say."""
+) -> RoleShapes:
+    """Return the roles that recipes/ppo.py puts on the base, as ``SharedBase.build`` does.
 
-    def config_of(folder: str | None) -> LoraConfig:
-        return adapter_config(folder) if folder and is_trained(folder) else lora_config(args, core)
+    An adapter that is not trained yet counts as the settings say.
 
-    ours = read_adapter(config_of(policy), model, train_layers=config.train_layers)
-    judge = (
-        read_adapter(config_of(reward), model, train_layers=config.train_layers, head=True)
-        if reward
-        else None
+    Raises:
+        UserError: a critic that ``RolePlan.of`` refuses.
+    """
+    plan = config.role_plan(has_policy=policy is not None, has_reward=reward is not None)
+
+    def lora_of(folder: str | None) -> LoraConfig:
+        if folder and is_trained(folder):
+            return adapter_config(folder)
+        return lora_config(args, core)
+
+    layers = config.train_layers
+    adapters = {"policy": read_adapter(lora_of(policy), model, train_layers=layers)}
+    if reward is not None:
+        adapters["reward"] = read_adapter(lora_of(reward), model, train_layers=layers, head=True)
+
+    # The critic has the form of what it copies, or is a head alone.
+    value = None
+    if plan.critic == "adapter":
+        value = replace(adapters[plan.value_source], head=model.states)
+    elif plan.critic is not None:
+        value = AdapterShape({}, 0, model.layers, 0, model.layers, head=model.states)
+
+    # A fresh adapter changes nothing yet, and what does not train of it never will.
+    both_fresh = policy is None and plan.critic_init == "zero"
+    return RoleShapes(
+        policy=adapters["policy"],
+        value=value,
+        reward=adapters.get("reward"),
+        plan=plan,
+        value_starts_as_policy=plan.critic_init == "policy" or both_fresh,
     )
-    plan, value = config.role_plan(has_policy=policy is not None, has_reward=judge is not None), None
-    if plan.critic is not None:
-        start = judge if judge is not None and plan.value_source == "reward" else ours
-        none = Adapter({}, 0, model.layers, 0, model.layers)
-        value = replace(start if plan.critic == "adapter" else none, head=model.states)
-    copied = config.critic_init == "policy" or (judge is None and config.critic_init != "zero")
-    return Roles(ours, value, judge, plan, copied)

@@ -393,3 +393,35 @@ def test_trainer_and_plan_ask_one_function_and_get_one_answer(name, tmp_path, mo
         assert len(set(answers["run"])) == 1 and set(answers["run"]) == set(answers["plan"]), changes
         given.add(bool(answers["run"][0]))
     assert given == {False, True}, "the runs are to differ in it"
+
+
+STARTS = [
+    {"critic": "adapter", "critic_init": "policy"},
+    {"critic": "adapter", "critic_init": "zero"},
+    {"critic": "adapter"},
+    {"critic": "shared"},
+    {"advantage_estimator": "rloo", "num_generations": 2},
+]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("layers", ["all", "top-1", "top-2"])
+@pytest.mark.parametrize("train_layers", ["all", "top-1"])
+@pytest.mark.parametrize("start", STARTS)
+def test_the_plan_counts_the_trunks_that_a_run_keeps(tmp_path, start, train_layers, layers, trained):
+    model, core = tiny.arguments(lora_layers=layers), tiny.base()
+    config = settings(tmp_path, train_layers=train_layers, **start)
+    policy: Any = loading.lora_config(model, core)
+    folder = None
+    if trained:
+        sft = SharedBase.build(tiny.base(), policy)
+        tiny.randomise(sft, std=0.1)
+        sft.save_pretrained(str(tmp_path / "sft"))
+        policy = folder = str(tmp_path / "sft")
+    plan = config.role_plan(has_policy=trained, has_reward=False)
+    shared = SharedBase.build(
+        core, policy, critic=plan.critic, critic_init=plan.critic_init, train_layers=train_layers
+    )
+    assert Planner(meta_model(model, config=core.config), model, config, policy=folder).roles.trunks == (
+        shared.kept_trunks()
+    )
