@@ -1,4 +1,17 @@
-"""Pure functions of tensors; torch alone. ``import goose_lora.functional as F`` has them all."""
+"""The arithmetic of PPO and of the reward model; ``import goose_lora.functional as F`` has it all.
+
+Pure functions of tensors and floats, without models or configuration; they import torch and
+jaxtyping alone.
+
+Letters in shapes: B sequences, T response tokens, V vocabulary. ``mask`` is true where a token
+counts. What lies elsewhere, NaN included, has no say in a value or a gradient. Everything computes
+in at least fp32; float64 stays float64.
+
+"OpenAI" in the docstrings is lm-human-preferences (the code of Ziegler et al. 2019,
+arXiv:1909.08593), "CleanRL" is its port to PyTorch by CleanRL's author,
+vwxyzjn/lm-human-preference-details, and "TRL" its PPOTrainer from 0.12 to 1.12. OpenAI and CleanRL
+have no mask: responses have a fixed length there, and every mean is over all positions.
+"""
 
 from goose_lora.functional.advantages import (
     explained_variance,

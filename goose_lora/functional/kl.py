@@ -1,4 +1,4 @@
-"""Estimators of the KL divergence between two policies, a value a token."""
+"""Estimators of the KL divergence between two policies, per token."""
 
 from typing import Literal, get_args
 
@@ -14,8 +14,9 @@ KLEstimator = Literal["k1", "k2", "k3"]
 def kl_per_token(
     logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"], *, estimator: KLEstimator
 ) -> Float[Tensor, "*shape"]:
-    """KL(policy || reference) estimated at each token that was sampled from the policy (Schulman,
-    joschu.net/blog/kl-approx.html), in nats.
+    """Return an estimate of KL(policy || reference) at each sampled token, in nats.
+
+    Schulman, joschu.net/blog/kl-approx.html. The tokens were sampled from the policy.
 
     With d = logprobs - ref_logprobs: k1 = d, unbiased, of either sign; k2 = d^2 / 2, biased in
     third order; k3 = exp(-d) - 1 + d, unbiased and never negative, but of large variance where the
@@ -25,11 +26,13 @@ def kl_per_token(
     OpenAI, CleanRL and TRL 0.12 have k1, TRL 1.12 k1 and k3; k3 goes by expm1 here, since exp(-d) -
     1 + d is rounding noise in fp32 for |d| < 3e-4. Raises ValueError for an unknown estimator.
     """
+    # In bf16, the difference of two log-probabilities near each other would be all rounding.
     difference = _upcast(logprobs) - _upcast(ref_logprobs)
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return 0.5 * difference.square()
+    # expm1: exp(-d) - 1 + d is rounding noise near 0.
     if estimator == "k3":
         return torch.expm1(-difference) + difference
     raise ValueError(f"kl_estimator={estimator!r} is unknown. Use one of {', '.join(get_args(KLEstimator))}.")
@@ -38,12 +41,12 @@ def kl_per_token(
 def exact_kl(
     logits: Float[Tensor, "*shape V"], ref_logits: Float[Tensor, "*shape V"]
 ) -> Float[Tensor, "*shape"]:
-    """KL(policy || reference) of the next token, sum_v p_v (log p_v - log q_v), in nats; for
-    evaluation, where logits are at hand.
+    """Return KL(policy || reference) of the next token, sum_v p_v (log p_v - log q_v), in nats.
 
-    A token of logit -inf adds 0; it is infinite where the reference alone excludes a token. TRL,
-    OpenAI and CleanRL only sample it. Raises nothing.
+    For evaluation, where logits are at hand. A token of logit -inf adds 0; it is infinite where the
+    reference alone excludes a token. TRL, OpenAI and CleanRL only sample it. Raises nothing.
     """
     log_p, log_q = _upcast(logits).log_softmax(-1), _upcast(ref_logits).log_softmax(-1)
+    # Where p is 0 the term is 0, and not 0 times infinity.
     p = log_p.exp()
     return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)

@@ -1,15 +1,4 @@
-"""The arithmetic of PPO and of the reward model: functions of tensors and floats, without models or
-configuration.
-
-Letters in shapes: B sequences, T response tokens, V vocabulary. ``mask`` is true where a token
-counts. What lies elsewhere, NaN included, has no say in a value or a gradient. Everything computes
-in at least fp32; float64 stays float64.
-
-"OpenAI" below is lm-human-preferences (the code of Ziegler et al. 2019, arXiv:1909.08593),
-"CleanRL" is its port to PyTorch by CleanRL's author, vwxyzjn/lm-human-preference-details, and "TRL"
-its PPOTrainer from 0.12 to 1.12. OpenAI and CleanRL have no mask: responses have a fixed length
-there, and every mean is over all positions.
-"""
+"""Losses of the policy, the critic and the reward model."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,9 +16,9 @@ def policy_loss(
     cliprange: float,
     num_tokens: TokenCount | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Clipped surrogate objective, negated to be minimised (Schulman et al. 2017, arXiv:1707.06347,
-    eq. 7), a mean over tokens.
+    """Return PPO's clipped objective, negated to be minimised, as a mean over tokens; and stats.
 
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7:
     max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(logprobs - old_logprobs).
     Log-probabilities in nats, of the sampled tokens, old ones from the policy that sampled them. No
     gradient flows into the old log-probabilities and the advantages.
@@ -42,11 +31,14 @@ def policy_loss(
     approxkl is k2, and in TRL it and the ratio are means over padding too, which draws them towards
     0 and 1. Raises ValueError as ``masked_mean`` does.
     """
+    # Selection comes first: padding may hold NaN.
     log_ratio = _select(logprobs, mask) - _select(old_logprobs, mask).detach()
     advantages = _select(advantages, mask).detach()
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = masked_mean(torch.maximum(plain, clipped), mask, num_tokens=num_tokens)
+
+    # expm1 keeps the digits of k3 where the ratio is near 1.
     with torch.no_grad():
         stats = {
             "policy/clip_fraction": masked_mean(
@@ -67,9 +59,9 @@ def value_loss(
     cliprange_value: float | None,
     num_tokens: TokenCount | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Half the squared error of the critic, pessimistic where it moved by more than
-    ``cliprange_value``, a mean over tokens.
+    """Return half the critic's squared error, clipped, as a mean over tokens; and stats.
 
+    The error is the larger of two where the critic moved by more than ``cliprange_value``:
     0.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2); None does not clip: arXiv:1707.06347,
     eq. 9, halved. The clipping is in no paper but in OpenAI's code, where it comes from baselines'
     ppo2. In units of the reward, squared. No gradient flows into old values and returns.
@@ -84,6 +76,8 @@ def value_loss(
         _select(old_values, mask).detach(),
         _select(returns, mask).detach(),
     )
+
+    # The larger error is pessimistic: a critic that left the range gets no gradient out of it.
     error = (values - returns).square()
     clipped_error = error
     if cliprange_value is not None:
@@ -93,6 +87,7 @@ def value_loss(
             values.clamp(old_values - cliprange_value, old_values + cliprange_value) - returns
         ).square()
     loss = 0.5 * masked_mean(torch.maximum(error, clipped_error), mask, num_tokens=num_tokens)
+
     with torch.no_grad():
         stats = {
             "value/clip_fraction": masked_mean(
@@ -106,18 +101,18 @@ def value_loss(
 def pairwise_loss(
     chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"], margin: Float[Tensor, "B"] | None = None
 ) -> Float[Tensor, ""]:
-    """Bradley-Terry: -log sigmoid(chosen - rejected - margin), a mean over pairs (Ouyang et al.
-    2022, arXiv:2203.02155, eq. 1).
+    """Return Bradley and Terry's loss of pairs: -log sigmoid(chosen - rejected - margin), a mean.
 
-    The margin is that of Llama 2 (arXiv:2307.09288, eq. 2). In nats; log 2 for a model that knows
-    nothing. Finite at any difference, unlike -log(sigmoid(x)). The same as TRL's RewardTrainer and
-    CleanRL's summarize/reward.py; OpenAI learns the best of four by cross-entropy. Raises
-    ValueError for an empty batch.
+    Ouyang et al. 2022, arXiv:2203.02155, eq. 1. The margin is that of Llama 2 (arXiv:2307.09288,
+    eq. 2). In nats; log 2 for a model that knows nothing. Finite at any difference, unlike
+    -log(sigmoid(x)). The same as TRL's RewardTrainer and CleanRL's summarize/reward.py; OpenAI
+    learns the best of four by cross-entropy. Raises ValueError for an empty batch.
     """
     if not len(chosen):
         raise ValueError(
             "pairwise_loss got no pairs, so there is no mean. Drop empty batches before this point."
         )
+    # logsigmoid stays finite where the sigmoid itself rounds to 0.
     difference = _upcast(chosen) - _upcast(rejected)
     if margin is not None:
         difference = difference - _upcast(margin)
@@ -127,8 +122,10 @@ def pairwise_loss(
 def untied_pairs(
     ranks: Int[Tensor, "N"], prompts: Int[Tensor, "N"]
 ) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"]]:
-    """Indices (better, worse) of all pairs of completions to one prompt whose ranks differ; a lower
-    rank is better. Raises nothing."""
+    """Return the indices (better, worse) of all pairs of replies to one prompt with other ranks.
+
+    A lower rank is better. Raises nothing.
+    """
     better, worse = ((prompts[:, None] == prompts) & (ranks[:, None] < ranks)).nonzero(as_tuple=True)
     return better, worse
 
@@ -136,15 +133,15 @@ def untied_pairs(
 def ranking_loss(
     scores: Float[Tensor, "N"], ranks: Int[Tensor, "N"], prompts: Int[Tensor, "N"]
 ) -> Float[Tensor, ""]:
-    """-log sigmoid(better - worse), a mean over each prompt's pairs, then over prompts (Ouyang et
-    al. 2022, arXiv:2203.02155, eq. 1).
+    """Return -log sigmoid(better - worse), a mean over each prompt's pairs, then over prompts.
 
-    N completions in any order: ``prompts`` numbers the prompt that each answers, a lower rank is
-    better, and equal ranks are a tie that makes no pair. A prompt counts once however many
-    completions it has (1 / (K choose 2) in the paper). With two completions a prompt it is
-    ``pairwise_loss``. In nats. TRL has pairs only. Raises ValueError for a prompt without two
-    completions of different rank, or no prompt.
+    Ouyang et al. 2022, arXiv:2203.02155, eq. 1. N completions in any order: ``prompts`` numbers the
+    prompt that each answers, a lower rank is better, and equal ranks are a tie that makes no pair.
+    A prompt counts once however many completions it has (1 / (K choose 2) in the paper). With two
+    completions a prompt it is ``pairwise_loss``. In nats. TRL has pairs only. Raises ValueError for
+    a prompt without two completions of different rank, or no prompt.
     """
+    # Each pair belongs to the prompt of its better completion.
     better, worse = untied_pairs(ranks, prompts)
     names, place = prompts.unique(return_inverse=True)
     pair_counts = torch.bincount(place[better], minlength=len(names))
@@ -155,5 +152,7 @@ def ranking_loss(
             f" different rank (such as {alone[:3]}), so there is no mean. Leave such prompts out before this"
             " point."
         )
+
+    # Each prompt's losses are added up, then divided by its pairs.
     losses = -torch.nn.functional.logsigmoid(_upcast(scores)[better] - _upcast(scores)[worse])
     return (losses.new_zeros(len(names)).index_add(0, place[better], losses) / pair_counts).mean()
