@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from goose_lora.errors import UserError
+from goose_lora.errors import FailedWriteError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def import_function(spec: str) -> Callable[..., object]:
     sys.path stays as it is. Raises ValueError for a malformed spec, a module or file that does not
     exist or that raises as it is imported, a name that is missing or cannot be called."""
 
-    def refusal(problem: str) -> ValueError:
-        return ValueError(f'{spec!r}: {problem}. Accepted: "module:function" or "path/to/file.py:function".')
+    def refusal(problem: str) -> UserError:
+        return UserError(f'{spec!r}: {problem}. Accepted: "module:function" or "path/to/file.py:function".')
 
     source, colon, name = spec.rpartition(":")
     if not colon or not name.isidentifier():
@@ -107,8 +107,8 @@ def import_function(spec: str) -> Callable[..., object]:
     return function
 
 
-def _broken_module(spec: str, source: str, error: BaseException) -> ValueError:
-    return ValueError(
+def _broken_module(spec: str, source: str, error: BaseException) -> UserError:
+    return UserError(
         f"{spec!r}: importing {source!r} failed with {type(error).__name__}: {error}. Mend it, or install"
         " what it imports."
     )
@@ -153,7 +153,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         _to_disk(temporary)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
+        raise FailedWriteError(
             f"the result could not be saved in {folder}{_room(folder)}: {_line(error)}. What was there before"
             " is untouched."
         ) from error

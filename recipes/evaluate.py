@@ -10,25 +10,32 @@ about every reply; best_of shows what the reward model alone can pick from SFT.
 
 from dataclasses import dataclass, field
 
-from goose_lora import cli, embedded
-from goose_lora.data.rows import DataArguments, load_rows
-from goose_lora.data.tokenization import tokenize_prompts
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from goose_lora import cli
+from goose_lora.data import DataArguments, tokenize_prompts
+from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
-from goose_lora.evaluation.policies import Replies, answer, best_of, judge_all, summary
+from goose_lora.evaluation import Replies, answer, best_of, judge_all, summary
 from goose_lora.files import import_function, write_json, write_jsonl
-from goose_lora.generation.sampling import generation_config
-from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.compatibility import check_fit
-from goose_lora.models.dense_copy import RolloutWeights, make_dense_copy
-from goose_lora.models.loading import load_base, load_tokenizer, require_adapter
-from goose_lora.models.roles import Role
-from goose_lora.models.shared_base import SharedBase
-from goose_lora.reporting.html_report import refresh_report
-from goose_lora.reporting.run_files import write_stage
-from goose_lora.sharing.model_card import add_evaluation
+from goose_lora.generation import generation_config
+from goose_lora.models import (
+    AdapterFolder,
+    DenseCopy,
+    ModelArguments,
+    Role,
+    RolloutWeights,
+    SharedBase,
+    check_fit,
+    load_base,
+    load_tokenizer,
+    make_dense_copy,
+)
+from goose_lora.reporting import refresh_report, write_stage
+from goose_lora.sharing import add_evaluation
 from goose_lora.terminal import side_by_side, table
-from goose_lora.training.launch import require_one_process
-from goose_lora.training.validation import require_at_least_one
+from goose_lora.training import require_at_least_one, require_one_process
 
 COLUMNS = [
     "score",
@@ -84,95 +91,124 @@ class EvaluationArguments:
             )
 
 
+@dataclass
+class Answers:
+    """The models of a comparison, and how they are asked."""
+
+    shared: SharedBase
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    config: EvaluationArguments
+    dense: DenseCopy | None
+
+    def of(self, role: Role, label: str, *, seed: int) -> Replies:
+        """Let a role answer all prompts."""
+        return answer(
+            self.shared,
+            role,
+            self.prompts,
+            self.tokenizer,
+            self._sampling(),
+            batch_size=self.config.batch_size,
+            stop_strings=self.config.stop_strings,
+            dense=self.dense,
+            seed=seed,
+            label=label,
+        )
+
+    def _sampling(self) -> GenerationConfig:
+        return generation_config(
+            response_tokens=self.config.response_length,
+            temperature=self.config.temperature or 1.0,
+            do_sample=self.config.temperature > 0,
+            eos_token_ids=[self.tokenizer.eos_token_id, *(self.config.stop_token_ids or [])],
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    def best_of(self, first: Replies, name: str) -> Replies:
+        """Take the best of several replies of the reference, of which ``first`` has one each."""
+        more = range(1, self.config.best_of)
+        others = [self.of("reference", f"{name} {i + 1}", seed=self.config.seed + i) for i in more]
+        return best_of([first, *others])
+
+
+def show(replies: dict[str, Replies], texts: list[str], figures: dict, against: str) -> None:
+    """Print the table of figures, and some prompts with everybody's replies."""
+    found = [column for column in COLUMNS if any(column in row for row in figures.values())]
+    print(f"\n{len(texts)} held-out prompts; win rates and gains against {against}:\n")
+    print(table([{"": name, **row} for name, row in figures.items()], ["", *found]))
+    print("\n" + side_by_side(texts, {name: given.texts for name, given in replies.items()}))
+
+
 def main(args: list[str] | None = None) -> None:
-    config, model_args, data_args = cli.parse(EvaluationArguments, ModelArguments, DataArguments, args=args)
+    """Compare base, SFT and PPO."""
+    config, model, data = cli.parse(EvaluationArguments, ModelArguments, DataArguments, args=args)
     require_one_process("recipes/evaluate.py")
     if config.best_of and not config.reward_adapter:
         raise UserError("best_of needs reward_adapter: the reward model picks the best reply.")
-    model_args.model_name_or_path = embedded.resolve(model_args.model_name_or_path)
-    for name in ("policy_adapter", "sft_adapter", "reward_adapter"):
-        setattr(config, name, require_adapter(name, getattr(config, name), model_args))
-    judge = import_function(config.judge) if config.judge else None
-    rows = load_rows(
-        embedded.resolve(data_args.dataset_name),
-        data_args.dataset_split,
-        data_args.max_rows,
-        data_args.column_mapping,
-        stage="ppo",
-    )
-    rows = rows.select(range(min(config.num_prompts, len(rows))))
 
-    tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
-    prompts = tokenize_prompts(
-        rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens
-    )
-    prompt_ids = list(prompts["input_ids"])
-    adapters = {name: getattr(config, name) for name in ("policy_adapter", "sft_adapter", "reward_adapter")}
-    how = {
-        "tokens": max(map(len, prompt_ids)) + config.response_length,
-        "chat": not isinstance(prompts[0]["prompt"], str),
-    }
-    check_fit(model_args, tokenizer, adapters, **how, trust_remote_code=config.trust_remote_code)
-    base = load_base(model_args, tokenizer, trust_remote_code=config.trust_remote_code)
-    shared = SharedBase.build(
-        base, config.policy_adapter, reward=config.reward_adapter, reference=config.sft_adapter or "base"
-    )
-    sampling = generation_config(
-        response_tokens=config.response_length,
-        temperature=config.temperature or 1.0,
-        do_sample=config.temperature > 0,
-        eos_token_ids=[tokenizer.eos_token_id, *(config.stop_token_ids or [])],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-    dense = make_dense_copy(shared, config.rollout_weights)
-
-    def replies(role: Role, seed: int, label: str) -> Replies:
-        options = {"batch_size": config.batch_size, "stop_strings": config.stop_strings, "dense": dense}
-        return answer(shared, role, prompt_ids, tokenizer, sampling, **options, seed=seed, label=label)
-
-    roles: dict[str, Role] = (
-        {"base": "base", "sft": "reference", "ppo": "policy"}
-        if config.sft_adapter
-        else {"base": "base", "ppo": "policy"}
-    )
-    named = {name: replies(role, config.seed, name) for name, role in roles.items()}
-    reference = "sft" if config.sft_adapter else "base"
-    if config.best_of:
-        tries = [
-            named[reference],
-            *(
-                replies("reference", config.seed + i, f"{reference} {i + 1}")
-                for i in range(1, config.best_of)
-            ),
-        ]
-        named[f"{reference} best of {config.best_of}"] = best_of(tries)
-    texts = tokenizer.batch_decode(prompt_ids)
-    if judge:
-        judge_all(named, texts, judge)
-
-    figures = summary(named, against=reference)
-    print(f"\n{len(texts)} held-out prompts; win rates and gains against {reference}:\n")
-    print(
-        table(
-            [{"": name, **row} for name, row in figures.items()],
-            ["", *(c for c in COLUMNS if any(c in r for r in figures.values()))],
+    # 1. Everything that can be known before a weight is read.
+    model.model_name_or_path = resolve(model.model_name_or_path)
+    policy, sft, reward = (
+        name
+        and AdapterFolder.open(setting, name, base=model.model_name_or_path, base_hub_id=model.base_hub_id)
+        for setting, name in (
+            ("policy_adapter", config.policy_adapter),
+            ("sft_adapter", config.sft_adapter),
+            ("reward_adapter", config.reward_adapter),
         )
     )
-    print("\n" + side_by_side(texts, {name: r.texts for name, r in named.items()}))
+    judge = import_function(config.judge) if config.judge else None
+    rows: Dataset = data.train("ppo").rows
+    rows = rows.select(range(min(config.num_prompts, len(rows))))
+    tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+    prompts = tokenize_prompts(
+        rows, tokenizer, name=data.dataset_name, max_prompt_tokens=config.max_prompt_tokens
+    )
+    ids = list(prompts["input_ids"])
+    check_fit(
+        model,
+        tokenizer,
+        [policy, sft, reward],
+        tokens=max(map(len, ids)) + config.response_length,
+        chat=not isinstance(prompts[0]["prompt"], str),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+    # 2. One base in memory, and all that is compared as adapters on it.
+    base = load_base(model, tokenizer, trust_remote_code=config.trust_remote_code)
+    shared = SharedBase.build(base, policy, reward=reward, reference=sft or "base")
+    dense = make_dense_copy(shared, config.rollout_weights)
+    answers = Answers(shared, tokenizer, ids, config, dense)
+
+    # 3. Ask everybody the same, and leave the figures.
+    roles: dict[str, Role] = {"base": "base", "sft": "reference", "ppo": "policy"}
+    against = "sft"
+    if sft is None:
+        del roles["sft"]
+        against = "base"
+    replies = {name: answers.of(role, name, seed=config.seed) for name, role in roles.items()}
+    if config.best_of:
+        replies[f"{against} best of {config.best_of}"] = answers.best_of(replies[against], against)
+    texts = tokenizer.batch_decode(ids)
+    if judge is not None:
+        judge_all(replies, texts, judge)
+    figures = summary(replies, against=against)
+    show(replies, texts, figures, against)
     evaluation = {
         "prompts": len(texts),
-        "dataset": data_args.dataset_name,
-        "against": reference,
+        "dataset": data.dataset_name,
+        "against": against,
         "figures": figures,
     }
-    replies_of = [
-        {"prompt": text, **{name: r.texts[i] for name, r in named.items()}} for i, text in enumerate(texts)
+    every = [
+        {"prompt": text} | {name: given.texts[i] for name, given in replies.items()}
+        for i, text in enumerate(texts)
     ]
     write_json(f"{config.output_dir}/evaluation.json", evaluation)
-    write_jsonl(f"{config.output_dir}/replies.jsonl", replies_of)
-    add_evaluation(config.policy_adapter, evaluation, replies_of)
-    refresh_report(config.policy_adapter)
+    write_jsonl(f"{config.output_dir}/replies.jsonl", every)
+    add_evaluation(policy.path, evaluation, every)
+    refresh_report(policy.path)
     write_stage(config.output_dir, "evaluate", {"prompts": len(texts)})
 
 

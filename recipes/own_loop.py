@@ -12,21 +12,12 @@ token ids, scores and a mask.
 
 from dataclasses import dataclass, field
 
-from goose_lora import cli, embedded
-from goose_lora.cli.stage import begin, finish
-from goose_lora.data.rows import DataArguments, load_rows
-from goose_lora.data.tokenization import tokenize_prompts
+from goose_lora import cli
+from goose_lora.data import DataArguments
 from goose_lora.errors import UserError
 from goose_lora.files import import_function
-from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.compatibility import check_fit
-from goose_lora.models.loading import load_base, load_tokenizer, lora_config, require_adapter
-from goose_lora.models.shared_base import SharedBase
-from goose_lora.ppo.config import PPOConfig
-from goose_lora.ppo.trainer import PPOTrainer
-from goose_lora.sharing import hub
-from goose_lora.sharing.export import save_policy
-from goose_lora.sharing.lineage import fingerprint
+from goose_lora.models import ModelArguments, SharedBase, lora_config
+from goose_lora.ppo import PPOConfig, PPOTrainer
 
 
 @dataclass
@@ -79,67 +70,55 @@ class Interview:
 
 
 def main(args: list[str] | None = None) -> None:
-    config, model_args, data_args, game = cli.parse(
+    """Train a policy over conversations of several turns."""
+    config, model, data, game = cli.parse(
         PPOConfig, ModelArguments, DataArguments, InterviewArguments, args=args
     )
     if config.num_rollouts is None:
         raise UserError(
             "num_rollouts: a loop of your own needs to know how long it is, for the learning rate's schedule."
         )
-    model_args.model_name_or_path = embedded.resolve(model_args.model_name_or_path)
+    stage = cli.Stage.begin("own_loop", config, model, data, game, command=args)
+
+    # 1. Everything that can be known before a weight is read.
     rate = import_function(game.rating)
-    game.policy_adapter = require_adapter("policy_adapter", game.policy_adapter, model_args)
-    start = begin("own_loop", config, model_args, game.policy_adapter)
-    rows = load_rows(
-        embedded.resolve(data_args.dataset_name),
-        data_args.dataset_split,
-        data_args.max_rows,
-        data_args.column_mapping,
-        stage="ppo",
-    )
-    tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
-    prompts = tokenize_prompts(
-        rows, tokenizer, name=data_args.dataset_name, max_prompt_tokens=config.max_prompt_tokens
-    )["input_ids"]
-    tokens = max(map(len, prompts)) + config.response_length
-    check_fit(
-        model_args,
-        tokenizer,
-        {"policy_adapter": game.policy_adapter},
-        tokens=tokens,
-        trust_remote_code=config.trust_remote_code,
+    policy = stage.adapter("policy_adapter")
+    plan = config.role_plan(has_policy=policy is not None, has_reward=False)
+    prompts = stage.prompts(held_out=False)
+    tokenizer = stage.tokenizer()
+    stage.check_fit(tokenizer, policy, tokens=prompts.longest + config.response_length)
+
+    # 2. One base in memory. Policy, critic and reference are adapters on it.
+    base = stage.base(tokenizer)
+    shared = SharedBase.build(
+        base,
+        policy or lora_config(stage.model, base),
+        critic=plan.critic,
+        critic_init=plan.critic_init,
+        train_layers=plan.train_layers,
     )
 
-    base = load_base(model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code)
-    plan = config.role_plan(has_policy=game.policy_adapter is not None, has_reward=False)
-    starts = {"critic": plan.critic, "critic_init": plan.critic_init, "train_layers": plan.train_layers}
-    shared = SharedBase.build(base, game.policy_adapter or lora_config(model_args, base), **starts)
-    trainer = PPOTrainer(shared, hub.without_trainers_push(config), None, tokenizer)
-    done = trainer.start(resume_from_checkpoint=start)
+    # 3. Play, rate, update; then leave the policy and a report.
+    trainer = PPOTrainer(shared, stage.trainer_config, None, tokenizer)
+    done = trainer.start(resume_from_checkpoint=stage.checkpoint)
+    ids = list(prompts.train["input_ids"])
     count, figures = config.rollout_batch_size, {}
     for rollout in range(done, config.num_rollouts):
+        # Each process takes prompts of its own, in order, and begins anew at the end.
         first = (rollout * config.world_size + config.process_index) * count
-        chosen = [prompts[(first + row) % len(prompts)] for row in range(count)]
+        chosen = [ids[(first + row) % len(ids)] for row in range(count)]
         interview = Interview(chosen, tokenizer)
         interview.play(trainer, game.questions, rate)
-        figures = trainer.step(chosen, interview.written, interview.scores, response_masks=interview.own)
-        print(
-            f"rollout {rollout + 1}: ratings of a conversation {figures['objective/raw_score']:.3f}, KL"
-            f" {figures['objective/kl']:.2f}",
-            flush=True,
+        figures = trainer.step(
+            chosen,
+            interview.written,
+            interview.scores,
+            response_masks=interview.own,
         )
+        ratings, kl = figures["objective/raw_score"], figures["objective/kl"]
+        print(f"rollout {rollout + 1}: ratings of a conversation {ratings:.3f}, KL {kl:.2f}", flush=True)
     trainer.finish()
-    if trainer.is_world_process_zero():
-        save_policy(shared, tokenizer, config.output_dir)
-        data = [fingerprint(data_args.dataset_name, data_args.dataset_split, rows)]
-        options = {
-            "figures": figures,
-            "tokenizer": tokenizer,
-            "data": data,
-            "parents": {"policy": game.policy_adapter},
-            "args": args,
-        }
-        finish("own_loop", config, model_args, data_args, game, **options)
+    stage.finish(trainer, parents={"policy": policy}, figures=figures)
 
 
 if __name__ == "__main__":

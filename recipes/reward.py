@@ -1,5 +1,4 @@
-"""Stage 2: a reward model, LoRA and a score head on the same quantized base, by trl.RewardTrainer
-(Bradley-Terry loss).
+"""Stage 2: a reward model, LoRA and a score head on the same base (Bradley-Terry loss).
 
     accelerate launch recipes/reward.py --config recipes/configs/demo_cpu/reward.yaml [--any_field
     value]
@@ -15,29 +14,24 @@ with its interval, what the score has to do with length, mean and spread of scor
 calibration, and how often an empty, repeated, cut off or flattering reply beats the chosen.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from trl import (
-    RewardConfig,
-    RewardTrainer,
-)  # isort: skip  (after cli, which quiets what bitsandbytes says when it is imported)
-
-from goose_lora import cli, embedded
-from goose_lora.cli.stage import begin, finish
-from goose_lora.data.preferences import LIST, PAIR, ranked_rows, tokenize_ranked, tokenize_references
-from goose_lora.data.rows import DataArguments, load_rows, require_columns
+from goose_lora import cli
+from goose_lora.data import (
+    DataArguments,
+    RowSet,
+    load_rows,
+    require_pairs,
+    tokenize_rankings,
+    tokenize_references,
+)
 from goose_lora.errors import UserError
-from goose_lora.evaluation.reward_model import judge, prepare_held_out, reference_bias
-from goose_lora.evaluation.verdict import write_verdict
-from goose_lora.models.adapters import write_lineage
-from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.compatibility import check_fit
-from goose_lora.models.loading import adapters_to_fp32, load_reward_base, load_tokenizer, lora_config
-from goose_lora.rewards.ranking_trainer import RankedRewardTrainer
-from goose_lora.sharing import hub
-from goose_lora.sharing.lineage import fingerprint
-from goose_lora.training.resume import Resumable
+from goose_lora.evaluation import evaluate_reward_model, prepare_held_out, reference_bias, write_verdict
+from goose_lora.models import ModelArguments, adapters_to_fp32, lora_config, write_lineage
+from goose_lora.rewards import RankedRewardTrainer
+from goose_lora.training import Resumable
+
+from trl import RewardConfig, RewardTrainer  # isort: skip  (after cli, which quiets bitsandbytes)
 
 
 class PairTrainer(Resumable, RewardTrainer):
@@ -72,91 +66,113 @@ class RewardArguments(DataArguments):
         metadata={"help": "End each text with the end-of-text token, as TRL does; false: PPO hides it too."},
     )
 
+    def row_sets(self) -> dict[str, RowSet]:
+        """Read the rows to train on and those held out, as ``train``, ``eval`` and ``any``.
+
+        Raises:
+            UserError: no held-out pairs, or rows of another kind than pairs and lists.
+        """
+        if self.eval_dataset_name is None:
+            raise UserError(
+                "eval_dataset_name: a reward model is judged on held-out pairs. Keep some of yours out of"
+                " training and name them."
+            )
+        sets = {"train": self.train("reward")}
+        for key, name in (("eval", self.eval_dataset_name), ("any", self.any_pairs_name)):
+            row_set = replace(self, eval_dataset_name=name).held_out("reward")
+            if row_set is not None:
+                sets[key] = row_set
+        ranked = is_ranked(sets["train"])
+        for row_set in sets.values():
+            require_pairs(row_set.rows, row_set.name, or_lists=ranked)
+        return sets
+
+    def used(self, row_set: RowSet) -> RowSet:
+        """Return the rows without the columns that settings leave out."""
+        if self.use_margin or "margin" not in row_set.rows.column_names:
+            return row_set
+        return replace(row_set, rows=row_set.rows.remove_columns("margin"))
+
+
+def is_ranked(row_set: RowSet) -> bool:
+    """Return whether the rows are ranked lists; a pair is the shortest list."""
+    return "completions" in row_set.rows.column_names
+
 
 def main(args: list[str] | None = None) -> None:
-    config, model_args, data_args = cli.parse(RewardConfig, ModelArguments, RewardArguments, args=args)
-    model_args.model_name_or_path = embedded.resolve(model_args.model_name_or_path)
-    names = {
-        "train": data_args.dataset_name,
-        "eval": data_args.eval_dataset_name,
-        "any": data_args.any_pairs_name,
-    }
-    splits = {
-        "train": data_args.dataset_split,
-        "eval": data_args.eval_dataset_split,
-        "any": data_args.eval_dataset_split,
-    }
-    start = begin("reward", config, model_args)
-    if names["eval"] is None:
-        raise UserError(
-            "eval_dataset_name: a reward model is judged on held-out pairs. Keep some of yours out of"
-            " training and name them."
-        )
-    how = {"max_rows": data_args.max_rows, "column_mapping": data_args.column_mapping, "stage": "reward"}
-    rows: dict[str, Any] = {
-        key: load_rows(embedded.resolve(name), splits[key], **how) for key, name in names.items() if name
-    }
-    data = [
-        {"use": key, **fingerprint(str(names[key]), splits[key], dataset)} for key, dataset in rows.items()
-    ]
-    ranked = "completions" in rows["train"].column_names
-    for key, dataset in rows.items():
-        require_columns(dataset, str(names[key]), PAIR, *([LIST] if ranked else []))
-        if "margin" in dataset.column_names and not data_args.use_margin:
-            rows[key] = dataset.remove_columns("margin")
+    """Train a reward model, and judge it on pairs that it has not seen."""
+    config, model, data = cli.parse(RewardConfig, ModelArguments, RewardArguments, args=args)
+    stage = cli.Stage.begin("reward", config, model, data, command=args)
 
-    tokenizer = load_tokenizer(model_args, trust_remote_code=config.trust_remote_code)
-    reading = {"append_eos": data_args.append_eos, "max_length": config.max_length}
+    # 1. Everything that can be known before a weight is read.
+    sets = data.row_sets()
+    noted = [{"use": key} | row_set.fingerprint for key, row_set in sets.items()]
+    ranked = is_ranked(sets["train"])
+    sets = {key: data.used(row_set) for key, row_set in sets.items()}
+    tokenizer = stage.tokenizer()
     held_out = {
-        key: prepare_held_out(rows[key], tokenizer, name=str(names[key]), probes=key == "eval", **reading)
-        for key in rows
+        key: prepare_held_out(
+            row_set.rows,
+            tokenizer,
+            name=row_set.name,
+            probes=key == "eval",
+            append_eos=data.append_eos,
+            max_length=config.max_length,
+        )
+        for key, row_set in sets.items()
         if key != "train"
     }
     references = []
-    if data_args.reference_dataset_name is not None:
-        found = load_rows(
-            embedded.resolve(data_args.reference_dataset_name), data_args.dataset_split, data_args.max_rows
+    if data.reference_dataset_name is not None:
+        references = tokenize_references(
+            load_rows(data.reference_dataset_name, data.dataset_split, data.max_rows),
+            tokenizer,
+            name=data.reference_dataset_name,
+            append_eos=data.append_eos,
+            max_length=config.max_length,
         )
-        references = tokenize_references(found, tokenizer, name=data_args.reference_dataset_name, **reading)
-    for key, dataset in rows.items():  # a pair is the shortest list
-        lists = ranked_rows(dataset, tokenizer, name=str(names[key]), append_eos=data_args.append_eos)
-        margins = list(dataset["margin"]) if "margin" in dataset.column_names else None
-        rows[key] = tokenize_ranked(lists, tokenizer, name=str(names[key]), margins=margins, **reading)
-    check_fit(model_args, tokenizer, {}, trust_remote_code=config.trust_remote_code)
-    base = load_reward_base(
-        model_args, tokenizer, device=config.device, trust_remote_code=config.trust_remote_code
-    )
+    rows = {
+        key: tokenize_rankings(
+            row_set.rows,
+            tokenizer,
+            name=row_set.name,
+            append_eos=data.append_eos,
+            max_length=config.max_length,
+        )
+        for key, row_set in sets.items()
+    }
+    stage.check_fit(tokenizer)
+
+    # 2. One base in memory, with an adapter and a score head in fp32.
+    base = stage.reward_base(tokenizer)
     trainer = (ListTrainer if ranked else PairTrainer)(
         model=base,
-        args=hub.without_trainers_push(config),
+        args=stage.trainer_config,
         train_dataset=rows.pop("train"),
         eval_dataset=rows,
         processing_class=tokenizer,
-        peft_config=lora_config(model_args, base, "SEQ_CLS", modules_to_save=["score"]),
+        peft_config=lora_config(stage.model, base, "SEQ_CLS", modules_to_save=["score"]),
     )
     adapters_to_fp32(trainer.model)
-    result = trainer.train(resume_from_checkpoint=start)
+
+    # 3. Train, judge, and leave the adapter with its verdict and its bias.
+    result = trainer.train(resume_from_checkpoint=stage.checkpoint)
     bias = reference_bias(trainer, references) if references else 0.0
-    verdict = judge(trainer, held_out["eval"], held_out.get("any"), bias=bias)
+    verdict = evaluate_reward_model(trainer, held_out["eval"], held_out.get("any"), bias=bias)
     if trainer.is_world_process_zero():
         write_lineage(
             config.output_dir,
-            append_eos=data_args.append_eos,
+            append_eos=data.append_eos,
             reward_bias=bias,
             reward_references=len(references),
         )
         write_verdict(config.output_dir, verdict)
     trainer.save_model()  # last: without its verdict and its bias it is not the reward model
-    if trainer.is_world_process_zero():
-        figures = {"loss": result.training_loss, "steps": trainer.state.global_step}
-        options = {
-            "figures": figures,
-            "tokenizer": tokenizer,
-            "data": data,
-            "args": args,
-            "log_history": trainer.state.log_history,
-        }
-        finish("reward", config, model_args, data_args, **options)
+    stage.finish(
+        trainer,
+        figures={"loss": result.training_loss, "steps": trainer.state.global_step},
+        data=noted,
+    )
 
 
 if __name__ == "__main__":

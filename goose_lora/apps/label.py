@@ -19,7 +19,7 @@ from goose_lora.data.rows import load_rows
 from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.errors import UserError
 from goose_lora.files import file_sha256
-from goose_lora.models.adapters import WEIGHTS
+from goose_lora.models.folders import ADAPTER_WEIGHTS
 from goose_lora.ppo.config import PPOConfig
 
 Choose = Literal["random", "uncertain"]
@@ -275,7 +275,7 @@ def open_queue(
             random.Random(own_seed),
         )
 
-    return LabelQueue(texts, make, file, policy=file_sha256(info.folder / WEIGHTS)[:12], seed=seed)
+    return LabelQueue(texts, make, file, policy=file_sha256(info.folder / ADAPTER_WEIGHTS)[:12], seed=seed)
 
 
 def _prompts(info: RunInfo, name: str, response_tokens: int) -> list[Prompt]:

@@ -19,10 +19,10 @@ from goose_lora.data.tokenization import left_pad, prompt_ids
 from goose_lora.errors import UserError
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.generation.stopping import StopStrings
-from goose_lora.models.adapters import CONFIG, local_folder, read_lineage
 from goose_lora.models.arguments import ModelArguments, arguments_of
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dense_copy import make_dense_copy
+from goose_lora.models.folders import ADAPTER_CONFIG, AdapterFolder, local_folder, read_lineage
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
@@ -79,13 +79,13 @@ class RunInfo:
 
     def check(self, *, tokens: int | None = None) -> None:
         """Raise UserError unless the adapters fit the base, and texts of ``tokens`` its context."""
-        adapters = {
+        named = {
             "policy_adapter": self.folder,
             "sft_adapter": self.reference,
             "reward_adapter": self.reward,
         }
-        named = {name: str(folder) if folder else None for name, folder in adapters.items()}
-        check_fit(self.arguments, self.tokenizer, named, tokens=tokens, chat=self.chat)
+        adapters = [AdapterFolder.of(name, folder) for name, folder in named.items() if folder]
+        check_fit(self.arguments, self.tokenizer, adapters, tokens=tokens, chat=self.chat)
 
     def prompt_after(self, turns: Sequence[Turn], line: str) -> tuple[Prompt, str]:
         """Return what a role is asked when ``line`` follows ``turns``, and what stands before it.
@@ -140,7 +140,7 @@ def inspect_run(run: str | Path, *, base: str | None = None) -> RunInfo:
             " output_dir of a stage."
         )
     stage = lineage.get("stage")
-    if stage not in ("sft", "ppo", "own_loop") or not (folder / CONFIG).is_file():
+    if stage not in ("sft", "ppo", "own_loop") or not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{run} is what {stage} left, and no policy's adapter. Give the output_dir of recipes/ppo.py or"
             " recipes/sft.py."
@@ -185,7 +185,7 @@ def _adapter_of(folder: Path, lineage: dict[str, Any], role: Role) -> Path | Non
             found = local_folder(place)
         except UserError:  # neither here nor on the Hub
             continue
-        if (found / CONFIG).is_file():
+        if (found / ADAPTER_CONFIG).is_file():
             return found
     return None
 

@@ -1,18 +1,13 @@
 """Words to runs: parser, process, stages and the commands of ``goose-lora``."""
 
-from goose_lora.cli.commands import COMMANDS, command_line, main
-from goose_lora.cli.parser import check_settings, parse, read_config
-from goose_lora.cli.process import command, continuing, keep_freed_memory, quiet_libraries
+import logging
 
-__all__ = [
-    "COMMANDS",
-    "check_settings",
-    "command",
-    "command_line",
-    "continuing",
-    "keep_freed_memory",
-    "main",
-    "parse",
-    "quiet_libraries",
-    "read_config",
-]
+import lazy_loader
+
+# When bitsandbytes is imported it says that a kernel could be faster. Recipes import this room
+# before it.
+for _name in ("bitsandbytes", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+# The names are in __init__.pyi, and each is loaded when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,12 +1,13 @@
 """From YAML and command line to dataclasses, and errors that end in one clear line."""
 
+import argparse
 import difflib
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from goose_lora.cli.process import keep_freed_memory, quiet_libraries
 from goose_lora.errors import UserError
@@ -32,18 +33,25 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
             raise UserError("--config needs a file: --config recipes/configs/demo_cpu/ppo.yaml")
         _check_keys(args[index], types)
     parser: Any = TrlParser(types)  # type: ignore[arg-type]
-    parser.error = _raise  # argparse would print its usage of some 150 options and leave
-    try:
-        *instances, unknown = parser.parse_args_and_config(
-            args, return_remaining_strings=True, fail_with_unknown_args=False
-        )
-    except ValueError as error:
-        raise UserError(_nearest_choice(str(error))) from error
+    parser.error = raise_user_error  # argparse would print its usage of some 150 options and leave
+    *instances, unknown = parse_with(parser, args)
     if unknown:
         _unknown(next((word for word in unknown if word.startswith("--")), unknown[0]), types)
     for settings in instances:
         check_settings(settings)
     return instances[0] if len(instances) == 1 else tuple(instances)
+
+
+def parse_with(parser: Any, args: Sequence[str]) -> tuple[Any, ...]:
+    """Let TRL's parser read the words; return the dataclasses, and words that are no settings.
+
+    Raises:
+        UserError: a value of the wrong type, or one that a dataclass refuses.
+    """
+    try:
+        return parser.parse_args_and_config(args, return_remaining_strings=True, fail_with_unknown_args=False)
+    except (ValueError, OSError, ImportError, argparse.ArgumentError) as error:
+        raise UserError(_nearest_choice(str(error))) from error
 
 
 def check_settings(settings: Any) -> None:
@@ -137,5 +145,6 @@ def _nearest_choice(message: str) -> str:
     return f"{found[1]!r} is none of the values of its setting. Near it: {', '.join(near)}."
 
 
-def _raise(message: str) -> None:
+def raise_user_error(message: str) -> NoReturn:
+    """Raise UserError, in place of argparse's usage of some 150 options and its exit."""
     raise UserError(message)

@@ -1,10 +1,8 @@
 """A command as a process: errors that end in one clear line, signals, exit codes and quiet
 libraries."""
 
-import argparse
 import ctypes
 import functools
-import logging
 import os
 import shlex
 import sys
@@ -13,12 +11,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from goose_lora.errors import UserError
 from goose_lora.training.signals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Stopped
 
+REPORT = (
+    "This is a bug of goose_lora, not of what you gave it. Please report it as an issue, with the lines"
+    " above, the command and the output of pip freeze."
+)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
-for _name in ("bitsandbytes", "bitsandbytes.autograd._functions"):
-    # Not later: imported after this module, it would say that a kernel could be faster
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:
@@ -53,8 +53,12 @@ def keep_freed_memory() -> None:
 
 
 def command(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``main`` as a command: bad input ends in one line and exit code 2, Ctrl-C in one line and
-    130. ``--debug`` shows the traceback."""
+    """Make a command of ``main``: what its user should see, and the exit code.
+
+    What a user gave wrong (``UserError``) ends in one line and exit code 2; ``--debug`` shows the
+    traceback too. A signal ends in one line and 128 + its number. Anything else is a bug of this
+    program, which Python shows: its traceback, a line that asks for a report, and exit code 1.
+    """
 
     @functools.wraps(main)
     def run() -> None:
@@ -72,13 +76,16 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
                 file=sys.stderr,
             )
             sys.exit(EXIT_INTERRUPTED)
-        except (ValueError, OSError, argparse.ArgumentError, ImportError) as error:
+        except UserError as error:
             if debug:
                 traceback.print_exc()
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             if not debug:
                 print("(--debug shows where)", file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
+        except Exception as error:
+            error.add_note(REPORT)  # Python shows it below the traceback
+            raise
 
     return run
 

@@ -1,78 +1,356 @@
-"""The beginning of a stage, before anything is loaded, and its end: lineage, card, page,
-``stage.json``, and the upload where it is asked for."""
+"""A stage of a run, from its settings to what it leaves behind."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from datasets import Dataset
+from transformers import (
+    IntervalStrategy,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
+from goose_lora.data.rows import DataArguments, RowSet, load_rows
+from goose_lora.data.tokenization import tokenize_prompts, tokenize_texts
+from goose_lora.embedded import resolve
+from goose_lora.errors import UserError
+from goose_lora.files import read_jsonl
 from goose_lora.generation.vllm import require_vllm
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.compatibility import check_fit
+from goose_lora.models.dense_copy import free_bytes
+from goose_lora.models.folders import AdapterFolder
+from goose_lora.models.loading import load_base, load_reward_base, load_tokenizer
+from goose_lora.planning.memory import plan_run
 from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.sampler import RolloutBatches
+from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.reporting import html_report
+from goose_lora.reporting.diagnosis import diagnose, diagnosis_text
+from goose_lora.reporting.plots import plot_curves
 from goose_lora.reporting.run_files import write_stage
 from goose_lora.sharing import hub, lineage, model_card
+from goose_lora.sharing.export import save_policy
 from goose_lora.training.cost import cost
 from goose_lora.training.launch import require_all_processes, require_ddp
 from goose_lora.training.resume import starting_point
 
+OF_PPO = ("ppo", "own_loop")
+FIGURES = ("objective/score", "objective/kl", "rollout/eos_rate")  # of the last rollout, for card and lineage
 
-def begin(
-    stage: str, config: TrainingArguments, model: ModelArguments, policy_adapter: str | None = None
-) -> str | None:
-    """See that the launcher fits, that what generates is installed, and that the result can be
-    saved and uploaded; find the checkpoint to resume from, if any is asked for.
 
-    Random numbers begin at ``seed`` here: fresh adapters and heads are made before Trainer sets it.
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenized prompts, to train on and held out, and pretraining text."""
 
-    Raises:
-        ValueError: one of these fails.
+    train: Dataset
+    held_out: Dataset | None = None
+    pretraining: Dataset | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        found = [self.train] if self.held_out is None else [self.train, self.held_out]
+        return max(len(ids) for prompts in found for ids in prompts["input_ids"])
+
+    @property
+    def example(self) -> Any:
+        """The first prompt: text, or a list of chat messages."""
+        return self.train[0]["prompt"]
+
+    @property
+    def chat(self) -> bool:
+        """Whether the prompts are chat messages."""
+        return not isinstance(self.example, str)
+
+
+@dataclass
+class Stage:
+    """What the recipes of all stages have in common: their beginning and their end.
+
+    ``Stage.begin`` makes one. ``others`` are the recipe's own settings, as dataclasses;
+    ``checkpoint`` is the folder that the run goes on from, if it does.
     """
-    require_all_processes(config)
-    require_ddp(config, model.quantization, roles=stage in ("ppo", "own_loop"))
-    if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
-        require_vllm()
-    start = starting_point(config, stage, model, policy_adapter)
-    hub.check_upload(config, model)
-    set_seed(config.seed)
-    return start
+
+    name: str
+    config: TrainingArguments
+    model: ModelArguments
+    data: DataArguments
+    others: tuple[Any, ...] = ()
+    command: Sequence[str] | None = None
+    checkpoint: str | None = None
+    _adapters: dict[str, AdapterFolder] = field(default_factory=dict)
+    _row_sets: list[RowSet] = field(default_factory=list)
+    _tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def begin(
+        cls,
+        name: str,
+        config: TrainingArguments,
+        model: ModelArguments,
+        data: DataArguments,
+        *others: Any,
+        command: Sequence[str] | None = None,
+    ) -> "Stage":
+        """See that the launcher fits, and that the result can be saved and uploaded.
+
+        Random numbers begin at ``seed`` here: fresh adapters and heads are made before Trainer sets
+        it. ``command`` has the words of the command, where they are not the process's own.
+
+        Raises:
+            UserError: one of these fails, or the checkpoint to resume from is not whole or of
+                another run.
+        """
+        require_all_processes(config)
+        require_ddp(config, model.quantization, roles=name in OF_PPO)
+        if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
+            require_vllm()
+        model = replace(model, model_name_or_path=resolve(model.model_name_or_path))
+        stage = cls(name, config, model, data, others, command)
+        stage.checkpoint = starting_point(config, name, model, stage.adapter("policy_adapter"))
+        hub.check_upload(config, model)
+        set_seed(config.seed)
+        return stage
+
+    # ---- What can be known before a weight is read ----
+
+    def adapter(self, setting: str) -> AdapterFolder | None:
+        """Open the adapter that a setting of the recipe names; None if it names none.
+
+        Raises:
+            UserError: no whole LoRA adapter there, or one for another base.
+        """
+        named = next((vars(other)[setting] for other in self.others if setting in vars(other)), None)
+        if named is not None and setting not in self._adapters:
+            self._adapters[setting] = AdapterFolder.open(
+                setting,
+                named,
+                base=self.model.model_name_or_path,
+                base_hub_id=self.model.base_hub_id,
+            )
+        return self._adapters.get(setting)
+
+    def rows(self) -> Dataset:
+        """Read the rows of fine-tuning."""
+        return self._noted(self.data.train("sft"))
+
+    def _noted(self, row_set: RowSet) -> Dataset:
+        self._row_sets.append(row_set)
+        return row_set.rows
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the base's tokenizer, once."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.model, trust_remote_code=self._trusts_code)
+        return self._tokenizer
+
+    def prompts(
+        self,
+        *,
+        held_out: bool = True,
+        pretraining: str | None = None,
+        pretraining_length: int = 512,
+    ) -> Prompts:
+        """Read and tokenize the prompts of PPO, and the text of PPO-ptx.
+
+        Raises:
+            UserError: rows that cannot be read, held-out prompts or text that settings ask for and
+                nobody names, or fewer prompts than a rollout needs.
+        """
+        config = self.config
+        assert isinstance(config, PPOConfig)
+        if (config.ptx_coef > 0) != (pretraining is not None):
+            raise UserError(
+                f"ptx_coef={config.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set"
+                " ptx_dataset_name too."
+            )
+        if held_out and config.eval_strategy != "no" and self.data.eval_dataset_name is None:
+            strategy = IntervalStrategy(config.eval_strategy).value
+            raise UserError(
+                f"eval_strategy: {strategy} needs held-out prompts: name them with eval_dataset_name."
+            )
+
+        # Rows first: a broken file is told before the tokenizer is looked for.
+        train = self.data.train("ppo")
+        others = self.data.held_out("ppo") if held_out else None
+        tokenizer = self.tokenizer()
+        prompts = self._tokenized(train, config.max_prompt_tokens)
+        evaluation = None if others is None else self._tokenized(others, config.max_prompt_tokens)
+        texts = None
+        if pretraining is not None:
+            texts = tokenize_texts(
+                load_rows(pretraining, self.data.dataset_split),
+                tokenizer,
+                name=pretraining,
+                max_length=pretraining_length,
+            )
+
+        # Are there enough for one rollout?
+        size = config.rollout_batch_size // config.num_generations
+        RolloutBatches(len(prompts), size, 1, seed=0, num_processes=config.world_size)
+        return Prompts(prompts, evaluation, texts)
+
+    def _tokenized(self, row_set: RowSet, limit: int) -> Dataset:
+        rows = self._noted(row_set)
+        return tokenize_prompts(rows, self.tokenizer(), name=row_set.name, max_prompt_tokens=limit)
+
+    def check_fit(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *adapters: AdapterFolder | None,
+        tokens: int | None = None,
+        chat: bool = False,
+    ) -> None:
+        """Compare adapters, tokenizer and lengths with the base's configuration."""
+        check_fit(
+            self.model,
+            tokenizer,
+            adapters,
+            tokens=tokens,
+            chat=chat,
+            trust_remote_code=self._trusts_code,
+        )
+
+    def memory_plan(
+        self,
+        policy: AdapterFolder | None,
+        reward: AdapterFolder | None,
+        *,
+        prompt_tokens: int,
+        pretraining_length: int,
+        force: bool,
+    ) -> None:
+        """Print what the run takes, phase by phase.
+
+        Raises:
+            UserError: it does not fit, and ``force`` is not set.
+        """
+        config = self.config
+        assert isinstance(config, PPOConfig)
+        memory = free_bytes(config.device)
+        plan = plan_run(
+            self.model,
+            config,
+            policy=policy,
+            reward=reward,
+            prompt_tokens=prompt_tokens,
+            ptx_tokens=pretraining_length,
+            memory=memory,
+            device=config.device.type,
+        )
+        if config.process_index == 0:
+            print(plan.report(memory), flush=True)
+        if not force:
+            plan.check(memory)
+
+    # ---- The base ----
+
+    def base(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Load the frozen base as a causal language model."""
+        return load_base(
+            self.model, tokenizer, device=self.config.device, trust_remote_code=self._trusts_code
+        )
+
+    def reward_base(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Load the same base as a sequence classifier with one output."""
+        return load_reward_base(
+            self.model, tokenizer, device=self.config.device, trust_remote_code=self._trusts_code
+        )
+
+    @property
+    def trainer_config(self) -> Any:
+        """The settings for the trainer, whose own uploads are off: this class uploads."""
+        return hub.without_trainers_push(self.config)
+
+    @property
+    def _trusts_code(self) -> bool:
+        return bool(vars(self.config).get("trust_remote_code"))
+
+    # ---- The end ----
+
+    def finish(
+        self,
+        trainer: Trainer,
+        *,
+        parents: Mapping[str, AdapterFolder | None] | None = None,
+        figures: Mapping[str, Any] | None = None,
+        data: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Leave what the stage has made, on one process: see ``leave``. PPO saves its policy here.
+
+        Args:
+            parents: the adapters that the stage started from, by role.
+            figures: the stage's own; those of recipes/ppo.py are read from its metrics.
+            data: fingerprints of the rows; those that this stage has read if not given.
+        """
+        if not trainer.is_world_process_zero():
+            return
+        folder = Path(self.config.output_dir or ".")
+        tokenizer: Any = trainer.processing_class
+        history = trainer.state.log_history
+        findings: list[str] | None = None
+        if isinstance(trainer, PPOTrainer):
+            save_policy(trainer.shared, tokenizer, folder)
+            history = None  # metrics.jsonl has it
+        if self.name == "ppo":
+            figures, findings = _read_metrics(folder)
+        self.leave(
+            tokenizer,
+            figures=figures or {},
+            data=data or [row_set.fingerprint for row_set in self._row_sets],
+            parents=parents or {},
+            findings=findings,
+            history=history,
+        )
+
+    def leave(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        figures: Mapping[str, Any],
+        data: Sequence[Mapping[str, Any]],
+        parents: Mapping[str, AdapterFolder | None],
+        findings: Sequence[str] | None = None,
+        history: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Write lineage, card, page and ``stage.json`` beside what is saved; upload if asked to.
+
+        The lineage comes before the card, which reads it, and ``stage.json`` last: it says that all
+        is there.
+        """
+        folder = Path(self.config.output_dir or ".")
+        everything = {**figures, **cost()}
+        facts = {} if findings is None else {"findings": findings}
+        lineage.record(
+            folder,
+            self.name,
+            model=self.model,
+            tokenizer=tokenizer,
+            settings=[self.config, self.data, *self.others],
+            data=data,
+            parents={role: parent and parent.path for role, parent in parents.items()},
+            command=lineage.recorded_command(self.name, self.command),
+            figures=everything,
+            **facts,
+        )
+        model_card.write_card(folder)
+        if self.name in OF_PPO:
+            html_report.write_report(folder)
+        write_stage(str(folder), self.name, everything, history)
+        hub.push_result(self.config, self.model)
 
 
-def finish(
-    stage: str,
-    config: TrainingArguments,
-    model: ModelArguments,
-    *others: Any,
-    figures: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    data: Sequence[Mapping[str, Any]],
-    parents: Mapping[str, str | None] | None = None,
-    args: Sequence[str] | None = None,
-    log_history: Sequence[Mapping[str, Any]] | None = None,
-    **facts: Any,
-) -> str | None:
-    """Write what the saved output of ``stage`` is, and upload it if ``push_to_hub`` says so;
-    returns the address on the Hub.
-
-    Args:
-        others: more settings, as dataclasses.
-        figures: the run's, for ``stage.json``, lineage and card.
-        args: the words of the command, where they were not the process's own.
-        facts: more for the lineage.
-    """
-    folder, figures = Path(config.output_dir or "."), {**figures, **cost()}
-    command = lineage.recorded_command(stage, args)
-    noted = {
-        "settings": [config, *others],
-        "data": data,
-        "parents": parents,
-        "command": command,
-        "figures": figures,
-    }
-    lineage.record(folder, stage, model=model, tokenizer=tokenizer, **noted, **facts)
-    model_card.write_card(folder)
-    if stage in ("ppo", "own_loop"):
-        html_report.write_report(folder)
-    write_stage(str(folder), stage, figures, log_history)
-    return hub.push_result(config, model)
+def _read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
+    """Draw the curves of a PPO run and print its diagnosis; return its figures and findings."""
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    plot_curves(metrics, str(folder / "curves.png"))
+    print("\n" + diagnosis_text(metrics))
+    last = next(row for row in reversed(metrics) if "objective/score" in row)
+    findings = [str(finding) for finding in diagnose(metrics) if finding.level != "ok"]
+    return {name: last[name] for name in FIGURES}, findings

@@ -175,6 +175,31 @@ def tokenize_ranked(
     )
 
 
+def require_pairs(rows: Dataset, name: str, *, or_lists: bool) -> None:
+    """Raise UserError unless the rows are preference pairs, or ranked lists if ``or_lists``."""
+    require_columns(rows, name, PAIR, *([LIST] if or_lists else []))
+
+
+def tokenize_rankings(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    append_eos: bool = True,
+    max_length: int | None = None,
+) -> Dataset:
+    """Tokenize preference pairs and ranked lists, with their margins; see ``tokenize_ranked``."""
+    margins = list(rows["margin"]) if "margin" in rows.column_names else None
+    return tokenize_ranked(
+        ranked_rows(rows, tokenizer, name=name, append_eos=append_eos),
+        tokenizer,
+        name=name,
+        append_eos=append_eos,
+        max_length=max_length,
+        margins=margins,
+    )
+
+
 def tokenize_references(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,17 +1,20 @@
-"""Datasets: files and Hub names to rows, rows to tokenized prompts, and the order in which prompts
-are dealt out."""
+"""Files and names of the Hub to rows, and rows with what is known of them."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 
 from goose_lora.data.formats import Stage, describe_dropped, take
+from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.files import brief
 
@@ -51,6 +54,53 @@ class DataArguments:
         if self.max_rows is not None and self.max_rows < 1:
             raise UserError(f"max_rows={self.max_rows}: must be 1 or more, or null for all rows.")
 
+    def train(self, stage: Stage) -> "RowSet":
+        """Read the rows to train on, as ``stage`` takes them."""
+        return self._read(self.dataset_name, self.dataset_split, stage)
+
+    def held_out(self, stage: Stage) -> "RowSet | None":
+        """Read the held-out rows, as ``stage`` takes them; None if none are named."""
+        if self.eval_dataset_name is None:
+            return None
+        return self._read(self.eval_dataset_name, self.eval_dataset_split, stage)
+
+    def _read(self, name: str, split: str, stage: Stage) -> "RowSet":
+        rows = load_rows(name, split, self.max_rows, self.column_mapping, stage=stage)
+        return RowSet(name, split, rows)
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows with the name and split that they were read by."""
+
+    name: str
+    split: str | None
+    rows: Dataset
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """The rows as a stage saw them, for the lineage: see ``fingerprint``."""
+        return fingerprint(self.name, self.split, self.rows)
+
+
+def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
+    """Return a data set as a stage saw it: name, split, number of rows, sha256 and kind.
+
+    The sha256 is of the rows as lines of JSON with sorted keys. ``chat`` tells whether anything in
+    the first row is chat messages.
+    """
+    digest = hashlib.sha256()
+    chat = any(
+        isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
+        for value in rows[0].values()
+    )
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+    return {"name": name, "split": split, "rows": len(rows), "sha256": digest.hexdigest(), "chat": chat}
+
 
 def parse_column_mapping(pairs: Sequence[str]) -> dict[str, str]:
     """``FROM=TO`` to old and new names.
@@ -79,14 +129,17 @@ def load_rows(
     *,
     stage: Stage | None = None,
 ) -> Dataset:
-    """Rows of a file or of a Hub dataset, their columns renamed; with ``stage``, as that stage
-    takes them (``data_formats.take``), and what it leaves out is counted in a warning.
+    """Read the rows of a file, of a Hub dataset or of the demo (embedded/NAME), columns renamed.
+
+    With ``stage`` they are as that stage takes them (``formats.take``), and what it leaves out is
+    counted in a warning.
 
     Raises:
         ValueError: a file of another kind, one that is not there or is broken (with the line), an
             unknown split, no rows, a column to rename that is not there; with ``stage``, what
             ``take`` raises.
     """
+    name = resolve(name)
     rows = _read(name, split)
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))

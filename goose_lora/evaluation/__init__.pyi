@@ -1,1 +1,12 @@
 """The public names of goose_lora.evaluation."""
+
+from .policies import Replies as Replies
+from .policies import answer as answer
+from .policies import best_of as best_of
+from .policies import judge_all as judge_all
+from .policies import summary as summary
+from .reward_model import evaluate_reward_model as evaluate_reward_model
+from .reward_model import prepare_held_out as prepare_held_out
+from .reward_model import reference_bias as reference_bias
+from .verdict import require_verdict as require_verdict
+from .verdict import write_verdict as write_verdict

@@ -148,7 +148,7 @@ def reference_bias(trainer: Any, references: Sequence[Sequence[int]]) -> float:
     return float(score_tokens(trainer, references).mean())
 
 
-def judge(
+def evaluate_reward_model(
     trainer: Any, held_out: HeldOut, any_pair: HeldOut | None = None, *, bias: float = 0.0
 ) -> RewardVerdict:
     """The verdict on a trained reward model, from scores less ``bias``, as PPO will see them."""

@@ -26,8 +26,8 @@ from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import response_mask
 from goose_lora.generation.stopping import StopStrings
-from goose_lora.models.adapters import WEIGHTS
 from goose_lora.models.dense_copy import DenseCopy
+from goose_lora.models.folders import ADAPTER_WEIGHTS
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.models.shared_base import SharedBase
 
@@ -187,7 +187,8 @@ class VLLMEngine:
                 self.shared, adapter_name=ADAPTERS["policy"], save_embedding_layers=False
             )
             save_file(
-                {name: x.detach().cpu().contiguous() for name, x in weights.items()}, Path(folder) / WEIGHTS
+                {name: x.detach().cpu().contiguous() for name, x in weights.items()},
+                Path(folder) / ADAPTER_WEIGHTS,
             )
             self.shared.peft_config[ADAPTERS["policy"]].save_pretrained(folder)
             request = importlib.import_module("vllm.lora.request").LoRARequest(

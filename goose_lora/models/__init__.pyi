@@ -3,7 +3,10 @@
 from .arguments import ModelArguments as ModelArguments
 from .compatibility import check_fit as check_fit
 from .dense_copy import DenseCopy as DenseCopy
+from .dense_copy import RolloutWeights as RolloutWeights
 from .dense_copy import make_dense_copy as make_dense_copy
+from .folders import AdapterFolder as AdapterFolder
+from .folders import write_lineage as write_lineage
 from .loading import adapters_to_fp32 as adapters_to_fp32
 from .loading import load_base as load_base
 from .loading import load_reward_base as load_reward_base
@@ -12,4 +15,5 @@ from .loading import lora_config as lora_config
 from .roles import Critic as Critic
 from .roles import CriticInit as CriticInit
 from .roles import Role as Role
+from .roles import RolePlan as RolePlan
 from .shared_base import SharedBase as SharedBase

@@ -1,8 +1,7 @@
 """What can be known before the weights load: whether adapters, lengths and chat templates fit the
 base. Its configuration is enough for that."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +15,14 @@ from transformers import (
 
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.folders import (
-    ADAPTER_WEIGHTS,
-    reading,
-    require_model,
-    saved_chat_template,
-    tensor_shapes,
-)
+from goose_lora.models.folders import AdapterFolder, reading, require_model
 from goose_lora.models.loading import lora_config
 
 
 def check_fit(
     args: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
-    adapters: Mapping[str, str | None],
+    adapters: Sequence[AdapterFolder | None],
     *,
     tokens: int | None = None,
     chat: bool = False,
@@ -38,7 +31,7 @@ def check_fit(
     """Compare the base's configuration with what a run is about to put on it.
 
     Args:
-        adapters: folders by the names of their settings; ``reward_adapter`` must have a head.
+        adapters: those that are put on it; the one of ``reward_adapter`` must have a head.
         tokens: of the longest text that the run will make, prompt and reply.
         chat: whether the rows are chat messages, so that chat templates have a say.
 
@@ -64,19 +57,14 @@ def check_fit(
             f" {vocabulary}. They do not belong together: use the tokenizer that the model came with."
         )
     _check_targets(args, core)
-    for setting, folder in adapters.items():
-        if folder is None:
+    for adapter in adapters:
+        if adapter is None:
             continue
-        _check_adapter(setting, folder, args.model_name_or_path, core)
-        saved = saved_chat_template(folder)
-        if (
-            chat
-            and saved is not None
-            and tokenizer.chat_template is not None
-            and saved.strip() != str(tokenizer.chat_template).strip()
-        ):
+        _check_adapter(adapter, args.model_name_or_path, core)
+        saved, ours = adapter.chat_template, tokenizer.chat_template
+        if chat and saved is not None and ours is not None and saved.strip() != str(ours).strip():
             raise UserError(
-                f"{setting}: {folder} was trained with another chat template than that of"
+                f"{adapter.setting}: {adapter} was trained with another chat template than that of"
                 f" {args.model_name_or_path}. Train it with the base's template, or give the base a tokenizer"
                 " with the adapter's (chat_template.jinja)."
             )
@@ -96,11 +84,11 @@ def _check_targets(args: ModelArguments, core: Any) -> None:
         )
 
 
-def _check_adapter(setting: str, folder: str, base: str, core: Any) -> None:
-    shapes, modules = tensor_shapes(Path(folder) / ADAPTER_WEIGHTS), dict(core.named_modules())
-    if setting == "reward_adapter" and not any(name.endswith("score.weight") for name in shapes):
+def _check_adapter(adapter: AdapterFolder, base: str, core: Any) -> None:
+    shapes, modules = adapter.shapes, dict(core.named_modules())
+    if adapter.setting == "reward_adapter" and not adapter.has_head:
         raise UserError(
-            f"{setting}: {folder} has no score head (looked for a tensor named *score.weight among"
+            f"{adapter.setting}: {adapter} has no score head (looked for a tensor named *score.weight among"
             f" {len(shapes)}), so it cannot be a reward model. Train it with recipes/reward.py, or with"
             " trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
         )
@@ -108,8 +96,8 @@ def _check_adapter(setting: str, folder: str, base: str, core: Any) -> None:
     if wrong or not shapes:
         first = f", such as {wrong[0]}" if wrong else ""
         raise UserError(
-            f"{setting}: {folder} does not fit {base}: {len(wrong)} of {len(shapes)} tensors do not{first}. "
-            "Use an adapter that was trained on this base model."
+            f"{adapter.setting}: {adapter} does not fit {base}: {len(wrong)} of {len(shapes)} tensors do"
+            f" not{first}. Use an adapter that was trained on this base model."
         )
 
 

@@ -117,10 +117,7 @@ def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | N
                 " rollout_weights: shared."
             )
         return None
-    need, free = (
-        dense_bytes(shared),
-        free_bytes(shared.get_base_model().get_output_embeddings().weight.device),
-    )  # type: ignore[operator]
+    need, free = dense_bytes(shared), free_bytes(shared.device)
     if not takes_dense_copy(wanted, need=need, free=free):
         logger.info(
             "rollouts use the shared weights: a dense copy takes %.1f GB and %.1f GB are free",

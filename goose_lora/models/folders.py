@@ -5,19 +5,30 @@ Weights are read from safetensors alone: .bin and .pt files are pickles, which c
 are read.
 """
 
-from collections.abc import Iterator
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from goose_lora.errors import UserError
 from goose_lora.files import brief, is_number, read_json_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LINEAGE = "goose_lora.json"
+
+_HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<folder>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
+_READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_config.json")
 
 
 @contextmanager
@@ -194,3 +205,135 @@ def check_lineage(path: Path, lineage: dict[str, Any]) -> dict[str, Any]:
             " Train the stage again."
         )
     return lineage
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder ``name``; or the adapter user/repo[/folder][@revision] of the Hub, all its files
+    of one commit, in the Hub's cache.
+
+    A name without a revision, whose parent is a folder here, is a folder that is missing, not one
+    of the Hub.
+
+    Raises:
+        ValueError: neither a folder nor an adapter that can be had from the Hub.
+    """
+    match = _HUB_NAME.fullmatch(str(name))
+    if Path(name).exists() or match is None or (match["revision"] is None and Path(name).parent.is_dir()):
+        return Path(name)
+    place: dict[str, Any] = {"repo_id": match["repo"], "subfolder": match["folder"]}
+    try:
+        config = Path(hf_hub_download(**place, filename=ADAPTER_CONFIG, revision=match["revision"]))
+        # What a branch points to may change in between
+        place["revision"] = config.parts[config.parts.index("snapshots") + 1]
+        hf_hub_download(**place, filename=ADAPTER_WEIGHTS)
+    # The Hub's client raises its own errors, the file system's, and those of its HTTP library
+    except Exception as error:
+        raise UserError(
+            f"{name} is no folder here, and could not be had from the Hub"
+            f" ({str(error).strip().splitlines()[0]}). Give the output_dir of the stage that trains it, run"
+            " to its end, or an adapter of the Hub as user/repo, user/repo/folder or user/repo@revision."
+        ) from error
+    for filename in _READ_BESIDE:
+        try:
+            hf_hub_download(**place, filename=filename)
+        except EntryNotFoundError:
+            continue
+    return config.parent
+
+
+def read_lineage(folder: str | Path) -> dict[str, Any]:
+    """What this project noted beside an adapter; nothing for an adapter of other origin. Raises
+    ValueError for a damaged file."""
+    path = Path(folder) / LINEAGE
+    return check_lineage(path, read_json_object(path)) if path.is_file() else {}
+
+
+def write_lineage(folder: str | Path | None, **facts: Any) -> None:
+    """Note ``facts`` beside an adapter."""
+    path = Path(folder or ".") / LINEAGE
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A saved LoRA adapter, opened once: what its files say, before any weight is loaded.
+
+    ``setting`` names the setting that gave it, and ``name`` is what stands there: a folder, or
+    user/repo[/folder][@revision] on the Hub. ``config`` is adapter_config.json as it is.
+    """
+
+    setting: str
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(
+        cls,
+        setting: str,
+        name: str | Path,
+        *,
+        base: str | None = None,
+        base_hub_id: str | None = None,
+    ) -> "AdapterFolder":
+        """Open an adapter, and with ``base`` check that it was trained on that base.
+
+        Raises:
+            UserError: no whole LoRA adapter there, a damaged lineage, or another base.
+        """
+        path = local_folder(name)
+        folder = cls(setting, str(name), path, read_adapter_config(setting, str(path)))
+        read_lineage(path)
+        if base is not None:
+            folder._check_base(base, base_hub_id)
+        return folder
+
+    @classmethod
+    def of(cls, setting: str, adapter: "AdapterFolder | str | Path") -> "AdapterFolder":
+        """Return ``adapter``, opened if it is not."""
+        if isinstance(adapter, AdapterFolder):
+            return adapter
+        path = local_folder(adapter)
+        return cls(setting, str(adapter), path, read_adapter_config(setting, str(path)))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def shapes(self) -> dict[str, list[int]]:
+        """Names and shapes of the adapter's tensors. Raises UserError where the file is damaged."""
+        return tensor_shapes(self.path / ADAPTER_WEIGHTS)
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """What this project noted beside the adapter; nothing where it is of other origin."""
+        return read_lineage(self.path)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template saved beside it; None where there is none, or several."""
+        return saved_chat_template(str(self.path))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it has a score head, as a reward model or a critic must."""
+        return any(name.endswith("score.weight") for name in self.shapes)
+
+    def lora_config(self) -> LoraConfig:
+        """Return PEFT's configuration of the adapter, to be trained further or loaded."""
+        with reading(ADAPTER_CONFIG, str(self.path)):
+            settings = LoraConfig.check_kwargs(**copy.deepcopy(dict(self.config)))
+            config = cast(LoraConfig, LoraConfig.from_peft_type(**settings))
+        config.inference_mode = False
+        return config
+
+    def _check_base(self, base: str, base_hub_id: str | None) -> None:
+        trained_on = self.config.get("base_model_name_or_path")
+        if not trained_on or trained_on in (base, base_hub_id) or Path(trained_on).name == Path(base).name:
+            return
+        # A base that is not there is the mistake to name first.
+        require_model(base)
+        raise UserError(
+            f"{self.setting}: {self.name} was trained on {trained_on}, not on {base}. All stages share one"
+            " base."
+        )

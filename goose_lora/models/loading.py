@@ -20,10 +20,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.errors import UserError
-from goose_lora.models.adapters import local_folder, read_lineage
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import (
-    read_adapter_config,
     reading,
     require_model,
     require_name,
@@ -193,31 +191,6 @@ def adapters_to_fp32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def require_adapter(setting: str, folder: str | None, args: ModelArguments) -> str | None:
-    """Check, before any model is loaded, that ``folder`` (or an adapter of the Hub) is for this
-    base; returns the folder that it lies in.
-
-    Raises:
-        ValueError: no adapter there, or one that was trained on another base.
-    """
-    if folder is None:
-        return None
-    path = local_folder(folder)
-    base = read_adapter_config(setting, str(path)).get("base_model_name_or_path")
-    read_lineage(path)
-    if (
-        base
-        and base not in (args.model_name_or_path, args.base_hub_id)
-        and Path(base).name != Path(args.model_name_or_path).name
-    ):
-        require_model(args.model_name_or_path)
-        raise UserError(
-            f"{setting}: {folder} was trained on {base}, not on {args.model_name_or_path}. All stages share"
-            " one base."
-        )
-    return str(path)
 
 
 def tokenizer_of(folder: Path, args: ModelArguments) -> PreTrainedTokenizerBase:

@@ -9,56 +9,63 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from jaxtyping import Bool, Float, Int
+from peft import LoraConfig, LoraModel, PeftModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from goose_lora.errors import UserError
-from goose_lora.models import adapters
-from goose_lora.models.adapters import adapter_config
-from goose_lora.models.role_outputs import Views
+from goose_lora.models import adapters, role_outputs
+from goose_lora.models.folders import AdapterFolder, write_lineage
+from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
 from goose_lora.models.roles import ADAPTERS, Critic, CriticInit, Reference, Role, RolePlan, belongs_to
-from goose_lora.models.trunk import trained_from
+from goose_lora.models.trunk import (
+    above,
+    below,
+    captured_depth,
+    decoder_layers,
+    only_last_columns,
+    same_below,
+    trained_from,
+)
 
 
-class SharedBase(Views, PeftModel):
-    """A causal language model whose weights serve as policy, critic, reward model and reference at
-    once.
+class SharedBase(PeftModel):
+    """A causal language model that serves as policy, critic, reward model and reference.
 
-    ``SharedBase.build`` makes one. Being a ``PeftModel``, it is saved and restored by ``Trainer``
-    as adapters only.
+    ``SharedBase.build`` makes one. As a ``PeftModel`` it is saved and restored by ``Trainer`` as
+    adapters only.
     """
 
+    base_model: LoraModel
     role_plan: RolePlan
-    reads_eos: bool
-    values_are_scores: bool
-    offsets: dict[Role, float]  # what is subtracted from a head's output, in units of the raw score
-    train_layers: str
-    trained_from: dict[Role, int]  # by role with an adapter that trains: the lowest layer in which it does
-    _role: Any
-    set_adapter: Any
-    add_adapter: Any
-    base_model: Any
+    reward_reads_eos: bool  # whether the reward model was trained to read the end-of-text token
+    head_bias: dict[Role, float]  # subtracted from a head's output, in units of the raw score
+    trained_from: dict[Role, int]  # the lowest layer in which an adapter trains, by its role
+    _role: Role
+    _columns: int | None = None  # last columns that are read; None for all
 
     @classmethod
     def build(
         cls,
-        base: Any,
-        policy: LoraConfig | str | Path,
+        base: PreTrainedModel,
+        policy: LoraConfig | AdapterFolder | str | Path,
         *,
-        reward: str | Path | None = None,
+        reward: AdapterFolder | str | Path | None = None,
         critic: Critic | None = None,
         critic_init: CriticInit | None = None,
         value: LoraConfig | None = None,
-        reference: str | Path | None = None,
+        reference: AdapterFolder | str | Path | None = None,
         average: bool = False,
         train_layers: str = "all",
     ) -> "SharedBase":
-        """Put the roles on ``base``, a causal language model of transformers, quantized or not. All
-        dropout is set to 0, the base's too.
+        """Put the roles on a causal language model of transformers, quantized or not.
+
+        All dropout is set to 0, the base's too.
 
         Args:
             policy: a fresh adapter's configuration, or a trained one (SFT): a folder, or
@@ -82,63 +89,58 @@ class SharedBase(Views, PeftModel):
                 only, and keep what their adapters have below.
 
         Raises:
-            ValueError: an adapter for another base, or without the head it needs; a critic that
+            UserError: an adapter for another base, or without the head it needs; a critic that
                 cannot start as ``critic_init`` says; ``reward_features`` without a reward adapter;
                 ``train_layers`` that the model or the adapters do not have.
         """
-        from_folder = not isinstance(policy, LoraConfig)
-        kinds: dict[Any, Reference | None] = {None: None, "copy": "copy", "base": "base"}
+        # What is asked for, and the adapters as they lie on the disk.
+        start = None if isinstance(policy, LoraConfig) else AdapterFolder.of("policy", policy)
+        judge = None if reward is None else AdapterFolder.of("reward", reward)
+        own_reference, kind = _reference(reference)
         plan = RolePlan.of(
             critic=critic,
             critic_init=critic_init,
-            has_policy=from_folder,
-            has_reward=reward is not None,
-            reference=kinds.get(reference, "folder"),
+            has_reward=judge is not None,
+            has_policy=start is not None,
+            reference=kind,
             average=average,
             train_layers=train_layers,
         )
-        start: Any = adapters.local_folder(policy) if from_folder else policy
-        reward = None if reward is None else adapters.local_folder(reward)
-        reference = reference if reference in (None, "copy", "base") else adapters.local_folder(reference)
-        head = base.get_output_embeddings()
-        if reward is not None or critic is not None:
-            base.score = nn.Linear(
-                head.weight.shape[1], 1, bias=False, dtype=torch.float32, device=head.weight.device
-            )
-            nn.init.normal_(base.score.weight, std=1 / (head.weight.shape[1] + 1) ** 0.5)
-        config = (
-            adapter_config(start)
-            if from_folder
-            else adapters.without_lora_dropout(copy.deepcopy(start), "the policy's LoraConfig")
-        )
+
+        # The policy makes the PeftModel. A score head must be there before, for PEFT to copy it.
+        if judge is not None or critic is not None:
+            _add_score_head(base)
+        if start is not None:
+            config = adapters.config_without_dropout(start)
+        else:
+            fresh = copy.deepcopy(cast(LoraConfig, policy))
+            config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
         adapters.switch_off_dropout(base)
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
         self.role_plan, self._role = plan, "policy"
-        if from_folder:
+        if start is not None:
             self.load_role("policy", start)
-        if plan.reference == "copy":
-            self.add_adapter(ADAPTERS["reference"], copy.deepcopy(config))
+
+        # Frozen copies of the policy as it starts, and the reward model with its bias.
+        if own_reference is not None:
+            self._add_role("reference", adapters.config_without_dropout(own_reference))
+            self.load_role("reference", own_reference)
+        elif plan.reference == "copy":
+            self._add_role("reference", config)
             self._copy_role("policy", "reference")
-        elif reference is not None and plan.reference == "folder":
-            self.add_adapter(ADAPTERS["reference"], adapter_config(reference))
-            self.load_role("reference", reference)
         if average:
-            self.add_adapter(ADAPTERS["ema"], copy.deepcopy(config))
+            self._add_role("ema", config)
             self._copy_role("policy", "ema")
-        self.reads_eos, self.offsets = True, {"reward": 0.0, "value": 0.0}
-        if reward is not None:
-            self.add_adapter(ADAPTERS["reward"], adapter_config(reward))
-            self.load_role("reward", reward)
-            lineage = adapters.read_lineage(reward)
-            self.reads_eos, self.offsets["reward"] = (
-                lineage.get("append_eos", True),
-                lineage.get("reward_bias", 0.0),
-            )
-        self.critic = critic
-        self.values_are_scores = plan.values_are_scores
+        self.reward_reads_eos, self.head_bias = True, {"reward": 0.0, "value": 0.0}
+        if judge is not None:
+            self._add_role("reward", adapters.config_without_dropout(judge))
+            self.load_role("reward", judge)
+            self.reward_reads_eos = judge.lineage.get("append_eos", True)
+            self.head_bias["reward"] = judge.lineage.get("reward_bias", 0.0)
+
+        # The critic, and what of all this trains.
         if critic is not None:
-            self._add_critic(plan, value)
-        self.train_layers = train_layers
+            self._add_critic(value)
         self.trained_from = {
             role: trained_from(self, self.layers, ADAPTERS[role], train_layers)
             for role in plan.training_adapters
@@ -147,9 +149,13 @@ class SharedBase(Views, PeftModel):
         self.set_trainable(("policy", "value"))
         return self.eval()
 
-    def _add_critic(self, plan: RolePlan, value: LoraConfig | None) -> None:
-        source = plan.value_source
-        config: Any = self.peft_config[ADAPTERS[source]]
+    def _add_role(self, role: Role, config: LoraConfig) -> None:
+        cast(PeftModel, self).add_adapter(ADAPTERS[role], copy.deepcopy(config))
+
+    def _add_critic(self, value: LoraConfig | None) -> None:
+        """Add the critic: an adapter with its head, or a head alone."""
+        plan = self.role_plan
+        config = cast(LoraConfig, self.peft_config[ADAPTERS[plan.value_source]])
         if plan.critic != "adapter":
             config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
         elif plan.critic_init == "zero" and value is not None:
@@ -157,26 +163,53 @@ class SharedBase(Views, PeftModel):
         config = copy.deepcopy(config)
         config.modules_to_save = ["score"]
         config.lora_dropout = 0.0
-        self.add_adapter(ADAPTERS["value"], config)
+        self._add_role("value", config)
         if plan.critic_init != "zero":
-            self._copy_role(source, "value")
+            self._copy_role(plan.value_source, "value")
         if plan.critic_init == "reward":
-            # A copy says what the reward model says; a head of zeros says 0
-            self.offsets["value"] = self.offsets["reward"]
+            # A copy says what the reward model says; a head of zeros says 0.
+            self.head_bias["value"] = self.head_bias["reward"]
         else:
-            # An unbiased start: no critic before the first update
+            # An unbiased start: no critic before the first update.
             nn.init.zeros_(self.score_head("value").weight)
+
+    # ---- What the base is ----
+
+    @property
+    def core(self) -> PreTrainedModel:
+        """The transformers model under the adapters."""
+        return cast(PreTrainedModel, self.get_base_model())
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, lowest first."""
+        return decoder_layers(self.core)
+
+    @property
+    def critic(self) -> Critic | None:
+        """The kind of critic; None where there is none."""
+        return self.role_plan.critic
+
+    @property
+    def values_are_scores(self) -> bool:
+        """Whether the critic started as the reward model and speaks in units of its score."""
+        return self.role_plan.values_are_scores
+
+    @property
+    def train_layers(self) -> str:
+        """The layers in which policy and critic train: ``all`` or ``top-K``."""
+        return self.role_plan.train_layers
 
     # ---- Adapters: loading, copying, and which of them train ----
 
-    def load_role(self, role: Role, folder: str | Path) -> None:
+    def load_role(self, role: Role, folder: AdapterFolder | str | Path) -> None:
         """Load a saved adapter's weights, and its head if the role has one, into ``role``.
 
         Raises:
             ValueError: tensors that the role needs are missing in the folder, or the folder has
                 some that fit nowhere or have another size.
         """
-        adapters.load_weights(self, role, folder)
+        adapters.load_weights(self, role, AdapterFolder.of(role, folder))
 
     def _copy_role(self, source: Role, target: Role) -> None:
         parameters = dict(self.role_parameters(source))
@@ -226,38 +259,36 @@ class SharedBase(Views, PeftModel):
 
     @contextmanager
     def role(self, role: Role, *, generating: bool = False) -> Iterator[Any]:
-        """Inside, the base acts as ``role``; yields the transformers model. Afterwards everything
-        is as it was, errors included.
+        """Act as ``role`` inside; yields the transformers model.
 
-        Active adapter, every requires_grad, training mode and checkpointing are put back.
-        ``generating`` also sets evaluation mode and
-        turns checkpointing off: with it on, ``generate`` loses its cache and its context
-        (TF#36051).
+        Afterwards everything is as it was, errors included: active adapter, every requires_grad,
+        training mode and checkpointing. ``generating`` also sets evaluation mode and turns
+        checkpointing off: with it on, ``generate`` loses its cache and its context (TF#36051).
         """
         if role not in ("reference", "base") and not self.has(role):
             raise UserError(
                 f"this shared base has no {role} adapter, only {sorted(self.peft_config)}. Give"
                 " SharedBase.build its folder."
             )
-        core: Any = self.get_base_model()
+        core = self.core
         before = self._role
-        training = [(module, module.training) for module in self.modules()] if generating else []
-        checkpointing = (
-            [m for m in core.modules() if getattr(m, "gradient_checkpointing", False)] if generating else []
-        )
+        modules: list[nn.Module] = []
+        checkpointing: list[nn.Module] = []
+        if generating:
+            modules = list(self.modules())
+            checkpointing = [m for m in core.modules() if getattr(m, "gradient_checkpointing", False)]
+        modes = [module.training for module in modules]
         try:
             self._switch_to(role)
             if generating:
                 self.eval()
-                for module in checkpointing:
-                    module.gradient_checkpointing = False
+                _set_checkpointing(checkpointing, False)
             yield core
         finally:
             self._switch_to(before)
-            for module, mode in training:
+            for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
-            for module in checkpointing:
-                module.gradient_checkpointing = True
+            _set_checkpointing(checkpointing, True)
 
     def _switch_to(self, role: Role) -> None:
         flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
@@ -265,26 +296,21 @@ class SharedBase(Views, PeftModel):
             self.base_model.disable_adapter_layers()
         else:
             self.base_model.enable_adapter_layers()
-            self.set_adapter(ADAPTERS[self.value_states if role == "value" else role], inference_mode=True)
+            adapter = ADAPTERS[self.role_plan.value_states if role == "value" else role]
+            self.set_adapter(adapter, inference_mode=True)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         self._role = role
-
-    @property
-    def value_states(self) -> Role:
-        """The role whose hidden states the critic's head reads: a head alone brings no adapter of
-        its own."""
-        return self.role_plan.value_states
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; the reward adapter's folder keeps the note of what it was trained to read,
         and of its bias."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.has("reward"):
-            adapters.write_lineage(
+            write_lineage(
                 Path(save_directory) / ADAPTERS["reward"],
-                append_eos=self.reads_eos,
-                reward_bias=self.offsets["reward"],
+                append_eos=self.reward_reads_eos,
+                reward_bias=self.head_bias["reward"],
             )
 
     def activation_checkpointing_enable(
@@ -305,7 +331,7 @@ class SharedBase(Views, PeftModel):
         options.update(
             use_reentrant=False, context_fn=lambda: (nullcontext(), adapters.Reentrant(self._as_now()))
         )
-        core: Any = self.get_base_model()
+        core = self.core
         core.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
 
     def _as_now(self) -> Callable[[], Any]:
@@ -326,3 +352,257 @@ class SharedBase(Views, PeftModel):
         """transformers' older name for the same; PEFT would pass it on to the base, which knows no
         roles."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    # ---- The trunk: layers that roles have in common ----
+
+    def trunk_depth(self, role: Role = "policy") -> int:
+        """Return the number of lowest layers whose output ``role`` can take from a trunk."""
+        leader = role if role in self.trained_from else self._leader(role)
+        return 0 if leader is None else self.trained_from[leader]
+
+    def kept_trunks(self) -> int:
+        """Return how many trunks of a rollout the update needs: policy and critic may share one."""
+        return len({self._leader(role) for role in self.role_plan.training_adapters} - {None})
+
+    def capture_depth(self, *, merged: bool) -> int:
+        """Return the number of lowest layers to note while the policy generates; 0 for none.
+
+        They are those of its trunk, unless merging the adapter changes their weights.
+        """
+        depth = self.trunk_depth("policy")
+        adapted = merged and not same_below(self, self.layers, depth, ADAPTERS["policy"], None)
+        return captured_depth(depth, merged=merged, adapted_below=adapted)
+
+    def _leader(self, role: Role) -> Role | None:
+        """Find the role that trains whose trunk serves ``role``: itself, policy or critic."""
+        depth = self.trained_from.get(role)
+        own = self._adapter(role)
+        for other, common in self.trained_from.items():
+            may_share = depth in (None, common) and common > 0
+            if may_share and same_below(self, self.layers, common, own, self._adapter(other)):
+                return other
+        return role if depth else None
+
+    def _adapter(self, role: Role) -> str | None:
+        """Return PEFT's name of the adapter whose states ``role`` has; None for the base."""
+        role = self.role_plan.value_states if role == "value" else role
+        return ADAPTERS[role] if self.has(role) else None
+
+    @torch.no_grad()
+    def trunks(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        roles: Sequence[Role],
+        captured: Float[Tensor, "B L H"] | None = None,
+    ) -> dict[Role, Tensor | None]:
+        """Run the layers below what trains, once for all roles that share them.
+
+        Returns the output (B, L, H) for each of ``roles``: one tensor for all that share it, None
+        where a role has no trunk. ``captured`` is the policy's, where it was noted while sampling.
+        """
+        leaders: dict[Role, Role | None] = {role: self._leader(role) for role in roles}
+        outputs: dict[Role | None, Tensor | None] = {None: None}
+        if captured is not None:
+            outputs["policy"] = captured
+        for leader in self.trained_from:
+            if leader in leaders.values() and leader not in outputs:
+                with self.role(leader) as core, below(self.layers, self.trained_from[leader]) as output:
+                    role_outputs.decode(core, input_ids, attention_mask)
+                outputs[leader] = output[0]
+        return {role: outputs[leader] for role, leader in leaders.items()}
+
+    # ---- What the roles say ----
+
+    def hidden(
+        self,
+        role: Role,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        trunk: Float[Tensor, "B L H"] | None = None,
+        columns: int | None = None,
+    ) -> Float[Tensor, "B L H"]:
+        """Return the last hidden states under ``role``, resumed from ``trunk`` if given.
+
+        Padding may stand on either side. ``columns`` is the number of last columns that are read,
+        all if None; the states of others are then worthless, and the last layer mostly spared.
+        """
+        resumed = nullcontext() if trunk is None else above(self.layers, self.trunk_depth(role), trunk)
+        with self.role(role) as core, resumed, self.reading(columns):
+            return role_outputs.decode(core, input_ids, attention_mask)
+
+    @contextmanager
+    def reading(self, columns: int | None) -> Iterator[None]:
+        """Read only the last ``columns`` columns of hidden states inside.
+
+        A recompute of checkpointing enters it again.
+        """
+        before, self._columns = self._columns, columns
+        try:
+            with only_last_columns(self.layers[-1], columns):
+                yield
+        finally:
+            self._columns = before
+
+    def autocast(self) -> torch.autocast:
+        """Compute in the base's dtype with fp32 adapters; see ``role_outputs.autocast``."""
+        return role_outputs.autocast(self.core)
+
+    def score_head(self, role: Role) -> nn.Linear:
+        """Return the linear head of ``value`` or ``reward``: (1, H), fp32, without bias."""
+        heads = cast(Any, self.core).score.modules_to_save
+        return heads[ADAPTERS[role]]
+
+    def apply_head(self, role: Role, hidden: Float[Tensor, "*s H"]) -> Float[Tensor, "*s"]:
+        """Return the scalar of each state under the role's head, less the role's bias, in fp32."""
+        return role_outputs.head_output(self.score_head(role), hidden, self.head_bias[role])
+
+    def logprobs(
+        self,
+        hidden: Float[Tensor, "B L H"],
+        input_ids: Int[Tensor, "B L"],
+        response_mask: Bool[Tensor, "B T"],
+        *,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Return log-probabilities of the last T tokens, and entropies (nats)."""
+        return role_outputs.response_logprobs(
+            self.core,
+            hidden,
+            input_ids,
+            response_mask,
+            temperature=temperature,
+            entropy_gradient=entropy_gradient,
+        )
+
+    def exact_kl(
+        self,
+        hidden: Float[Tensor, "B T H"],
+        ref_hidden: Float[Tensor, "B T H"],
+        response_mask: Bool[Tensor, "B T"],
+        *,
+        temperature: float = 1.0,
+    ) -> Float[Tensor, "B T"]:
+        """Return KL(policy || reference) of each next token over the whole vocabulary (nats)."""
+        return role_outputs.response_kl(self.core, hidden, ref_hidden, response_mask, temperature=temperature)
+
+    def values(
+        self, hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
+        """Return V of the state before each of the last T tokens, zero outside the mask."""
+        values = self.apply_head("value", before_response(hidden, response_mask))
+        return torch.where(response_mask, values, 0.0)
+
+    def scores(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        trunk: Float[Tensor, "B L H"] | None = None,
+        ended: Bool[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, " B"]:
+        """Return the reward model's score of each row, read at its last counted token.
+
+        It is what the SEQ_CLS model of RewardTrainer gives, less the ``reward_bias`` beside the
+        adapter: the mean raw score of references, which so have 0 (Ouyang et al. 2022,
+        arXiv:2203.02155, 3.5). ``ended`` tells which rows close with an end-of-text token; a reward
+        model that was trained without it reads the token before.
+        """
+        hidden = self.hidden("reward", input_ids, attention_mask, trunk)
+        return self.read_scores(hidden, attention_mask, ended)
+
+    def read_scores(
+        self,
+        hidden: Float[Tensor, "B L H"],
+        attention_mask: Int[Tensor, "B L"],
+        ended: Bool[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, " B"]:
+        """Return ``scores``, given the hidden states under ``reward``."""
+        skip = None if self.reward_reads_eos else ended
+        return self.apply_head("reward", role_outputs.score_states(hidden, attention_mask, skip))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        response_mask: Bool[Tensor, "B T"],
+        trunk: Float[Tensor, "B L H"] | None = None,
+        value_trunk: Float[Tensor, "B L H"] | None = None,
+        features: Float[Tensor, "B T H"] | None = None,
+        ref_hidden: Float[Tensor, "B T H"] | None = None,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+        ptx: tuple[Int[Tensor, "P N"], Int[Tensor, "P N"]] | None = None,
+    ) -> PolicyAndValue:
+        """Run policy and critic in one call.
+
+        DistributedDataParallel must see one forward, then one backward.
+
+        Args:
+            trunk: the policy's from ``trunks``; ``value_trunk`` is that of the critic, if another.
+            features: the reward adapter's states before each response token, for a critic on
+                ``reward_features``; computed where not given.
+            ref_hidden: the reference's states before each response token, for the exact KL to it.
+            ptx: pretraining texts and their attention mask; their mean negative log-likelihood per
+                token is PPO-ptx's term.
+        """
+        ptx_loss = None if ptx is None else self.negative_log_likelihood(*ptx)
+
+        # The policy: log-probabilities and entropies, and the KL where it is exact.
+        read = columns_read(response_mask)
+        hidden = self.hidden("policy", input_ids, attention_mask, trunk, read)
+        logprobs, entropy = self.logprobs(
+            hidden,
+            input_ids,
+            response_mask,
+            temperature=temperature,
+            entropy_gradient=entropy_gradient,
+        )
+        kl = None
+        if ref_hidden is not None:
+            states = before_response(hidden, response_mask)
+            kl = self.exact_kl(states, ref_hidden, response_mask, temperature=temperature)
+
+        # The critic: a head on states that are there already, or an adapter with a pass of its own.
+        if self.critic is None:
+            values = None
+        elif features is not None:
+            values = torch.where(response_mask, self.apply_head("value", features), 0.0)
+        elif self.critic == "shared":
+            values = self.values(hidden, response_mask)
+        else:
+            own_trunk = trunk if value_trunk is None else value_trunk
+            states = self.hidden("value", input_ids, attention_mask, own_trunk, read)
+            values = self.values(states, response_mask)
+        return PolicyAndValue(logprobs, entropy, values, kl, ptx_loss)
+
+    def negative_log_likelihood(
+        self, input_ids: Int[Tensor, "P N"], attention_mask: Int[Tensor, "P N"]
+    ) -> Float[Tensor, ""]:
+        """Return the policy's loss on whole texts in nats per token, first tokens left out."""
+        predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
+        logprobs, _ = self.logprobs(self.hidden("policy", input_ids, attention_mask), input_ids, predicted)
+        return -logprobs.sum() / predicted.sum()
+
+
+def _reference(
+    reference: AdapterFolder | str | Path | None,
+) -> tuple[AdapterFolder | None, Reference | None]:
+    """Return the adapter that ``reference`` names, if it names one, and its kind."""
+    if reference is None or reference in ("copy", "base"):
+        return None, cast(Reference | None, reference)
+    return AdapterFolder.of("reference", reference), "folder"
+
+
+def _add_score_head(base: PreTrainedModel) -> None:
+    """Add a fresh linear head (1, H) in fp32, which PEFT copies for reward model and critic."""
+    weight = cast(nn.Linear, base.get_output_embeddings()).weight
+    features = weight.shape[1]
+    score = nn.Linear(features, 1, bias=False, dtype=torch.float32, device=weight.device)
+    nn.init.normal_(score.weight, std=1 / (features + 1) ** 0.5)
+    base.score = score
+
+
+def _set_checkpointing(modules: Sequence[nn.Module], on: bool) -> None:
+    for module in modules:
+        setattr(module, "gradient_checkpointing", on)  # noqa: B010  (nn.Module types it as a tensor)

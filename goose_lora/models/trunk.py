@@ -73,7 +73,7 @@ def lowest_layer(layers: nn.ModuleList, adapter: str) -> int:
 
 
 @contextmanager
-def replaced(layers: list[nn.Module], forwards: list) -> Iterator[None]:
+def patched_forward(layers: list[nn.Module], forwards: list) -> Iterator[None]:
     """Give each module another ``forward``, and put the old one back, whatever happens."""
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer, forward in zip(layers, forwards, strict=True):
@@ -100,7 +100,7 @@ def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
     hook = layers[depth - 1].register_forward_hook(lambda module, args, out: output.append(out))
     try:
         upper = list(layers[depth:])
-        with replaced(upper, [_pass_through] * len(upper)):
+        with patched_forward(upper, [_pass_through] * len(upper)):
             yield output
     finally:
         hook.remove()
@@ -149,7 +149,7 @@ def above(layers: nn.ModuleList, depth: int, hidden_states: Tensor) -> Iterator[
     recompute; a hook would be gone by then.
     """
     lower = list(layers[:depth])
-    with replaced(lower, [_pass_through] * (depth - 1) + [lambda *args, **kwargs: hidden_states]):
+    with patched_forward(lower, [_pass_through] * (depth - 1) + [lambda *args, **kwargs: hidden_states]):
         yield
 
 
@@ -224,14 +224,14 @@ BY_POSITION = ("q_proj", "o_proj", "mlp")
 
 
 @contextmanager
-def reading(layer: nn.Module, columns: int | None) -> Iterator[None]:
+def only_last_columns(layer: nn.Module, columns: int | None) -> Iterator[None]:
     """Inside, ``layer`` gives correct states (B, L, H) in the last ``columns`` columns only, exact
     there; None: in all of them."""
     if columns is None:
         yield
         return
     found = [module for name, module in layer.named_modules() if name.rpartition(".")[2] in BY_POSITION]
-    with replaced(found, [partial(_at_the_end, module.forward, columns) for module in found]):
+    with patched_forward(found, [partial(_at_the_end, module.forward, columns) for module in found]):
         yield
 
 

@@ -11,7 +11,6 @@ classifier named as reward function.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
 from goose_lora.models.dense_copy import takes_dense_copy
+from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.trunk import captured_depth
 from goose_lora.planning.costs import PassCosts
 from goose_lora.planning.shapes import FP32, read_model, read_roles
@@ -113,8 +113,8 @@ class Planner:
         args: ModelArguments,
         config: PPOConfig,
         *,
-        policy: str | None = None,
-        reward: str | None = None,
+        policy: AdapterFolder | str | None = None,
+        reward: AdapterFolder | str | None = None,
         prompt_tokens: int | None = None,
         ptx_tokens: int = 0,
         memory: int | None = None,
@@ -416,17 +416,6 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-class RoleSettings(Protocol):
-    """The settings of recipes/ppo.py that concern roles and take memory."""
-
-    @property
-    def policy_adapter(self) -> str | None: ...
-    @property
-    def reward_adapter(self) -> str | None: ...
-    @property
-    def ptx_max_length(self) -> int: ...
-
-
 @dataclass
 class PlannedRoles:
     """``RoleSettings`` as ``goose-lora plan`` reads them from a file."""
@@ -436,27 +425,30 @@ class PlannedRoles:
     ptx_max_length: int = field(default=512, metadata={"help": "Longer pretraining texts are cut."})
 
 
-def planner(
+def plan_run(
     args: ModelArguments,
     config: PPOConfig,
-    roles: RoleSettings,
     *,
+    policy: AdapterFolder | str | None,
+    reward: AdapterFolder | str | None,
     memory: int | None,
     device: str,
     prompt_tokens: int | None = None,
+    ptx_tokens: int = 0,
 ) -> Planner:
-    """Return the planner of recipes/ppo.py.
+    """Plan a run of recipes/ppo.py.
 
-    ``prompt_tokens`` is the longest prompt, where it is known; the rest is as in ``Planner``.
+    ``prompt_tokens`` is the longest prompt, where it is known; ``ptx_tokens`` the longest text of
+    pretraining. An adapter that is not trained yet is given by its name.
     """
     return Planner(
         meta_model(args, trust_remote_code=config.trust_remote_code),
         args,
         config,
-        policy=roles.policy_adapter,
-        reward=roles.reward_adapter,
+        policy=policy,
+        reward=reward,
         prompt_tokens=prompt_tokens,
-        ptx_tokens=roles.ptx_max_length,
+        ptx_tokens=ptx_tokens,
         memory=memory,
         device=device,
     )

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from goose_lora.models.adapters import adapter_config
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import lora_config
 from goose_lora.models.roles import RolePlan
 from goose_lora.models.trunk import decoder_layers, top_layers
@@ -273,8 +273,8 @@ def read_roles(
     model: ModelShape,
     args: ModelArguments,
     config: PPOConfig,
-    policy: str | None = None,
-    reward: str | None = None,
+    policy: AdapterFolder | str | None = None,
+    reward: AdapterFolder | str | None = None,
 ) -> RoleShapes:
     """Return the roles that recipes/ppo.py puts on the base, as ``SharedBase.build`` does.
 
@@ -285,10 +285,10 @@ def read_roles(
     """
     plan = config.role_plan(has_policy=policy is not None, has_reward=reward is not None)
 
-    def lora_of(folder: str | None) -> LoraConfig:
-        if folder and is_trained(folder):
-            return adapter_config(folder)
-        return lora_config(args, core)
+    def lora_of(adapter: AdapterFolder | str | None) -> LoraConfig:
+        if adapter is None or (isinstance(adapter, str) and not is_trained(adapter)):
+            return lora_config(args, core)
+        return AdapterFolder.of("an adapter", adapter).lora_config()
 
     layers = config.train_layers
     adapters = {"policy": read_adapter(lora_of(policy), model, train_layers=layers)}

@@ -3,11 +3,11 @@ scores, log-probabilities, values."""
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from goose_lora.errors import UserError
@@ -84,7 +84,7 @@ class Rollouts:
 
     def _keep_on(self, rows: int, columns: int) -> torch.device:
         """The device on which a rollout of this size leaves its states."""
-        weight = self.shared.get_base_model().get_output_embeddings().weight
+        weight = cast(nn.Linear, self.shared.core.get_output_embeddings()).weight
         number = rows * columns * weight.shape[1] * weight.element_size() * self.shared.kept_trunks()
         on_host = waits_on_host(self.trunk_memory, need=number, free=free_bytes(weight.device))
         return torch.device("cpu") if on_host else weight.device

@@ -6,7 +6,7 @@ from typing import Any, TypedDict, cast
 
 from goose_lora.errors import UserError
 from goose_lora.files import read_json, read_jsonl, write_json, write_jsonl
-from goose_lora.models.adapters import read_lineage
+from goose_lora.models.folders import read_lineage
 from goose_lora.training.cost import cost
 
 # ---- Types of goose_lora.json, verdict.json and evaluation.json ----

@@ -17,7 +17,7 @@ from goose_lora.models.loading import read_weights, spare_token
 PREFIX = "model:"
 
 
-class RewardModel:
+class ClassifierReward:
     """Scores texts by one output of a sequence classifier. A reward source like any function:
     ``f(prompts=, completions=, **columns)``.
 
@@ -74,7 +74,7 @@ class RewardModel:
                 " Use text prompts."
             )
 
-    def load(self, args: ModelArguments, device: torch.device) -> "RewardModel":
+    def load(self, args: ModelArguments, device: torch.device) -> "ClassifierReward":
         """Put the weights on ``device``, quantized and in the dtype as ``args`` says; for this
         model's own settings give it own arguments."""
         self.config.pad_token_id = self.tokenizer.pad_token_id
@@ -127,7 +127,7 @@ def check_weights(weights: Sequence[float] | None, names: Sequence[str] | str | 
 
 
 def reward_sources(
-    names: Sequence[str] | str | None, *, adapter: str | None, trust_remote_code: bool = False
+    names: Sequence[str] | str | None, *, has_adapter: bool, trust_remote_code: bool = False
 ) -> list[Any]:
     """What ``--reward_function`` names: ``adapter``, ``module:function``, or ``model:NAME``, whose
     weights are not loaded yet.
@@ -137,13 +137,13 @@ def reward_sources(
             nowhere.
     """
     listed = [names] if isinstance(names, str) else names or ["adapter"]
-    if adapter is None and "adapter" in listed:
+    if not has_adapter and "adapter" in listed:
         raise UserError(
             "nothing scores the replies: set reward_adapter to the output of recipes/reward.py, or"
             " reward_function to module:function or model:NAME."
         )
     models = {
-        name: RewardModel(name, trust_remote_code=trust_remote_code)
+        name: ClassifierReward(name, trust_remote_code=trust_remote_code)
         for name in listed
         if name.startswith(PREFIX)
     }

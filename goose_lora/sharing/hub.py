@@ -20,10 +20,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from goose_lora.errors import UserError
+from goose_lora.errors import FailedWriteError, UserError
 from goose_lora.files import read_json
-from goose_lora.models.adapters import CONFIG, LINEAGE, WEIGHTS, write_lineage
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, write_lineage
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.reporting.run_files import Lineage, lineage_of
 from goose_lora.sharing import model_card
@@ -34,7 +34,7 @@ Settings = TypeVar("Settings", bound=TrainingArguments)
 
 # What goes up, and nothing else: no checkpoint, no optimizer, no pickle, and not samples.jsonl,
 # whose prompts may be nobody else's business.
-ADAPTER_FILES = (CONFIG, WEIGHTS, LINEAGE, "verdict.json")
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, "verdict.json")
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -172,15 +172,15 @@ def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str
     for role in include:
         if role not in OTHER_ROLES:
             raise UserError(f"--include {role}: no such role. There are {', '.join(OTHER_ROLES)}.")
-        if not (folder / role / CONFIG).is_file():
+        if not (folder / role / ADAPTER_CONFIG).is_file():
             raise UserError(f"--include {role}: {folder} has no adapter {role}/.")
     names: list[str] = []
     if folder.is_dir():
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if CONFIG not in names and "config.json" not in names:
+    if ADAPTER_CONFIG not in names and "config.json" not in names:
         raise UserError(
-            f"{folder} has no {CONFIG} and no config.json: nothing to upload. Give the output_dir of a stage,"
-            " run to its end."
+            f"{folder} has no {ADAPTER_CONFIG} and no config.json: nothing to upload. Give the"
+            " output_dir of a stage, run to its end."
         )
     # What is not named stays here
     allowed = (*ADAPTER_FILES, *TOKENIZER_FILES, *RUN_FILES, *MODEL_FILES)
@@ -242,7 +242,7 @@ def push(
             revision=revision,
         )
     except Exception as error:  # the Hub's errors, those of its HTTP library, and RuntimeError around either
-        raise OSError(f"the upload to {name} failed: {_reason(error)}") from error
+        raise FailedWriteError(f"the upload to {name} failed: {_reason(error)}") from error
     return f"{api.endpoint}/{name}"
 
 
@@ -286,14 +286,14 @@ def _push_command(config: TrainingArguments, model: ModelArguments) -> str:
 
 def _base_of(folder: Path, lineage: Lineage) -> str | None:
     """Return the base as the files name it, None for merged weights, which need none."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return None
-    return read_json(folder / CONFIG).get("base_model_name_or_path") or lineage["base"]["id"]
+    return read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or lineage["base"]["id"]
 
 
 def _for_the_hub(path: Path, base: str | None, hub_id: str | None) -> Path | bytes:
     """Return a file as it goes up: a base that is a folder here has the Hub's name there."""
-    if not hub_id or not base or path.name not in (CONFIG, LINEAGE):
+    if not hub_id or not base or path.name not in (ADAPTER_CONFIG, LINEAGE):
         return path
     content = _with_replaced(read_json(path), base, hub_id)
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from datasets import Dataset
 from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
 from goose_lora.files import file_sha256, read_json
-from goose_lora.models.adapters import WEIGHTS, read_lineage, write_lineage
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.folders import ADAPTER_WEIGHTS, read_lineage, write_lineage
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.reporting.run_files import (
     BaseRecord,
@@ -136,7 +135,7 @@ def _base_record(model: ModelArguments) -> BaseRecord:
 
 def _weights_sha256(folder: Path) -> str | None:
     """Return the sha256 of an adapter's weights, None for merged weights or an empty folder."""
-    path = folder / WEIGHTS
+    path = folder / ADAPTER_WEIGHTS
     return file_sha256(path) if path.is_file() else None
 
 
@@ -148,23 +147,10 @@ def _parent_record(folder: str | Path) -> ParentRecord:
         verdict = cast(VerdictFile, {key: said.get(key) for key in _VERDICT_KEYS})
     return {
         "name": hub_name(path),
-        "sha256": file_sha256(path / WEIGHTS),
+        "sha256": file_sha256(path / ADAPTER_WEIGHTS),
         "verdict": verdict,
         "lineage": lineage_of(path),
     }
-
-
-def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
-    """A data set as a stage saw it: name, split, number of rows, the sha256 of the rows as lines of
-    JSON with sorted keys, and whether anything in the first row is chat messages."""
-    digest = hashlib.sha256()
-    chat = any(
-        isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
-        for value in rows[0].values()
-    )
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
-    return {"name": name, "split": split, "rows": len(rows), "sha256": digest.hexdigest(), "chat": chat}
 
 
 # ---- Settings and command, without secrets ----

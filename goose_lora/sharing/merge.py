@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from goose_lora.data.rows import load_rows
+from goose_lora.data.rows import fingerprint, load_rows
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
 from goose_lora.errors import UserError
 from goose_lora.files import read_jsonl
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config, sample
-from goose_lora.models.adapters import local_folder
 from goose_lora.models.arguments import ModelArguments, arguments_of
 from goose_lora.models.dense_copy import DenseCopy
+from goose_lora.models.folders import local_folder
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, quantization_config
 from goose_lora.models.shared_base import SharedBase
@@ -145,7 +145,7 @@ def _prompts(
     if name is not None:
         rows = load_rows(name, stage="ppo", max_rows=KL_PROMPTS)
         ids = tokenize_prompts(rows, tokenizer, name=name, max_prompt_tokens=KL_PROMPT_TOKENS)["input_ids"]
-        return [list(row) for row in ids], [lineage.fingerprint(name, None, rows)]
+        return [list(row) for row in ids], [fingerprint(name, None, rows)]
     path = folder / "samples.jsonl"
     if not path.is_file():
         raise UserError(

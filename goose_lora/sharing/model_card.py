@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from goose_lora.data.rows import READERS
 from goose_lora.files import read_json, read_jsonl, write_json
-from goose_lora.models.adapters import read_lineage
+from goose_lora.models.folders import read_lineage
 from goose_lora.reporting.figures import MEASURES, STAGE_TITLES, measured_in, rounded, with_interval
 from goose_lora.reporting.run_files import (
     BaseRecord,

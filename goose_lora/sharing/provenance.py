@@ -7,8 +7,7 @@ from typing import cast
 
 from goose_lora.errors import UserError
 from goose_lora.files import file_sha256, read_json
-from goose_lora.models.adapters import CONFIG, WEIGHTS
-from goose_lora.models.folders import saved_template
+from goose_lora.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saved_template
 from goose_lora.reporting.run_files import BaseRecord, Lineage, ParentRecord, lineage_of
 from goose_lora.sharing.lineage import hub_name, template_sha256
 
@@ -56,12 +55,13 @@ def read_chain(folder: str | Path) -> list[Ancestor]:
     """
     folder = Path(folder)
     lineage = lineage_of(folder)
-    if not (folder / CONFIG).is_file() and lineage.get("stage") != "merge":
+    if not (folder / ADAPTER_CONFIG).is_file() and lineage.get("stage") != "merge":
         raise UserError(
-            f"{folder} has no {CONFIG}: no adapter. Give the output_dir of a stage, or user/repo on the Hub."
+            f"{folder} has no {ADAPTER_CONFIG}: no adapter. Give the output_dir of a stage, or"
+            " user/repo on the Hub."
         )
     # Of an adapter of other origin, PEFT's own file names the base
-    base = lineage.get("base") or {"id": read_json(folder / CONFIG).get("base_model_name_or_path")}
+    base = lineage.get("base") or {"id": read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")}
     last = Ancestor(hub_name(folder), "policy", cast(Lineage, {**lineage, "base": base}))
     last.problems += _own_problems(folder, last.lineage)
     return [*_ancestors(last, frozenset([folder.resolve()])), last]
@@ -89,7 +89,7 @@ def _read_parent(role: str, noted: ParentRecord, child: Ancestor, *, is_later: b
     ``is_later`` says that the parent's folder is that of a later stage too.
     """
     name = noted["name"]
-    weights = Path(name) / WEIGHTS
+    weights = Path(name) / ADAPTER_WEIGHTS
     problems = []
 
     # Where the parent's lineage is to be had
@@ -176,14 +176,14 @@ def _own_problems(folder: Path, lineage: Lineage) -> list[str]:
     """Return how the files in ``folder`` are not those that its lineage was written for."""
     # The weights, and the base that PEFT's file names
     problems, base = [], lineage["base"]
-    if lineage.get("sha256") and lineage["sha256"] != file_sha256(folder / WEIGHTS):
-        problems.append(f"{WEIGHTS} is not the one that {lineage['stage']} saved")
-    if (folder / CONFIG).is_file():
-        named = read_json(folder / CONFIG).get("base_model_name_or_path")
+    if lineage.get("sha256") and lineage["sha256"] != file_sha256(folder / ADAPTER_WEIGHTS):
+        problems.append(f"{ADAPTER_WEIGHTS} is not the one that {lineage['stage']} saved")
+    if (folder / ADAPTER_CONFIG).is_file():
+        named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         # A base that was moved keeps its folder's name
         known = named in (None, "", base["id"], base.get("hub_id"))
         if not known and Path(named).name != Path(base["id"]).name:
-            problems.append(f"{CONFIG} names the base {named}, the lineage {base['id']}")
+            problems.append(f"{ADAPTER_CONFIG} names the base {named}, the lineage {base['id']}")
     # The template, of the adapter's tokenizer and of the base's. An older lineage does not name it
     if "chat_template_sha256" not in lineage:
         return problems

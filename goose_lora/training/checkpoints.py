@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from goose_lora.errors import UserError
+from goose_lora.errors import FailedWriteError, UserError
 from goose_lora.files import _line, _room, _sync, _to_disk, file_sha256
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def discard(folder: str | Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def unsaved(folder: Path, error: Exception) -> OSError:
+def unsaved(folder: Path, error: Exception) -> FailedWriteError:
     """What to say when a checkpoint could not be written; the half of it is removed, since it may
     be what fills the disk."""
     discard(folder)
@@ -199,7 +199,7 @@ def unsaved(folder: Path, error: Exception) -> OSError:
         if last is None
         else f"The last whole one is {last}: --resume_from_checkpoint latest goes on from it."
     )
-    return OSError(f"{folder} could not be saved{_room(folder.parent)}: {_line(error)}. {rest}")
+    return FailedWriteError(f"{folder} could not be saved{_room(folder.parent)}: {_line(error)}. {rest}")
 
 
 def require_writable(output_dir: str | Path) -> None:

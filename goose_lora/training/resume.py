@@ -13,8 +13,9 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from goose_lora import files
+from goose_lora.errors import LostProcessError
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.folders import read_adapter_config
+from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.training import checkpoints
@@ -28,7 +29,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer")  # gloo, of a p
 
 
 def starting_point(
-    args: TrainingArguments, stage: str, model: ModelArguments, policy_adapter: str | None = None
+    args: TrainingArguments, stage: str, model: ModelArguments, policy: AdapterFolder | None = None
 ) -> str | None:
     """Before any model is loaded: see that ``output_dir`` can be written, and find the checkpoint
     that ``resume_from_checkpoint`` names.
@@ -38,9 +39,8 @@ def starting_point(
     """
     checkpoints.require_writable(args.output_dir or ".")
     adapter = {"r": model.lora_r, "lora_alpha": model.lora_alpha}
-    if policy_adapter is not None:
-        saved = read_adapter_config("policy_adapter", policy_adapter)
-        adapter = {name: saved[name] for name in adapter}
+    if policy is not None:
+        adapter = {name: policy.config[name] for name in adapter}
     facts = {
         "stage": stage,
         "world_size": args.world_size,
@@ -103,14 +103,14 @@ class Resumable:
                 result = super().train(folder, trial, ignore_keys_for_eval)  # type: ignore[misc]
         except Exception as error:
             if self.args.world_size > 1 and any(says in str(error) for says in LOST):
-                raise ChildProcessError(
+                raise LostProcessError(
                     "another process of this run has ended, so that this one cannot go on; why is in what"
                     " that one printed. Go on with --resume_from_checkpoint latest, on as many processes."
                 ) from error
             if self.saving is not None and self.args.should_save:
                 raise checkpoints.unsaved(self.saving, error) from error
             if "DataLoader worker" in str(error):
-                raise ChildProcessError(
+                raise LostProcessError(
                     f"a process that loads data died, often for lack of memory: {str(error).splitlines()[0]}"
                     " Set dataloader_num_workers: 0, and go on with --resume_from_checkpoint latest."
                 ) from error

@@ -24,15 +24,14 @@ from goose_lora.apps import chat_page, gradio_pages, session
 from goose_lora.apps.chat import Conversation
 from goose_lora.apps.session import PolicySession, RunInfo, SampledReply, inspect_run
 from goose_lora.cli import commands
-from goose_lora.data.rows import DataArguments
+from goose_lora.data.rows import DataArguments, fingerprint
 from goose_lora.data.tokenization import prompt_ids
 from goose_lora.errors import UserError
 from goose_lora.evaluation.policies import answer
 from goose_lora.generation.sampling import generation_config
-from goose_lora.models.adapters import read_lineage, write_lineage
+from goose_lora.models.folders import read_lineage, write_lineage
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.ppo.config import PPOConfig
-from goose_lora.sharing import lineage
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 6
@@ -251,9 +250,7 @@ def test_a_run_is_chat_if_it_was_trained_on_chat_messages_and_text_otherwise(ada
         "chat": {"prompt": [{"role": "user", "content": "x"}]},
         "ranked": {"completions": ["x", "y"]},
     }
-    noted = {
-        kind: lineage.fingerprint("n", None, Dataset.from_list([row]))["chat"] for kind, row in rows.items()
-    }
+    noted = {kind: fingerprint("n", None, Dataset.from_list([row]))["chat"] for kind, row in rows.items()}
     assert noted == {"text": False, "chat": True, "ranked": False}
     run = tiny_chain.copy(adapter_chain, tmp_path / "run")
     assert inspect_run(run / "ppo").chat is False and inspect_run(run / "ppo").tokenizer.chat_template

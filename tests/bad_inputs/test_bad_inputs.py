@@ -17,7 +17,7 @@ from bad_case import Case, command_line, contents, make_files, place
 from goose_lora import cli
 from goose_lora.cli import commands
 from goose_lora.models import loading
-from goose_lora.rewards.classifier import RewardModel
+from goose_lora.rewards.classifier import ClassifierReward
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES: list[Case] = [*bad_settings.CASES, *bad_data.CASES, *bad_models.CASES, *bad_web.CASES]
@@ -53,7 +53,7 @@ def folder(sound_files, tmp_path, monkeypatch):
         raise AssertionError("the model loads")
 
     monkeypatch.setattr(loading, "_load", loaded)
-    monkeypatch.setattr(RewardModel, "load", loaded)
+    monkeypatch.setattr(ClassifierReward, "load", loaded)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     place(sound_files, tmp_path)

@@ -14,9 +14,15 @@ from goose_lora.data.formats import CONVERSATIONS
 from goose_lora.data.rows import DataArguments, load_rows
 from goose_lora.evaluation.verdict import require_verdict
 from goose_lora.files import read_json_object, read_jsonl
-from goose_lora.models.adapters import LINEAGE, read_lineage
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.folders import ADAPTER_CONFIG, read_adapter_config, saved_chat_template, tensor_shapes
+from goose_lora.models.folders import (
+    ADAPTER_CONFIG,
+    LINEAGE,
+    read_adapter_config,
+    read_lineage,
+    saved_chat_template,
+    tensor_shapes,
+)
 from goose_lora.ppo.callbacks import RolloutState
 from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.kl_control import AdaptiveKL, FixedKL

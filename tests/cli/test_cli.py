@@ -96,7 +96,7 @@ def test_every_recipe_renames_columns_and_names_those_found_before_any_model_is_
     recipe, tmp_path, monkeypatch
 ):
     path = write(tmp_path / "rows.jsonl", '{"prompt": "ba"}\n')
-    monkeypatch.setattr("goose_lora.models.loading.require_adapter", lambda *arguments: None)
+    monkeypatch.setattr("goose_lora.models.folders.AdapterFolder.open", lambda *args, **kwargs: None)
     main = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
     arguments = [
         "--model_name_or_path",

@@ -202,7 +202,7 @@ def test_a_reward_model_that_never_read_end_of_text_reads_other_ends(tmp_path):
     rollout = ended_by_each()
     hidden = shared.hidden("reward", rollout.input_ids, rollout.attention_mask)
     for reads_eos, places in ((True, [3, 4, 5, 6]), (False, [2, 4, 5, 6])):
-        shared.reads_eos = reads_eos
+        shared.reward_reads_eos = reads_eos
         rollouts = trainer(
             tmp_path / "run", shared=shared, reward=None, stop_token_ids=words("ba"), stop_strings=["be bi"]
         ).rollouts

@@ -17,6 +17,7 @@ from tiny_runs import config, even_share, logged
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goose_lora.cli import stage
+from goose_lora.data.rows import DataArguments
 from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.arguments import ModelArguments
@@ -260,7 +261,7 @@ def test_without_vllm_the_error_says_how_to_get_it_before_anything_is_loaded(tmp
     monkeypatch.setitem(sys.modules, "vllm", None)
     args = config(tmp_path, rollout_engine="vllm")
     with pytest.raises(ValueError, match=r"vllm is not installed\. pip install vllm, then"):
-        stage.begin("ppo", args, ModelArguments("nowhere"))
+        stage.Stage.begin("ppo", args, ModelArguments("nowhere"), DataArguments("rows.jsonl"))
 
 
 @pytest.mark.parametrize(

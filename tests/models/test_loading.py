@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goose_lora.models import loading
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import (
     adapters_to_fp32,
     linear_names,
@@ -21,7 +22,6 @@ from goose_lora.models.loading import (
     load_reward_base,
     load_tokenizer,
     lora_config,
-    require_adapter,
     spare_token,
     top_layers,
 )
@@ -307,8 +307,7 @@ def adapter_folder(folder, base="org/tiny"):
 def test_a_folder_with_an_adapter_for_this_base_is_fine(tmp_path):
     folder = adapter_folder(tmp_path)
     for name in ("org/tiny", "elsewhere/tiny", "/a/path/tiny"):
-        require_adapter("policy_adapter", str(folder), ModelArguments(name))
-    require_adapter("policy_adapter", None, ModelArguments("org/other"))
+        AdapterFolder.open("policy_adapter", str(folder), base=name)
 
 
 @pytest.mark.parametrize(
@@ -330,12 +329,12 @@ def test_a_folder_without_an_adapter_is_told_what_is_missing(missing, message, t
     for name in missing:
         (folder / name).unlink()
     with raises(f"reward_adapter: {folder} {message}"):
-        require_adapter("reward_adapter", str(folder), ModelArguments("org/tiny"))
+        AdapterFolder.open("reward_adapter", str(folder), base="org/tiny")
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with raises(f"policy_adapter: {tmp_path / 'none'} has no adapter_config.json"):
-        require_adapter("policy_adapter", str(tmp_path / "none"), ModelArguments("org/tiny"))
+        AdapterFolder.open("policy_adapter", str(tmp_path / "none"), base="org/tiny")
 
 
 def test_an_adapter_of_another_base_is_told_both_names(tmp_path):
@@ -343,7 +342,7 @@ def test_an_adapter_of_another_base_is_told_both_names(tmp_path):
     with raises(
         f"policy_adapter: {folder} was trained on org/big, not on org/tiny. All stages share one base."
     ):
-        require_adapter("policy_adapter", str(folder), ModelArguments("org/tiny"))
+        AdapterFolder.open("policy_adapter", str(folder), base="org/tiny")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from trl import RewardConfig, RewardTrainer
 
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models import loading
-from goose_lora.models.adapters import write_lineage
+from goose_lora.models.folders import write_lineage
 from goose_lora.models.loading import load_base, load_reward_base, load_tokenizer, lora_config
 from goose_lora.models.role_outputs import before_response
 from goose_lora.models.roles import ADAPTERS
@@ -393,7 +393,7 @@ def test_a_reward_model_that_never_saw_the_end_token_reads_the_one_before_and_an
     without.save_pretrained(tmp_path / "out")
     assert not SharedBase.build(
         tiny.base(), tiny.lora(tiny.base()), reward=tmp_path / "out" / "reward"
-    ).reads_eos
+    ).reward_reads_eos
 
 
 @torch.no_grad()
@@ -412,7 +412,7 @@ def test_a_bias_is_subtracted_from_scores_and_from_the_values_of_a_critic_that_i
     shared.save_pretrained(tmp_path / "out")
     kept = SharedBase.build(tiny.base(), tiny.lora(tiny.base()), reward=tmp_path / "out" / "reward")
     close(kept.scores(ids, mask), raw - 1.75)
-    assert not kept.reads_eos
+    assert not kept.reward_reads_eos
 
 
 @torch.no_grad()

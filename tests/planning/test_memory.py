@@ -17,7 +17,7 @@ from goose_lora.models import loading
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.planning.memory import PlannedRoles, Planner, planner, read_memory
+from goose_lora.planning.memory import Planner, plan_run, read_memory
 from goose_lora.ppo.config import PPOConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,8 +314,8 @@ def test_the_recipe_refuses_before_it_loads_and_goes_on_by_force(tmp_path, tiny_
         "--dtype",
         "float32",
     ]
-    monkeypatch.setitem(recipe["main"].__globals__, "free_bytes", lambda device: 10**5)
-    monkeypatch.setitem(recipe["main"].__globals__, "load_base", refuse_weights)
+    monkeypatch.setattr("goose_lora.cli.stage.free_bytes", lambda device: 10**5)
+    monkeypatch.setattr("goose_lora.cli.stage.load_base", refuse_weights)
     with pytest.raises(ValueError, match="the run does not fit: "):
         recipe["main"](arguments)
     assert "together" in capsys.readouterr().out
@@ -330,8 +330,8 @@ def test_adapters_in_folders_are_counted_with_their_own_rank(tmp_path):
     core.save_pretrained(tmp_path / "base")
     model = tiny.arguments(str(tmp_path / "base"))
     config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    counted = planner(
-        model, config, PlannedRoles(policy_adapter=str(tmp_path / "policy")), memory=None, device="cpu"
+    counted = plan_run(
+        model, config, policy=str(tmp_path / "policy"), reward=None, memory=None, device="cpu"
     ).roles
     assert counted.policy.parameters == sum(p.numel() for _, p in shared.role_parameters("policy"))
     assert counted.plan.policy_copies == 1  # the reference
@@ -343,7 +343,7 @@ DECISIONS = {
         "models.dense_copy",
         [{"rollout_weights": "dense"}, {"rollout_weights": "auto", "share": 0}],
     ),
-    "captured_depth": ("models.role_outputs", [{"lora_layers": "top-2"}, {"lora_layers": "all"}]),
+    "captured_depth": ("models.shared_base", [{"lora_layers": "top-2"}, {"lora_layers": "all"}]),
     "waits_on_host": ("ppo.collector", [{"trunk_memory": "host"}, {"trunk_memory": "device"}]),
     "scoring_keeps_graph": ("ppo.update", [{}, {"num_mini_batches": 2}, {"max_tokens_per_microbatch": 40}]),
 }

@@ -6,6 +6,7 @@ import tiny_runs
 from transformers import TrainingArguments
 
 import goose_lora.cli.stage as cli_stage
+from goose_lora.data.rows import DataArguments
 from goose_lora.files import read_jsonl, write_json
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.reporting import html_report
@@ -141,7 +142,8 @@ def test_what_ends_a_stage_of_ppo_writes_the_page_before_it_says_that_the_stage_
     )
     monkeypatch.setattr(cli_stage.hub, "push_result", lambda *args: None)
     config = TrainingArguments(output_dir=str(folder), use_cpu=True)
-    cli_stage.finish(stage, config, ModelArguments("x"), figures={}, tokenizer=None, data=[])
+    begun = cli_stage.Stage(stage, config, ModelArguments("x"), DataArguments("rows.jsonl"))
+    begun.leave(None, figures={}, data=[], parents={})
     assert order == ["lineage", "card", f"whole, page {has_page}"]
 
 

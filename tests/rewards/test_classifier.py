@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from goose_lora.rewards.classifier import RewardModel, reward_sources
+from goose_lora.rewards.classifier import ClassifierReward, reward_sources
 
 LETTERS = ["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz|"]
 
@@ -39,7 +39,7 @@ def save_classifier(folder, *, labels=1, template=None, kind="bert", **changes):
 
 
 def loaded(folder, spec="model:{}", **options):
-    return RewardModel(spec.format(folder), **options).load(tiny.arguments(), torch.device("cpu"))
+    return ClassifierReward(spec.format(folder), **options).load(tiny.arguments(), torch.device("cpu"))
 
 
 def by_hand(folder, text, output=0):
@@ -72,9 +72,9 @@ def test_one_label_of_several_can_be_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"has the labels LABEL_0, LABEL_1, LABEL_2. Name one of them: .*#LABEL_0"
     ):
-        RewardModel(f"model:{folder}")
+        ClassifierReward(f"model:{folder}")
     with pytest.raises(ValueError, match="has the labels LABEL_0"):
-        RewardModel(f"model:{folder}#GOOD")
+        ClassifierReward(f"model:{folder}#GOOD")
 
 
 def test_a_text_that_is_too_long_loses_its_beginning(tmp_path):
@@ -94,8 +94,8 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded(tmp_path):
     with pytest.raises(
         ValueError, match=r"a reward model is a sequence classifier, and this is LlamaForCausalLM"
     ):
-        RewardModel(f"model:{tiny.save_base(tmp_path / 'base')}")
-    model = RewardModel(f"model:{save_classifier(tmp_path / 'bert')}")
+        ClassifierReward(f"model:{tiny.save_base(tmp_path / 'base')}")
+    model = ClassifierReward(f"model:{save_classifier(tmp_path / 'bert')}")
     model.check("text")
     with pytest.raises(
         ValueError, match="the prompts are chat messages, and its tokenizer has no chat template"
@@ -107,15 +107,17 @@ def test_what_does_not_fit_is_said_before_weights_are_loaded(tmp_path):
 def test_sources_are_the_adapter_functions_and_models(tmp_path):
     folder = save_classifier(tmp_path)
     adapter, function, model = reward_sources(
-        ["adapter", f"{__file__}:constant", f"model:{folder}"], adapter="there"
+        ["adapter", f"{__file__}:constant", f"model:{folder}"], has_adapter=True
     )
-    assert adapter == "adapter" and function(completions=["a"]) == [1.0] and isinstance(model, RewardModel)
+    assert (
+        adapter == "adapter" and function(completions=["a"]) == [1.0] and isinstance(model, ClassifierReward)
+    )
     assert model.__name__ == tmp_path.name and model.model is None
-    assert reward_sources(None, adapter="there") == ["adapter"]
+    assert reward_sources(None, has_adapter=True) == ["adapter"]
     with pytest.raises(ValueError, match="nothing scores the replies"):
-        reward_sources(None, adapter=None)
+        reward_sources(None, has_adapter=False)
     with pytest.raises(ValueError, match="nothing scores the replies"):
-        reward_sources("adapter", adapter=None)
+        reward_sources("adapter", has_adapter=False)
 
 
 def constant(completions, **columns):

@@ -401,7 +401,7 @@ def test_the_verdict_is_on_all_untied_pairs_and_on_scores_less_the_bias(tmp_path
         for k in range(len(own))
         if i < len(own) and ranks[i] < ranks[k]
     ]
-    made = reward_model.judge(ranked, found, found, bias=0.25)
+    made = reward_model.evaluate_reward_model(ranked, found, found, bias=0.25)
     assert made.n_pairs == len(pairs) == 3 + 1 + 5 + 1 and made.n_prompts == 4
     assert (
         made.accuracy.value

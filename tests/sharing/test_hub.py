@@ -21,9 +21,9 @@ from transformers import TrainingArguments
 
 from goose_lora import cli
 from goose_lora.apps.session import inspect_run
-from goose_lora.models.adapters import local_folder, read_lineage
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.loading import load_base, load_tokenizer, require_adapter
+from goose_lora.models.folders import AdapterFolder, local_folder, read_lineage
+from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.sharing import hub, provenance
 
@@ -234,7 +234,7 @@ def test_roles_load_from_the_hub_by_name_folder_and_revision(server, run):
     def logits(policy, **roles):
         shared = SharedBase.build(load_base(args, load_tokenizer(args)), policy, **roles)
         with shared.role("policy") as core, shared.autocast():
-            return core(input_ids=ids, attention_mask=mask).logits, shared.offsets["reward"]
+            return core(input_ids=ids, attention_mask=mask).logits, shared.head_bias["reward"]
 
     new_there, offset = logits(REPO, reward=f"{REPO}/reward", reference=f"{REPO}@{old}")
     new_here, _ = logits(run / "ppo")
@@ -248,9 +248,9 @@ def test_roles_load_from_the_hub_by_name_folder_and_revision(server, run):
         torch.testing.assert_close(
             plain(input_ids=ids, attention_mask=mask).logits.float(), new_here.float(), rtol=0, atol=0.1
         )
-    folder = require_adapter("policy_adapter", f"{REPO}@{old}", ModelArguments("org/base"))
-    assert read_lineage(folder)["stage"] == "sft"
-    shown = provenance.describe_chain(folder)
+    folder = AdapterFolder.open("policy_adapter", f"{REPO}@{old}", base="org/base")
+    assert folder.lineage["stage"] == "sft"
+    shown = provenance.describe_chain(folder.path)
     assert (
         f'PeftModel.from_pretrained(base, "{REPO}", revision="{old}")' in shown
         and 'AutoModelForCausalLM.from_pretrained("org/base"' in shown
@@ -279,14 +279,14 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_is_an_error_with_both_ways_o
             r" .*output_dir.*user/repo@revision"
         ),
     ):
-        require_adapter("policy_adapter", "nobody/sft", ModelArguments("org/base"))
+        AdapterFolder.open("policy_adapter", "nobody/sft", base="org/base")
 
 
 def test_a_folder_that_is_missing_beside_others_is_not_looked_for_on_the_hub(server, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with pytest.raises(ValueError, match=r"policy_adapter: runs/sft has no adapter_config.json"):
-        require_adapter("policy_adapter", "runs/sft", ModelArguments("org/base"))
+        AdapterFolder.open("policy_adapter", "runs/sft", base="org/base")
     assert server.requests == []
 
 

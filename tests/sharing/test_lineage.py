@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 
 from goose_lora import cli
-from goose_lora.models.adapters import read_lineage, write_lineage
+from goose_lora.data.rows import fingerprint
+from goose_lora.models.folders import read_lineage, write_lineage
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu
 from goose_lora.models.shared_base import SharedBase
@@ -97,10 +98,10 @@ def test_no_secret_is_recorded(whole):
 
 def test_a_fingerprint_depends_on_every_row_and_on_nothing_else():
     rows = [{"a": "ä", "b": [1, 2]}, {"a": "x", "b": []}]
-    same = lineage.fingerprint("n", "s", Dataset.from_list([{"b": row["b"], "a": row["a"]} for row in rows]))
-    assert lineage.fingerprint("n", "s", Dataset.from_list(rows)) == same
+    same = fingerprint("n", "s", Dataset.from_list([{"b": row["b"], "a": row["a"]} for row in rows]))
+    assert fingerprint("n", "s", Dataset.from_list(rows)) == same
     for other in (rows[:1], rows[::-1], [rows[0], {"a": "y", "b": []}]):
-        assert lineage.fingerprint("n", "s", Dataset.from_list(other))["sha256"] != same["sha256"]
+        assert fingerprint("n", "s", Dataset.from_list(other))["sha256"] != same["sha256"]
 
 
 def test_the_chain_runs_from_the_base_to_the_policy_and_fits(whole):
@@ -259,7 +260,7 @@ def test_an_older_note_beside_a_reward_adapter_is_still_read(run):
     write_lineage(run / "reward", append_eos=False, reward_bias=0.5)
     args = tiny_chain.arguments(str(run / "base"))
     shared = SharedBase.build(load_base(args, load_tokenizer(args)), run / "sft", reward=run / "reward")
-    assert (shared.reads_eos, shared.offsets["reward"]) == (False, 0.5)
+    assert (shared.reward_reads_eos, shared.head_bias["reward"]) == (False, 0.5)
     old = {"name": "x", "sha256": "0", "verdict": None, "lineage": {"append_eos": True}}
     change(run / "ppo", parents=read_lineage(run / "ppo")["parents"] | {"reward": old})
     assert [link.stage for link in provenance.read_chain(run / "ppo")] == ["sft", "adapter", "ppo"]

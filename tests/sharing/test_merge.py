@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from goose_lora import cli
-from goose_lora.models.adapters import read_lineage, write_lineage
+from goose_lora.models.folders import read_lineage, write_lineage
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.sharing import merge

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from goose_lora.files import read_json
-from goose_lora.models.adapters import read_lineage, write_lineage
+from goose_lora.models.folders import read_lineage, write_lineage
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.reporting import figures
 from goose_lora.sharing import lineage, model_card

@@ -9,7 +9,7 @@ from io import BytesIO
 from PIL import Image
 
 from goose_lora.files import write_json, write_jsonl
-from goose_lora.models.adapters import write_lineage
+from goose_lora.models.folders import write_lineage
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 VERDICT = {

@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
+from goose_lora.data.rows import fingerprint
 from goose_lora.files import write_json, write_jsonl
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.loading import load_base, load_tokenizer
@@ -43,6 +44,11 @@ def build(folder: Path, *, quantization: str = "nf4") -> Path:
             output_dir=str(folder / stage), learning_rate=0.0123, use_cpu=True, hub_token=TOKEN
         )
         words = ["--config", "x.yaml", "--hub_token", TOKEN]
+        noted = {
+            "settings": [config],
+            "data": [fingerprint("tiny/prompts", "train", rows)],
+            "command": lineage.recorded_command(stage, words),
+        }
         figures = {**figures, "seconds": 7.5, "peak_rss_gb": 1.25}
         lineage.record(
             folder / stage,
@@ -50,10 +56,8 @@ def build(folder: Path, *, quantization: str = "nf4") -> Path:
             model=args,
             tokenizer=tokenizer,
             figures=figures,
-            settings=[config],
-            data=[lineage.fingerprint("tiny/prompts", "train", rows)],
             parents=parents,
-            command=lineage.recorded_command(stage, words),
+            **noted,
             **facts,
         )
         write_json(folder / stage / "stage.json", {"stage": stage, **figures})

@@ -13,7 +13,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import TrainingArguments
 
-from goose_lora.cli.stage import begin
+from goose_lora.cli.stage import Stage
+from goose_lora.data.rows import DataArguments
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.training.launch import require_all_processes, require_ddp, require_one_process
@@ -115,7 +116,7 @@ def test_processes_that_would_train_each_alone_are_refused(tmp_path, monkeypatch
     require_all_processes(args)  # some clouds set it for all of their machines
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match=r"^2 processes .* alone.*--use_cpu true"):
-        begin("sft", args, ModelArguments("never loaded"))
+        Stage.begin("sft", args, ModelArguments("never loaded"), DataArguments("rows.jsonl"))
 
 
 def test_evaluation_is_one_process(tmp_path):
@@ -162,7 +163,8 @@ def test_a_stage_begins_at_its_seed_whatever_was_drawn_before(tmp_path):
     def drawn(seed, ambient):
         torch.manual_seed(ambient)
         args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], seed=seed)
-        assert begin("sft", args, ModelArguments("base")) is None
+        begun = Stage.begin("sft", args, ModelArguments("base"), DataArguments("rows.jsonl"))
+        assert begun.checkpoint is None
         return torch.rand(3)
 
     assert torch.equal(drawn(0, 5), drawn(0, 6)) and not torch.equal(drawn(0, 5), drawn(1, 5))

@@ -1,0 +1,13 @@
+"""The public names of goose_lora.cli."""
+
+from .commands import COMMANDS as COMMANDS
+from .commands import command_line as command_line
+from .commands import main as main
+from .parser import check_settings as check_settings
+from .parser import parse as parse
+from .parser import read_config as read_config
+from .process import command as command
+from .process import continuing as continuing
+from .process import keep_freed_memory as keep_freed_memory
+from .process import quiet_libraries as quiet_libraries
+from .stage import Stage as Stage
