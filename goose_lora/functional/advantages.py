@@ -113,7 +113,7 @@ def token_rewards(
     left of it, so that a reply's rewards always sum to its score and KL. TRL 0.12-1.12 puts the
     score on the padding after the end-of-text token, whose value enters the estimate.
     """
-    # The penalty stands at every token, whatever the KL says outside the mask.
+    # No KL is charged outside the mask.
     scores, kl = _upcast(scores), _upcast(kl)
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
 

@@ -1,8 +1,8 @@
-"""What a rollout holds and how it is cut into microbatches."""
+"""Replies to a batch of prompts, and groups of them put together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,18 +11,25 @@ from torch import Tensor
 from goose_lora.errors import UserError
 from goose_lora.functional import last_counted
 
+# What transformers declares of a tokenizer's eos_token_id and pad_token_id; here it is an int.
+SpecialTokenId = int | list[int] | str | list[str] | Any | None
+
 
 @dataclass
 class Rollout:
-    """B replies of up to T tokens. Sequences are left-padded prompts followed by replies: L = P +
-    T; all replies begin in one column.
+    """B replies of up to T tokens.
 
-    ``response_mask`` is true where a reply's token counts, the one that ends it included;
-    everything after it is padding. A reply may have
-    holes: tokens between its own that others wrote (a user, a tool), which are attended to and not
-    trained on. ``ended`` tells which replies ended by themselves. ``sampling_logprobs`` are those
-    of the moment of sampling, to be compared with what the update computes. ``trunk`` is the output
-    of the policy's lower layers, where it was noted while generating.
+    Sequences are left-padded prompts followed by replies: L = P + T. All replies begin in one
+    column. A reply may have holes: tokens between its own that others wrote (a user, a tool), which
+    are attended to and not trained on.
+
+    Attributes:
+        response_mask: true where a reply's token counts, the one that ends it included; everything
+            after it is padding.
+        ended: which replies ended by themselves.
+        sampling_logprobs: those of the moment of sampling, to be compared with what the update
+            computes.
+        trunk: the output of the policy's lower layers, where it was noted while generating.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -33,9 +40,9 @@ class Rollout:
     trunk: Float[Tensor, "B L H"] | None = None
 
     def __post_init__(self) -> None:
-        if self.input_ids.shape != self.attention_mask.shape or len(self.response_mask) != len(
-            self.input_ids
-        ):
+        # What is cut wrongly shows here, and not as an index error in the update.
+        same_rows = len(self.response_mask) == len(self.input_ids)
+        if self.input_ids.shape != self.attention_mask.shape or not same_rows:
             raise UserError(
                 f"rollout: input_ids {tuple(self.input_ids.shape)}, attention_mask"
                 f" {tuple(self.attention_mask.shape)} and response_mask {tuple(self.response_mask.shape)} do"
@@ -46,6 +53,7 @@ class Rollout:
 
     @property
     def prompt_tokens(self) -> int:
+        # Width of the prompts, padding included.
         return self.input_ids.shape[1] - self.response_mask.shape[1]
 
     @property
@@ -54,53 +62,59 @@ class Rollout:
 
     @property
     def lengths(self) -> Int[Tensor, " B"]:
+        """Counted tokens of each reply."""
         return self.response_mask.sum(-1)
 
-    def ends_with_token(self, token_id: Any) -> Bool[Tensor, " B"]:
-        """Whether each reply's last counted token is ``token_id``."""
+    def ends_with_token(self, token_id: SpecialTokenId) -> Bool[Tensor, " B"]:
+        """Return whether each reply's last counted token is ``token_id``."""
+        # Its column in the reply, then in the sequence.
         last = last_counted(self.response_mask.long()) + self.prompt_tokens
-        return self.input_ids.gather(1, last[:, None]).squeeze(1) == token_id
+        return self.input_ids.gather(1, last[:, None]).squeeze(1) == cast(int, token_id)
 
     def response_ids(self) -> list[list[int]]:
-        """Token ids of each reply, padding left out."""
+        """Return the token ids of each reply, padding left out."""
         replies = self.input_ids[:, self.prompt_tokens :]
         return [ids[mask].tolist() for ids, mask in zip(replies, self.response_mask, strict=True)]
 
     def prompt_ids(self) -> list[list[int]]:
-        prompts, masks = (
-            self.input_ids[:, : self.prompt_tokens],
-            self.attention_mask[:, : self.prompt_tokens].bool(),
-        )
+        """Return the token ids of each prompt, padding left out."""
+        prompts = self.input_ids[:, : self.prompt_tokens]
+        masks = self.attention_mask[:, : self.prompt_tokens].bool()
         return [ids[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
 
 
-def joined(parts: Sequence[Rollout], order: Int[Tensor, " B"], pad_token_id: Any) -> Rollout:
-    """Groups of other widths as one rollout, its rows where they were: row i of the parts is row
-    ``order[i]``."""
-    prompt_tokens, reply_tokens = (
-        max(getattr(part, name) for part in parts) for name in ("prompt_tokens", "response_tokens")
-    )
+def joined(parts: Sequence[Rollout], order: Int[Tensor, " B"], pad_token_id: SpecialTokenId) -> Rollout:
+    """Return groups of rows of other widths as one rollout.
 
-    def column(name: str, fill: Any, *, of_reply: bool) -> Tensor | None:
-        found = [getattr(part, name) for part in parts]
-        if found[0] is None:
-            return None
+    Row i of the groups, one after another, becomes row ``order[i]``.
+    """
+    prompt_tokens = max(part.prompt_tokens for part in parts)
+    response_tokens = max(part.response_tokens for part in parts)
+    # Where each row of the result stands among the groups' rows.
+    places = order.argsort()
+
+    def together(tensors: Sequence[Tensor], fill: float, *, of_reply: bool = False) -> Tensor:
+        # Prompts are padded on the left and replies on the right, so that replies stay aligned.
         padded = []
-        for part, x in zip(parts, found, strict=True):
+        for part, x in zip(parts, tensors, strict=True):
             left = 0 if of_reply else prompt_tokens - part.prompt_tokens
-            padded.append(
-                torch.nn.functional.pad(
-                    x, (*[0, 0] * (x.dim() - 2), left, reply_tokens - part.response_tokens), value=fill
-                )
-            )
-        whole = torch.cat(padded)
-        return whole[order.argsort().to(whole.device)]
+            right = response_tokens - part.response_tokens
+            after_columns = [0, 0] * (x.dim() - 2)
+            padded.append(torch.nn.functional.pad(x, (*after_columns, left, right), value=fill))
+        rows = torch.cat(padded)
+        return rows[places.to(rows.device)]
 
+    # These two are there in all groups or in none.
+    sampling_logprobs = trunk = None
+    if logprobs := [part.sampling_logprobs for part in parts if part.sampling_logprobs is not None]:
+        sampling_logprobs = together(logprobs, 0.0, of_reply=True)
+    if trunks := [part.trunk for part in parts if part.trunk is not None]:
+        trunk = together(trunks, 0.0)
     return Rollout(
-        column("input_ids", pad_token_id, of_reply=False),  # type: ignore[arg-type]
-        column("attention_mask", 0, of_reply=False),  # type: ignore[arg-type]
-        column("response_mask", False, of_reply=True),  # type: ignore[arg-type]
-        torch.cat([part.ended for part in parts])[order.argsort()],
-        column("sampling_logprobs", 0.0, of_reply=True),
-        column("trunk", 0.0, of_reply=False),
+        input_ids=together([part.input_ids for part in parts], cast(int, pad_token_id)),
+        attention_mask=together([part.attention_mask for part in parts], 0),
+        response_mask=together([part.response_mask for part in parts], False, of_reply=True),
+        ended=torch.cat([part.ended for part in parts])[places],
+        sampling_logprobs=sampling_logprobs,
+        trunk=trunk,
     )

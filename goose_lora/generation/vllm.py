@@ -1,17 +1,18 @@
-"""Rollouts by vLLM, in the same process and on the same device: it holds a base of its own, and
-before each rollout gets the policy's adapter.
+"""Rollouts by vLLM, in the same process and on the same device.
 
-The settings are those of vLLM 0.32.
+vLLM holds a base of its own, and gets the policy's adapter before each rollout. The settings are
+those of vLLM 0.32.
 """
 
 import importlib
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,11 +36,29 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 _SCRATCH = "goose_lora-vllm-"
 
 
-def require_vllm() -> Any:
-    """The package vllm, told to stay in this process and to report to nobody.
+class TokenLogprob(Protocol):
+    """vLLM's log-probability of one token."""
+
+    @property
+    def logprob(self) -> float: ...
+
+
+class VLLMReply(Protocol):
+    """One reply of vLLM's: its ``CompletionOutput``."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def logprobs(self) -> Sequence[Mapping[int, TokenLogprob]]: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+
+
+def require_vllm() -> ModuleType:
+    """Return the package vllm, told to stay in this process and to report to nobody.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -54,8 +73,9 @@ def require_vllm() -> Any:
 
 
 class VLLMEngine:
-    """Samples from the policy of ``shared`` by vLLM. Weights of the base are read once,
-    dequantized, when it is made; it sleeps between rollouts.
+    """Sampling from the policy of ``shared`` by vLLM.
+
+    Weights of the base are read once, dequantized, when it is made; it sleeps between rollouts.
 
     Args:
         generation: lengths, temperature and tokens that end a reply, from
@@ -66,7 +86,7 @@ class VLLMEngine:
         stop_strings: texts that end a reply, besides the tokens of ``generation``.
 
     Raises:
-        ValueError: vllm is not installed, or for another device; or the policy's adapter is of a
+        UserError: vllm is not installed, or for another device; or the policy's adapter is of a
             kind that it does not load.
     """
 
@@ -81,14 +101,17 @@ class VLLMEngine:
         memory_share: float,
         stop_strings: Sequence[str] | None = None,
     ):
+        # What can be refused is, before weights are written.
         vllm = require_vllm()
         self.shared, self.tokenizer, self.generation = shared, tokenizer, generation
         self.stop_strings = list(stop_strings or [])
         self.prompt_tokens, self._syncs = prompt_tokens, 0
         rank = _rank(shared)
-        weight: Any = shared.get_base_model().get_output_embeddings().weight  # type: ignore[operator]
+        weight = shared.get_base_model().get_output_embeddings().weight  # type: ignore[operator]
         self._sleeps = weight.device.type == "cuda"
         _require_device(weight.device.type)
+
+        # vLLM reads a model from a folder.
         with _random_numbers_kept(), tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
             # No adapter is called so: what is written is the base as it computes here.
             DenseCopy(shared).become("base").save_pretrained(folder)
@@ -115,13 +138,13 @@ class VLLMEngine:
     def sample(
         self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], *, greedy: bool = False
     ) -> Rollout:
-        """One reply to each left-padded prompt, by the policy as it is now.
+        """Return one reply to each left-padded prompt, by the policy as it is now.
 
         Each reply has a seed of its own, which torch's generator draws, so that a resumed run
         writes what the uninterrupted one would have.
 
         Raises:
-            ValueError: a prompt that is too long, or log-probabilities that are not finite.
+            UserError: a prompt that is too long, or log-probabilities that are not finite.
         """
         longest = int(attention_mask.sum(-1).max())
         if longest > self.prompt_tokens:
@@ -129,20 +152,29 @@ class VLLMEngine:
                 f"a prompt of {longest} tokens, and rollout_engine: vllm has room for {self.prompt_tokens}."
                 " Raise max_prompt_tokens."
             )
+
+        # vLLM takes lists without padding.
         prompts = [
             {"prompt_token_ids": ids[seen].tolist()}
             for ids, seen in zip(input_ids, attention_mask.bool(), strict=True)
         ]
-        seeds = [None] * len(prompts) if greedy else torch.randint(2**31, (len(prompts),)).tolist()
+        seeds: list[int | None] = [None] * len(prompts)
+        if not greedy:
+            seeds = torch.randint(2**31, (len(prompts),)).tolist()
         with _random_numbers_kept(), self._awake(), self._policy() as adapter:
             outputs = self.llm.generate(
-                prompts, [self._parameters(seed) for seed in seeds], lora_request=adapter, use_tqdm=False
+                prompts,
+                [self._parameters(seed) for seed in seeds],
+                lora_request=adapter,
+                use_tqdm=False,
             )
         return self._rollout(input_ids, attention_mask, [output.outputs[0] for output in outputs])
 
-    def _parameters(self, seed: int | None) -> Any:
-        """Under which the log-probabilities of a plain forward are those of sampling; greedy
-        without a seed."""
+    def _parameters(self, seed: int | None) -> object:
+        """Return vLLM's settings of one reply; greedy without a seed.
+
+        Under them the log-probabilities of a plain forward are those of sampling.
+        """
         return require_vllm().SamplingParams(
             temperature=0.0 if seed is None else self.generation.temperature,
             seed=seed,
@@ -161,8 +193,7 @@ class VLLMEngine:
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
-        """Inside, vLLM's weights and cache are on the device; otherwise the weights wait in the
-        host's memory."""
+        """Inside, vLLM's weights and cache are on the device; else the weights are on the host."""
         self._give_back()
         if self._sleeps:
             self.llm.wake_up()
@@ -173,23 +204,22 @@ class VLLMEngine:
                 self.llm.sleep(level=1)
 
     def _give_back(self) -> None:
-        """Memory that torch's allocator holds and does not use: vLLM cannot have it otherwise."""
+        """Leave vLLM the memory that torch's allocator holds and does not use."""
         if self._sleeps:
             torch.cuda.empty_cache()
 
     @contextmanager
-    def _policy(self) -> Iterator[Any]:
-        """Inside, vLLM has the policy's adapter as it is now, under a name and a number that were
-        never used: it keeps adapters by number, and what it has read of a prompt by name."""
+    def _policy(self) -> Iterator[object]:
+        """Inside, vLLM has the policy's adapter as it is now; yields its request for it."""
+        # The name and the number were never used: vLLM keeps adapters by number, and what it has
+        # read of a prompt by name.
         self._syncs += 1
         with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
             weights = get_peft_model_state_dict(
                 self.shared, adapter_name=ADAPTERS["policy"], save_embedding_layers=False
             )
-            save_file(
-                {name: x.detach().cpu().contiguous() for name, x in weights.items()},
-                Path(folder) / ADAPTER_WEIGHTS,
-            )
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+            save_file(tensors, Path(folder) / ADAPTER_WEIGHTS)
             self.shared.peft_config[ADAPTERS["policy"]].save_pretrained(folder)
             request = importlib.import_module("vllm.lora.request").LoRARequest(
                 f"policy-{self._syncs}", self._syncs, folder
@@ -201,6 +231,7 @@ class VLLMEngine:
             self.llm.llm_engine.remove_lora(self._syncs)
 
     def _try_adapter(self) -> None:
+        """Refuse an adapter that vLLM does not load, before the first rollout."""
         try:
             with self._policy():
                 pass
@@ -211,13 +242,17 @@ class VLLMEngine:
             ) from error
 
     def _rollout(
-        self, input_ids: Int[Tensor, "B P"], attention_mask: Int[Tensor, "B P"], replies: Sequence[Any]
+        self,
+        input_ids: Int[Tensor, "B P"],
+        attention_mask: Int[Tensor, "B P"],
+        replies: Sequence[VLLMReply],
     ) -> Rollout:
-        """Replies side by side, each cut where the project's own rules end it, which vLLM's agree
-        with but for how it decodes a stop text."""
+        """Return the replies as a rollout, each cut where the project's own rules end it.
+
+        vLLM's rules agree with them but for how it decodes a stop text.
+        """
         width, rows, device = max(len(reply.token_ids) for reply in replies), len(replies), input_ids.device
-        pad: Any = self.tokenizer.pad_token_id
-        ids = torch.full((rows, width), pad)
+        ids = torch.full((rows, width), self.tokenizer.pad_token_id)  # type: ignore[arg-type]
         logprobs, written = torch.zeros(rows, width), torch.zeros(rows, width, dtype=torch.bool)
         for row, reply in enumerate(replies):
             count = len(reply.token_ids)
@@ -226,6 +261,8 @@ class VLLMEngine:
                 [seen[token].logprob for seen, token in zip(reply.logprobs, reply.token_ids, strict=True)]
             )
             written[row, :count] = True
+
+        # A token of probability 0 or NaN would spoil the first ratio without a word.
         broken = int((~torch.isfinite(logprobs)).any(-1).sum())
         if broken:
             raise UserError(
@@ -233,6 +270,8 @@ class VLLMEngine:
                 " diverged, or the base overflows in this dtype. Lower the learning rate, or use dtype:"
                 " bfloat16 or float32."
             )
+
+        # A stop text is looked for token by token, as while transformers writes.
         mask, ended = response_mask(ids, self.generation.eos_token_id)  # type: ignore[arg-type]
         mask = mask & written
         if self.stop_strings:
@@ -241,31 +280,31 @@ class VLLMEngine:
                 stop(ids[:, : column + 1], logprobs)
             mask, ended = stop.cut(mask, ended)
         ended = ended | torch.tensor([reply.finish_reason == "stop" for reply in replies])
+
+        # Columns that no reply counts are dropped.
         kept = int(mask.sum(-1).max())
-        ids, mask, logprobs = (x[:, :kept].to(device) for x in (ids, mask, torch.where(mask, logprobs, 0.0)))
+        logprobs = torch.where(mask, logprobs, 0.0)
+        ids, mask, logprobs = (x[:, :kept].to(device) for x in (ids, mask, logprobs))
         return Rollout(
-            torch.cat([input_ids, ids], dim=1),
-            torch.cat([attention_mask, mask.long()], dim=1),
-            mask,
-            ended.to(device),
-            logprobs,
+            input_ids=torch.cat([input_ids, ids], dim=1),
+            attention_mask=torch.cat([attention_mask, mask.long()], dim=1),
+            response_mask=mask,
+            ended=ended.to(device),
+            sampling_logprobs=logprobs,
         )
 
 
 def _rank(shared: SharedBase) -> int:
-    """The smallest rank that vLLM has room for and the policy's adapter fits into.
+    """Return the smallest rank that vLLM has room for and the policy's adapter fits into.
 
     Raises:
-        ValueError: the adapter is none of plain LoRA on linear layers, or larger than any.
+        UserError: the adapter is none of plain LoRA on linear layers, or larger than any.
     """
     name = ADAPTERS["policy"]
     config: Any = shared.peft_config[name]
-    layers: list[Any] = [layer for layer in shared.modules() if isinstance(layer, LoraLayer)]
-    if (
-        any(name in layer.lora_variant or name in layer.lora_embedding_A for layer in layers)
-        or config.lora_bias
-        or config.bias != "none"
-    ):
+    layers = [layer for layer in shared.modules() if isinstance(layer, LoraLayer)]
+    special = any(name in layer.lora_variant or name in layer.lora_embedding_A for layer in layers)
+    if special or config.lora_bias or config.bias != "none":
         raise UserError(
             "rollout_engine: vllm loads plain LoRA on linear layers only, without biases. Use rollout_engine:"
             " transformers."
@@ -280,6 +319,7 @@ def _rank(shared: SharedBase) -> int:
 
 
 def _require_device(kind: str) -> None:
+    """Refuse a vLLM that is built for another device than the base's."""
     built = importlib.import_module("vllm.platforms").current_platform.device_type
     if built != kind:
         raise UserError(
@@ -291,8 +331,9 @@ def _require_device(kind: str) -> None:
 
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    """vLLM seeds the whole process when it starts: what training draws afterwards must not depend
-    on that."""
+    """Put all generators of random numbers back afterwards as they were before."""
+    # vLLM seeds the whole process when it starts: what training draws afterwards must not depend on
+    # that.
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

@@ -418,7 +418,7 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 
 @dataclass
 class PlannedRoles:
-    """``RoleSettings`` as ``goose-lora plan`` reads them from a file."""
+    """The settings of recipes/ppo.py that concern roles and take memory."""
 
     policy_adapter: str | None = field(default=None, metadata={"help": "Folder of the SFT adapter."})
     reward_adapter: str | None = field(default=None, metadata={"help": "Folder of the reward adapter."})
