@@ -1,11 +1,10 @@
-"""FLOPs of one step counted by hand, in matrix products alone: the limit that a design has, for any
-model, length and batch.
+"""FLOPs of one step counted by hand, in matrix products alone.
 
-A multiplication with an addition is 2 FLOPs. Attention's products of length by length are left out,
-as ``torch``'s counter leaves out the fused kernel on a CPU. A forward through a frozen matrix with
-LoRA costs the matrix and both factors; the backward pass of a frozen matrix is one product (the
-gradient of its input), of a factor two; the lowest layer that trains needs no gradient of its
-input.
+They are the limit that a design has, for any model, length and batch. A multiplication with an
+addition is 2 FLOPs. Attention's products of length by length are left out, as ``torch``'s counter
+leaves out the fused kernel on a CPU. A forward through a frozen matrix with LoRA costs the matrix
+and both factors; the backward pass of a frozen matrix is one product (the gradient of its input),
+of a factor two; the lowest layer that trains needs no gradient of its input.
 """
 
 from dataclasses import dataclass
@@ -40,8 +39,8 @@ class Shape:
 
     @property
     def by_position(self) -> list[tuple[int, int]]:
-        """Those that the last layer runs only where its states are read: all but keys and
-        values."""
+        """The linears that the last layer runs only where its states are read."""
+        # All but keys and values.
         return [matrix for index, matrix in enumerate(self.linears) if index not in (1, 2)]
 
     @property
@@ -85,8 +84,9 @@ class Work:
 
 
 def goose(shape: Shape, work: Work, *, layers: int, critic: str | None) -> dict[str, int]:
-    """This project's PPO with adapters in the ``layers`` uppermost layers; ``critic`` as in
-    PPOConfig, None for RLOO and GRPO with a reward adapter.
+    """Count this project's PPO with adapters in the ``layers`` uppermost layers.
+
+    ``critic`` is as in PPOConfig, None for RLOO and GRPO with a reward adapter.
 
     One minibatch: the update's first forward is the one that scoring makes, as in every rollout but
     a run's first. Generation is by the merged copy, without adapters; the trunk is noted on the
@@ -116,8 +116,10 @@ def goose(shape: Shape, work: Work, *, layers: int, critic: str | None) -> dict[
 
 
 def trl_ppo(shape: Shape, work: Work) -> dict[str, int]:
-    """TRL 1.12.0's PPO: LoRA on all linear layers of the policy, a value model that trains whole, a
-    reward model; logits of prompt and reply."""
+    """Count TRL 1.12.0's PPO, with LoRA on all linear layers of the policy.
+
+    A value model trains whole, beside a reward model; logits are those of prompt and reply.
+    """
     lora, body = shape.lora(work.rank), shape.layers * shape.layer
     policy = body + shape.layers * lora
     head = shape.head * work.tokens
@@ -128,14 +130,14 @@ def trl_ppo(shape: Shape, work: Work) -> dict[str, int]:
 
 
 def _above_lowest(shape: Shape) -> int:
-    """FLOPs of the input gradients inside the lowest layer that trains: its first three products
-    need none of their own input."""
+    """Return the FLOPs of the input gradients inside the lowest layer that trains."""
+    # Its first three products need no gradient of their own input.
     first = 2 * shape.hidden * (shape.queries + 2 * shape.keys)
     return shape.layer - first
 
 
 def _generate(shape: Shape, work: Work, lora: int = 0) -> int:
-    """A cache: each token but the last goes through the layers once, and the head at each of the
-    reply's tokens."""
+    """Return the FLOPs of generation with a cache."""
+    # Each token but the last goes through the layers once, and the head at each reply token.
     tokens = work.batch * (work.prompt + work.response - 1)
     return tokens * (shape.layers * shape.layer + lora) + work.replies * shape.head

@@ -1,16 +1,15 @@
-"""The demo's PPO stage beside TRL 1.12.0's PPO: the same SFT model, reward model, prompts, number
-of samples and epochs.
+"""The demo's PPO stage beside TRL 1.12.0's PPO, from the same models and prompts.
 
-    python benchmarks/demo_trl.py --trl-ppo .venv-parity/bin/python --output runs/demo_trl [--seeds
-    0 1 2] [--dtype float32] [--rollouts 20]
+    python benchmarks/demo_trl.py --trl-ppo .venv-parity/bin/python --output runs/demo_trl \\
+        [--seeds 0 1 2] [--dtype float32] [--rollouts 20]
 
 For each seed: SFT and reward model by the recipes (once; ``benchmarks/modes.py`` leaves the same),
 PPO by ``recipes/ppo.py``, and TRL's PPO on dense copies of the two, dequantized and merged, with a
 fresh LoRA adapter whose reference is the base below it. TRL's ``kl_coef`` is of raw scores, so it
-gets the demo's times the standard deviation of the reference's. Then 200 held-out prompts at
-temperature 1, judged by VADER. CPU seconds on one
-thread: here of the whole stage but its imports, of TRL's of ``train()`` alone. What is finished is
-not run again.
+gets the demo's times the standard deviation of the reference's. Numbers of samples and epochs are
+the same. Then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds on one thread:
+here of the whole stage but its imports, of TRL's of ``train()`` alone. What is finished is not run
+again.
 """
 
 import argparse
@@ -58,8 +57,8 @@ def prompts_of(name: str, tokenizer: Any, rows: int | None = None) -> list[list[
 
 
 def write_start(seed_folder: Path, dtype: str) -> None:
-    """The policy's and the reward model's dense copies, the tokenizer, and the prompts, for an
-    environment without this project."""
+    """Write what TRL starts from: dense copies of both models, the tokenizer and the prompts."""
+    # Its environment does not have this project.
     shared, tokenizer = shared_base(seed_folder, dtype)
     dense = DenseCopy(shared)
     dense.become("policy")
@@ -82,8 +81,8 @@ def write_start(seed_folder: Path, dtype: str) -> None:
 
 
 def score_std(folder: Path) -> float:
-    """What the recipe has divided scores by, from its own log: raw and normalised scores are a
-    line."""
+    """Return what the recipe has divided scores by, from its own log."""
+    # Raw and normalised scores lie on one line.
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "objective/raw_score" in row]
     first, last = rows[0], rows[-1]
     return (last["objective/raw_score"] - first["objective/raw_score"]) / (
@@ -93,8 +92,10 @@ def score_std(folder: Path) -> float:
 
 @torch.no_grad()
 def judge_replies(seed_folder: Path, folder: Path, dtype: str) -> None:
-    """Figures of TRL's replies: log-probabilities under its policy were noted with them; SFT's and
-    the scores are computed here."""
+    """Compute the figures of TRL's replies: scores, and log-probabilities of the SFT model.
+
+    Log-probabilities under TRL's policy were noted with the replies.
+    """
     cli.quiet_libraries()
     shared, tokenizer = shared_base(seed_folder, dtype)
     rows = read_jsonl(folder / "replies.jsonl")

@@ -1,5 +1,7 @@
-"""One side of benchmarks/demo_trl.py: TRL 1.12.0's PPO on the demo's models, in an environment of
-its own. Started by it with a case as JSON."""
+"""One side of benchmarks/demo_trl.py: TRL 1.12.0's PPO on the demo's models.
+
+demo_trl.py starts it in an environment of its own, with a case as JSON.
+"""
 
 import json
 import time
@@ -49,8 +51,8 @@ def replies(model: Any, prompts: list[list[int]], tokenizer: Any, tokens: int) -
 
 
 def read_before_the_end(reward: Any, eos_token_id: int) -> None:
-    """The demo's reward model has learned from texts without the end token, so a reply that ends
-    with one is scored at the token before."""
+    """Score a reply that ends with the end token at the token before."""
+    # The demo's reward model has learned from texts without the end token.
 
     def shift(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         states, ends = output.hidden_states[-1], kwargs["input_ids"] == eos_token_id

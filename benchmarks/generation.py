@@ -1,9 +1,10 @@
-"""What makes a rollout's generation fast: a static cache and torch.compile beside the growing cache
-that rollouts use; and, of an nf4 base with LoRA in all linear layers, a dense copy beside the
-shared weights.
+"""What makes a rollout's generation fast: caches, torch.compile, and a dense copy.
 
-    python benchmarks/generation.py [--dtype float32] [--rows 32] [--tokens 32] [--prompt 32]
-    [--device cuda] [--of cache|weights]
+A static cache and torch.compile are compared with the growing cache that rollouts use; and, of an
+nf4 base with LoRA in all linear layers, a dense copy with the shared weights.
+
+    python benchmarks/generation.py [--dtype float32] [--rows 32] [--tokens 32] [--prompt 32] \\
+        [--device cuda] [--of cache|weights]
 
 SmolLM2-135M's shape, or BENCHMARK_SHAPE's, with random weights, greedy, one thread; CPU seconds of
 a batch, on a GPU those of the clock, the best of three, and of the first, which compiles. Needs a

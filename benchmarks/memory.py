@@ -1,12 +1,15 @@
-"""The plan of ``goose-lora plan`` against measured peaks: real PPO steps on CPU or GPU, and updates
-of larger models on fake tensors.
+"""The plan of ``goose-lora plan`` against measured peaks, on real and on fake tensors.
 
-    python benchmarks/memory.py steps    # whole PPO runs of small models, every byte that torch's
-    CPU allocator gives out counted python benchmarks/memory.py fake     # 0.5B to 8B models in nf4:
-    the real forward and backward on tensors that have shapes and no memory python
-    benchmarks/memory.py fits     # what the plan says fits into 8, 12, 16 and 24 GB with
-    checkpointing, and the fake update at that size python benchmarks/memory.py gpu      # on a GPU:
-    rollout and update of these models with random weights, and the peak of CUDA's caching allocator
+    python benchmarks/memory.py steps
+    python benchmarks/memory.py fake
+    python benchmarks/memory.py fits
+    python benchmarks/memory.py gpu
+
+steps: whole PPO runs of small models; every byte that torch's CPU allocator gives out is counted.
+fake: 0.5B to 8B models in nf4; the real forward and backward on tensors that have shapes and no
+memory. fits: what the plan says fits into 8, 12, 16 and 24 GB with checkpointing, and the fake
+update at that size. gpu: rollout and update of these models with random weights on a GPU, and the
+peak of CUDA's caching allocator.
 
 Fake tensors stand on the CPU; that PEFT casts inputs there, and not on a GPU, is put right. What a
 kernel takes inside itself does not show.
@@ -149,8 +152,8 @@ def settings(folder: str | Path, **changes: Any) -> PPOConfig:
 
 
 def small_model(folder: Any, **changes: Any) -> Any:
-    """Weights and tokenizer of a model that is small, but whose activations are most of its memory,
-    as in a large one."""
+    """Write a small model and its tokenizer; return the tokenizer."""
+    # Activations are most of its memory, as in a large one.
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SMALL | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -174,8 +177,10 @@ def ready_run(
     reward: Path | None,
     inside: Callable[[str], Any],
 ) -> PPOTrainer:
-    """A PPO run whose prompts and replies have full length, which is what the plan is for; each
-    phase is inside of what ``inside`` makes of it."""
+    """Return a PPO run whose prompts and replies have full length, as the plan assumes.
+
+    Each phase of it runs inside of what ``inside`` makes of the phase's name.
+    """
     base = load_base(model, tokenizer, device=config.device)
     plan = config.role_plan(has_policy=False, has_reward=reward is not None)
     shared = SharedBase.build(
@@ -212,8 +217,10 @@ def zero_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 def measured_steps(
     folder: Path, tokenizer: Any, model: ModelArguments, config: PPOConfig
 ) -> tuple[Plan, dict[str, int]]:
-    """The plan of a PPO run with policy, critic and reward adapter, and the peak bytes of its
-    phases: what the model holds, and what torch's allocator gave out besides."""
+    """Return the plan of a PPO run with critic and reward adapter, and its phases' peak bytes.
+
+    A peak is what the model holds, and what torch's allocator gave out besides.
+    """
     gc.collect()  # what an earlier run left would be freed during this one
     reward = folder / f"reward_{model.lora_layers}"
     if not reward.exists():
@@ -285,11 +292,10 @@ class Peak(NamedTuple):
 
 
 def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[dict[str, int], dict[str, Peak]]:
-    """What the plan says of each phase of the first rollout of a PPO run with a critic and no
-    reward adapter, and the phase's peaks on the GPU.
+    """Return the plan of the first rollout of a PPO run, and its phases' peaks on the GPU.
 
-    AdamW makes its averages in the first step, after all that is measured; they, and nothing else,
-    are left out of the plan.
+    The run has a critic and no reward adapter. AdamW makes its averages in the first step, after
+    all that is measured; they, and nothing else, are left out of the plan.
     """
     peaks = dict.fromkeys(PHASES, Peak())
 
@@ -311,8 +317,10 @@ def measured_gpu(model: ModelArguments, config: PPOConfig) -> tuple[dict[str, in
 
 
 def random_model(folder: Path, name: str) -> str:
-    """Folder of a model of that shape with random weights in bfloat16, and a tokenizer of as many
-    words."""
+    """Write a model of that shape, and a tokenizer; return the folder.
+
+    Its weights are random, in bfloat16.
+    """
     torch.manual_seed(0)
     config = shape(name)
     config.eos_token_id, config.pad_token_id = 2, 0
@@ -353,8 +361,10 @@ class LiveBytes(TorchDispatchMode):
 def measured_fake(
     shapes: Any, model: ModelArguments, config: PPOConfig, *, device: str = "cuda"
 ) -> tuple[Plan, dict[str, int]]:
-    """The plan, and the peak bytes of scoring and update, with the policy's adapter and a critic;
-    PEFT behaves as on ``device``."""
+    """Return the plan, and the peak bytes of scoring and update, with a policy and a critic.
+
+    PEFT behaves as on ``device``.
+    """
     dtype, real = model.torch_dtype, torch.is_autocast_enabled
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).eval().requires_grad_(False)
@@ -363,12 +373,13 @@ def measured_fake(
         critic = config.role_plan(has_policy=False, has_reward=False).critic
         start = "policy" if critic == "adapter" else None
         shared = SharedBase.build(base, lora_config(model, base), critic=critic, critic_init=start)
-    before = (SharedBase.logprobs, transformers.masking_utils._ignore_causal_mask_sdpa)
+    masking = transformers.masking_utils
+    before = (SharedBase.logprobs, masking._ignore_causal_mask_sdpa)
     try:
         # Fake tensors have no values: which tokens count, and whether there is padding, cannot be
         # asked.
         SharedBase.logprobs = _logprobs_of_all  # type: ignore[method-assign]
-        transformers.masking_utils._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
+        masking._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
         if device == "cuda":
             # PEFT's question, answered as with CUDA
             torch.is_autocast_enabled = lambda *args: real(*args) if args else True
@@ -376,7 +387,7 @@ def measured_fake(
             _to_fake(shared, dtype)
             peaks = _fake_step(shared, config, live)
     finally:
-        SharedBase.logprobs, transformers.masking_utils._ignore_causal_mask_sdpa = before  # type: ignore[method-assign]
+        SharedBase.logprobs, masking._ignore_causal_mask_sdpa = before  # type: ignore[method-assign]
         torch.is_autocast_enabled = real
     planned = replace(config, max_tokens_per_microbatch=10**9)  # scored without a graph, as here
     return Planner(meta_model(model, config=shapes), model, planned, device=device).plan(), peaks
@@ -472,8 +483,8 @@ def _to_fake(shared: SharedBase, dtype: torch.dtype) -> None:
 
 
 def _pack(module: Any, dtype: torch.dtype) -> None:
-    """A 4-bit layer as bitsandbytes has it after loading: packed numbers, 8-bit scales, and the
-    scales' scales."""
+    """Make a 4-bit layer as bitsandbytes has it after loading."""
+    # Packed numbers, 8-bit scales, and the scales' scales.
     out, into = module.out_features, module.in_features
     blocks = out * into // 64
     second = QuantState(

@@ -1,8 +1,8 @@
 """PPO's modes on the demo, several seeds: what each ends at, and what it costs.
 
-    python benchmarks/modes.py --output runs/modes [--modes reward_features rloo ...] [--seeds 0 1
-    2] [--dtype float32] [--rows 16] python benchmarks/modes.py --output runs/top-4 --lora_layers
-    top-4 --modes reward_features
+    python benchmarks/modes.py --output runs/modes \\
+        [--modes reward_features rloo ...] [--seeds 0 1 2] [--dtype float32] [--rows 16]
+    python benchmarks/modes.py --output runs/top-4 --lora_layers top-4 --modes reward_features
 
 Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is
 the demo's PPO stage with the settings below (``--rows``: of so many replies a minibatch, where the
@@ -71,8 +71,10 @@ MODES: dict[str, dict[str, object]] = {
 
 
 def run(work: Callable[[], None], log: Path) -> float:
-    """CPU seconds of ``work`` in a fork of this process, which has the libraries imported; output
-    goes to ``log``. Stops everything if it fails."""
+    """Return the CPU seconds of ``work`` in a fork of this process; stop everything if it fails.
+
+    The fork has the libraries imported. Output goes to ``log``.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child == 0:

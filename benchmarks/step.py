@@ -1,7 +1,7 @@
 """One PPO step of this project and of its peers, side by side: FLOPs, CPU seconds and peak memory.
 
-    python benchmarks/step.py --trl-ppo .venv-parity/bin/python --output runs/bench [--dtypes
-    float32 bfloat16] [--cases ours-all-adapter ...]
+    python benchmarks/step.py --trl-ppo .venv-parity/bin/python --output runs/bench \\
+        [--dtypes float32 bfloat16] [--cases ours-all-adapter ...]
 
 ``make bench`` does that. The work is that of SmolLM2-135M with random weights: 16 prompts of 32
 tokens, replies of 32, 4 epochs, LoRA of rank 16 on all linear layers. Each case is a process on one
@@ -74,8 +74,10 @@ def counted(name: str) -> dict[str, int] | None:
 
 
 def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """A line a case: GFLOP and seconds by phase, memory, and how many times less than TRL's PPO in
-    the same dtype."""
+    """Return a table with a line a case: GFLOP and seconds by phase, and memory.
+
+    It also has how many times less that is than TRL's PPO in the same dtype.
+    """
     lines = [
         (
             "| case | dtype | GFLOP: generate, score, update | counted | score + update, times fewer "
@@ -105,8 +107,10 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
 
 
 def growth() -> str:
-    """How the counted FLOPs of a whole step grow with model, length, batch and epochs: this
-    project's top quarter against TRL's PPO."""
+    """Return a table of how the counted FLOPs grow with model, length, batch and epochs.
+
+    This project trains the top quarter of the layers, against TRL's PPO.
+    """
     lines = [
         "| model | prompt + reply | batch | epochs | TRL PPO, TFLOP | own critic | shared critic | times"
         " fewer |"

@@ -1,5 +1,7 @@
-"""What the two sides of benchmarks/step.py have in common, in either environment: the work, the
-clock, the FLOPs and the memory of one step."""
+"""What the sides of benchmarks/step.py have in common, in either environment.
+
+It is the work, the clock, the FLOPs and the memory of one step.
+"""
 
 import gc
 import json
@@ -79,8 +81,10 @@ def prompts(count: int, tokens: int) -> list[list[int]]:
 
 
 class Steps:
-    """CPU seconds and FLOPs of the phases of PPO steps. FLOPs are counted in the first step after
-    ``warm_up``, which is not timed."""
+    """CPU seconds and FLOPs of the phases of PPO steps.
+
+    FLOPs are counted in the first step after ``warm_up``, which is not timed.
+    """
 
     def __init__(self, warm_up: int = 0) -> None:
         _reset_peak()
@@ -134,8 +138,10 @@ class Steps:
         setattr(owner, method, outer)
 
     def write(self, path: str, **facts: Any) -> None:
-        """Figures as JSON: FLOPs, the mean step's seconds, and the peak of the timed steps above
-        what the process held before models were made."""
+        """Write figures as JSON: FLOPs, the mean step's seconds, and the peak of the timed steps.
+
+        The peak is what is above what the process held before models were made.
+        """
         seconds = {
             phase: sum(step[phase] for step in self.seconds) / len(self.seconds) for phase in self.seconds[0]
         }

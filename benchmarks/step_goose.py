@@ -1,5 +1,7 @@
-"""One side of benchmarks/step.py: steps of this project's PPO, RLOO or GRPO. Started by it with a
-case as JSON."""
+"""One side of benchmarks/step.py: steps of this project's PPO, RLOO or GRPO.
+
+step.py starts it with a case as JSON.
+"""
 
 import os
 import tempfile

@@ -1,5 +1,7 @@
-"""One side of benchmarks/step.py: steps of GRPO or RLOO of the installed TRL. A step is one
-generation and as many passes as PPO has epochs."""
+"""One side of benchmarks/step.py: steps of GRPO or RLOO of the installed TRL.
+
+A step is one generation and as many passes as PPO has epochs.
+"""
 
 from step_common import DTYPES, LORA, SHAPE, TARGETS, Steps, arguments, model_config, prompts, tokenizer
 

@@ -1,8 +1,8 @@
-"""One side of benchmarks/step.py: steps of TRL 1.12.0's PPO as its users run it, in an environment
-of its own (``make bench`` makes it).
+"""One side of benchmarks/step.py: steps of TRL 1.12.0's PPO as its users run it.
 
-LoRA on the policy, whose reference is the base with adapters off; a value model and a reward model
-of their own, the value model trained whole: ``peft_config`` does not reach it.
+It runs in an environment of its own (``make bench`` makes it). LoRA on the policy, whose reference
+is the base with adapters off; a value model and a reward model of their own, the value model
+trained whole: ``peft_config`` does not reach it.
 """
 
 from step_common import DTYPES, LORA, TARGETS, Steps, arguments, model_config, prompts, tokenizer

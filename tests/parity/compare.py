@@ -1,11 +1,11 @@
-"""Step 3 of `make parity`, in the project's environment: what TRL computed beside what is computed
-here, from the same weights and tokens.
+"""Step 3 of `make parity`: print what TRL computed beside what is computed here.
 
     python tests/parity/compare.py FOLDER
 
-A line is "equal" within 1e-9, or the difference is explained: the functions here, given TRL's
-choice, give TRL's number within 1e-9. Anything else ends with an error. Relative differences, of
-the largest element where it is a tensor.
+It runs in the project's environment, from the same weights and tokens. A line is "equal" within
+1e-9, or the difference is explained: the functions here, given TRL's choice, give TRL's number
+within 1e-9. Anything else ends with an error. Relative differences, of the largest element where it
+is a tensor.
 """
 
 import json
@@ -44,6 +44,13 @@ class Table:
         gap, left = distance(ours, trl), distance(with_their_choice, trl)
         good = gap > TOLERANCE and left <= TOLERANCE
         self._add(name, ours, trl, choice if good else f"NOT EXPLAINED ({left:.1e} left by: {choice})", gap)
+
+    def explained_if(self, choice, name, ours, trl, with_their_choice):
+        """Add a line that ``choice`` explains, or an equal one where there is none."""
+        if choice:
+            self.explained(name, ours, trl, with_their_choice, choice)
+        else:
+            self.equal(name, ours, trl)
 
     def _add(self, name, ours, trl, verdict, gap):
         self.failed += verdict.startswith("NOT")
@@ -100,8 +107,7 @@ class Ours:
         self.restore({named_here(name): value for name, value in named.items()})
 
     def everything(self, mask, temperature):
-        """Log-probabilities, the reference's, values on ``mask``, and scores of the replies that
-        ``mask`` selects."""
+        """Return log-probabilities, the reference's, value states, and scores of what counts."""
         attention = torch.cat(
             [self.attention[:, : self.prompt], self.attention[:, self.prompt :] & mask.long()], dim=1
         )
@@ -129,8 +135,8 @@ def named_here(name):
 
 
 def bessel(x, mask):
-    """Moments with the variance divided by n - 1, as TRL's ``masked_var``, whose n / (n - 1) is a
-    quotient of integers and so fp32."""
+    """Return moments with the variance divided by n - 1, as TRL's ``masked_var``."""
+    # Its n / (n - 1) is a quotient of integers and so fp32.
     count, mean, var = F.moments(x, mask)
     return Moments(count, mean, var * (count / (count - 1)))
 
@@ -193,12 +199,13 @@ def compare_rollout(table, ours, record, case):
     ):
         trls = torch.where(mask, trl[name], 0.0)
         here, with_choice = found[name], torch.where(mask, chosen[name], 0.0)
-        reasons = [*([late] if not torch.equal(mask, further) else []), *([why] if why else [])]
-        reasons = [*reasons, *(["rewards as above"] if case["whiten_rewards"] else [])]
-        if reasons:
-            table.explained(label, here, trls, with_choice, ", ".join(reasons))
-        else:
-            table.equal(label, here, trls)
+        reasons = {
+            late: not torch.equal(mask, further),
+            why: bool(why),
+            "rewards as above": case["whiten_rewards"],
+        }
+        choice = ", ".join(reason for reason, applies in reasons.items() if applies)
+        table.explained_if(choice, label, here, trls, with_choice)
     return {
         "logprobs": logprobs,
         "values": values,

@@ -1,10 +1,9 @@
-"""Step 1 of `make parity`, in the project's environment: one tiny base in fp64, adapters, models
-for TRL with the same weights, and rollouts.
+"""Step 1 of `make parity`: write one tiny base in fp64, adapters, TRL's models, and rollouts.
 
     python tests/parity/frozen.py FOLDER
 
-TRL's value and reward models are plain SEQ_CLS models whose weights are W + (alpha / r) B A of the
-adapters here.
+It runs in the project's environment. TRL's models have the same weights: TRL's value and reward
+models are plain SEQ_CLS models whose weights are W + (alpha / r) B A of the adapters here.
 """
 
 import json
@@ -28,8 +27,6 @@ COMMON = {
     "whiten_rewards": False,
     "missing_eos_penalty": None,
     "stop_token": None,
-}
-COMMON |= {
     "rows": 8,
     "accumulation": 1,
     "mini_batches": 1,
@@ -38,8 +35,9 @@ COMMON |= {
     "cliprange": 0.05,
     "cliprange_value": 0.05,
     "vf_coef": 0.1,
+    "gamma": 1.0,
+    "lam": 0.95,
 }
-COMMON |= {"gamma": 1.0, "lam": 0.95}
 RAGGED = {"replies": "ragged", "stop_token": "eos", "missing_eos_penalty": 1.0}
 CASES = {
     "equally long": {"replies": "full"},
@@ -60,7 +58,7 @@ CASES = {
 
 
 def rollout(kind: str) -> torch.Tensor:
-    """Eight left-padded prompts with their replies (B, P + T)."""
+    """Return eight left-padded prompts with their replies (B, P + T)."""
     generator = torch.Generator().manual_seed(3)
     width, longest = max(PROMPTS), max(REPLIES)
     ids = torch.full((len(PROMPTS), width + longest), tiny.PAD)
@@ -77,7 +75,7 @@ def rollout(kind: str) -> torch.Tensor:
 
 
 def build_shared(folder: Path) -> SharedBase:
-    """Policy, critic and reward model as adapters on one base, all with an effect, in fp64."""
+    """Return policy, critic and reward model as adapters on one fp64 base, all with an effect."""
     base = tiny.base()
     judge = SharedBase.build(tiny.base(), tiny.lora(base), critic="adapter")
     # Any adapter with a head; its weights are replaced
@@ -91,6 +89,7 @@ def build_shared(folder: Path) -> SharedBase:
 
 
 def write_classifier(shared: SharedBase, adapter: str, folder: Path) -> None:
+    """Write a plain SEQ_CLS model whose weights are the base's with ``adapter`` merged in."""
     weights = {name: p.detach() for name, p in shared.named_parameters()}
     model = AutoModelForSequenceClassification.from_config(
         AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"], num_labels=1)

@@ -1,12 +1,10 @@
-"""Step 2 of `make parity`, in an environment with trl==1.12.0: its own PPOTrainer on the frozen
-rollouts, watched.
+"""Step 2 of `make parity`: watch TRL 1.12.0's own PPOTrainer on the frozen rollouts.
 
     .venv-parity/bin/python tests/parity/run_trl.py FOLDER
 
-Only the sampling of replies is replaced, by the frozen ones with the logits that sampling would
-have had. Everything else is TRL's code as
-released: local variables of its ``train`` are read where it calls ``masked_whiten`` and
-``accelerator.backward``.
+It runs in an environment with trl==1.12.0. Only the sampling of replies is replaced, by the frozen
+ones with the logits that sampling would have had. Everything else is TRL's code as released: local
+variables of its ``train`` are read where it calls ``masked_whiten`` and ``accelerator.backward``.
 """
 
 import json
@@ -55,8 +53,10 @@ OF_UPDATE = (
 
 
 def build(folder, facts, case):
-    """The trainer, its policy a PEFT model and its critic's body frozen, so that both have the
-    trainable tensors of the shared base."""
+    """Return the trainer, its policy a PEFT model and its critic's body frozen.
+
+    So both have the trainable tensors of the shared base.
+    """
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float64)
     policy = get_peft_model(base, LoraConfig(**facts["lora"])).double()
     adapters = load_file(folder / "adapters.safetensors")
@@ -117,7 +117,7 @@ def build(folder, facts, case):
 
 
 def watch(trainer, texts, facts, monkey):
-    """What TRL computes, by name; ``order`` tells which frozen reply each of its rows is."""
+    """Note what TRL computes, by name; ``order`` tells which frozen reply each of its rows is."""
     found, metrics, counts = {}, [], [0]
     prompt = facts["prompt_tokens"]
 

@@ -1,11 +1,9 @@
-"""Does the suite notice? Plants one bug at a time in a copy of functional/ and ppo/kl_control.py,
-and runs their tests on it.
+"""Plant one bug at a time in a copy of functional/ and ppo/kl_control.py, and run their tests.
 
-    python tests/policy/mutants.py [TEXT]    # with TEXT, only the bugs that are planted where it
-    stands
+    python tests/policy/mutants.py [TEXT]
 
-Prints a line for each bug and exits 1 if a test run passes with one of them. The sources in place
-are never touched. 6 minutes of one core.
+With TEXT, only the bugs that are planted where it stands. Prints a line for each bug and exits 1 if
+a test run passes with one of them. The sources in place are never touched. 6 minutes of one core.
 """
 
 import multiprocessing
@@ -209,7 +207,7 @@ MUTANTS = [
 
 
 def run_tests(directory: pathlib.Path, *files: str) -> tuple[int, str]:
-    """Exit status and output of these tests, in the copy.
+    """Run these tests in the copy; return their exit status and output.
 
     In a fork, which has torch and pytest already: importing them takes longer than the tests. No
     .pyc, since two mutants of one size within a second would share it. -c keeps the project's
