@@ -15,3 +15,7 @@ class FailedWriteError(UserError, OSError):
 
 class LostProcessError(UserError, ChildProcessError):
     """Say that another process of the run has died, and how to go on."""
+
+
+class TimeLimitError(UserError, TimeoutError):
+    """Say that something of the user's has not answered in the time that a setting allows."""

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from goose_lora.errors import FailedWriteError, UserError
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueError
         raise UserError(f"{path}: not JSON that can be read: {brief(error)}. {_DAMAGED}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON {type(content).__name__}, expected an object. {_DAMAGED}")
     return content
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read: {error.strerror or brief(error)}. Check the path and its rights."
+    )
 
 
 def is_number(value: Any) -> bool:
@@ -122,8 +132,30 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    """Add ``row`` to a file of JSON lines.
+
+    Raises:
+        FailedWriteError: it cannot be written.
+    """
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# What a full disk ends in: RuntimeError is torch.save's.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn an OSError inside into FailedWriteError, with ``path`` and the room on its disk."""
+    try:
+        yield
+    except OSError as error:
+        folder = Path(path).parent
+        raise FailedWriteError(
+            f"{path} could not be written{_room(folder)}: {error.strerror or _line(error)}. Make room, or"
+            " give a folder that can be written to."
+        ) from error
 
 
 LAST = "adapter_config.json"  # without it nothing loads an adapter
@@ -141,7 +173,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     that loads.
 
     Raises:
-        OSError: it could not be written, such as to a full disk; what was there before is
+        FailedWriteError: it could not be written, such as to a full disk; what was there before is
             untouched.
     """
     folder = Path(folder)
@@ -153,6 +185,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         _to_disk(temporary)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, WRITE_ERRORS):
+            raise
         raise FailedWriteError(
             f"the result could not be saved in {folder}{_room(folder)}: {_line(error)}. What was there before"
             " is untouched."
@@ -206,10 +240,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Whole or not at all: written beside its place, then renamed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -218,25 +253,29 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line that is none, with its number.
     """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise _unreadable(path, error) from error
     rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line.decode("utf-8")) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}: line {number} is not JSON: {error}. Was the run stopped as it wrote? Delete"
-                    " that line."
-                ) from error
-            if row is not None and not isinstance(row, dict):
-                raise UserError(
-                    f"{path}: line {number} is a JSON {type(row).__name__}, expected an object. Delete that"
-                    " line."
-                )
-            rows += [row] if row is not None else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}: line {number} is not JSON: {error}. Was the run stopped as it wrote? Delete that"
+                " line."
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}: line {number} is a JSON {type(row).__name__}, expected an object. Delete that line."
+            )
+        rows.append(row)
     return rows
 
 
 def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with writing(path), open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -88,6 +88,7 @@ def read_config(path: str) -> dict[Any, Any]:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (
         yaml.YAMLError,
+        OSError,
         ValueError,
         LookupError,
         ArithmeticError,

@@ -57,7 +57,10 @@ class RolloutState(TrainerCallback, ExportableState):
         saved = callbacks.get(type(self).__name__)
         if state.global_step > 0:
             remembered = _checked_state(saved)
-            self.kl_control.load_state_dict(remembered["kl_control_state"])
+            try:
+                self.kl_control.load_state_dict(remembered["kl_control_state"])
+            except ValueError as error:
+                raise UserError(str(error)) from error
             for name in self.REMEMBERED:
                 value = remembered[name]
                 setattr(self, name, tuple(value) if isinstance(value, list) else value)

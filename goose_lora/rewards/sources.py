@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from goose_lora.errors import UserError
+from goose_lora.errors import TimeLimitError, UserError
 
 RewardFunction = Callable[..., Any]
 RewardSource = RewardFunction | Literal["adapter"]
@@ -165,7 +165,7 @@ def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
         return
 
     def ring(signum: int, frame: Any) -> None:
-        raise TimeoutError(
+        raise TimeLimitError(
             f"{what} has not answered for {seconds:g} s, which is reward_timeout. See what it waits for, or"
             " raise reward_timeout (null: no limit); --resume_from_checkpoint latest goes on from the last"
             " checkpoint."

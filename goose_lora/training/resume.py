@@ -107,7 +107,7 @@ class Resumable:
                     "another process of this run has ended, so that this one cannot go on; why is in what"
                     " that one printed. Go on with --resume_from_checkpoint latest, on as many processes."
                 ) from error
-            if self.saving is not None and self.args.should_save:
+            if self.saving is not None and self.args.should_save and isinstance(error, files.WRITE_ERRORS):
                 raise checkpoints.unsaved(self.saving, error) from error
             if "DataLoader worker" in str(error):
                 raise LostProcessError(

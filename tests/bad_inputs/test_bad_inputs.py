@@ -99,7 +99,7 @@ def test_a_template_given_for_fine_tuning_stands_in_for_the_tokenizers(folder, m
     )
     monkeypatch.setattr(sys, "argv", ["sft.py", *words(folder, case)])
     with pytest.raises(AssertionError, match="the model loads"):
-        cli.command(mains["sft"])()
+        mains["sft"]()
 
 
 def test_debug_shows_the_traceback_too(folder, mains, monkeypatch, capsys):
@@ -139,7 +139,7 @@ def test_a_process_of_its_own_ends_alike(folder):
 def test_the_sound_settings_get_as_far_as_the_model(recipe, folder, mains, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *words(folder, Case("", recipe, {}, ()))])
     with pytest.raises(AssertionError, match="the model loads"):
-        cli.command(mains[recipe])()
+        mains[recipe]()
 
 
 def test_there_are_many_cases_and_each_has_a_name_of_its_own():

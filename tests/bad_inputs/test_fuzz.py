@@ -1,5 +1,5 @@
-"""Whatever bytes stand in a file, its reader gives a value of the right kind or a ValueError or
-OSError, and comes to an end."""
+"""Whatever bytes stand in a file, its reader gives a value of the right kind or a UserError, and
+comes to an end."""
 
 import json
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from goose_lora import cli
 from goose_lora.data.formats import CONVERSATIONS
 from goose_lora.data.rows import DataArguments, load_rows
+from goose_lora.errors import UserError
 from goose_lora.evaluation.verdict import require_verdict
 from goose_lora.files import read_json_object, read_jsonl
 from goose_lora.models.arguments import ModelArguments
@@ -29,7 +30,6 @@ from goose_lora.ppo.kl_control import AdaptiveKL, FixedKL
 from goose_lora.reporting.run_files import read_metrics
 
 pytestmark = pytest.mark.timeout(120)
-BAD = (ValueError, OSError)
 
 numbers = st.integers() | st.floats() | st.sampled_from([10**400, -1, 0, 2**63])
 scalars = st.none() | st.booleans() | numbers | st.text(max_size=8)
@@ -74,7 +74,7 @@ def answered(read, *arguments, **options):
     """The value that ``read`` gives, or None where it refuses."""
     try:
         return read(*arguments, **options)
-    except BAD as error:
+    except UserError as error:
         assert str(error).strip(), "an error without a word"
         return None
 
@@ -154,7 +154,7 @@ def test_the_state_of_a_checkpoint_is_taken_whole_or_refused(change, whole, othe
     taken = SimpleNamespace(global_step=4, stateful_callbacks={"RolloutState": json.loads(json.dumps(saved))})
     try:
         state.on_train_begin(None, taken, None)
-    except ValueError:
+    except UserError:
         return
     assert abs(state.kl_control.coef) < float("inf")
     for name in ("score_scale", "evaluation_scale"):

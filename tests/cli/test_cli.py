@@ -3,11 +3,13 @@
 import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
 from goose_lora import cli
+from goose_lora.cli import process
 from goose_lora.data.rows import DataArguments
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.ppo.config import PPOConfig
@@ -173,6 +175,39 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_before_any_model_is_loaded()
 def test_debug_shows_the_traceback():
     done = run(str(RECIPES / "ppo.py"), "--config", "nowhere.yaml", "--debug")
     assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+BUGS = [ZeroDivisionError("division"), KeyError("name"), ValueError("plain"), OSError("unforeseen")]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: type(bug).__name__)
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(bug, monkeypatch, capsys):
+    def broken(*arguments):
+        raise bug
+
+    monkeypatch.setattr("goose_lora.cli.stage.require_all_processes", broken)
+    config = str(RECIPES / "configs/demo_cpu/sft.yaml")
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--config", config, "--model_name_or_path", "no/model"])
+    with pytest.raises(type(bug)) as end:
+        cli.command(runpy.run_path(str(RECIPES / "sft.py"))["main"])()
+    shown = "".join(traceback.format_exception(end.value))
+    assert "in broken" in shown and shown.splitlines()[-1] == process.REPORT
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bug_ends_a_process_with_its_traceback_the_report_line_and_exit_code_1():
+    code = "from goose_lora.cli.process import command; command(lambda: 1 / 0)()"
+    done = run("-c", code)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-2:] == ["ZeroDivisionError: division by zero", process.REPORT]
+
+
+def test_an_error_of_the_users_asks_for_no_report(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["goose-lora", "data", "nowhere.jsonl"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and "Traceback" not in printed and process.REPORT not in printed
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(capsys):

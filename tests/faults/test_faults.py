@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_the_model_loads(
     name, source, changes, told, given, straight, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        RECIPES[name], "load_tokenizer", lambda *args, **kwargs: pytest.fail("the model loads")
+        "goose_lora.cli.stage.load_tokenizer", lambda *args, **kwargs: pytest.fail("the model loads")
     )
     folder = max((straight / source).glob("checkpoint-*"))
     with pytest.raises(
