@@ -1,5 +1,6 @@
-"""InstructGOOSE's names (instruct-goose 0.0.7) on the shared base and the same mathematics: its
-README loop runs with another import line.
+"""InstructGOOSE's names (instruct-goose 0.0.7) on the shared base and the same mathematics.
+
+Its README loop runs with another import line.
 
     from goose_lora.instruct import Agent, PairwiseLoss, RewardModel, RLHFConfig, RLHFTrainer,
     create_reference_model
@@ -34,8 +35,9 @@ from goose_lora.models.trunk import decoder_layers
 
 
 class Agent(nn.Module):
-    """Policy and critic on ``model``, a causal language model of transformers, quantized or not,
-    which is frozen and in memory once.
+    """Policy and critic on a causal language model of transformers, quantized or not.
+
+    The model is frozen and in memory once.
 
     ``policy`` is an adapter's configuration or the folder of a trained one (SFT), by default LoRA
     of rank 16 on all linear layers. ``critic`` is ``shared`` for a head on the policy's states, as
@@ -82,8 +84,9 @@ class Agent(nn.Module):
         role: Role = "policy",
         **settings: Any,
     ) -> Int[Tensor, "B P+T"]:
-        """Prompts and sampled replies, padded after their end to ``max_new_tokens`` always: ``[:,
-        -max_new_tokens:]`` are the replies.
+        """Sample replies, padded after their end to ``max_new_tokens`` always.
+
+        Returns prompts and replies: ``[:, -max_new_tokens:]`` are the replies.
 
         Raises ValueError for a setting of transformers under which they would not be samples of the
         policy, as ``compute_loss`` takes them.
@@ -124,16 +127,21 @@ class Agent(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"] | None = None
     ) -> tuple[Tensor, ...]:
-        """Each row's next token, sampled, its log-probability, the entropy (nats) and the value of
-        the state before it: (B,) each."""
+        """Sample each row's next token.
+
+        Returns it, its log-probability, the entropy (nats) and the value of the state before it:
+        (B,) each.
+        """
         ids, mask = _left_padded(input_ids, attention_mask)
         sequences, one = self.generate(ids, mask, max_new_tokens=1), torch.ones_like(mask[:, :1])
         rollout = Rollout(sequences, torch.cat([mask, one], dim=1).long(), one, one[:, 0])
         return sequences[:, -1], *(x[:, 0] for x in self.evaluate(rollout, entropy_gradient=True))
 
     def evaluate(self, rollout: Rollout, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of the replies' own tokens, entropies, and values of the states before
-        them: (B, T) each."""
+        """Return log-probabilities of the replies' own tokens, entropies, and values: (B, T) each.
+
+        A value is that of the state before its token.
+        """
         ids, attention, mask = rollout.input_ids, rollout.attention_mask, rollout.response_mask
         output = self.shared(
             ids, attention, mask, temperature=self.temperature, entropy_gradient=entropy_gradient
@@ -142,8 +150,10 @@ class Agent(nn.Module):
 
 
 class ReferenceModel(nn.Module):
-    """What the agent was before training, a view without weights of its own: log-probabilities of a
-    rollout's replies, no gradients."""
+    """The agent as it was before training: a view without weights of its own.
+
+    It gives log-probabilities of a rollout's replies, without gradients.
+    """
 
     def __init__(self, agent: Agent):
         super().__init__()
@@ -171,15 +181,19 @@ class ReferenceModel(nn.Module):
 
 
 def create_reference_model(model: Agent) -> ReferenceModel:
-    """What ``model`` was built on, whenever this is called. InstructGOOSE copies all weights, as
-    they are at the call."""
+    """Return what ``model`` was built on, whenever this is called.
+
+    InstructGOOSE copies all weights, as they are at the call.
+    """
     return ReferenceModel(model)
 
 
 @dataclass(frozen=True)
 class RLHFConfig:
-    """Settings of the loss. ``epsilon`` and ``ent_coef`` are InstructGOOSE's names for
-    ``cliprange`` and ``entropy_coef``: give either.
+    """Settings of the loss.
+
+    ``epsilon`` and ``ent_coef`` are InstructGOOSE's names for ``cliprange`` and ``entropy_coef``:
+    give either.
 
     ``whiten_advantages`` is for batches: with one reply, taking off the mean pushes a part of a
     good reply's tokens down.
@@ -212,8 +226,10 @@ class RLHFConfig:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the updates on a rollout need of the policy that sampled it: (B, T) each, without
-    gradient."""
+    """What the updates on a rollout need of the policy that sampled it.
+
+    (B, T) each, without gradient.
+    """
 
     logprobs: Float[Tensor, "B T"]
     values: Float[Tensor, "B T"]
@@ -226,8 +242,9 @@ class Snapshot:
 
 
 class RLHFTrainer:
-    """PPO's loss (Schulman et al. 2017) with the KL in the reward (Ouyang et al. 2022), for a loop
-    and an optimizer of one's own.
+    """PPO's loss with the KL in the reward, for a loop and an optimizer of one's own.
+
+    Schulman et al. 2017; Ouyang et al. 2022.
 
     Prompts may be padded on either side. Of a reply counts what its mask has, up to and with its
     first end-of-text token.
@@ -251,8 +268,9 @@ class RLHFTrainer:
         *,
         old: Snapshot | None = None,
     ) -> Float[Tensor, ""]:
-        """Policy loss + vf_coef * value loss - entropy_coef * entropy, means over the tokens that
-        count.
+        """Return policy loss + vf_coef * value loss - entropy_coef * entropy.
+
+        They are means over the tokens that count.
 
         Without ``old``, the policy at this call is the one that sampled the replies. With it, the
         rewards are those it was taken with.
@@ -281,8 +299,10 @@ class RLHFTrainer:
 
     @torch.no_grad()
     def snapshot(self, **batch: Tensor) -> Snapshot:
-        """What calls on these replies need once an update was made: to be taken before, with the
-        keyword arguments of ``compute_loss``."""
+        """Return what calls on these replies need once an update was made.
+
+        It is to be taken before, with the keyword arguments of ``compute_loss``.
+        """
         rollout = self._rollout(**batch)
         logprobs, _, values = self.model.evaluate(rollout)
         return self._snapshot(rollout, logprobs, values, batch["rewards"])
@@ -331,8 +351,10 @@ class RLHFTrainer:
 
 
 class RewardModel(nn.Module):
-    """The decoder in ``checkpoint`` with one linear output, fp32 and unbounded, at each row's last
-    token that counts."""
+    """The decoder in ``checkpoint`` with one linear output, fp32 and unbounded.
+
+    The output is read at each row's last token that counts.
+    """
 
     def __init__(self, checkpoint: str | Path):
         super().__init__()
@@ -345,8 +367,10 @@ class RewardModel(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"] | None = None
     ) -> Float[Tensor, " B"]:
-        """Scores, with gradients. Padding may stand on either side; without a mask it counts like
-        any token."""
+        """Return scores, with gradients.
+
+        Padding may stand on either side; without a mask it counts like any token.
+        """
         ids, mask = _left_padded(input_ids, attention_mask)
         decoder, position_ids = (
             getattr(self.model, self.model.base_model_prefix),
@@ -375,8 +399,10 @@ class PairwiseLoss(nn.Module):
 def _left_padded(
     ids: Int[Tensor, "B L"], mask: Tensor | None
 ) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
-    """Rows moved to the right, with token 0, which every vocabulary has, where nothing counts.
-    Without a mask everything counts."""
+    """Move rows to the right, with token 0, which every vocabulary has, where nothing counts.
+
+    Without a mask everything counts.
+    """
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if not mask.any(-1).all():
         raise UserError("a row has no token that counts: its attention mask is all 0. Leave it out.")

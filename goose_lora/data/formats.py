@@ -1,5 +1,6 @@
-"""What rows may look like, which stage takes which, and what is wrong with a row. No tokenizer is
-needed to know it.
+"""Formats of rows: what rows may look like, which stage takes which, and what is wrong with one.
+
+No tokenizer is needed to know it.
 
 A row that is malformed is an error with its number, counted from 1; one that is sound but teaches
 nothing is left out, with a reason.
@@ -19,8 +20,10 @@ Row = Mapping[str, Any]
 
 
 class Format(NamedTuple):
-    """Columns that belong together, and the stages that take them, first the one that they are
-    meant for."""
+    """Columns that belong together, and the stages that take them.
+
+    The stage that they are meant for comes first.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -157,8 +160,11 @@ def reason_to_drop(row: Row, format: Format, stage: Stage, kind: Kind) -> str | 
 
 
 def prompt_of(row: Row, format: Format) -> Any:
-    """The prompt of a row, text or messages: its own, the turns before the last one of the
-    assistant, or what a pair has in common."""
+    """Return the prompt of a row, text or messages.
+
+    It is the row's own, the turns before the last one of the assistant, or what a pair has in
+    common.
+    """
     if "prompt" in format.columns:
         return row["prompt"]
     if format is CONVERSATIONS:
@@ -167,8 +173,10 @@ def prompt_of(row: Row, format: Format) -> Any:
 
 
 def conversation_prompt(messages: Sequence[Any]) -> Sequence[Any]:
-    """Everything before the assistant's last turn, if that is the last; a conversation that ends
-    otherwise is a prompt as a whole."""
+    """Return everything before the assistant's last turn, if that is the last.
+
+    A conversation that ends otherwise is a prompt as a whole.
+    """
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
@@ -195,8 +203,9 @@ def implicit_prompt(chosen: Any, rejected: Any) -> Any:
 
 
 def ranks_of(row: Row) -> list[int]:
-    """One rank a reply of a ranked list, 1 for the best, equal ones for ties: its ``ranks``, or 1,
-    2, ... as the list stands.
+    """Return one rank per reply of a ranked list: 1 for the best, equal ones for ties.
+
+    They are its ``ranks``, or 1, 2, ... as the list stands.
 
     Raises:
         ValueError: not one rank a reply, or something other than whole numbers from 1 to the number
@@ -221,8 +230,10 @@ def ranks_of(row: Row) -> list[int]:
 
 
 def check_messages(messages: Sequence[Any]) -> None:
-    """Raise ValueError, saying which message, unless each has a known role and text, or tool calls
-    in place of text."""
+    """Raise UserError, saying which message, unless each has a known role and text.
+
+    Tool calls may stand in place of text.
+    """
     for place, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise UserError(

@@ -1,5 +1,7 @@
-"""What people preferred, as tokens: ranked lists of completions, of which a pair is the shortest;
-and references, which should score 0."""
+"""Preferences as tokens: ranked lists of completions, pairs among them, and references.
+
+A pair is the shortest list. References are replies that should score 0.
+"""
 
 import logging
 import math
@@ -38,9 +40,11 @@ def encode_reply(
     append_eos: bool,
     **template: Any,
 ) -> list[int]:
-    """Tokens of prompt and reply, as ``trl.RewardTrainer`` makes them of a pair: text as one
-    string, closed with the end-of-text token if ``append_eos``; messages by the chat template,
-    which writes an end of its own. ``template``: keywords for it, such as ``tools``.
+    """Tokenize prompt and reply as ``trl.RewardTrainer`` does those of a pair.
+
+    Text is one string, closed with the end-of-text token if ``append_eos``. Messages go through the
+    chat template, which writes an end of its own; ``template`` has keywords for it, such as
+    ``tools``.
 
     Unlike in TRL, what a template writes after the end token (ChatML: a line break) is cut off: the
     score is read at the last token, and PPO's replies have none after it.
@@ -58,8 +62,10 @@ def encode_reply(
 
 
 def as_ranked(row: Mapping[str, Any], place: str) -> Ranked:
-    """A row with ``completions`` (and ``ranks``, or the list stands best first), or with ``chosen``
-    and ``rejected``, as a ranked list.
+    """Return a row as a ranked list.
+
+    It has ``completions`` (and ``ranks``, or the list stands best first), or ``chosen`` and
+    ``rejected``.
 
     Raises:
         ValueError: fewer than two completions, not one rank to each, or text and messages mixed.
@@ -117,9 +123,11 @@ def tokenize_ranked(
     max_length: int | None = None,
     margins: list[float] | None = None,
 ) -> Dataset:
-    """Ranked lists to rows with ``completion_ids`` (a token list each), ``ranks``, ``row`` (its
-    place in ``rows``), ``length`` (tokens of the longest, for sampling by length), and ``margin``
-    where ``margins`` has one to each row.
+    """Tokenize ranked lists.
+
+    The rows have ``completion_ids`` (a token list each), ``ranks``, ``row`` (its place in
+    ``rows``), ``length`` (tokens of the longest, for sampling by length), and ``margin`` where
+    ``margins`` has one per row.
 
     Completions over ``max_length`` are left out, and with them the lists of which no two of
     different rank remain; both are counted. ``chosen_ids`` and ``rejected_ids``, the best and the
@@ -208,8 +216,9 @@ def tokenize_references(
     append_eos: bool = True,
     max_length: int | None = None,
 ) -> list[list[int]]:
-    """Token lists of references: rows with ``text``, with ``prompt`` and ``completion`` (text or
-    messages), or with ``messages``.
+    """Tokenize references.
+
+    Rows have ``text``, or ``prompt`` and ``completion`` (text or messages), or ``messages``.
 
     Raises:
         ValueError: other columns, messages without a chat template or with ``append_eos`` false, or

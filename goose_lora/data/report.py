@@ -1,5 +1,7 @@
-"""``goose-lora data``: rows as a stage sees them, how long they are, and which are left out. No
-model is loaded."""
+"""``goose-lora data``: rows as a stage sees them, their lengths, and which are left out.
+
+No model is loaded.
+"""
 
 import math
 import shutil
@@ -36,8 +38,10 @@ LEGEND = "⏎ is a line break, · a space at an edge"
 
 
 class Part(NamedTuple):
-    """A piece of a row as it is shown, its length in tokens or words, and that of prompt and reply
-    together (of a reply)."""
+    """A piece of a row as it is shown.
+
+    ``length`` is its own, in tokens or words; ``whole`` that of prompt and reply together.
+    """
 
     label: str
     text: str
@@ -111,8 +115,7 @@ def describe(
 
 
 def row_parts(row: Any, taken: Taken, stage: Stage, tokenizer: Any, *, cut: int | None = None) -> list[Part]:
-    """The pieces of a row of ``taken``: its prompt, if it has one, then each reply that the stage
-    sees.
+    """Return the pieces of a row: its prompt, if it has one, then each reply that the stage sees.
 
     With a tokenizer they are what TRL's trainers and ``tokenize_prompts`` make of the row, decoded.
     A reply begins at the first token in which prompt and reply together differ from the prompt
@@ -157,8 +160,7 @@ def _rows(taken: Taken) -> Iterator[Any]:
 
 
 def _pieces(row: Mapping[str, Any], format: Format, stage: Stage) -> tuple[Any, dict[str, Any]]:
-    """The prompt (None where there is none) and the replies by name, text or messages, of a row
-    that was taken."""
+    """Return the prompt of a row (None where there is none) and its replies by name."""
     if stage == "ppo":
         return row["prompt"], {}
     if format is TEXTS:
@@ -183,8 +185,10 @@ def _pieces(row: Mapping[str, Any], format: Format, stage: Stage) -> tuple[Any, 
 
 
 def _ids(value: Any, tokenizer: PreTrainedTokenizerBase, *, ends: bool) -> list[int]:
-    """Tokens as TRL's SFTTrainer and RewardTrainer make them; text ``ends`` with the end-of-text
-    token, messages as their template ends them."""
+    """Tokenize as TRL's SFTTrainer and RewardTrainer do.
+
+    Text ``ends`` with the end-of-text token, messages as their template ends them.
+    """
     if not isinstance(value, str):
         encoded: Any = tokenizer.apply_chat_template(
             value, add_generation_prompt=not ends, tokenize=True, return_dict=True
@@ -283,8 +287,10 @@ def _view(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -
 
 
 def _second_bos_lines(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -> list[str]:
-    """A warning of texts that a template has been through already: TRL's trainers would begin them
-    with a second BOS."""
+    """Warn of texts that a template has been through already.
+
+    TRL's trainers would begin them with a second BOS.
+    """
     if encoder is None or taken.kind == "chat" or stage == "ppo" or not begins_texts_with_bos(encoder):
         return []
     first = taken.format.columns[0]
@@ -316,8 +322,10 @@ def _row_lines(number: int, parts: Sequence[Part], width: int) -> list[str]:
 
 
 def _visible(text: str) -> str:
-    """``text`` with spaces at its edges, line breaks and control characters to be seen; the middle
-    of a long one left out."""
+    """Make spaces at the edges, line breaks and control characters visible.
+
+    The middle of a long text is left out.
+    """
     if len(text) > SHOWN_CHARACTERS:
         half = SHOWN_CHARACTERS // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
@@ -332,8 +340,10 @@ def _visible(text: str) -> str:
 
 
 def _wrap(line: str, width: int) -> list[str]:
-    """``line`` in pieces of at most ``width`` characters, cut after a space where there is one;
-    joined they are the line again."""
+    """Cut a line into pieces of at most ``width`` characters, after a space where there is one.
+
+    Joined they are the line again.
+    """
     pieces = []
     while len(line) > width:
         place = line.rfind(" ", 0, width) + 1 or width

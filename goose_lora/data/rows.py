@@ -219,8 +219,10 @@ def _read(name: str, split: str) -> Dataset:
 
 
 def _check_encoding(path: Path) -> None:
-    """Raise ValueError, naming the line, unless a file of text is UTF-8: the reader of JSON would
-    notice only when the row is used."""
+    """Raise UserError, naming the line, unless a file of text is UTF-8.
+
+    The reader of JSON would notice only when the row is used.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -233,8 +235,10 @@ def _check_encoding(path: Path) -> None:
 
 
 def _broken_json(path: Path) -> str | None:
-    """The first line that is not JSON, of a file that is one list or one object a line; None if all
-    are."""
+    """Find the first line that is not JSON; None if all are.
+
+    The file is one list, or one object per line.
+    """
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         try:
@@ -268,8 +272,10 @@ def _broken_json(path: Path) -> str | None:
 
 
 def require_columns(rows: Dataset, name: str, *alternatives: Sequence[str]) -> None:
-    """Raise ValueError, naming the columns found and accepted, unless ``rows`` has all columns of
-    one of ``alternatives``."""
+    """Raise UserError unless ``rows`` has all columns of one of ``alternatives``.
+
+    The error names the columns found and those accepted.
+    """
     if not any(set(columns) <= set(rows.column_names) for columns in alternatives):
         accepted = " or ".join("+".join(columns) for columns in alternatives)
         raise UserError(f"{name}: has the columns {', '.join(rows.column_names)}; needed are {accepted}.")

@@ -44,8 +44,9 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **how: Any
 
 
 def check_chat(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Whether rows for fine-tuning are chat messages. If so, each goes through the chat template
-    once, before the model loads.
+    """Return whether rows for fine-tuning are chat messages.
+
+    If so, each goes through the chat template once, before the model loads.
 
     Raises:
         ValueError: there is no template, or it refuses a row.
@@ -69,9 +70,11 @@ def begins_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a prompt, up to where the reply begins. A text begins with BOS where the tokenizer
-    begins texts so, as in SFT and the reward model, but never with two, and has no other special
-    token; messages go through the chat template, once."""
+    """Tokenize a prompt, up to where the reply begins.
+
+    A text begins with BOS where the tokenizer begins texts so, as in SFT and the reward model, but
+    never with two, and has no other special token. Messages go through the chat template, once.
+    """
     if isinstance(prompt, str):
         bos: Any = tokenizer.bos_token_id
         ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -85,8 +88,9 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def tokenize_prompts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_prompt_tokens: int
 ) -> Dataset:
-    """Rows with a ``prompt`` (text, or a list of chat messages) to rows with ``input_ids``; other
-    columns are kept for reward functions.
+    """Tokenize rows with a ``prompt``: text, or a list of chat messages.
+
+    The rows get ``input_ids``; other columns are kept for reward functions.
 
     Prompts that are empty or longer than ``max_prompt_tokens`` are left out, and counted in a
     warning.
@@ -127,8 +131,9 @@ def tokenize_prompts(
 def tokenize_texts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int
 ) -> Dataset:
-    """Rows with ``text`` to rows with ``input_ids``: the text and the end-of-text token, cut at
-    ``max_length``; empty texts are left out.
+    """Tokenize rows with ``text``: the text and the end-of-text token, cut at ``max_length``.
+
+    Empty texts are left out.
 
     Raises:
         ValueError: no ``text`` column, or no text left.
@@ -147,8 +152,10 @@ def tokenize_texts(
 def left_pad(
     prompts: Sequence[Sequence[int]], pad_token_id: Any, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Token lists to ``input_ids`` and ``attention_mask``, both (B, P) int64, padded on the left to
-    the longest."""
+    """Pad token lists on the left to the longest.
+
+    Returns ``input_ids`` and ``attention_mask``, both (B, P) int64.
+    """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -161,8 +168,10 @@ def left_pad(
 def right_pad(
     completions: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token lists to ``input_ids`` and ``attention_mask``, (N, L) each. On the right, as TRL: a
-    classifier of GPT-2 counts what stands before a text in its positions."""
+    """Pad token lists on the right, as TRL does; (N, L) each.
+
+    A classifier of GPT-2 counts what stands before a text in its positions.
+    """
     width, step = max(map(len, completions)), pad_to_multiple_of or 1
     ids = torch.full((len(completions), -(-width // step) * step), pad_token_id)
     mask = torch.zeros_like(ids)

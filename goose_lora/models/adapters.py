@@ -16,8 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: Any, role: Role, folder: AdapterFolder) -> None:
-    """Weights of a saved adapter, and its head if the role has one, into ``role`` of a PeftModel;
-    raises as ``SharedBase.load_role``."""
+    """Load a saved adapter, and its head if the role has one, into ``role`` of a PeftModel.
+
+    Raises as ``SharedBase.load_role``.
+    """
     has_head = folder.has_head  # and so the file is whole
     weights = load_peft_weights(str(folder), device="cpu")
     if role in ("value", "reward") and not has_head:
@@ -60,8 +62,11 @@ def without_lora_dropout(config: LoraConfig, name: str) -> LoraConfig:
 
 
 def switch_off_dropout(base: nn.Module) -> None:
-    """Models keep it as Dropout modules, or as plain numbers such as attention_dropout; GPT-2 and
-    OPT come with 0.1."""
+    """Set all dropout of a base to 0.
+
+    Models keep it as Dropout modules, or as plain numbers such as attention_dropout; GPT-2 and OPT
+    come with 0.1.
+    """
     found = set()
     for module in base.modules():
         for name in (
@@ -81,8 +86,10 @@ def first(keys: Sequence[str]) -> str:
 
 
 class Reentrant:
-    """Enters a fresh context of ``make`` at each entry: a backward with retain_graph recomputes
-    again."""
+    """A context that is a fresh one of ``make`` at each entry.
+
+    A backward pass with retain_graph recomputes again.
+    """
 
     def __init__(self, make: Callable[[], Any]):
         self.make = make

@@ -13,8 +13,10 @@ from goose_lora.models.trunk import top_layers
 
 @dataclass
 class ModelArguments:
-    """The base model, its quantization, and where LoRA goes: the same three lines in every stage's
-    configuration."""
+    """The base model, its quantization, and where LoRA goes.
+
+    They are the same three lines in every stage's configuration.
+    """
 
     model_name_or_path: str = field(
         metadata={"help": "Hub id or folder of the base, or 'embedded' for the small model of the demo."}
@@ -76,8 +78,9 @@ class ModelArguments:
 
 
 def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:
-    """Those with which a run had its base, from ``base`` in its lineage; ``base`` says where it is,
-    if not where the run had it.
+    """Return the settings with which a run had its base, from ``base`` in its lineage.
+
+    ``base`` says where it is, if not where the run had it.
 
     Raises:
         ValueError: the base is not there any more, or the lineage does not say how it was

@@ -1,5 +1,7 @@
-"""What can be known before the weights load: whether adapters, lengths and chat templates fit the
-base. Its configuration is enough for that."""
+"""Checks before the weights load: whether adapters, lengths and chat templates fit the base.
+
+Its configuration is enough for that.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,5 +1,4 @@
-"""A dense copy of one role's model for rollouts: 4-bit weights dequantized once, the adapter merged
-in.
+"""A dense copy of one role's model for rollouts: weights dequantized, the adapter merged.
 
 Most of a decoding step on a quantized base is dequantization, and unmerged adapters triple the
 number of matrix products. Embeddings, norms and whatever else is neither quantized nor adapted stay
@@ -29,8 +28,10 @@ SHARE_OF_FREE_MEMORY = 0.5  # the rest is for cache and activations
 
 
 class DenseCopy:
-    """A transformers model that ``become`` gives the weights of one role after another, in the
-    base's dtype; what is merged, in ``dtype``."""
+    """A transformers model that takes the weights of one role after another.
+
+    It is in the base's dtype; what is merged, in ``dtype``.
+    """
 
     def __init__(self, shared: SharedBase, dtype: torch.dtype | None = None):
         self.shared = shared
@@ -52,8 +53,10 @@ class DenseCopy:
         self.model.requires_grad_(False).eval()
 
     def _fill(self, module: nn.Module, source: Any, dtype: torch.dtype) -> None:
-        """Give ``module`` the parameters of ``source``: the same tensors, except for matrices that
-        are quantized or adapted."""
+        """Give ``module`` the parameters of ``source``.
+
+        They are the same tensors, except for matrices that are quantized or adapted.
+        """
         adapted = isinstance(source, LoraLayer)
         inner: Any = source.get_base_layer() if adapted else source
         # GPT-2's (in, out), of which bitsandbytes makes (out, in)
@@ -72,8 +75,9 @@ class DenseCopy:
 
     @torch.no_grad()
     def become(self, role: Role) -> Any:
-        """Merge ``role`` into the copy, anew each time since adapters train, and return the
-        transformers model.
+        """Merge ``role`` into the copy, and return the transformers model.
+
+        It is merged anew each time, since adapters train.
 
         The sum is taken in fp32 and rounded once to the model's dtype.
         """
@@ -95,8 +99,7 @@ def takes_dense_copy(wanted: RolloutWeights, *, need: float, free: float) -> boo
 
 
 def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | None:
-    """A copy if ``wanted`` is ``dense``, or ``auto`` and it takes less than half of the free
-    memory.
+    """Make a dense copy if ``wanted`` is ``dense``, or ``auto`` and memory allows it.
 
     Raises:
         ValueError: ``dense``, but the adapters are of a kind that is not a sum of two matrices.

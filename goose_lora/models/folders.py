@@ -1,5 +1,6 @@
-"""What stands in the folders of models and adapters, looked at before any weights are loaded, and
-said in one line where it is wrong.
+"""Folders of models and adapters, looked at before any weights are loaded.
+
+What is wrong with one is said in one line.
 
 Weights are read from safetensors alone: .bin and .pt files are pickles, which can run code as they
 are read.
@@ -35,9 +36,12 @@ _READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_confi
 def reading(
     what: str, name: str, way_out: str = "Save or download it again, or update transformers"
 ) -> Iterator[None]:
-    """Turn whatever libraries raise of a model's files into a ValueError of one line. tokenizers
-    raises bare Exception, safetensors an error of its own, transformers KeyError, TypeError and
-    others. Want of memory, of a package, or of a working GPU is something else, and passes."""
+    """Turn whatever libraries raise of a model's files into a UserError of one line.
+
+    tokenizers raises bare Exception, safetensors an error of its own, transformers KeyError,
+    TypeError and others. Want of memory, of a package, or of a working GPU is something else, and
+    passes.
+    """
     try:
         yield
     except Exception as error:
@@ -89,8 +93,10 @@ def require_name(name: str) -> None:
 
 
 def require_model(name: str, *, weights: bool = True) -> None:
-    """Raise ValueError unless ``name`` is the folder of a model, with ``weights`` in safetensors,
-    or may be a name on the Hub."""
+    """Raise UserError unless ``name`` is the folder of a model, or may be a name on the Hub.
+
+    With ``weights`` the folder must have them in safetensors.
+    """
     require_name(name)
     path = Path(name)
     if path.is_dir():
@@ -177,8 +183,10 @@ def tensor_shapes(
 
 
 def saved_template(folder: str | Path) -> Any:
-    """The chat template of the tokenizer in ``folder``, or several by name; None without a
-    tokenizer or without a template."""
+    """Return the chat template of the tokenizer in ``folder``, or several by name.
+
+    None without a tokenizer or without a template.
+    """
     path = Path(folder)
     if (path / "chat_template.jinja").is_file():
         return (path / "chat_template.jinja").read_text(encoding="utf-8")
@@ -208,8 +216,9 @@ def check_lineage(path: Path, lineage: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder ``name``; or the adapter user/repo[/folder][@revision] of the Hub, all its files
-    of one commit, in the Hub's cache.
+    """Return the folder ``name``, or that of an adapter of the Hub in the Hub's cache.
+
+    An adapter is user/repo[/folder][@revision]; all its files are of one commit.
 
     A name without a revision, whose parent is a folder here, is a folder that is missing, not one
     of the Hub.
@@ -242,8 +251,10 @@ def local_folder(name: str | Path) -> Path:
 
 
 def read_lineage(folder: str | Path) -> dict[str, Any]:
-    """What this project noted beside an adapter; nothing for an adapter of other origin. Raises
-    ValueError for a damaged file."""
+    """Read what this project noted beside an adapter; nothing for one of other origin.
+
+    Raises UserError for a damaged file.
+    """
     path = Path(folder) / LINEAGE
     return check_lineage(path, read_json_object(path)) if path.is_file() else {}
 

@@ -1,5 +1,4 @@
-"""The quantized base and its tokenizer: the rules for padding, dtypes and quantization, in one
-place."""
+"""The quantized base and its tokenizer: padding, dtypes and quantization in one place."""
 
 import logging
 from dataclasses import replace
@@ -73,8 +72,9 @@ def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> 
 
 
 def spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token in the vocabulary that can serve as padding: not EOS, nor one that text contains. No
-    embedding is added.
+    """Return a token that can serve as padding: not EOS, nor one that text contains.
+
+    It is in the vocabulary: no embedding is added.
 
     With pad = EOS, a sequence classifier does not see the final EOS (TRL#3750), and a reply that
     ended scores like one that was cut.
@@ -93,8 +93,9 @@ def spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
-    """The frozen base as a causal language model, in evaluation mode, on one device (never
-    device_map="auto").
+    """Load the frozen base as a causal language model, in evaluation mode, on one device.
+
+    ``device_map="auto"`` is never used.
 
     ``device`` and ``trust_remote_code`` may be given by keyword; the device is accelerate's by
     default.
@@ -139,8 +140,9 @@ def _load(
 
 
 def read_weights(auto_class: Any, name: str, args: ModelArguments, place: Any, **kwargs: Any) -> Any:
-    """The model ``name`` on one device, quantized and in the dtype as ``args`` says, from
-    safetensors alone.
+    """Load a model on one device, quantized and in the dtype as ``args`` says.
+
+    Weights come from safetensors alone.
 
     Raises:
         ValueError: it cannot be read.
@@ -159,8 +161,10 @@ def read_weights(auto_class: Any, name: str, args: ModelArguments, place: Any, *
 def lora_config(
     args: ModelArguments, model: Any, task_type: str | None = "CAUSAL_LM", **kwargs: Any
 ) -> LoraConfig:
-    """LoRA in the layers that ``lora_layers`` names; all-linear is written out, since PEFT refuses
-    it together with layers."""
+    """Return PEFT's configuration of LoRA in the layers that ``lora_layers`` names.
+
+    all-linear is written out, since PEFT refuses it together with layers.
+    """
     layers = decoder_layers(model)
     chosen = top_layers(args.lora_layers, len(layers))
     return LoraConfig(
@@ -177,8 +181,10 @@ def lora_config(
 
 
 def linear_names(layers: nn.ModuleList) -> list[str]:
-    """Names of all linear layers inside the decoder layers: q_proj, c_attn, dense_h_to_4h ..., as
-    PEFT's target_modules."""
+    """Return the names of all linear layers inside the decoder layers, as PEFT's target_modules.
+
+    They are q_proj, c_attn, dense_h_to_4h and so on.
+    """
     linear = (nn.Linear, Conv1D)
     return sorted(
         {name.rpartition(".")[2] for name, module in layers[0].named_modules() if isinstance(module, linear)}
@@ -186,16 +192,20 @@ def linear_names(layers: nn.ModuleList) -> list[str]:
 
 
 def adapters_to_fp32(model: Any) -> None:
-    """Undo the bf16 cast that TRL's trainers give LoRA on a quantized base: in bf16, AdamW's small
-    steps round to nothing."""
+    """Undo the bf16 cast that TRL's trainers give LoRA on a quantized base.
+
+    In bf16, AdamW's small steps round to nothing.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def tokenizer_of(folder: Path, args: ModelArguments) -> PreTrainedTokenizerBase:
-    """A run's own tokenizer, where it saved one; otherwise the base's with the run's chat
-    template."""
+    """Load a run's own tokenizer, where it saved one.
+
+    Otherwise it is the base's with the run's chat template.
+    """
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return load_tokenizer(replace(args, model_name_or_path=str(folder), model_revision=None))
     tokenizer = load_tokenizer(args)

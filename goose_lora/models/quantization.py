@@ -13,8 +13,9 @@ from goose_lora.models.arguments import ModelArguments
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16, so that a product takes no longer than twice
-    that in float32; it is tried, in 0.1 s or so.
+    """Return whether this CPU has instructions for bfloat16.
+
+    A product then takes no longer than twice that in float32. It is tried, in 0.1 s or so.
 
     Without them (x86 without AVX512-BF16 or AMX) it is done in software: 8 times slower forward and
     40 times backward, where it was measured.
@@ -35,9 +36,11 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def quantization_config(args: ModelArguments) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings. int8 goes without its outlier columns: which they are is decided over
-    the whole batch, padding included, so that a row's log-probabilities would depend on its
-    batch-mates (by up to 2.9 nats on SmolLM2-135M), and with them PPO's ratios.
+    """Return the settings of bitsandbytes.
+
+    int8 goes without its outlier columns: which they are is decided over the whole batch, padding
+    included, so that a row's log-probabilities would depend on its batch-mates (by up to 2.9 nats
+    on SmolLM2-135M), and with them PPO's ratios.
     """
     if args.quantization == "nf4":
         return BitsAndBytesConfig(

@@ -110,14 +110,15 @@ class RolePlan:
 
     @property
     def value_source(self) -> Role:
-        """The role whose adapter or head the critic copies, or has the form of where it starts at
-        zero."""
+        """The role whose adapter or head the critic copies.
+
+        Where it starts at zero, it has the form of that role's.
+        """
         return "reward" if self.has_reward and self.critic_init != "policy" else "policy"
 
     @property
     def values_are_scores(self) -> bool:
-        """Whether the critic starts as a copy of the reward model, and speaks in units of its
-        scores."""
+        """Whether the critic starts as the reward model and speaks in units of its scores."""
         return self.critic is not None and self.critic_init == "reward"
 
     @property

@@ -221,8 +221,10 @@ class SharedBase(PeftModel):
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
-        """Move the role ``ema`` towards the policy: ema <- decay * ema + (1 - decay) * policy,
-        factor by factor of LoRA."""
+        """Move the role ``ema`` towards the policy, factor by factor of LoRA.
+
+        ema <- decay * ema + (1 - decay) * policy.
+        """
         policy = dict(self.role_parameters("policy"))
         for name, parameter in self.role_parameters("ema"):
             parameter.lerp_(
@@ -245,8 +247,10 @@ class SharedBase(PeftModel):
         )
 
     def set_trainable(self, roles: Sequence[Role]) -> None:
-        """Let the parameters of ``roles`` train, and nothing else. PEFT freezes and unfreezes
-        adapters as a side effect of switching."""
+        """Let the parameters of ``roles`` train, and nothing else.
+
+        PEFT freezes and unfreezes adapters as a side effect of switching.
+        """
         training = {id(p) for role in roles for _, p in self.training_parameters(role)}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in training)
@@ -303,8 +307,10 @@ class SharedBase(PeftModel):
         self._role = role
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; the reward adapter's folder keeps the note of what it was trained to read,
-        and of its bias."""
+        """Save as PEFT does, with a note beside the reward adapter.
+
+        The note says what it was trained to read, and its bias.
+        """
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.has("reward"):
             write_lineage(
@@ -316,8 +322,9 @@ class SharedBase(PeftModel):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
-        """As in transformers, but each recompute runs under the role of its own forward (PEFT#2832:
-        else gradients are wrong, silently).
+        """Enable checkpointing whose recompute runs under the role of its own forward.
+
+        Else gradients are wrong, silently (PEFT#2832).
 
         Raises:
             ValueError: reentrant checkpointing, which has no such hook.
@@ -335,8 +342,9 @@ class SharedBase(PeftModel):
         core.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
 
     def _as_now(self) -> Callable[[], Any]:
-        """Makes a context in which the base is what it is now: its role, and how many columns are
-        read."""
+        """Make a context in which the base is what it is now: its role, and the columns that are
+        read.
+        """
         role, columns = self._role, self._columns
 
         @contextmanager
@@ -349,8 +357,10 @@ class SharedBase(PeftModel):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
-        """transformers' older name for the same; PEFT would pass it on to the base, which knows no
-        roles."""
+        """Enable checkpointing by transformers' older name.
+
+        PEFT would pass it on to the base, which knows no roles.
+        """
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     # ---- The trunk: layers that roles have in common ----

@@ -64,8 +64,10 @@ def top_layers(text: str, num_layers: int, setting: str = "lora_layers") -> list
 
 
 def lowest_layer(layers: nn.ModuleList, adapter: str) -> int:
-    """Index of the lowest layer that ``adapter`` changes; the number of layers if it changes none
-    of them."""
+    """Return the index of the lowest layer that ``adapter`` changes.
+
+    It is the number of layers if it changes none of them.
+    """
     for index, layer in enumerate(layers):
         if any(f".{adapter}." in f"{name}." for name, _ in layer.named_parameters()):
             return index
@@ -94,8 +96,10 @@ def _pass_through(hidden_states: Tensor, *args: object, **kwargs: object) -> Ten
 
 @contextmanager
 def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
-    """Inside, a forward of the model runs only ``layers[:depth]``; the list that is yielded
-    receives their output (B, L, H)."""
+    """Run only ``layers[:depth]`` in a forward of the model inside.
+
+    The list that is yielded receives their output (B, L, H).
+    """
     output: list[Any] = []
     hook = layers[depth - 1].register_forward_hook(lambda module, args, out: output.append(out))
     try:
@@ -107,8 +111,9 @@ def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
 
 
 class Capture:
-    """Notes the output of ``layers[depth - 1]`` while a model generates: of the prompt, then of one
-    token after another.
+    """Keeps the output of ``layers[depth - 1]`` while a model generates.
+
+    It is that of the prompt, then of one token after another.
 
     Args:
         columns: how many tokens there will be at most, prompt and reply together.
@@ -141,8 +146,9 @@ class Capture:
 
 @contextmanager
 def above(layers: nn.ModuleList, depth: int, hidden_states: Tensor) -> Iterator[None]:
-    """Inside, a forward of the model starts at ``layers[depth]`` from ``hidden_states`` (B, L, H),
-    what ``below`` gave.
+    """Start a forward of the model inside at ``layers[depth]`` from ``hidden_states`` (B, L, H).
+
+    They are what ``below`` gave.
 
     The stored states enter as the output of layer ``depth - 1``. That way the first layer that
     trains receives them as an ordinary argument, which gradient checkpointing keeps for its
@@ -154,8 +160,9 @@ def above(layers: nn.ModuleList, depth: int, hidden_states: Tensor) -> Iterator[
 
 
 def trained_from(model: Any, layers: nn.ModuleList, adapter: str, train_layers: str) -> int:
-    """Lowest layer in which ``adapter`` trains if only ``train_layers`` do; 0 if it trains outside
-    the layers, on embeddings or the head.
+    """Return the lowest layer in which ``adapter`` trains if only ``train_layers`` do.
+
+    It is 0 if the adapter trains outside the layers, on embeddings or the head.
 
     Raises:
         ValueError: the adapter reaches none of ``train_layers``.
@@ -190,8 +197,10 @@ def captured_depth(depth: int, *, merged: bool, adapted_below: bool) -> int:
 
 
 def same_below(model: Any, layers: nn.ModuleList, depth: int, one: str | None, other: str | None) -> bool:
-    """Whether two adapters (None: none at all) compute the same in ``layers[:depth]`` and outside
-    the layers, bit for bit."""
+    """Return whether two adapters (None: none) compute the same below ``depth``, bit for bit.
+
+    Compared are ``layers[:depth]`` and everything outside the layers.
+    """
     above = {id(module) for layer in layers[depth:] for module in layer.modules()}
     lower = (
         module for module in model.modules() if isinstance(module, LoraLayer) and id(module) not in above
@@ -200,8 +209,10 @@ def same_below(model: Any, layers: nn.ModuleList, depth: int, one: str | None, o
 
 
 def _effect(module: Any, adapter: str | None) -> dict[str, Tensor]:
-    """What ``adapter`` adds to a layer, by names of its factors; nothing where it has none there,
-    or its product is 0."""
+    """Return what ``adapter`` adds to a layer, by names of its factors.
+
+    Nothing where it has none there, or its product is 0.
+    """
     if adapter is None:
         return {}
     factors = {name: p for name, p in module.named_parameters() if belongs_to(name, adapter)}
@@ -225,8 +236,10 @@ BY_POSITION = ("q_proj", "o_proj", "mlp")
 
 @contextmanager
 def only_last_columns(layer: nn.Module, columns: int | None) -> Iterator[None]:
-    """Inside, ``layer`` gives correct states (B, L, H) in the last ``columns`` columns only, exact
-    there; None: in all of them."""
+    """Compute correct states (B, L, H) of ``layer`` in the last ``columns`` columns only.
+
+    They are exact there; None stands for all columns.
+    """
     if columns is None:
         yield
         return
