@@ -61,9 +61,9 @@ def write_start(seed_folder: Path, dtype: str) -> None:
     # Its environment does not have this project.
     shared, tokenizer = shared_base(seed_folder, dtype)
     dense = DenseCopy(shared)
-    dense.become("policy")
+    dense.merge_role("policy")
     dense.model.save_pretrained(seed_folder / "dense" / "policy")
-    dense.become("reward")
+    dense.merge_role("reward")
     config = copy.deepcopy(dense.model.config)
     config.num_labels = 1
     judge: Any = AutoModelForSequenceClassification.from_config(config, dtype=dense.model.dtype)

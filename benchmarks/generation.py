@@ -113,7 +113,7 @@ def weights(arguments: argparse.Namespace, ids: Tensor) -> dict[str, Callable[[]
 
     def generate(dense: DenseCopy | None) -> Tensor:
         if dense:
-            dense.become("policy")
+            dense.merge_role("policy")
         return sample(shared, ids, torch.ones_like(ids), config, dense=dense).input_ids
 
     return {"nf4, shared weights": partial(generate, None), "nf4, dense copy": partial(generate, copied)}

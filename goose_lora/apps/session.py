@@ -293,7 +293,7 @@ class PolicySession:
             torch.manual_seed(seed)
             role = self.info.roles[name]
             if self.dense is not None and self._merged != name:
-                self.dense.become(role)
+                self.dense.merge_role(role)
                 self._merged = name
             rollout = sample(
                 self.shared,

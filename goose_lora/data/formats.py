@@ -14,9 +14,10 @@ from datasets import Dataset
 
 from goose_lora.errors import UserError
 
-Stage = Literal["sft", "reward", "ppo"]
+StageName = Literal["sft", "reward", "ppo"]
 Kind = Literal["text", "chat"]
 Row = Mapping[str, Any]
+Content = str | list[dict[str, Any]]  # text, or chat messages
 
 
 class Format(NamedTuple):
@@ -27,7 +28,7 @@ class Format(NamedTuple):
 
     title: str
     columns: tuple[str, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[StageName, ...]
 
 
 PAIRS = Format("preference pairs", ("prompt", "chosen", "rejected"), ("reward", "ppo"))
@@ -41,7 +42,7 @@ TEXTS = Format("texts", ("text",), ("sft",))
 FORMATS = (PAIRS, PROMPTS_AND_COMPLETIONS, RANKED_LISTS, PROMPTS, IMPLICIT_PAIRS, CONVERSATIONS, TEXTS)
 FORMAT_COLUMNS = {column for format in FORMATS for column in format.columns} | {"ranks"}
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 ASKING_ROLES = ("user", "tool")  # whose turn the assistant answers
 KIND_NAMES: dict[str, str] = {"text": "text", "chat": "a list of chat messages"}
 TURN_MARKER = "\n\nAssistant:"  # of Anthropic's hh-rlhf, whose texts hold the whole dialogue
@@ -56,7 +57,7 @@ class Taken(NamedTuple):
     dropped: dict[str, list[int]]
 
 
-def find_format(columns: Iterable[str], stage: Stage, name: str) -> Format:
+def find_format(columns: Iterable[str], stage: StageName, name: str) -> Format:
     """The format in which ``stage`` takes rows with these columns.
 
     Raises:
@@ -69,7 +70,7 @@ def find_format(columns: Iterable[str], stage: Stage, name: str) -> Format:
     accepted = " or ".join("+".join(format.columns) for format in FORMATS if stage in format.stages)
     others = [
         other
-        for other in get_args(Stage)
+        for other in get_args(StageName)
         if any(other in f.stages and set(f.columns) <= set(columns) for f in FORMATS)
     ]
     hint = (
@@ -78,7 +79,7 @@ def find_format(columns: Iterable[str], stage: Stage, name: str) -> Format:
     raise UserError(f"{name}: has the columns {', '.join(columns)}; {stage} takes {accepted}. {hint}")
 
 
-def take(rows: Dataset, stage: Stage, name: str) -> Taken:
+def take(rows: Dataset, stage: StageName, name: str) -> Taken:
     """``rows`` as ``stage`` takes them: checked one by one, those that teach nothing left out.
 
     For PPO each row then has a ``prompt``, and its other columns are kept for reward functions. For
@@ -130,7 +131,7 @@ def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> str:
     )
 
 
-def reason_to_drop(row: Row, format: Format, stage: Stage, kind: Kind) -> str | None:
+def reason_to_drop(row: Row, format: Format, stage: StageName, kind: Kind) -> str | None:
     """Why ``row`` is left out, or None.
 
     Raises:
@@ -159,7 +160,7 @@ def reason_to_drop(row: Row, format: Format, stage: Stage, kind: Kind) -> str | 
     return None
 
 
-def prompt_of(row: Row, format: Format) -> Any:
+def prompt_of(row: Row, format: Format) -> Content:
     """Return the prompt of a row, text or messages.
 
     It is the row's own, the turns before the last one of the assistant, or what a pair has in
@@ -172,7 +173,7 @@ def prompt_of(row: Row, format: Format) -> Any:
     return implicit_prompt(row["chosen"], row["rejected"])
 
 
-def conversation_prompt(messages: Sequence[Any]) -> Sequence[Any]:
+def conversation_prompt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return everything before the assistant's last turn, if that is the last.
 
     A conversation that ends otherwise is a prompt as a whole.
@@ -180,7 +181,7 @@ def conversation_prompt(messages: Sequence[Any]) -> Sequence[Any]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def implicit_prompt(chosen: Any, rejected: Any) -> Any:
+def implicit_prompt(chosen: Any, rejected: Any) -> Content:
     """What both begin with, cut where a reply can begin, so that both replies keep something.
 
     Messages: up to the last turn that asks. Text: after the last ``Assistant:`` that opens a
@@ -248,8 +249,8 @@ def check_messages(messages: Sequence[Any]) -> None:
                 else "Each message needs role and content."
             )
             raise UserError(f"message {place} has no role; it has {', '.join(message) or 'nothing'}. {hint}")
-        if role not in ROLES:
-            raise UserError(f"message {place} has the role {role!r}; known are {', '.join(ROLES)}.")
+        if role not in CHAT_ROLES:
+            raise UserError(f"message {place} has the role {role!r}; known are {', '.join(CHAT_ROLES)}.")
         if content is None and not message.get("tool_calls"):
             raise UserError(
                 f"message {place}, of the {role}, has no content. Each message needs role and content."

@@ -18,8 +18,9 @@ from goose_lora.data.formats import (
     PROMPTS,
     RANKED_LISTS,
     TEXTS,
+    Content,
     Format,
-    Stage,
+    StageName,
     Taken,
     find_format,
     prompt_of,
@@ -52,7 +53,7 @@ class Part(NamedTuple):
 def describe(
     dataset: str,
     *,
-    stage: Stage | None = None,
+    stage: StageName | None = None,
     tokenizer: str | None = None,
     max_length: int | None = None,
     max_rows: int | None = None,
@@ -114,7 +115,14 @@ def describe(
     return "\n".join([*lines, "", *_dropped_lines(dropped, len(rows))])
 
 
-def row_parts(row: Any, taken: Taken, stage: Stage, tokenizer: Any, *, cut: int | None = None) -> list[Part]:
+def row_parts(
+    row: Mapping[str, Any],
+    taken: Taken,
+    stage: StageName,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    cut: int | None = None,
+) -> list[Part]:
     """Return the pieces of a row: its prompt, if it has one, then each reply that the stage sees.
 
     With a tokenizer they are what TRL's trainers and ``tokenize_prompts`` make of the row, decoded.
@@ -159,7 +167,7 @@ def _rows(taken: Taken) -> Iterator[Any]:
     yield from taken.rows
 
 
-def _pieces(row: Mapping[str, Any], format: Format, stage: Stage) -> tuple[Any, dict[str, Any]]:
+def _pieces(row: Mapping[str, Any], format: Format, stage: StageName) -> tuple[Any, dict[str, Any]]:
     """Return the prompt of a row (None where there is none) and its replies by name."""
     if stage == "ppo":
         return row["prompt"], {}
@@ -184,7 +192,7 @@ def _pieces(row: Mapping[str, Any], format: Format, stage: Stage) -> tuple[Any, 
     return prompt or None, {label: row[column][skip:] for label, column in names.items()}
 
 
-def _ids(value: Any, tokenizer: PreTrainedTokenizerBase, *, ends: bool) -> list[int]:
+def _ids(value: Content, tokenizer: PreTrainedTokenizerBase, *, ends: bool) -> list[int]:
     """Tokenize as TRL's SFTTrainer and RewardTrainer do.
 
     Text ``ends`` with the end-of-text token, messages as their template ends them.
@@ -207,7 +215,7 @@ def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Content) -> str:
     if isinstance(value, str):
         return value
     return "\n".join(
@@ -215,7 +223,7 @@ def _plain(value: Any) -> str:
     )
 
 
-def _words(value: Any) -> int:
+def _words(value: Content) -> int:
     return len(
         (
             value if isinstance(value, str) else " ".join(message.get("content") or "" for message in value)
@@ -232,7 +240,7 @@ def _kept_numbers(count: int, dropped: Mapping[str, Sequence[int]]) -> list[int]
     return [number for number in range(1, count + 1) if number not in out]
 
 
-def _main_stage(columns: Sequence[str], name: str) -> Stage:
+def _main_stage(columns: Sequence[str], name: str) -> StageName:
     for format in FORMATS:
         if set(format.columns) <= set(columns):
             return format.stages[0]
@@ -245,10 +253,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _format_lines(columns: Sequence[str], taken: Taken, stage: Stage) -> list[str]:
+def _format_lines(columns: Sequence[str], taken: Taken, stage: StageName) -> list[str]:
     kind = "plain text" if taken.kind == "text" else "chat messages"
     lines = [f"format: {taken.format.title} ({' + '.join(taken.format.columns)}), {kind}"]
-    for other in get_args(Stage):
+    for other in get_args(StageName):
         try:
             format = find_format(columns, other, "")
         except ValueError:
@@ -267,7 +275,7 @@ def _format_lines(columns: Sequence[str], taken: Taken, stage: Stage) -> list[st
     )
 
 
-def _view(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -> str:
+def _view(taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | None) -> str:
     if encoder is None:
         what = "chat messages without a template" if taken.kind == "chat" else "text without special tokens"
         return f"Rows as they are in the file: {what}. --tokenizer shows what the model sees. {LEGEND}."
@@ -286,7 +294,7 @@ def _view(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -
     return f"{how} {LEGEND}."
 
 
-def _second_bos_lines(taken: Taken, stage: Stage, encoder: PreTrainedTokenizerBase | None) -> list[str]:
+def _second_bos_lines(taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | None) -> list[str]:
     """Warn of texts that a template has been through already.
 
     TRL's trainers would begin them with a second BOS.

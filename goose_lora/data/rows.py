@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 
-from goose_lora.data.formats import Stage, describe_dropped, take
+from goose_lora.data.formats import StageName, describe_dropped, take
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.files import brief
@@ -54,17 +54,17 @@ class DataArguments:
         if self.max_rows is not None and self.max_rows < 1:
             raise UserError(f"max_rows={self.max_rows}: must be 1 or more, or null for all rows.")
 
-    def train(self, stage: Stage) -> "RowSet":
+    def train(self, stage: StageName) -> "RowSet":
         """Read the rows to train on, as ``stage`` takes them."""
         return self._read(self.dataset_name, self.dataset_split, stage)
 
-    def held_out(self, stage: Stage) -> "RowSet | None":
+    def held_out(self, stage: StageName) -> "RowSet | None":
         """Read the held-out rows, as ``stage`` takes them; None if none are named."""
         if self.eval_dataset_name is None:
             return None
         return self._read(self.eval_dataset_name, self.eval_dataset_split, stage)
 
-    def _read(self, name: str, split: str, stage: Stage) -> "RowSet":
+    def _read(self, name: str, split: str, stage: StageName) -> "RowSet":
         rows = load_rows(name, split, self.max_rows, self.column_mapping, stage=stage)
         return RowSet(name, split, rows)
 
@@ -127,7 +127,7 @@ def load_rows(
     max_rows: int | None = None,
     column_mapping: Sequence[str] | None = None,
     *,
-    stage: Stage | None = None,
+    stage: StageName | None = None,
 ) -> Dataset:
     """Read the rows of a file, of a Hub dataset or of the demo (embedded/NAME), columns renamed.
 

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from goose_lora.data.formats import Content
 from goose_lora.data.rows import (
     require_columns,
 )
@@ -69,7 +70,7 @@ def begins_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # type: ignore[index]
 
 
-def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: Content, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokenize a prompt, up to where the reply begins.
 
     A text begins with BOS where the tokenizer begins texts so, as in SFT and the reward model, but

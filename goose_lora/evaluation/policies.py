@@ -52,7 +52,7 @@ def answer(
     adapter, and measure their KL to the reference."""
     torch.manual_seed(seed)
     if dense is not None:
-        dense.become(role)
+        dense.merge_role(role)
     replies = Replies()
     core: Any = shared.get_base_model()
     device = core.get_output_embeddings().weight.device

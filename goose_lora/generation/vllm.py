@@ -114,7 +114,7 @@ class VLLMEngine:
         # vLLM reads a model from a folder.
         with _random_numbers_kept(), tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
             # No adapter is called so: what is written is the base as it computes here.
-            DenseCopy(shared).become("base").save_pretrained(folder)
+            DenseCopy(shared).merge_role("base").save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             self._give_back()
             self.llm = vllm.LLM(

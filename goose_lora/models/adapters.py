@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
@@ -15,7 +15,7 @@ from goose_lora.models.roles import ADAPTERS, Role, belongs_to
 logger = logging.getLogger(__name__)
 
 
-def load_weights(model: Any, role: Role, folder: AdapterFolder) -> None:
+def load_weights(model: PeftModel, role: Role, folder: AdapterFolder) -> None:
     """Load a saved adapter, and its head if the role has one, into ``role`` of a PeftModel.
 
     Raises as ``SharedBase.load_role``.
@@ -99,5 +99,5 @@ class Reentrant:
         self.open.append(self.make())
         self.open[-1].__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.open.pop().__exit__(*error)

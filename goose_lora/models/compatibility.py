@@ -4,7 +4,7 @@ Its configuration is enough for that.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -52,7 +54,7 @@ def check_fit(
             f"the longest prompt and a reply make {tokens} tokens, and {args.model_name_or_path} has a"
             f" context of {context} (max_position_embeddings). Lower max_prompt_tokens or response_length."
         )
-    vocabulary = core.get_input_embeddings().weight.shape[0]
+    vocabulary = cast(nn.Embedding, core.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise UserError(
             f"{args.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model"
@@ -72,7 +74,7 @@ def check_fit(
             )
 
 
-def _check_targets(args: ModelArguments, core: Any) -> None:
+def _check_targets(args: ModelArguments, core: PreTrainedModel) -> None:
     targets = lora_config(args, core).target_modules or []
     if args.lora_target_modules == ["all-linear"] or isinstance(targets, str):
         return
@@ -86,7 +88,7 @@ def _check_targets(args: ModelArguments, core: Any) -> None:
         )
 
 
-def _check_adapter(adapter: AdapterFolder, base: str, core: Any) -> None:
+def _check_adapter(adapter: AdapterFolder, base: str, core: PreTrainedModel) -> None:
     shapes, modules = adapter.shapes, dict(core.named_modules())
     if adapter.setting == "reward_adapter" and not adapter.has_head:
         raise UserError(
@@ -138,7 +140,9 @@ def _width(module: nn.Module) -> tuple[int, int] | None:
     )
 
 
-def meta_model(args: ModelArguments, *, trust_remote_code: bool = False, config: Any = None) -> Any:
+def meta_model(
+    args: ModelArguments, *, trust_remote_code: bool = False, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """The base on the meta device."""
     name = args.model_name_or_path
     if config is None:

@@ -15,9 +15,11 @@ from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.errors import UserError
+from goose_lora.models.role_outputs import output_head
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
 
@@ -35,13 +37,13 @@ class DenseCopy:
 
     def __init__(self, shared: SharedBase, dtype: torch.dtype | None = None):
         self.shared = shared
-        core: Any = shared.get_base_model()
+        core = shared.core
         config = copy.deepcopy(core.config)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        merged: Any = dtype or core.get_output_embeddings().weight.dtype
+            delattr(config, "quantization_config")
+        merged = dtype or output_head(core).weight.dtype
         with init_empty_weights(include_buffers=False):
-            self.model: Any = type(core)._from_config(
+            self.model: PreTrainedModel = type(core)._from_config(
                 config, dtype=merged, attn_implementation=config._attn_implementation
             )
         self._adapted: list[tuple[Any, Tensor]] = []
@@ -74,7 +76,7 @@ class DenseCopy:
             setattr(module, name, parameter)
 
     @torch.no_grad()
-    def become(self, role: Role) -> Any:
+    def merge_role(self, role: Role) -> PreTrainedModel:
         """Merge ``role`` into the copy, and return the transformers model.
 
         It is merged anew each time, since adapters train.
@@ -133,19 +135,16 @@ def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | N
 
 def dense_bytes(shared: SharedBase) -> int:
     """Bytes that a dense copy adds: the quantized and the adapted matrices in the compute dtype."""
-    core: Any = shared.get_base_model()
-    inner = {
-        id(layer): layer for layer in (m.get_base_layer() for m in core.modules() if isinstance(m, LoraLayer))
-    }
+    core = shared.core
+    adapted = [module.get_base_layer() for module in core.modules() if isinstance(module, LoraLayer)]
+    inner = {id(layer): layer for layer in adapted}
     inner |= {
         id(module): module
         for module in core.modules()
         if _is_quantized(module) and not isinstance(module, LoraLayer)
     }
-    return (
-        sum(_shape(layer).numel() for layer in inner.values())
-        * core.get_output_embeddings().weight.element_size()
-    )
+    numbers = sum(_shape(layer).numel() for layer in inner.values())
+    return numbers * output_head(core).weight.element_size()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -156,11 +155,9 @@ def free_bytes(device: torch.device) -> int:
 def _dense_weight(layer: Any) -> Tensor:
     # PEFT's dequantize_module_weight also replaces the layer's weight, and an int8 one on a CPU
     # then lacks its scales.
-    return (
-        dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
-        if _is_quantized(layer)
-        else layer.weight
-    )
+    if not _is_quantized(layer):
+        return layer.weight
+    return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
 
 
 def _shape(layer: Any) -> torch.Size:

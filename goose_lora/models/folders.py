@@ -259,7 +259,7 @@ def read_lineage(folder: str | Path) -> dict[str, Any]:
     return check_lineage(path, read_json_object(path)) if path.is_file() else {}
 
 
-def write_lineage(folder: str | Path | None, **facts: Any) -> None:
+def write_lineage(folder: str | Path | None, **facts: object) -> None:
     """Note ``facts`` beside an adapter."""
     path = Path(folder or ".") / LINEAGE
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

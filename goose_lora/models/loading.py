@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +35,7 @@ from goose_lora.models.quantization import (
 )
 from goose_lora.models.trunk import decoder_layers, top_layers
 
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 logger = logging.getLogger(__name__)
 
 # Tokens that model families keep for padding or for nothing, best first.
@@ -92,7 +94,7 @@ def spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
+def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
     """Load the frozen base as a causal language model, in evaluation mode, on one device.
 
     ``device_map="auto"`` is never used.
@@ -103,20 +105,22 @@ def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs
     return _load(AutoModelForCausalLM, args, tokenizer, **kwargs)
 
 
-def load_reward_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
+def load_reward_base(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+) -> PreTrainedModel:
     """The same base as a sequence classifier with one output, for ``trl.RewardTrainer``."""
     return _load(AutoModelForSequenceClassification, args, tokenizer, num_labels=1, **kwargs)
 
 
 def _load(
-    auto_class: Any,
+    auto_class: AutoClass,
     args: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,
     device: torch.device | None = None,
     **kwargs: Any,
-) -> Any:
-    place: Any = device or PartialState().device
+) -> PreTrainedModel:
+    place = device or torch.device(PartialState().device or "cpu")
     if place.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
         logger.warning(
             "this CPU multiplies bfloat16 many times slower than float32: set dtype: float32, and bf16: false"
@@ -139,7 +143,9 @@ def _load(
     return model.eval()
 
 
-def read_weights(auto_class: Any, name: str, args: ModelArguments, place: Any, **kwargs: Any) -> Any:
+def read_weights(
+    auto_class: AutoClass, name: str, args: ModelArguments, place: torch.device, **kwargs: Any
+) -> PreTrainedModel:
     """Load a model on one device, quantized and in the dtype as ``args`` says.
 
     Weights come from safetensors alone.
@@ -159,7 +165,7 @@ def read_weights(auto_class: Any, name: str, args: ModelArguments, place: Any, *
 
 
 def lora_config(
-    args: ModelArguments, model: Any, task_type: str | None = "CAUSAL_LM", **kwargs: Any
+    args: ModelArguments, model: PreTrainedModel, task_type: str | None = "CAUSAL_LM", **kwargs: Any
 ) -> LoraConfig:
     """Return PEFT's configuration of LoRA in the layers that ``lora_layers`` names.
 
@@ -191,11 +197,12 @@ def linear_names(layers: nn.ModuleList) -> list[str]:
     )
 
 
-def adapters_to_fp32(model: Any) -> None:
+def adapters_to_fp32(model: nn.Module | None) -> None:
     """Undo the bf16 cast that TRL's trainers give LoRA on a quantized base.
 
     In bf16, AdamW's small steps round to nothing.
     """
+    assert model is not None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

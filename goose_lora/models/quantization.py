@@ -2,9 +2,9 @@
 
 import math
 import time
-from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     BitsAndBytesConfig,
 )
@@ -54,7 +54,7 @@ def quantization_config(args: ModelArguments) -> BitsAndBytesConfig | None:
     )
 
 
-def keep_4bit_trainable_on_cpu(model: Any) -> None:
+def keep_4bit_trainable_on_cpu(model: nn.Module) -> None:
     """Keep 4-bit layers in the form that has gradients.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first forward in evaluation
@@ -62,22 +62,23 @@ def keep_4bit_trainable_on_cpu(model: Any) -> None:
     autograd: LoRA gradients are then missing or wrong, without an error. Repacking is only for
     speed.
     """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
-def keep_8bit_alike_on_cpu(model: Any) -> None:
+def keep_8bit_alike_on_cpu(model: nn.Module) -> None:
     """Compute 8-bit layers in evaluation mode as in training mode.
 
     On a CPU, bitsandbytes 0.50 multiplies by dequantized weights in training mode, and rounds
     activations to int8 too in evaluation mode: log-probabilities of rollout and update differ by
     0.2 nats. The state of a layer, which its forward tells the mode, stays in training.
     """
-    for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":
-            state = type(module.state)
-            module.state.__class__ = type(
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    for layer in layers:
+        if layer.weight.device.type == "cpu":
+            state = type(layer.state)
+            layer.state.__class__ = type(
                 state.__name__,
                 (state,),
                 {"is_training": property(lambda self: True, lambda self, mode: None)},

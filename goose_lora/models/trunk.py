@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from goose_lora.errors import UserError
 from goose_lora.models.roles import belongs_to
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers of a transformers causal language model.
 
     Raises:
@@ -122,10 +123,10 @@ class Capture:
 
     def __init__(self, layers: nn.ModuleList, depth: int, columns: int, keep_on: torch.device | None = None):
         self.layers, self.depth, self.columns, self.keep_on = layers, depth, columns, keep_on
-        self.states: Any = None
+        self.states: Tensor | None = None
         self.seen = 0
 
-    def note(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def note(self, module: nn.Module, args: object, output: Tensor) -> None:
         if self.states is None:
             self.states = output.new_zeros(
                 output.shape[0], self.columns, output.shape[2], device=self.keep_on
@@ -159,7 +160,7 @@ def above(layers: nn.ModuleList, depth: int, hidden_states: Tensor) -> Iterator[
         yield
 
 
-def trained_from(model: Any, layers: nn.ModuleList, adapter: str, train_layers: str) -> int:
+def trained_from(model: nn.Module, layers: nn.ModuleList, adapter: str, train_layers: str) -> int:
     """Return the lowest layer in which ``adapter`` trains if only ``train_layers`` do.
 
     It is 0 if the adapter trains outside the layers, on embeddings or the head.
@@ -196,7 +197,9 @@ def captured_depth(depth: int, *, merged: bool, adapted_below: bool) -> int:
     return 0 if merged and adapted_below else depth
 
 
-def same_below(model: Any, layers: nn.ModuleList, depth: int, one: str | None, other: str | None) -> bool:
+def same_below(
+    model: nn.Module, layers: nn.ModuleList, depth: int, one: str | None, other: str | None
+) -> bool:
     """Return whether two adapters (None: none) compute the same below ``depth``, bit for bit.
 
     Compared are ``layers[:depth]`` and everything outside the layers.

@@ -3,11 +3,11 @@ scores, log-probabilities, values."""
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from goose_lora.errors import UserError
@@ -16,7 +16,7 @@ from goose_lora.generation.sampling import sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.dense_copy import RolloutWeights, free_bytes, make_dense_copy
-from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
+from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read, output_head
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.memory_rules import TrunkMemory, waits_on_host
@@ -84,7 +84,7 @@ class Rollouts:
 
     def _keep_on(self, rows: int, columns: int) -> torch.device:
         """The device on which a rollout of this size leaves its states."""
-        weight = cast(nn.Linear, self.shared.core.get_output_embeddings()).weight
+        weight = output_head(self.shared.core).weight
         number = rows * columns * weight.shape[1] * weight.element_size() * self.shared.kept_trunks()
         on_host = waits_on_host(self.trunk_memory, need=number, free=free_bytes(weight.device))
         return torch.device("cpu") if on_host else weight.device
@@ -107,7 +107,7 @@ class Rollouts:
         if self.engine is not None:
             return self.engine.sample(input_ids, attention_mask, greedy=greedy)
         if self.dense is not None:
-            self.dense.become("policy")
+            self.dense.merge_role("policy")
         config = self.generation
         if greedy:
             config = copy.deepcopy(config)

@@ -40,7 +40,7 @@ def test_the_copy_computes_what_the_role_computes(architecture):
     for role in ("policy", "value", "reference", "policy"):
         with shared.role(role) as core:
             want = logits(core, ids, mask)
-        torch.testing.assert_close(logits(copy.become(role), ids, mask), want, rtol=0, atol=2e-4)
+        torch.testing.assert_close(logits(copy.merge_role(role), ids, mask), want, rtol=0, atol=2e-4)
         seen.append(want)
     assert (seen[0] - seen[1]).abs().max() > 0.1 and (seen[0] - seen[2]).abs().max() > 0.1, (
         "the roles must differ"
@@ -53,7 +53,7 @@ def assert_computes_alike(shared):
     for role in ("policy", "base"):
         with shared.role(role) as core:
             want = logits(core, ids, mask)
-        torch.testing.assert_close(logits(copy.become(role), ids, mask), want, rtol=0, atol=2e-3)
+        torch.testing.assert_close(logits(copy.merge_role(role), ids, mask), want, rtol=0, atol=2e-3)
 
 
 @torch.no_grad()
@@ -74,12 +74,12 @@ def test_the_copy_follows_the_policy_and_leaves_the_base_alone(shared):
     ids, mask = tiny.batch()
     before = {name: parameter.clone() for name, parameter in shared.named_parameters()}
     copy = DenseCopy(shared)
-    first = logits(copy.become("policy"), ids, mask)
+    first = logits(copy.merge_role("policy"), ids, mask)
     with shared.role("policy") as core:
         still = logits(core, ids, mask)
     assert all(torch.equal(parameter, before[name]) for name, parameter in shared.named_parameters())
     tiny.randomise(shared, std=0.1, seed=7)
-    second = logits(copy.become("policy"), ids, mask)
+    second = logits(copy.merge_role("policy"), ids, mask)
     assert (first - second).abs().max() > 0.01
     torch.testing.assert_close(still, first, rtol=0, atol=2e-3)
 
@@ -117,7 +117,7 @@ def test_greedy_replies_are_those_of_the_shared_weights():
         response_tokens=8, temperature=1.0, eos_token_ids=[tiny.EOS], pad_token_id=tiny.PAD, do_sample=False
     )
     copy = DenseCopy(shared)
-    copy.become("policy")
+    copy.merge_role("policy")
     want = sample(shared, ids, mask, greedy)
     got = sample(shared, ids, mask, greedy, dense=copy)
     assert torch.equal(got.input_ids, want.input_ids)

@@ -36,7 +36,7 @@ def test_what_was_noted_is_what_a_pass_of_its_own_gives(architecture, dense):
         shared.double()  # norms compute in fp32 all the same
     copy = DenseCopy(shared) if dense else None
     if copy:
-        copy.become("policy")
+        copy.merge_role("policy")
     torch.manual_seed(0)
     rollout = sample(
         shared, *tiny.batch((7, 4, 5)), config(), dense=copy, trunk_depth=shared.capture_depth(merged=dense)
