@@ -43,7 +43,7 @@ class DenseCopy:
             delattr(config, "quantization_config")
         merged = dtype or output_head(core).weight.dtype
         with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = type(core)._from_config(
+            self.model: Any = type(core)._from_config(
                 config, dtype=merged, attn_implementation=config._attn_implementation
             )
         self._adapted: list[tuple[Any, Tensor]] = []

@@ -123,7 +123,7 @@ class Capture:
 
     def __init__(self, layers: nn.ModuleList, depth: int, columns: int, keep_on: torch.device | None = None):
         self.layers, self.depth, self.columns, self.keep_on = layers, depth, columns, keep_on
-        self.states: Tensor | None = None
+        self.states: Any = None
         self.seen = 0
 
     def note(self, module: nn.Module, args: object, output: Tensor) -> None:
