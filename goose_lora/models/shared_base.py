@@ -191,6 +191,11 @@ class SharedBase(PeftModel):
         return self.role_plan.critic
 
     @property
+    def value_states(self) -> Role:
+        """The role whose hidden states the critic's head reads."""
+        return self.role_plan.value_states
+
+    @property
     def values_are_scores(self) -> bool:
         """Whether the critic started as the reward model and speaks in units of its score."""
         return self.role_plan.values_are_scores
