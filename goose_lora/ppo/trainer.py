@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.vllm import VLLMEngine
-from goose_lora.models.roles import Role
+from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
 from goose_lora.ppo.callbacks import Diagnosis, PolicyAverage, RolloutState, write_samples
 from goose_lora.ppo.collector import Rollouts
-from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.config import RESUME_RULES, PPOConfig
 from goose_lora.ppo.evaluation import evaluate_prompts, own_random_numbers, reference_scores
 from goose_lora.ppo.experience import Experience, ExperienceMaker
 from goose_lora.ppo.kl_control import AdaptiveKL, FixedKL
@@ -78,6 +79,7 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
     train_dataset: Dataset
     processing_class: PreTrainedTokenizerBase
     push_to_hub: Any = refuse_upload
+    resume_rules = RESUME_RULES
     loss_is_scaled_for_ga = True  # compute_loss divides by the token count of the whole optimizer step
 
     def __init__(
@@ -336,6 +338,21 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
             self.processing_class.pad_token_id,
             self.args.device,
         )
+
+    def load_best(self, checkpoint: Path) -> None:
+        """Overridden to load critic and average too: Trainer loads the policy alone."""
+        trained: tuple[Role, ...] = ("value", "ema")
+        roles: list[Role] = [role for role in trained if self.shared.has(role)]
+        for role in roles:
+            self.shared.load_role(role, checkpoint / ADAPTERS[role])
+        if self.is_world_process_zero():
+            logger.warning(
+                "the run ends with %s of %s (%s %.4g).",
+                ", ".join(["policy", *roles]),
+                checkpoint,
+                self.args.metric_for_best_model,
+                self.state.best_metric,
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what rollouts and updates since the last log have shown, averaged over processes."""
