@@ -199,10 +199,10 @@ def ready_run(
     trainer = PPOTrainer(
         shared, config, Dataset.from_dict({"input_ids": rows}), tokenizer, reward_function=function
     )
-    trainer.rollouts.generation.eos_token_id = [len(tokenizer) + 1]
+    trainer.collector.generation.eos_token_id = [len(tokenizer) + 1]
     for owner, method, phase in (
-        (trainer.rollouts, "generate", "generate"),
-        (trainer, "_experience", "score"),
+        (trainer.collector, "generate", "generate"),
+        (trainer, "make_experience", "score"),
         (trainer, "compute_loss", "update"),
         (trainer.accelerator, "backward", "update"),
     ):
@@ -229,7 +229,7 @@ def measured_steps(
     trainer = ready_run(tokenizer, model, config, reward, lambda phase: record_function(f"phase:{phase}"))
     shared = trainer.shared
     resident = storage_bytes(
-        shared, *([] if trainer.rollouts.dense is None else [trainer.rollouts.dense.model])
+        shared, *([] if trainer.collector.dense is None else [trainer.collector.dense.model])
     )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         trainer.train()

@@ -84,12 +84,12 @@ def main() -> None:
     )
     rows = Dataset.from_dict({"input_ids": prompts(case["batch"] * (2 + case["steps"]), case["prompt"])})
     trainer = PPOTrainer(shared, args, rows, words)
-    trainer.rollouts.generation.eos_token_id = [PAD]  # replies of full length, as in the other side
+    trainer.collector.generation.eos_token_id = [PAD]  # replies of full length, as in the other side
     trainer.remove_callback(
         next(type(c) for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
     )
-    steps.lapped(trainer.rollouts, "generate", "generate")
-    steps.lapped(trainer, "_experience", "score")
+    steps.lapped(trainer.collector, "generate", "generate")
+    steps.lapped(trainer, "make_experience", "score")
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

@@ -18,6 +18,7 @@ from goose_lora.functional.advantages import (
     gae,
     group_normalised,
     leave_one_out,
+    shaped_scores,
     token_rewards,
 )
 from goose_lora.functional.kl import KLEstimator, exact_kl, kl_per_token
@@ -55,6 +56,7 @@ __all__ = [
     "pairwise_loss",
     "policy_loss",
     "ranking_loss",
+    "shaped_scores",
     "token_kl",
     "token_logprobs",
     "token_rewards",

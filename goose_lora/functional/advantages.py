@@ -1,7 +1,7 @@
 """Token rewards, and the advantages that are made of them: GAE, RLOO and GRPO."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from goose_lora.functional.masked import _select, _upcast, last_counted, moments
@@ -122,3 +122,26 @@ def token_rewards(
         by_token = torch.where(mask, _upcast(by_token), 0.0)
         rewards, scores = rewards + by_token, scores - by_token.sum(-1)
     return rewards.scatter_add(1, last_counted(mask.long())[:, None], scores[:, None].to(rewards.dtype))
+
+
+def shaped_scores(
+    scores: Float[Tensor, " B"],
+    ended: Bool[Tensor, " B"],
+    lengths: Int[Tensor, " B"],
+    *,
+    clip: float | None = None,
+    missing_eos_penalty: float | None = None,
+    length_penalty: float = 0.0,
+) -> Float[Tensor, " B"]:
+    """Return each reply's score, clipped, then less what is taken off for its end and its length.
+
+    clip(score, -clip, clip) - missing_eos_penalty [not ended] - length_penalty length, with lengths
+    in tokens. The penalties come after the clipping, so that they are always felt. None leaves a
+    term out. TRL 0.12-1.12 has the penalty for a missing end alone, and does not clip. Raises
+    nothing.
+    """
+    if clip is not None:
+        scores = scores.clamp(-clip, clip)
+    if missing_eos_penalty is not None:
+        scores = torch.where(ended, scores, scores - missing_eos_penalty)
+    return scores - length_penalty * lengths

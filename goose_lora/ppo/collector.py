@@ -1,12 +1,11 @@
-"""Replies to a batch of prompts, and one sweep over them for all that the roles have to say:
-scores, log-probabilities, values."""
+"""Replies to a batch of prompts, and one sweep over them for all that the roles have to say."""
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -16,14 +15,14 @@ from goose_lora.generation.sampling import sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.dense_copy import RolloutWeights, free_bytes, make_dense_copy
-from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read, output_head
+from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read, token_head
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.memory_rules import TrunkMemory, waits_on_host
 from goose_lora.rewards.sources import RewardMix, Scores
 
 
-class Evaluated(NamedTuple):
+class RoleOutputs(NamedTuple):
     """What the roles say of a rollout, before any normalisation; parts that nobody needs are None.
 
     ``trunk`` is the policy's, ``value_trunk`` the critic's where it is another. ``kl`` is the exact
@@ -43,7 +42,21 @@ class Evaluated(NamedTuple):
     output: PolicyAndValue | None = None
 
 
-class Rollouts:
+class _Group(NamedTuple):
+    """Some replies of a rollout, as the roles read them.
+
+    ``ended`` tells which replies close with the end-of-text token, since a reward model may not
+    have read it. ``trunk`` is the policy's, where it was noted while generating.
+    """
+
+    input_ids: Int[Tensor, "b L"]
+    attention_mask: Int[Tensor, "b L"]
+    response_mask: Bool[Tensor, "b T"]
+    ended: Bool[Tensor, " b"]
+    trunk: Float[Tensor, "b L H"] | None
+
+
+class RolloutCollector:
     """Generates and evaluates in groups of ``batch_size`` replies, on one process.
 
     Args:
@@ -82,12 +95,12 @@ class Rollouts:
         self.engine = engine
         self.dense = make_dense_copy(shared, "shared" if engine else weights)
 
-    def _keep_on(self, rows: int, columns: int) -> torch.device:
-        """The device on which a rollout of this size leaves its states."""
-        weight = output_head(self.shared.core).weight
-        number = rows * columns * weight.shape[1] * weight.element_size() * self.shared.kept_trunks()
-        on_host = waits_on_host(self.trunk_memory, need=number, free=free_bytes(weight.device))
-        return torch.device("cpu") if on_host else weight.device
+    @property
+    def device(self) -> torch.device:
+        """Where the head of the model stands, and so a rollout."""
+        return token_head(self.shared.core).weight.device
+
+    # ---- Replies ----
 
     @torch.no_grad()
     def generate(
@@ -98,11 +111,13 @@ class Rollouts:
         greedy: bool = False,
         keep_trunk: bool = False,
     ) -> Rollout:
-        """One reply to each left-padded prompt, by the policy as it is now; all put together to one
-        width.
+        """Return one reply to each left-padded prompt, by the policy as it is now.
 
-        ``keep_trunk``: note the output of the policy's trunk on the way, so that ``evaluate`` needs
-        no pass for it.
+        All replies are padded to one width.
+
+        Args:
+            keep_trunk: note the output of the policy's trunk on the way, so that ``evaluate`` needs
+                no pass for it.
         """
         if self.engine is not None:
             return self.engine.sample(input_ids, attention_mask, greedy=greedy)
@@ -112,108 +127,156 @@ class Rollouts:
         if greedy:
             config = copy.deepcopy(config)
             config.do_sample = False
-        depth = (
-            self.shared.capture_depth(merged=self.dense is not None) if keep_trunk and self.reuse_trunk else 0
-        )
-        columns = input_ids.shape[1] + config.max_new_tokens
-        how = {
-            "dense": self.dense,
-            "trunk_depth": depth,
-            "keep_trunk_on": self._keep_on(len(input_ids), columns) if depth else None,
-        }
-        if len(input_ids) <= self.batch_size:
+
+        # Where the trunk's output is noted, it waits where the update will look for it.
+        depth, keep_on = 0, None
+        if keep_trunk and self.reuse_trunk:
+            depth = self.shared.capture_depth(merged=self.dense is not None)
+        if depth:
+            keep_on = self._keep_on(len(input_ids), input_ids.shape[1] + config.max_new_tokens)
+
+        def reply_to(ids: Int[Tensor, "b P"], mask: Int[Tensor, "b P"]) -> Rollout:
             return sample(
-                self.shared, input_ids, attention_mask, config, stop=self._stop(input_ids.shape[1]), **how
+                self.shared,
+                ids,
+                mask,
+                config,
+                dense=self.dense,
+                stop=self._stop(ids.shape[1]),
+                trunk_depth=depth,
+                keep_trunk_on=keep_on,
             )
+
+        if len(input_ids) <= self.batch_size:
+            return reply_to(input_ids, attention_mask)
         # Like lengths together: less padding, and fewer steps that only one reply needs
         order = attention_mask.sum(-1).argsort(stable=True)
         parts = []
         for rows in order.split(self.batch_size):
             longest = int(attention_mask[rows].sum(-1).max())
-            ids, mask = input_ids[rows, -longest:], attention_mask[rows, -longest:]
-            parts.append(sample(self.shared, ids, mask, config, stop=self._stop(longest), **how))
+            parts.append(reply_to(input_ids[rows, -longest:], attention_mask[rows, -longest:]))
         return joined(parts, order, self.tokenizer.pad_token_id)
 
     def _stop(self, prompt_tokens: int) -> StopStrings | None:
-        return StopStrings(self.tokenizer, self.stop_strings, prompt_tokens) if self.stop_strings else None
+        """Return a look-out for the stop texts, which serves one call."""
+        if not self.stop_strings:
+            return None
+        return StopStrings(self.tokenizer, self.stop_strings, prompt_tokens)
+
+    def _keep_on(self, rows: int, columns: int) -> torch.device:
+        """Return the device on which a rollout of this size leaves its states."""
+        weight = token_head(self.shared.core).weight
+        number = rows * columns * weight.shape[1] * weight.element_size() * self.shared.kept_trunks()
+        if waits_on_host(self.trunk_memory, need=number, free=free_bytes(weight.device)):
+            return torch.device("cpu")
+        return weight.device
+
+    # ---- What the roles say ----
 
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout, *, score: bool = True, keep_graph: bool = False) -> Evaluated:
-        """All roles in one sweep, a group of replies at a time, so that each group's shared layers
-        are run once. The reward adapter scores where it is a source, unless ``score`` is false.
-        ``keep_graph``: that of policy and critic, of a rollout that is one group.
+    def evaluate(self, rollout: Rollout, *, score: bool = True, keep_graph: bool = False) -> RoleOutputs:
+        """Return what all roles say in one sweep, a group of replies at a time.
+
+        So each group's shared layers are run once. The reward adapter scores where it is a source,
+        unless ``score`` is false.
+
+        Args:
+            keep_graph: that of policy and critic, of a rollout that is one group.
+
+        Raises:
+            UserError: the graph is asked for, and there is more than one group.
         """
         if keep_graph and len(rollout.ended) > self.batch_size:
             raise UserError(
                 f"keep_graph: {len(rollout.ended)} replies are more than one group of {self.batch_size}"
             )
         score = score and self.reward.needs_adapter
-        shared, temperature = self.shared, self.generation.temperature
-        on_features = shared.critic == "reward_features"
-        roles: list[Role] = [
-            "policy",
-            "reference",
-            *(["reward"] if on_features or score else []),
-            *(["value"] if shared.critic == "adapter" else []),
-        ]
-        parts = []
         keep_on = self._keep_on(*rollout.input_ids.shape)
-        for ids, attention, mask, closed, captured in self._groups(rollout):
-            captured = None if captured is None else captured.to(ids.device)
-            trunks = (
-                shared.trunks(ids, attention, roles, captured) if self.reuse_trunk else dict.fromkeys(roles)
-            )
-            read = columns_read(mask)
-            judged: Any = (
-                shared.hidden("reward", ids, attention, trunks["reward"], read)
-                if on_features or score
-                else None
-            )
-            features = before_response(judged, mask).clone() if on_features else None
-            reference = shared.hidden("reference", ids, attention, trunks["reference"], read)
-            ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=temperature)
-            ref_hidden = before_response(reference, mask).clone() if self.exact_kl else None
-            trunk, value_trunk = trunks["policy"], trunks.get("value")
-            value_trunk = None if value_trunk is trunk else value_trunk
-            states = {
-                "trunk": trunk,
-                "value_trunk": value_trunk,
-                "features": features,
-                "ref_hidden": ref_hidden,
-            }
-            with torch.set_grad_enabled(keep_graph):
-                output = shared(
-                    ids,
-                    attention,
-                    mask,
-                    temperature=temperature,
-                    entropy_gradient=self.entropy_gradient,
-                    **states,
-                )
-            without_graph: Any = [None if x is None else x.detach() for x in output]
-            policy = PolicyAndValue(*without_graph)
-            scores = shared.read_scores(judged, attention, closed) if score else None
-            kept = ref_hidden if self.exact_kl == "loss" else None
-            own_trunk = trunk if captured is None else None
-            waiting = (None if x is None else x.to(keep_on) for x in (own_trunk, value_trunk, features, kept))
-            parts.append((scores, policy.logprobs, ref_logprobs, policy.kl, policy.values, *waiting))
-        columns: Any = [_together(column) for column in zip(*parts, strict=True)]
-        seen = Evaluated(*columns, output=output if keep_graph else None)
+        parts = [
+            self._evaluate_group(group, score=score, keep_graph=keep_graph, keep_on=keep_on)
+            for group in self._groups(rollout)
+        ]
+        seen = _together(parts)
         return seen if rollout.trunk is None else seen._replace(trunk=rollout.trunk)
+
+    def _evaluate_group(
+        self, group: _Group, *, score: bool, keep_graph: bool, keep_on: torch.device
+    ) -> RoleOutputs:
+        """Return what the roles say of one group; what the update needs waits on ``keep_on``."""
+        shared, temperature = self.shared, self.generation.temperature
+        ids, attention, mask = group.input_ids, group.attention_mask, group.response_mask
+
+        # The trunk of each role, once for all that share it.
+        on_features = shared.critic == "reward_features"
+        roles: list[Role] = ["policy", "reference"]
+        if on_features or score:
+            roles.append("reward")
+        if shared.critic == "adapter":
+            roles.append("value")
+        trunks: dict[Role, Tensor | None] = dict.fromkeys(roles)
+        if self.reuse_trunk:
+            captured = None if group.trunk is None else group.trunk.to(ids.device)
+            trunks = shared.trunks(ids, attention, roles, captured)
+        trunk, value_trunk = trunks["policy"], trunks.get("value")
+        if value_trunk is trunk:
+            value_trunk = None
+
+        # The reward model's states, for its scores and for a critic that reads them.
+        read = columns_read(mask)
+        judged, features = None, None
+        if "reward" in roles:
+            judged = shared.hidden("reward", ids, attention, trunks["reward"], read)
+        if on_features and judged is not None:
+            features = before_response(judged, mask).clone()
+
+        # The reference, then policy and critic.
+        reference = shared.hidden("reference", ids, attention, trunks["reference"], read)
+        ref_logprobs, _ = shared.logprobs(reference, ids, mask, temperature=temperature)
+        ref_hidden = before_response(reference, mask).clone() if self.exact_kl else None
+        with torch.set_grad_enabled(keep_graph):
+            output = shared(
+                ids,
+                attention,
+                mask,
+                trunk=trunk,
+                value_trunk=value_trunk,
+                features=features,
+                ref_hidden=ref_hidden,
+                temperature=temperature,
+                entropy_gradient=self.entropy_gradient,
+            )
+
+        scores = None
+        if score and judged is not None:
+            scores = shared.read_scores(judged, attention, group.ended)
+        return RoleOutputs(
+            scores,
+            output.logprobs.detach(),
+            ref_logprobs,
+            _without_graph(output.kl),
+            _without_graph(output.values),
+            # What was noted while generating waits where it is
+            trunk=_moved(trunk, keep_on) if group.trunk is None else None,
+            value_trunk=_moved(value_trunk, keep_on),
+            features=_moved(features, keep_on),
+            ref_hidden=_moved(ref_hidden, keep_on) if self.exact_kl == "loss" else None,
+            output=output if keep_graph else None,
+        )
 
     @torch.no_grad()
     def scores(
         self, rollout: Rollout, columns: dict[str, list], by_adapter: Float[Tensor, " B"] | None = None
     ) -> Scores:
-        """Raw scores from all sources; the reward adapter's are computed unless ``evaluate`` has
-        given them already."""
+        """Return raw scores from all sources.
+
+        The reward adapter's are computed unless ``evaluate`` has given them already.
+        """
         if self.reward.needs_adapter and by_adapter is None:
-            by_adapter = torch.cat(
-                [
-                    self.shared.scores(ids, attention, ended=closed)
-                    for ids, attention, _, closed, _ in self._groups(rollout)
-                ]
-            )
+            parts = [
+                self.shared.scores(group.input_ids, group.attention_mask, ended=group.ended)
+                for group in self._groups(rollout)
+            ]
+            by_adapter = torch.cat(parts)
         ids = rollout.response_ids()
         replies = columns | {
             "prompts": columns.get("prompt") or self.tokenizer.batch_decode(rollout.prompt_ids()),
@@ -223,17 +286,38 @@ class Rollouts:
         replies.pop("prompt", None)
         total, by_source, by_token = self.reward(by_adapter, **replies)
         device = rollout.input_ids.device
-        return Scores(total.to(device), by_source, None if by_token is None else by_token.to(device))
+        return Scores(total.to(device), by_source, _moved(by_token, device))
 
-    def _groups(self, rollout: Rollout) -> Iterator[tuple[Any, ...]]:
-        """Ids, attention mask, response mask, which replies close with the end-of-text token, since
-        a reward model may not have read it, and the trunk's output where there is one."""
-        closed = rollout.ends_with_token(self.tokenizer.eos_token_id)
-        fields = (rollout.input_ids, rollout.attention_mask, rollout.response_mask, closed)
-        parts = [field.split(self.batch_size) for field in fields]
-        trunks = [None] * len(parts[0]) if rollout.trunk is None else rollout.trunk.split(self.batch_size)
-        return zip(*parts, trunks, strict=True)
+    def _groups(self, rollout: Rollout) -> Iterator[_Group]:
+        """Yield the rollout in groups of ``batch_size`` replies."""
+        size = self.batch_size
+        ids, ended = rollout.input_ids.split(size), rollout.ends_with_token(self.tokenizer.eos_token_id)
+        trunks: Sequence[Tensor | None] = [None] * len(ids)
+        if rollout.trunk is not None:
+            trunks = rollout.trunk.split(size)
+        fields = (
+            ids,
+            rollout.attention_mask.split(size),
+            rollout.response_mask.split(size),
+            ended.split(size),
+        )
+        for group in zip(*fields, trunks, strict=True):
+            yield _Group(*group)
 
 
-def _together(parts: Sequence[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
+def _together(parts: Sequence[RoleOutputs]) -> RoleOutputs:
+    """Return the outputs of all groups as those of one rollout; a graph is of the only group."""
+    joined_fields = {}
+    for name in RoleOutputs._fields[:-1]:
+        column = [getattr(part, name) for part in parts]
+        if column[0] is not None:
+            joined_fields[name] = torch.cat(column)
+    return parts[0]._replace(**joined_fields)
+
+
+def _moved(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if x is None else x.to(device)
+
+
+def _without_graph(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()

@@ -7,27 +7,12 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from goose_lora.errors import UserError
+from goose_lora.functional import KLEstimator
 from goose_lora.models.roles import RolePlan, default_critic
 from goose_lora.models.trunk import top_layers
 from goose_lora.ppo.trl_names import FROM_TRL, answers_trl
-from goose_lora.training.checkpoints import SettingRules
 from goose_lora.training.validation import check_finite, check_training
 
-# Settings of PPO in a resumed run: the form of a rollout and what the roles are must be the same.
-RESUME_RULES = SettingRules(
-    must_match=(
-        "num_mini_batches",
-        "num_ppo_epochs",
-        "num_generations",
-        "train_layers",
-        "advantage_estimator",
-        "critic",
-        "ema_decay",
-        "score_normalization",
-        "value_learning_rate",
-    ),
-    may_differ=("num_rollouts", "sample_rows", "early_stopping_patience"),
-)
 _SAVE_EVERY_ROLLOUTS = 10
 _VLLM_COLDEST = 0.01
 
@@ -340,6 +325,24 @@ class PPOConfig(TrainingArguments):
             average=self.ema_decay is not None,
             train_layers=self.train_layers,
         )
+
+    @property
+    def critic_warmup_steps(self) -> int:
+        """First optimizer steps in which the critic alone learns."""
+        return self.critic_warmup_rollouts * self.steps_per_rollout
+
+    @property
+    def has_two_schedules(self) -> bool:
+        """Whether the critic's learning rate goes by a schedule of its own."""
+        own = self.value_lr_scheduler_type or self.value_warmup_steps or self.critic_warmup_rollouts
+        return self.needs_critic and bool(own)
+
+    @property
+    def sampled_kl_estimator(self) -> KLEstimator:
+        """The estimator of the KL from sampled tokens, where it is not the exact one."""
+        if self.kl_estimator == "exact":
+            raise ValueError("kl_estimator=exact is no estimator: the roles give this KL")
+        return self.kl_estimator
 
     @property
     def critic_learning_rate(self) -> float:

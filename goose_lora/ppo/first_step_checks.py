@@ -1,15 +1,18 @@
-"""Checks at the first step of a run, for what is silent when it is wrong: each raises, and says
-what to look at."""
+"""Checks at the first step of a run, for what is silent when it is wrong.
 
-from collections.abc import Collection, Iterable
-from typing import Any
+Each raises, and says what to look at.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from goose_lora.errors import UserError
-from goose_lora.models.roles import RolePlan
+from goose_lora.models.role_outputs import token_head
+from goose_lora.models.shared_base import SharedBase
+from goose_lora.ppo.config import PPOConfig
 
 # Log-probabilities of one text in batches of two sizes: fp32 sums in another order, by 2e-5 on
 # average where logits are large, on a GPU; bf16 rounds what differs.
@@ -22,15 +25,64 @@ class GateError(UserError):
     """The run would train on something else than it says."""
 
 
-def check_roles(shared: Any, args: Any) -> None:
-    """Raise ValueError where a shared base was not built as the settings say."""
-    plan: RolePlan = shared.role_plan
+class FirstStepChecks:
+    """The checks that a run makes while it takes its first step, and whether they are behind it.
+
+    Attributes:
+        learned: whether a microbatch has been learned from; the checks of the update end there.
+    """
+
+    def __init__(self, shared: SharedBase):
+        self.shared = shared
+        self.learned = False
+
+    def reference(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        ref_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        *,
+        step: int,
+    ) -> None:
+        """Check in the first rollout that the policy is its reference."""
+        if step == 0:
+            check_reference(logprobs - ref_logprobs, mask, tolerance=self.tolerance(KL_TOLERANCE))
+
+    def ratio(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        *,
+        step: int,
+    ) -> None:
+        """Check in the first update that new and old log-probabilities are one."""
+        if step == 0 and not self.learned:
+            check_ratio(logprobs, old_logprobs, mask, tolerance=self.tolerance(RATIO_TOLERANCE))
+
+    def gradients(self, *, step: int) -> None:
+        """Check after the first backward pass that all that trains has a finite gradient."""
+        if step == 0 and not self.learned:
+            check_gradients(self.shared.named_parameters())
+        self.learned = True
+
+    def tolerance(self, by_dtype: Mapping[torch.dtype, float]) -> float:
+        """Return the tolerance for the dtype in which the base computes."""
+        dtype = token_head(self.shared.core).weight.dtype
+        return by_dtype.get(dtype, by_dtype[torch.float32])
+
+
+def check_roles(shared: SharedBase, args: PPOConfig) -> None:
+    """Check that a shared base was built as the settings say.
+
+    Raises:
+        UserError: a critic, an average or layers that train are other than the settings want.
+    """
+    plan = shared.role_plan
     if args.needs_critic != (plan.critic is not None):
-        wanted = (
-            "SharedBase.build(..., critic=args.critic)"
-            if args.needs_critic
-            else "critic=None: replies are compared with one another"
-        )
+        wanted = "critic=None: replies are compared with one another"
+        if args.needs_critic:
+            wanted = "SharedBase.build(..., critic=args.critic)"
         raise UserError(f"advantage_estimator={args.advantage_estimator} goes with {wanted}.")
     if args.ema_decay is not None and not plan.average:
         raise UserError(
@@ -45,7 +97,11 @@ def check_roles(shared: Any, args: Any) -> None:
 
 
 def check_trainable(named: Iterable[tuple[str, nn.Parameter]], expected: Collection[str]) -> None:
-    """The parameters that train are those whose names are ``expected``, no more and no less."""
+    """Check that the parameters that train are those named ``expected``, no more and no less.
+
+    Raises:
+        GateError: there are others, some are frozen, or none trains.
+    """
     named, expected = list(named), set(expected)
     extra = [name for name, p in named if p.requires_grad and name not in expected]
     missing = [name for name, p in named if not p.requires_grad and name in expected]
@@ -66,11 +122,14 @@ def check_ratio(
     *,
     tolerance: float,
 ) -> None:
-    """Before the first update, new over old probability is 1: within ``tolerance`` on average,
-    within ten times that at every token.
+    """Check that new over old probability is 1 before the first update.
 
-    Rounding has a long tail where many tokens are compared; what breaks the ratio (dropout,
-    padding) moves the mean.
+    Log-probabilities lie within ``tolerance`` of each other on average, and within ten times that
+    at every token. Rounding has a long tail where many tokens are compared; what breaks the ratio
+    (dropout, padding) moves the mean.
+
+    Raises:
+        GateError: they do not.
     """
     gaps = (logprobs - old_logprobs).abs()[mask]
     mean, largest = gaps.mean().item(), gaps.max().item()
@@ -84,7 +143,11 @@ def check_ratio(
 
 
 def check_reference(kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, tolerance: float) -> None:
-    """Before the first update, the policy is its reference: k1 is 0 at every token."""
+    """Check that the policy is its reference before the first update: k1 is 0 at every token.
+
+    Raises:
+        GateError: it is further from 0 than ``tolerance`` nats at some token.
+    """
     gap = torch.where(mask, kl, 0.0).abs().max().item()
     if not gap <= tolerance:
         raise GateError(
@@ -95,7 +158,11 @@ def check_reference(kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, tole
 
 
 def check_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Every tensor that trains has a finite gradient."""
+    """Check that every tensor that trains has a finite gradient.
+
+    Raises:
+        GateError: one has none, or one that is not finite.
+    """
     grads = [(name, p.grad) for name, p in named if p.requires_grad]
     missing = [name for name, grad in grads if grad is None]
     broken = [name for name, grad in grads if grad is not None and not torch.isfinite(grad).all()]

@@ -104,3 +104,10 @@ class AdaptiveKL:
         """Take the saved coefficient; target and horizon are settings. Raises ValueError, and keeps
         its own, if the state is not ours."""
         self.coef = _checked_state(state, zero_is_fine=False)
+
+
+def make_kl_control(coef: float, *, target: float | None, horizon: int) -> FixedKL | AdaptiveKL:
+    """Return the control of a run: adaptive where there is a KL to hold."""
+    if target is None:
+        return FixedKL(coef)
+    return AdaptiveKL(coef, target, horizon)

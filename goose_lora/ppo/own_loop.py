@@ -10,20 +10,31 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from goose_lora.data.tokenization import left_pad
 from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.stopping import ends_with_stop
+from goose_lora.ppo.collector import RolloutCollector
 from goose_lora.rewards.sources import Scores
 from goose_lora.training.signals import StopSignals
 
 Ids = Sequence[int] | Tensor
+GivenScores = Sequence[float | Ids | Sequence[float]] | Tensor
+Masks = Sequence[Sequence[bool] | Tensor]
+
+
+class GivenRollout(NamedTuple):
+    """A rollout that the user has made, and its scores."""
+
+    rollout: Rollout
+    scores: Scores
 
 
 class LoopEnded(Exception):
@@ -31,35 +42,60 @@ class LoopEnded(Exception):
 
 
 class OwnLoop:
-    """Runs ``train`` in a thread that asks for rollouts by ``take``; the user's thread answers by
-    ``give``.
+    """Runs the training in a thread of its own.
+
+    The thread asks for rollouts by ``take``; the user's thread answers by ``give``.
 
     Args:
-        train: the whole training; it calls ``take`` whenever it needs a rollout.
         device: what the thread's CUDA calls go to.
         stop: signals, which reach the user's thread alone; handled from the start of the loop to
             its end.
     """
 
-    def __init__(self, train: Callable[[], Any], device: torch.device, stop: StopSignals):
-        self._train, self._device = train, device
+    def __init__(self, device: torch.device, stop: StopSignals):
+        self.thread: threading.Thread | None = None
+        self.ended = False
+        self._device = device
         self._stop, self._handled = stop, ExitStack()
         self._asked: queue.SimpleQueue[BaseException | str] = queue.SimpleQueue()
-        self._given: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="goose_lora training", daemon=True)
-        self.ended = False
+        self._given: queue.SimpleQueue[GivenRollout | LoopEnded] = queue.SimpleQueue()
         self._error: BaseException | None = None
 
-    def start(self) -> None:
-        """Returns when the training asks for its first rollout: optimizer, checkpoint and random
-        state are in place then."""
+    @property
+    def started(self) -> bool:
+        """Whether this trainer's loop is the user's."""
+        return self.thread is not None
+
+    # ---- In the user's thread ----
+
+    def start(self, train: Callable[[], object]) -> None:
+        """Start the training; return when it asks for its first rollout.
+
+        Optimizer, checkpoint and random state are in place then.
+
+        Args:
+            train: the whole training; it calls ``take`` whenever it needs a rollout.
+
+        Raises:
+            UserError: the loop has been started before.
+        """
+        if self.started:
+            raise UserError("the loop has been started already. Make a new PPOTrainer for another one.")
+        self.thread = threading.Thread(
+            target=self._run, args=(train,), name="goose_lora training", daemon=True
+        )
         self._handled.enter_context(self._stop.handled())
-        self._thread.start()
+        self.thread.start()
         self._wait()
 
-    def give(self, rollout: Any) -> None:
-        """Hand over a rollout; returns when all its optimizer steps, logs and saves are done.
-        Errors of the training are raised here."""
+    def give(self, rollout: GivenRollout | LoopEnded) -> None:
+        """Hand over a rollout; return when all its optimizer steps, logs and saves are done.
+
+        Errors of the training are raised here.
+
+        Raises:
+            UserError: the training is over.
+        """
         if self._error is not None:
             raise UserError(
                 f"the training ended by an error, {self._error!r}. Make a new PPOTrainer, and start it from a"
@@ -73,41 +109,50 @@ class OwnLoop:
         self._given.put(rollout)
         self._wait()
 
-    def finish(self) -> None:
-        """Leave the training where it is, if it has not ended by itself."""
-        if not self.ended:
+    def finish(self) -> bool:
+        """Leave the training where it is; return whether it was under way."""
+        under_way = self.started and not self.ended
+        if under_way:
             self.give(LoopEnded())
+        return under_way
+
+    def _wait(self) -> None:
+        """Wait until the training asks for a rollout, or ends."""
+        answer = self._asked.get()
+        self.ended = answer != "next"
+        if self.ended and self.thread is not None:
+            self.thread.join()
+            self._handled.close()
+        if isinstance(answer, BaseException):
+            self._error = answer
+            raise answer
+
+    # ---- In the training's thread ----
 
     def check_thread(self) -> None:
-        """Raise ValueError where anyone but this loop begins to train."""
-        if threading.current_thread() is not self._thread:
+        """Check that it is this loop that begins to train.
+
+        Raises:
+            UserError: it is anyone else.
+        """
+        if threading.current_thread() is not self.thread:
             raise UserError(
                 "a loop of your own has been started: go on by step, or make a new PPOTrainer for train()."
             )
 
-    def take(self) -> Any:
-        """The next rollout; in the training's thread."""
+    def take(self) -> GivenRollout:
+        """Return the next rollout that the user gives."""
         self._asked.put("next")
         rollout = self._given.get()
         if isinstance(rollout, LoopEnded):
             raise rollout
         return rollout
 
-    def _wait(self) -> None:
-        answer = self._asked.get()
-        self.ended = answer != "next"
-        if self.ended:
-            self._thread.join()
-            self._handled.close()
-        if isinstance(answer, BaseException):
-            self._error = answer
-            raise answer
-
-    def _run(self) -> None:
+    def _run(self, train: Callable[[], object]) -> None:
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
-            self._train()
+            train()
         except LoopEnded:
             self._asked.put("finished")
         except BaseException as error:
@@ -116,45 +161,43 @@ class OwnLoop:
             self._asked.put("finished")
 
 
+# ---- Lists of tokens and numbers as a rollout and its scores ----
+
+
 def rollout_of(
     queries: Sequence[Ids],
     responses: Sequence[Ids],
-    masks: Sequence[Sequence[bool] | Tensor] | None,
-    tokenizer: Any,
-    rollouts: Any,
+    masks: Masks | None,
+    tokenizer: PreTrainedTokenizerBase,
+    collector: RolloutCollector,
 ) -> Rollout:
-    """Token lists as a rollout. ``masks`` has one truth value for each token of each response:
-    whether the policy wrote it.
+    """Return token lists as a rollout.
+
+    Args:
+        masks: one truth value for each token of each response, whether the policy wrote it; all of
+            them, if not given.
+        collector: has the stop settings, by which a reply has ended.
 
     Raises:
-        ValueError: lists that do not belong together, or a response without a token of the
-            policy's.
+        UserError: lists that do not belong together, or a response without a token of the policy's.
     """
-    masks = [[True] * len(response) for response in responses] if masks is None else masks
-    if not len(queries) == len(responses) == len(masks):
-        raise UserError(
-            f"{len(queries)} queries, {len(responses)} responses and {len(masks)} response masks: give one of"
-            " each a sample."
-        )
-    for row, (query, response, mask) in enumerate(zip(queries, responses, masks, strict=True)):
-        if len(query) == 0 or len(response) != len(mask) or not any(mask):
-            raise UserError(
-                f"sample {row}: {len(query)} query tokens, {len(response)} response tokens, {len(mask)} in"
-                f" its mask, {int(sum(mask))} of them the policy's. A query has a token or more, a mask one"
-                " truth value for each response token, and the policy wrote one or more of them."
-            )
-    device = rollouts.shared.get_base_model().get_output_embeddings().weight.device
-    prompt_ids, prompt_mask = left_pad(
-        [list(map(int, query)) for query in queries], tokenizer.pad_token_id, device
-    )
+    if masks is None:
+        masks = [[True] * len(response) for response in responses]
+    _check_samples(queries, responses, masks)
+
+    # Prompts padded on the left and replies on the right, so that all replies begin in one column.
+    device = collector.device
+    pad = cast(int, tokenizer.pad_token_id)
+    prompt_ids, prompt_mask = left_pad([list(map(int, query)) for query in queries], pad, device)
     width = max(map(len, responses))
-    ids = torch.full((len(responses), width), tokenizer.pad_token_id)
+    ids = torch.full((len(responses), width), pad)
     attended, counted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for row, (response, mask) in enumerate(zip(responses, masks, strict=True)):
         ids[row, : len(response)] = torch.as_tensor(response)
         attended[row, : len(response)] = 1
         counted[row, : len(response)] = torch.as_tensor(mask, dtype=torch.bool)
-    stops = rollouts.generation.eos_token_id, rollouts.stop_strings or ()
+
+    stops = collector.generation.eos_token_id, collector.stop_strings or ()
     ended = [
         ends_with_stop(tokenizer, last_turn(reply, mask), *stops)
         for reply, mask in zip(ids, counted, strict=True)
@@ -167,22 +210,41 @@ def rollout_of(
     )
 
 
+def _check_samples(queries: Sequence[Ids], responses: Sequence[Ids], masks: Masks) -> None:
+    """Raise as ``rollout_of``."""
+    if not len(queries) == len(responses) == len(masks):
+        raise UserError(
+            f"{len(queries)} queries, {len(responses)} responses and {len(masks)} response masks: give one of"
+            " each a sample."
+        )
+    for row, (query, response, mask) in enumerate(zip(queries, responses, masks, strict=True)):
+        if len(query) == 0 or len(response) != len(mask) or not any(mask):
+            raise UserError(
+                f"sample {row}: {len(query)} query tokens, {len(response)} response tokens, {len(mask)} in"
+                f" its mask, {int(sum(mask))} of them the policy's. A query has a token or more, a mask one"
+                " truth value for each response token, and the policy wrote one or more of them."
+            )
+
+
 def last_turn(reply: Int[Tensor, " T"], mask: Bool[Tensor, " T"]) -> list[int]:
-    """The last tokens in a row that count: a stop text of an earlier turn is not this one's, and
-    none stands across two."""
+    """Return the last tokens in a row that count.
+
+    A stop text of an earlier turn is not this one's, and none stands across two.
+    """
     last = int(mask.nonzero()[-1])
-    holes = (~mask[:last]).nonzero()
-    return reply[int(holes[-1]) + 1 if len(holes) else 0 : last + 1].tolist()
+    holes = (~mask[:last]).nonzero().flatten().tolist()
+    first = holes[-1] + 1 if holes else 0
+    return reply[first : last + 1].tolist()
 
 
-def scores_of(scores: Sequence[float | Ids | Sequence[float]] | Tensor, rollout: Rollout) -> Scores:
-    """The user's scores: a number a reply, or one for each token of each response.
+def scores_of(scores: GivenScores, rollout: Rollout) -> Scores:
+    """Return the user's scores: a number a reply, or one for each token of each response.
 
     What is given for a token that the policy did not write counts for the token before it that the
     policy wrote, or for its first.
 
     Raises:
-        ValueError: not one score a reply, not one number a response token, or a number that is not
+        UserError: not one score a reply, not one number a response token, or a number that is not
             finite.
     """
     mask = rollout.response_mask
@@ -196,17 +258,17 @@ def scores_of(scores: Sequence[float | Ids | Sequence[float]] | Tensor, rollout:
     dense = False
     for row, (score, length) in enumerate(zip(scores, lengths, strict=True)):
         numbers = torch.as_tensor(score, dtype=torch.float32, device="cpu")
-        dense = dense or numbers.dim() > 0
-        if (
-            numbers.dim() > 1
-            or (numbers.dim() == 1 and len(numbers) != length)
-            or not numbers.isfinite().all()
-        ):
+        of_tokens = numbers.dim() > 0
+        fits = numbers.dim() <= 1 and numbers.numel() == (length if of_tokens else 1)
+        if not fits or not numbers.isfinite().all():
             raise UserError(
                 f"score {row} has the shape {tuple(numbers.shape)} for {length} response tokens; give a"
                 " finite number, or one a token."
             )
-        places = torch.arange(length) if numbers.dim() else torch.tensor([length - 1])
+        dense = dense or of_tokens
+
+        # Each number goes to the last token of the policy's up to its place.
+        places = torch.arange(length) if of_tokens else torch.tensor([length - 1])
         own = mask[row].cpu().nonzero().flatten()
         owner = own[(torch.searchsorted(own, places, right=True) - 1).clamp(min=0)]
         by_token[row].scatter_add_(0, owner, numbers.reshape(-1))
@@ -214,92 +276,8 @@ def scores_of(scores: Sequence[float | Ids | Sequence[float]] | Tensor, rollout:
     return Scores(by_token.sum(-1), {}, by_token[mask] if dense else None)
 
 
-def unscored(**replies: Any) -> None:
-    """The source of reward of a trainer whose user scores the replies."""
+def unscored(**replies: object) -> list[float | None]:
+    """Raise in place of a source of reward: the trainer's user scores the replies."""
     raise UserError(
         "nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a reward_function."
     )
-
-
-class UserLoop:
-    """The methods of ``PPOTrainer`` for a loop of one's own."""
-
-    _own_loop: OwnLoop | None = None
-
-    def start(self: Any, resume_from_checkpoint: str | bool | None = None) -> int:
-        """Begin a loop of your own, or go on with one from a checkpoint (as in ``train``); returns
-        how many rollouts are behind it.
-
-        Until the loop ends, SIGINT and SIGTERM are answered after the rollout under way: ``step``
-        saves, and raises ``Stopped``. After it ``generate`` and ``step`` draw the random numbers
-        that the uninterrupted loop would have drawn.
-        """
-        if self._own_loop is not None:
-            raise UserError("the loop has been started already. Make a new PPOTrainer for another one.")
-        self._own_loop = OwnLoop(
-            lambda: self.train(resume_from_checkpoint=resume_from_checkpoint), self.args.device, self.stop
-        )
-        self._own_loop.start()
-        return self.state.global_step // self.args.steps_per_rollout
-
-    def generate(self: Any, queries: Sequence[Ids], *, greedy: bool = False) -> list[Tensor]:
-        """One reply of the policy as it is now to each query (token ids), sampled or greedy: its
-        ids (T,), the token that ends it included."""
-        if self._own_loop is None:
-            self.start()
-        ids, mask = left_pad(
-            [list(map(int, query)) for query in queries], self.processing_class.pad_token_id, self.args.device
-        )
-        return [
-            torch.tensor(reply) for reply in self.rollouts.generate(ids, mask, greedy=greedy).response_ids()
-        ]
-
-    def score(self: Any, queries: Sequence[Ids], responses: Sequence[Ids]) -> Float[Tensor, " B"]:
-        """What the trainer's own sources of reward say of the replies, raw, for a loop that adds to
-        it."""
-        rollout = rollout_of(queries, responses, None, self.processing_class, self.rollouts)
-        return self.rollouts.scores(rollout, {}).total
-
-    def step(
-        self: Any,
-        queries: Sequence[Ids],
-        responses: Sequence[Ids],
-        scores: Sequence[float | Ids | Sequence[float]] | Tensor,
-        response_masks: Sequence[Sequence[bool] | Tensor] | None = None,
-    ) -> dict[str, float]:
-        """All optimizer steps of one rollout; returns its figures and, where this step is logged,
-        all of that row of ``metrics.jsonl``.
-
-        Args:
-            queries, responses: token ids, as many samples as a rollout has
-                (``args.rollout_batch_size``). Replies to one prompt stand together where
-                ``num_generations`` is above 1.
-            scores: a number for each response, or a list with one for each of its tokens.
-            response_masks: which tokens of each response the policy wrote. Others, such as a user's
-                or a tool's between two replies, are read by the policy and the critic, and are not
-                trained on. All, if not given.
-
-        Raises:
-            ValueError: another number of samples, or what ``rollout_of`` and ``scores_of`` refuse.
-                Nothing has changed then.
-        """
-        wanted = self.args.rollout_batch_size
-        if len(queries) != wanted:
-            raise UserError(
-                f"{len(queries)} samples for a rollout of {wanted}, which is per_device_train_batch_size *"
-                " gradient_accumulation_steps * num_mini_batches. Give so many, or change those."
-            )
-        rollout = rollout_of(queries, responses, response_masks, self.processing_class, self.rollouts)
-        read = scores_of(scores, rollout)
-        if self._own_loop is None:
-            self.start()
-        loop: Any = self._own_loop
-        loop.give((rollout, read))
-        return self.last_figures
-
-    def finish(self: Any) -> None:
-        """End the loop where it is. What was not saved is not saved by it, and the best checkpoint
-        is not loaded: call ``save_model``."""
-        if self._own_loop is not None and not self._own_loop.ended:
-            self._own_loop.finish()
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)

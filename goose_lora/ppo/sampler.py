@@ -1,19 +1,58 @@
-"""The order in which prompts are dealt out to rollouts and processes."""
+"""Which prompts a rollout answers, and which pretraining texts a microbatch reads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
 
 import torch
+from datasets import Dataset
+from jaxtyping import Int
+from torch import Tensor
 
+from goose_lora.data.tokenization import left_pad
 from goose_lora.errors import UserError
 
 
-class RolloutBatches:
-    """Batches of row numbers: each is dealt ``repeat`` times in a row to the rank that gets it,
-    once for every microbatch of its rollout.
+class PromptBatch(TypedDict):
+    """Left-padded prompts, and the other columns of their rows."""
 
-    accelerate deals batches to ranks in turn, so the batches of one block are interleaved; with
-    plain repetition all ranks would roll out the same prompts. Rows that fill no whole block are
-    left for the next epoch's shuffle.
+    input_ids: Int[Tensor, "B P"]
+    attention_mask: Int[Tensor, "B P"]
+    columns: dict[str, list]
+
+
+class PromptCollator:
+    """Puts rows of a data set together to a batch of prompts."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> PromptBatch:
+        input_ids, attention_mask = left_pad([row["input_ids"] for row in rows], self.pad_token_id)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "input_ids"}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "columns": columns}
+
+
+def repeated(prompts: PromptBatch, times: int) -> PromptBatch:
+    """Return each prompt ``times`` times, in a row."""
+    columns = {
+        name: [value for value in column for _ in range(times)] for name, column in prompts["columns"].items()
+    }
+    return {
+        "input_ids": prompts["input_ids"].repeat_interleave(times, dim=0),
+        "attention_mask": prompts["attention_mask"].repeat_interleave(times, dim=0),
+        "columns": columns,
+    }
+
+
+class RolloutBatches:
+    """Batches of row numbers: each is dealt ``repeat`` times in a row to the rank that gets it.
+
+    That is once for every microbatch of its rollout. accelerate deals batches to ranks in turn, so
+    the batches of one block are interleaved; with plain repetition all ranks would roll out the
+    same prompts. Rows that fill no whole block are left for the next epoch's shuffle.
+
+    Raises:
+        UserError: too few rows for one rollout.
     """
 
     drop_last = True
@@ -25,25 +64,23 @@ class RolloutBatches:
                 f" {num_processes} processes. Add prompts, or lower per_device_train_batch_size,"
                 " gradient_accumulation_steps or num_mini_batches, whose product is the rollout."
             )
-        self.num_rows, self.batch_size, self.repeat, self.seed, self.num_processes = (
-            num_rows,
-            batch_size,
-            repeat,
-            seed,
-            num_processes,
-        )
+        self.num_rows, self.batch_size, self.repeat = num_rows, batch_size, repeat
+        self.seed, self.num_processes = seed, num_processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Shuffle as in this epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
+        """Return the number of batches of an epoch over all ranks."""
         return self.num_rows // (self.batch_size * self.num_processes) * self.num_processes * self.repeat
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(
-            self.num_rows, generator=torch.Generator().manual_seed(self.seed + self.epoch)
-        ).tolist()
+        """Yield the batches of an epoch."""
+        # The order follows from seed and epoch alone, so that a resumed run deals the same prompts.
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_rows, generator=generator).tolist()
         block_size = self.batch_size * self.num_processes
         for start in range(0, self.num_rows - block_size + 1, block_size):
             block = [
@@ -52,3 +89,37 @@ class RolloutBatches:
             ]
             for _ in range(self.repeat):
                 yield from block
+
+
+class PretrainingTexts:
+    """The pretraining texts of each microbatch.
+
+    Which they are follows from step and process alone, so that a resumed run takes the same.
+
+    Args:
+        rows: with ``input_ids``, from ``data.tokenize_texts``.
+        microbatches: of an optimizer step.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        *,
+        batch_size: int,
+        microbatches: int,
+        seed: int,
+        process: int,
+        pad_token_id: int,
+        device: torch.device,
+    ):
+        self.rows, self.batch_size, self.microbatches = rows, batch_size, microbatches
+        self.seed, self.process = seed, process
+        self.pad_token_id, self.device = pad_token_id, device
+
+    def of(self, *, step: int, microbatch: int) -> tuple[Int[Tensor, "P N"], Int[Tensor, "P N"]]:
+        """Return ids and attention mask of the texts of a microbatch, counted within its step."""
+        place = step * self.microbatches + microbatch
+        generator = torch.Generator().manual_seed(hash((self.seed, place, self.process)) % 2**63)
+        numbers = torch.randint(len(self.rows), (self.batch_size,), generator=generator).tolist()
+        texts = [self.rows[number]["input_ids"] for number in numbers]
+        return left_pad(texts, self.pad_token_id, self.device)

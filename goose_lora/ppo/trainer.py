@@ -1,42 +1,53 @@
-"""PPO on a shared base, as a ``transformers.Trainer`` through its public hooks: loop, resume,
-logging and launchers are the library's."""
+"""PPO on a shared base, as a ``transformers.Trainer`` through its public hooks.
+
+Loop, resume, logging and launchers are the library's.
+"""
 
 import logging
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-import goose_lora.functional as F
 from goose_lora.data.tokenization import left_pad
 from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.vllm import VLLMEngine
-from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
 from goose_lora.ppo.callbacks import Diagnosis, PolicyAverage, RolloutState, write_samples
-from goose_lora.ppo.collector import Rollouts
-from goose_lora.ppo.config import RESUME_RULES, PPOConfig
+from goose_lora.ppo.collector import RolloutCollector
+from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.evaluation import evaluate_prompts, own_random_numbers, reference_scores
 from goose_lora.ppo.experience import Experience, ExperienceMaker
-from goose_lora.ppo.kl_control import AdaptiveKL, FixedKL
-from goose_lora.ppo.loss import leaves_bounds, total_loss
-from goose_lora.ppo.own_loop import UserLoop, unscored
-from goose_lora.ppo.sampler import RolloutBatches
+from goose_lora.ppo.first_step_checks import FirstStepChecks
+from goose_lora.ppo.kl_control import make_kl_control
+from goose_lora.ppo.metrics import RunMetrics
+from goose_lora.ppo.microbatches import Microbatch
+from goose_lora.ppo.own_loop import (
+    GivenRollout,
+    GivenScores,
+    Ids,
+    Masks,
+    OwnLoop,
+    rollout_of,
+    scores_of,
+    unscored,
+)
+from goose_lora.ppo.processes import gathered
+from goose_lora.ppo.sampler import PretrainingTexts, PromptBatch, PromptCollator, RolloutBatches, repeated
 from goose_lora.ppo.schedules import by_settings
 from goose_lora.ppo.trl_names import TRAINER_ARGUMENTS, answers_trl
-from goose_lora.ppo.update import Passes
+from goose_lora.ppo.update import Updater
 from goose_lora.rewards.scale import ScoreScale, score_scale
 from goose_lora.rewards.sources import RewardMix, RewardSource, Scores
 from goose_lora.training.callbacks import MetricsFile
@@ -46,18 +57,11 @@ from goose_lora.training.resume import Resumable
 logger = logging.getLogger(__name__)
 
 
-def refuse_upload(*args: object, **kwargs: object) -> None:
-    """Stands in place of Trainer's ``push_to_hub``. Raises ValueError."""
-    raise UserError(
-        "push_to_hub: Trainer would upload all that lies in output_dir. Save, then call"
-        " goose_lora.sharing.hub.push(output_dir, repo)."
-    )
-
-
 @answers_trl(TRAINER_ARGUMENTS)
-class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
-    """Trains the policy of ``model`` by PPO (Schulman et al. 2017) as InstructGPT does (Ouyang et
-    al. 2022).
+class PPOTrainer(Resumable, Trainer):
+    """Trains the policy of ``model`` by PPO.
+
+    PPO is that of Schulman et al. 2017, as InstructGPT has it (Ouyang et al. 2022).
 
     Args:
         model: the shared base, with a critic where ``advantage_estimator`` is gae, and with a
@@ -73,13 +77,21 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
             ``ptx_coef``.
         eval_dataset (by keyword, as in Trainer): held-out prompts like ``train_dataset``, for
             ``eval_strategy``.
+
+    Attributes:
+        collector: generates replies, and asks the roles about them.
+        experience: makes advantages of their scores.
+        updater: learns from them, microbatch after microbatch.
+        checks: those of the first step.
+        metrics: the figures since the last log.
+        rollout_state: what checkpoints carry of PPO: KL coefficient and scale of scores.
+        own_loop: the training in a thread of its own, where the user's loop has been started.
     """
 
     args: PPOConfig
     train_dataset: Dataset
+    eval_dataset: Dataset | None
     processing_class: PreTrainedTokenizerBase
-    push_to_hub: Any = refuse_upload
-    resume_rules = RESUME_RULES
     loss_is_scaled_for_ga = True  # compute_loss divides by the token count of the whole optimizer step
 
     def __init__(
@@ -94,13 +106,10 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
         ptx_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
-        alone: Any = unscored if train_dataset is None and not model.has("reward") else "adapter"
-        sources: Any = alone if reward_function is None else reward_function
-        reward = RewardMix(
-            list(sources) if isinstance(sources, (list, tuple)) else [sources],
-            reward_weights,
-            timeout=args.reward_timeout,
-        )
+        # 1. What does not go together is refused before anything is set up.
+        alone = train_dataset is None and not model.has("reward")
+        sources = _sources(reward_function, default=unscored if alone else "adapter")
+        reward = RewardMix(sources, reward_weights, timeout=args.reward_timeout)
         if reward.needs_adapter and not model.has("reward"):
             raise UserError(
                 "nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a"
@@ -115,370 +124,284 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
                 f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set"
                 " ptx_dataset_name too"
             )
-        self.ptx_dataset = ptx_dataset
-        control = (
-            FixedKL(args.kl_coef)
-            if args.kl_target is None
-            else AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
-        )
-        self.rollout_state = RolloutState(control)
-        self._has_prompts = train_dataset is not None
-        # A loop of one's own: one batch of rows, which nobody reads, for each rollout
+
+        # 2. The library's trainer, and what is called back by it.
+        self.has_prompts = train_dataset is not None
         if train_dataset is None:
-            rollouts = args.rollout_batch_size // args.num_generations * args.world_size
-            train_dataset = Dataset.from_dict({"input_ids": [[processing_class.eos_token_id]] * rollouts})
+            train_dataset = _unread_rows(args, processing_class)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
+        )
+        self.rollout_state = RolloutState(
+            make_kl_control(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
         )
         for callback in (self.rollout_state, MetricsFile(), Diagnosis()):
             self.add_callback(callback)
         if args.ema_decay is not None:
             self.add_callback(PolicyAverage(model, args.ema_decay))
-        self._microbatches: Iterator[dict[str, Tensor]] = iter(())
-        self._rollout_metrics: dict[str, list[float]] = defaultdict(list)
-        self._update_metrics: dict[str, Tensor | float] = defaultdict(float)
-        self._microbatches_done = 0  # since the last log
-        self._gates_open = False
-        self._rollout_is_fresh = False
-        generation = generation_config(
-            response_tokens=args.response_length,
-            temperature=args.temperature,
-            eos_token_ids=[processing_class.eos_token_id, *(args.stop_token_ids or [])],
-            pad_token_id=processing_class.pad_token_id,
-        )
-        engine = None
-        if args.rollout_engine == "vllm":
-            how: Any = {
-                "rows": args.local_rollout_forward_batch_size,
-                "prompt_tokens": args.max_prompt_tokens,
-                "stop_strings": args.stop_strings,
-            }
-            engine = VLLMEngine(
-                model, processing_class, generation, memory_share=args.vllm_memory_share, **how
-            )
-        self.rollouts = Rollouts(
-            model,
-            processing_class,
-            generation,
-            batch_size=args.local_rollout_forward_batch_size,
-            weights=args.rollout_weights,
-            reuse_trunk=args.reuse_trunk,
-            reward=reward,
-            stop_strings=args.stop_strings,
-            exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
-            entropy_gradient=args.entropy_coef > 0,
-            trunk_memory=args.trunk_memory,
-            engine=engine,
-        )
+
+        # 3. The parts of a step.
+        pad = cast(int, processing_class.pad_token_id)
+        self.collate = PromptCollator(pad)
+        self.collector = _collector(model, args, processing_class, reward)
         # Other sources have a scale of their own
         in_units_of_scores = model.values_are_scores and reward.needs_adapter
-        self.experiences = ExperienceMaker(
+        self.experience = ExperienceMaker(
             args, self.rollout_state, self.accelerator, values_are_scores=in_units_of_scores
         )
-        self.last_figures: dict[str, float] = {}  # of the last rollout, and of its log
+        self.checks = FirstStepChecks(model)
+        self.metrics = RunMetrics(self.accelerator, microbatches_per_step=args.gradient_accumulation_steps)
+        texts = None
+        if ptx_dataset is not None:
+            texts = PretrainingTexts(
+                ptx_dataset,
+                batch_size=args.ptx_batch_size,
+                microbatches=args.gradient_accumulation_steps,
+                seed=args.seed,
+                process=self.accelerator.process_index,
+                pad_token_id=pad,
+                device=args.device,
+            )
+        self.updater = Updater(
+            model,
+            args,
+            self.accelerator,
+            collector=self.collector,
+            experience=self.experience,
+            checks=self.checks,
+            metrics=self.metrics,
+            texts=texts,
+        )
+        self.own_loop = OwnLoop(args.device, self.stop)
 
     @property
     def stage(self) -> str:  # type: ignore[override]
-        return "ppo" if self._has_prompts else "own_loop"
+        """The name of the stage in checkpoints and lineage."""
+        return "ppo" if self.has_prompts else "own_loop"
 
     @property
     def steps_between_resumable(self) -> int:  # type: ignore[override]
-        """Only between rollouts can a run go on exactly."""
+        """Optimizer steps of a rollout: only between rollouts can a run go on exactly."""
         return self.args.steps_per_rollout
 
     @property
-    def shared(self) -> Any:
+    def shared(self) -> SharedBase:
         """The ``SharedBase`` inside what accelerate may have wrapped around it."""
-        return self.accelerator.unwrap_model(self.model)
+        return cast(SharedBase, self.accelerator.unwrap_model(self.model))
+
+    @property
+    def critic_warms_up(self) -> bool:
+        """Whether the critic alone learns in this step."""
+        return self.state.global_step < self.args.critic_warmup_steps
 
     # ---- Public hooks of Trainer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Policy and critic as two groups, each with its learning rate. Resuming leaves inactive
-        adapters frozen: mark them first."""
+        """Return an optimizer with policy and critic as two groups, each with its learning rate.
+
+        Overridden since Trainer has one group, and since resuming leaves inactive adapters frozen:
+        they are marked first.
+        """
         if self.optimizer is None:
             set_seed(self.args.seed, device_specific=True)  # or all processes would sample alike
-            self.shared.set_trainable(self._training_roles)
-            first_step_checks.check_trainable(
-                self.shared.named_parameters(), [name for group in self._training for name, _ in group]
-            )
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.shared)
-            rates = (self.args.learning_rate, self.args.critic_learning_rate)[: len(self._training_roles)]
-            groups = [
-                {"params": [p for _, p in group], "lr": rate}
-                for group, rate in zip(self._training, rates, strict=True)
+            shared = self.shared
+            roles = shared.role_plan.training
+            shared.set_trainable(roles)
+            groups = [list(shared.training_parameters(role)) for role in roles]
+            expected = [name for group in groups for name, _ in group]
+            first_step_checks.check_trainable(shared.named_parameters(), expected)
+
+            rates = (self.args.learning_rate, self.args.critic_learning_rate)[: len(roles)]
+            with_rates = [
+                {"params": [parameter for _, parameter in group], "lr": rate}
+                for group, rate in zip(groups, rates, strict=True)
             ]
-            self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **options)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(
+                self.args, cast(PreTrainedModel, shared)
+            )
+            self.optimizer = optimizer_class(with_rates, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> Any:
-        """The library's, unless policy and critic go by different ones."""
-        args = self.args
-        if not (
-            args.needs_critic
-            and (args.value_lr_scheduler_type or args.value_warmup_steps or args.critic_warmup_rollouts)
-        ):
+    ) -> LRScheduler:
+        """Return the library's schedule, unless policy and critic go by different ones."""
+        if not self.args.has_two_schedules:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = by_settings(args, optimizer or self.optimizer, num_training_steps)
+            self.lr_scheduler = by_settings(self.args, optimizer or self.optimizer, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Each batch of prompts once for every microbatch that is made of its rollout. A rollout
-        has ``num_generations`` replies to each."""
-        if self._own_loop is not None:
-            self._own_loop.check_thread()
-        elif not self._has_prompts:
+        """Return each batch of prompts once for every microbatch that is made of its rollout.
+
+        A rollout has ``num_generations`` replies to each.
+        """
+        if self.own_loop.started:
+            self.own_loop.check_thread()
+        elif not self.has_prompts:
             raise UserError("there is no train_dataset: give PPOTrainer one, or go on by generate and step.")
-        repeat = self.args.steps_per_rollout * self.args.gradient_accumulation_steps
+        args = self.args
         batches = RolloutBatches(
             len(self.train_dataset),
-            self.args.rollout_batch_size // self.args.num_generations,
-            repeat,
-            seed=self.args.seed,
+            args.rollout_batch_size // args.num_generations,
+            repeat=args.steps_per_rollout * args.gradient_accumulation_steps,
+            seed=args.seed,
             num_processes=self.accelerator.num_processes,
         )
-        rows: Any = self.train_dataset
-        return self.accelerator.prepare(DataLoader(rows, batch_sampler=batches, collate_fn=self._collate))
+        rows = cast(torch.utils.data.Dataset, self.train_dataset)
+        return self.accelerator.prepare(DataLoader(rows, batch_sampler=batches, collate_fn=self.collate))
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: PromptBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """A rollout where the last one is used up, then one microbatch of it."""
-        microbatch = next(self._microbatches, None)
-        if microbatch is None:
-            self._microbatches = self._roll_out(inputs)
-            microbatch = next(self._microbatches)
-        first = not self._gates_open and self.state.global_step == 0
-        with self._timed("update"):
-            loss = self._learn(model, microbatch, num_items_in_batch)
-        if first:
-            first_step_checks.check_gradients(self.shared.named_parameters())
-        if self._critic_warms_up:
-            # None, not 0: the optimizer passes these by, and Adam's averages and count of steps
-            # begin after the warm-up.
-            for _, parameter in self.shared.role_parameters("policy"):
-                parameter.grad = None
-        self._gates_open = True
-        self._microbatches_done += 1
+        """Learn from the next microbatch; collect a rollout first where the last is used up.
+
+        Overridden since a batch of Trainer is a batch of prompts here, from which microbatches are
+        made.
+        """
+        step = self.state.global_step
+        microbatch = self.updater.next_microbatch(partial(self.collect, inputs))
+        # What Trainer calls its inputs goes through to compute_loss as it is: a microbatch.
+        one_pass = cast(
+            Callable[[Microbatch], Tensor],
+            partial(super().training_step, model, num_items_in_batch=num_items_in_batch),
+        )
+        with self.metrics.timed("update"):
+            loss = self.updater.learn(model, microbatch, one_pass)
+        self.checks.gradients(step=step)
+        if self.critic_warms_up:
+            self.updater.drop_policy_gradients()
+        self.metrics.microbatches += 1
         # Trainer adds it up: one that is not finite would be all that is logged from then on
         return torch.where(loss.isfinite(), loss, 0.0)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Microbatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The clipped PPO loss, a mean over the response tokens of the optimizer step: microbatches
-        and processes add up to it."""
-        args, mask = self.args, inputs["response_mask"]
-        share, carries_ptx = self._part
-        output = self._take_first_output()
-        if output is None:
-            output = model(
-                inputs["input_ids"],
-                inputs["attention_mask"],
-                mask,
-                trunk=inputs.get("trunk"),
-                value_trunk=inputs.get("value_trunk"),
-                features=inputs.get("features"),
-                ref_hidden=inputs.get("ref_hidden"),
-                temperature=args.temperature,
-                entropy_gradient=args.entropy_coef > 0,
-                ptx=self._pretraining_texts() if carries_ptx else None,
-            )
-        if self._rollout_is_fresh:
-            self._rollout_is_fresh = False
-            if not self._gates_open and self.state.global_step == 0:
-                first_step_checks.check_ratio(
-                    output.logprobs,
-                    inputs["old_logprobs"],
-                    mask,
-                    tolerance=self._tolerance(first_step_checks.RATIO_TOLERANCE),
-                )
-            gaps = F.masked_sum((output.logprobs.detach() - inputs["old_logprobs"]).abs(), mask)
-            gap, tokens = self.accelerator.reduce(torch.stack([gaps, mask.sum()]), reduction="sum").tolist()  # type: ignore[union-attr]
-            self._rollout_metrics["policy/first_ratio_gap"].append(gap / tokens)
-        if args.ratio_threshold is not None:
-            skipped = leaves_bounds(output, inputs, args.ratio_threshold)
-            counted = share * skipped.float() / args.gradient_accumulation_steps
-            self._update_metrics["policy/skipped"] = self._update_metrics["policy/skipped"] + counted
-            if skipped:
-                # Not a bare 0: DistributedDataParallel waits for a backward pass.
-                return (
-                    0.0
-                    * torch.stack([x.sum() for x in (output.logprobs, output.values) if x is not None]).sum()
-                )
-        values = None if output.values is None else self.experiences.values(output.values)
-        loss, stats = total_loss(output, inputs, values, args, kl_coef=self.rollout_state.kl_control.coef)
-        for name, value in stats.items():
-            self._update_metrics[name] = self._update_metrics[name] + value.detach()
-        return loss
+        """Return the clipped PPO loss of a microbatch, or of a part of it.
 
-    def _pretraining_texts(self) -> tuple[Tensor, Tensor] | None:
-        """Those of this microbatch: which they are follows from step and process alone, so that a
-        resumed run takes the same."""
-        if self.ptx_dataset is None:
-            return None
-        place = (
-            self.state.global_step * self.args.gradient_accumulation_steps
-            + self._microbatches_done % self.args.gradient_accumulation_steps
-        )
-        generator = torch.Generator().manual_seed(
-            hash((self.args.seed, place, self.accelerator.process_index)) % 2**63
-        )
-        rows = torch.randint(len(self.ptx_dataset), (self.args.ptx_batch_size,), generator=generator).tolist()
-        return left_pad(
-            [self.ptx_dataset[row]["input_ids"] for row in rows],
-            self.processing_class.pad_token_id,
-            self.args.device,
-        )
-
-    def load_best(self, checkpoint: Path) -> None:
-        """Overridden to load critic and average too: Trainer loads the policy alone."""
-        trained: tuple[Role, ...] = ("value", "ema")
-        roles: list[Role] = [role for role in trained if self.shared.has(role)]
-        for role in roles:
-            self.shared.load_role(role, checkpoint / ADAPTERS[role])
-        if self.is_world_process_zero():
-            logger.warning(
-                "the run ends with %s of %s (%s %.4g).",
-                ", ".join(["policy", *roles]),
-                checkpoint,
-                self.args.metric_for_best_model,
-                self.state.best_metric,
-            )
+        Overridden since the loss is PPO's: a mean over the response tokens of the optimizer step,
+        to which microbatches and processes add up.
+        """
+        return self.updater.loss(model, inputs, step=self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what rollouts and updates since the last log have shown, averaged over processes."""
-        steps = self._microbatches_done / self.args.gradient_accumulation_steps
-        if steps > 0 and not any(name.startswith("eval_") for name in logs):
-            update = {
-                name: torch.as_tensor(total, device=self.args.device) / steps
-                for name, total in self._update_metrics.items()
-            }
-            rollout = {
-                name: torch.tensor(sum(seen) / len(seen), device=self.args.device)
-                for name, seen in self._rollout_metrics.items()
-            }
-            if rollout:
-                rollout["rollout/count"] = torch.tensor(
-                    float(len(self._rollout_metrics["objective/score"])), device=self.args.device
-                )
-            mean = self.accelerator.reduce(rollout | update, reduction="mean")
-            logs.update(
-                {name: value.item() for name, value in mean.items()}
-                | {"policy/not_finite": self.finite.skipped / steps}
-            )
+        """Log besides what rollouts and updates since the last log have shown on all processes."""
+        of_evaluation = any(name.startswith("eval_") for name in logs)
+        if self.metrics.microbatches and not of_evaluation:
+            skipped = {"policy/not_finite": self.finite.skipped / self.metrics.steps}
+            logs.update(self.metrics.take() | skipped)
             self.finite.skipped = 0
-            self.last_figures |= logs
-            self._rollout_metrics.clear()
-            self._update_metrics.clear()
-            self._microbatches_done = 0
+            self.metrics.latest |= logs
         super().log(logs, start_time)
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Answer the first ``num_eval_prompts`` held-out prompts, sampled and greedy, and score the
-        replies.
+        """Answer the first ``num_eval_prompts`` held-out prompts, and score the replies.
+
+        Each prompt has a sampled and a greedy reply.
 
         ``eval_objective`` is the sampled replies' score less ``kl_coef`` (that of the settings,
         also where it adapts) times their KL, and what the best checkpoint and early stopping go by;
         scores are counted in the scale of the first evaluation. Training draws the random numbers
         that it would have drawn without.
+
+        Raises:
+            UserError: there are no held-out prompts.
         """
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise UserError(
                 "there is nothing to evaluate on: give PPOTrainer an eval_dataset, or evaluate one."
             )
         rows = rows.select(range(min(self.args.num_eval_prompts, len(rows))))
-        state, seed = self.rollout_state, self.args.seed
-        if state.evaluation_scale is None:
-            state.evaluation_scale = tuple(self._evaluation_scale(rows))
-        scale = ScoreScale(*state.evaluation_scale)
+        if self.rollout_state.evaluation_scale is None:
+            self.rollout_state.evaluation_scale = tuple(self._evaluation_scale(rows))
         figures = evaluate_prompts(
-            self.rollouts, self.accelerator, rows, self._collate, scale=scale, seed=seed
+            self.collector,
+            self.accelerator,
+            rows,
+            self.collate,
+            scale=ScoreScale(*self.rollout_state.evaluation_scale),
+            seed=self.args.seed,
         )
-        objective = figures["score"] - self.args.kl_coef * figures["kl"]
-        metrics = {
-            f"{metric_key_prefix}_{name}": value
-            for name, value in (figures | {"objective": objective}).items()
-        }
+        figures["objective"] = figures["score"] - self.args.kl_coef * figures["kl"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def push_to_hub(self, *args: object, **kwargs: object) -> str:
+        """Refuse: Trainer would upload more than the result.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "push_to_hub: Trainer would upload all that lies in output_dir. Save, then call"
+            " goose_lora.sharing.hub.push(output_dir, repo)."
+        )
+
     # ---- Rollouts ----
 
-    def _roll_out(self, prompts: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-        """Microbatches of all epochs of one rollout."""
-        args = self.args
-        if self._own_loop is not None:
-            experience = self._experience(*self._own_loop.take())
-        else:
-            if self.rollout_state.score_scale is None:
-                self._calibrate()
-            prompts = self._repeated(prompts)
-            with self._timed("generate"):
-                rollout = self.rollouts.generate(
-                    prompts["input_ids"], prompts["attention_mask"], keep_trunk=True
-                )
-            experience = self._experience(rollout, columns=prompts["columns"])
-        self._rollout_is_fresh = True
-        count = self.accelerator.num_processes
+    def collect(self, prompts: PromptBatch) -> Experience:
+        """Return a rollout with what the update needs of it.
 
-        def mean_tokens(tokens: Tensor) -> Tensor:
-            return self.accelerator.reduce(tokens, reduction="sum") / count
-
-        for _ in range(args.num_ppo_epochs):
-            yield from experience.microbatches(
-                args.per_device_train_batch_size, args.gradient_accumulation_steps, mean_tokens=mean_tokens
+        In a loop of the user's own, the rollout is the user's, and the prompts are not read.
+        """
+        if self.own_loop.started:
+            given = self.own_loop.take()
+            return self.make_experience(given.rollout, given.scores)
+        if self.rollout_state.score_scale is None:
+            self._calibrate()
+        prompts = repeated(prompts, self.args.num_generations)
+        with self.metrics.timed("generate"):
+            rollout = self.collector.generate(
+                prompts["input_ids"], prompts["attention_mask"], keep_trunk=True
             )
-
-    def _repeated(self, prompts: dict[str, Any]) -> dict[str, Any]:
-        """Each prompt ``num_generations`` times, in a row."""
-        count = self.args.num_generations
-        columns = {
-            name: [value for value in column for _ in range(count)]
-            for name, column in prompts["columns"].items()
-        }
-        return {
-            name: prompts[name].repeat_interleave(count, dim=0) for name in ("input_ids", "attention_mask")
-        } | {"columns": columns}
+        return self.make_experience(rollout, columns=prompts["columns"])
 
     @torch.no_grad()
-    def _experience(
+    def make_experience(
         self, rollout: Rollout, scores: Scores | None = None, columns: dict[str, list] | None = None
     ) -> Experience:
-        """What the update needs of a rollout; scored by the trainer's own sources of reward if no
-        scores are given."""
-        args, control = self.args, self.rollout_state.kl_control
-        with self._timed("score"):
-            seen = self._ask_the_roles(rollout, score=scores is None)
-            scores = (
-                self.rollouts.scores(rollout, columns or {}, seen.by_adapter) if scores is None else scores
-            )
-        if self.state.global_step == 0:
-            kl, tolerance = seen.logprobs - seen.ref_logprobs, self._tolerance(first_step_checks.KL_TOLERANCE)
-            first_step_checks.check_reference(kl, rollout.response_mask, tolerance=tolerance)
-        experience, shown = self.experiences.make(rollout, seen, scores)
-        self.last_figures = dict(shown)
-        for name, value in shown.items():
-            self._rollout_metrics[name].append(value)
-        kl = shown["objective/kl"]
-        if not self._critic_warms_up:
-            control.update(kl, len(rollout.ended) * self.accelerator.num_processes)
+        """Return what the update needs of a rollout, and note its figures.
+
+        Args:
+            scores: of the replies; by default, those of the trainer's own sources of reward.
+            columns: of the prompts' rows, for those sources.
+        """
+        args, step = self.args, self.state.global_step
+
+        # What the roles say, and the scores.
+        with self.metrics.timed("score"):
+            seen = self.updater.ask_roles(rollout, score=scores is None, step=step)
+            if scores is None:
+                scores = self.collector.scores(rollout, columns or {}, seen.by_adapter)
+        self.checks.reference(seen.logprobs, seen.ref_logprobs, rollout.response_mask, step=step)
+
+        # Advantages, at the price of the KL as it was; then the price moves.
+        experience, figures = self.experience.make(rollout, seen, scores)
+        self.metrics.add_rollout(figures)
+        kl = figures["objective/kl"]
+        if not self.critic_warms_up:
+            replies = len(rollout.ended) * self.accelerator.num_processes
+            self.rollout_state.kl_control.update(kl, replies)
         self._stop_above_max_kl(kl)
-        k1 = torch.where(rollout.response_mask, seen.logprobs - seen.ref_logprobs, 0.0)
+
+        # Some of the replies for people to read.
         if self.is_world_process_zero():
-            step, rows = self.state.global_step, args.sample_rows
+            k1 = torch.where(rollout.response_mask, seen.logprobs - seen.ref_logprobs, 0.0)
             write_samples(
                 args.output_dir,
                 self.processing_class,
@@ -486,11 +409,12 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
                 scores.total,
                 k1.sum(-1),
                 step=step,
-                rows=rows,
+                rows=args.sample_rows,
             )
         return experience
 
     def _stop_above_max_kl(self, kl: float) -> None:
+        """Let the run end at this rollout where its KL is above the bound."""
         if self.args.max_kl is not None and kl > self.args.max_kl:
             self.control.should_training_stop = True
             logger.warning(
@@ -501,61 +425,170 @@ class PPOTrainer(UserLoop, Resumable, Passes, Trainer):
                 self.args.max_kl,
             )
 
+    # ---- The scale of scores ----
+
     def _calibrate(self) -> None:
-        """Learn the scale of scores from replies of the untrained policy, which is the
-        reference."""
+        """Learn the scale of scores from the untrained policy, which is the reference."""
         if self.args.score_normalization != "reference":
             return
-        self.experiences.learn_scale(self._scores_of_the_reference(self.train_dataset))
-        logger.info("scores of the reference: mean %.3f, standard deviation %.3f", *self.experiences.scale)
+        self.experience.learn_scale(self._scores_of_the_reference(self.train_dataset))
+        logger.info("scores of the reference: mean %.3f, standard deviation %.3f", *self.experience.scale)
 
-    def _scores_of_the_reference(self, rows: Dataset) -> Tensor:
-        count, seed = self.args.score_calibration_prompts, self.args.seed
-        return reference_scores(self.rollouts, self.accelerator, rows, self._collate, count=count, seed=seed)
+    def _scores_of_the_reference(self, rows: Dataset) -> Float[Tensor, " N"]:
+        return reference_scores(
+            self.collector,
+            self.accelerator,
+            rows,
+            self.collate,
+            count=self.args.score_calibration_prompts,
+            seed=self.args.seed,
+        )
 
     def _evaluation_scale(self, rows: Dataset) -> ScoreScale:
-        """The scale of scores as it is at the first evaluation; one that comes before the training
-        has found it must not find it for it."""
+        """Return the scale of scores as it is at the first evaluation.
+
+        One that comes before the training has found it must not find it for it.
+        """
         if self.args.score_normalization != "reference" or self.rollout_state.score_scale is not None:
-            return self.experiences.scale
+            return self.experience.scale
         with own_random_numbers(self.accelerator, self.args.seed):
-            scores: Any = self.accelerator.gather(
-                self._scores_of_the_reference(self.train_dataset if self._has_prompts else rows)
+            scores = self._scores_of_the_reference(self.train_dataset if self.has_prompts else rows)
+            everywhere = gathered(self.accelerator, scores)
+        return score_scale(everywhere)
+
+    # ---- A loop of the user's own ----
+
+    def start(self, resume_from_checkpoint: str | bool | None = None) -> int:
+        """Begin a loop of your own, or go on with one from a checkpoint (as in ``train``).
+
+        Until the loop ends, SIGINT and SIGTERM are answered after the rollout under way: ``step``
+        saves, and raises ``Stopped``. After it ``generate`` and ``step`` draw the random numbers
+        that the uninterrupted loop would have drawn.
+
+        Returns:
+            How many rollouts are behind it.
+        """
+        self.own_loop.start(partial(self.train, resume_from_checkpoint=resume_from_checkpoint))
+        return self.state.global_step // self.args.steps_per_rollout
+
+    def generate(self, queries: Sequence[Ids], *, greedy: bool = False) -> list[Tensor]:
+        """Return one reply of the policy as it is now to each query (token ids), sampled or greedy.
+
+        A reply is its ids (T,), the token that ends it included.
+        """
+        if not self.own_loop.started:
+            self.start()
+        prompts = [list(map(int, query)) for query in queries]
+        ids, mask = left_pad(prompts, self.processing_class.pad_token_id, self.args.device)
+        rollout = self.collector.generate(ids, mask, greedy=greedy)
+        return [torch.tensor(reply) for reply in rollout.response_ids()]
+
+    def score(self, queries: Sequence[Ids], responses: Sequence[Ids]) -> Float[Tensor, " B"]:
+        """Return raw scores by the trainer's sources of reward, for a loop that adds to them."""
+        rollout = rollout_of(queries, responses, None, self.processing_class, self.collector)
+        return self.collector.scores(rollout, {}).total
+
+    def step(
+        self,
+        queries: Sequence[Ids],
+        responses: Sequence[Ids],
+        scores: GivenScores,
+        response_masks: Masks | None = None,
+    ) -> dict[str, float]:
+        """Make all optimizer steps of one rollout.
+
+        Args:
+            queries, responses: token ids, as many samples as a rollout has
+                (``args.rollout_batch_size``). Replies to one prompt stand together where
+                ``num_generations`` is above 1.
+            scores: a number for each response, or a list with one for each of its tokens.
+            response_masks: which tokens of each response the policy wrote. Others, such as a user's
+                or a tool's between two replies, are read by the policy and the critic, and are not
+                trained on. All, if not given.
+
+        Returns:
+            The figures of the rollout and, where this step is logged, all of that row of
+            ``metrics.jsonl``.
+
+        Raises:
+            UserError: another number of samples, or what ``rollout_of`` and ``scores_of`` refuse.
+                Nothing has changed then.
+        """
+        wanted = self.args.rollout_batch_size
+        if len(queries) != wanted:
+            raise UserError(
+                f"{len(queries)} samples for a rollout of {wanted}, which is per_device_train_batch_size *"
+                " gradient_accumulation_steps * num_mini_batches. Give so many, or change those."
             )
-        return score_scale(scores)
+        rollout = rollout_of(queries, responses, response_masks, self.processing_class, self.collector)
+        given = GivenRollout(rollout, scores_of(scores, rollout))
+        if not self.own_loop.started:
+            self.start()
+        self.own_loop.give(given)
+        return self.metrics.latest
 
-    # ---- Small things ----
+    def finish(self) -> None:
+        """End the loop where it is.
 
-    @property
-    def _critic_warms_up(self) -> bool:
-        return self.state.global_step < self.args.critic_warmup_rollouts * self.args.steps_per_rollout
+        What was not saved is not saved by it, and the best checkpoint is not loaded: call
+        ``save_model``.
+        """
+        if self.own_loop.finish():
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
-    def _tolerance(self, by_dtype: Mapping[torch.dtype, float]) -> float:
-        return by_dtype.get(
-            self.shared.get_base_model().get_output_embeddings().weight.dtype, by_dtype[torch.float32]
+
+def _sources(
+    given: RewardSource | Sequence[RewardSource] | None, *, default: RewardSource
+) -> list[RewardSource]:
+    """Return the sources of reward as a list."""
+    if given is None:
+        return [default]
+    if isinstance(given, (list, tuple)):
+        return list(given)
+    return [cast(RewardSource, given)]
+
+
+def _unread_rows(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return what a loop of the user's own has in place of prompts.
+
+    That is one batch of rows, which nobody reads, for each rollout.
+    """
+    rows = args.rollout_batch_size // args.num_generations * args.world_size
+    return Dataset.from_dict({"input_ids": [[tokenizer.eos_token_id]] * rows})
+
+
+def _collector(
+    shared: SharedBase, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardMix
+) -> RolloutCollector:
+    """Return what generates and evaluates by these settings."""
+    generation = generation_config(
+        response_tokens=args.response_length,
+        temperature=args.temperature,
+        eos_token_ids=[tokenizer.eos_token_id, *(args.stop_token_ids or [])],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    engine = None
+    if args.rollout_engine == "vllm":
+        engine = VLLMEngine(
+            shared,
+            tokenizer,
+            generation,
+            memory_share=args.vllm_memory_share,
+            rows=args.local_rollout_forward_batch_size,
+            prompt_tokens=args.max_prompt_tokens,
+            stop_strings=args.stop_strings,
         )
-
-    @property
-    def _training_roles(self) -> tuple[Role, ...]:
-        return ("policy", "value") if self.args.needs_critic else ("policy",)
-
-    @property
-    def _training(self) -> list[list[tuple[str, nn.Parameter]]]:
-        return [list(self.shared.training_parameters(role)) for role in self._training_roles]
-
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        input_ids, attention_mask = left_pad(
-            [row["input_ids"] for row in rows], self.processing_class.pad_token_id
-        )
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "input_ids"}
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "columns": columns}
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """Seconds of a phase, summed over the optimizer steps of a log and divided by their number
-        like all update figures."""
-        started = time.perf_counter()
-        yield
-        self._update_metrics[f"seconds/{phase}"] = (
-            self._update_metrics[f"seconds/{phase}"] + time.perf_counter() - started
-        )
+    return RolloutCollector(
+        shared,
+        tokenizer,
+        generation,
+        batch_size=args.local_rollout_forward_batch_size,
+        weights=args.rollout_weights,
+        reuse_trunk=args.reuse_trunk,
+        reward=reward,
+        stop_strings=args.stop_strings,
+        exact_kl=args.kl_location if args.kl_estimator == "exact" else None,
+        entropy_gradient=args.entropy_coef > 0,
+        trunk_memory=args.trunk_memory,
+        engine=engine,
+    )

@@ -1,116 +1,245 @@
-"""The passes through the base that an update takes: as few as there need be, and as small as the
-memory wants them."""
+"""The update: microbatch after microbatch of a rollout, each with one forward and backward pass.
+
+There are as few passes as there need be, and each is as small as the memory wants it.
+"""
 
 import logging
-from collections import defaultdict
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+import goose_lora.functional as F
 from goose_lora.generation.rollout import Rollout
 from goose_lora.models.role_outputs import PolicyAndValue
-from goose_lora.ppo.collector import Evaluated, Rollouts
+from goose_lora.models.shared_base import SharedBase
+from goose_lora.ppo.collector import RoleOutputs, RolloutCollector
+from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.experience import Experience, ExperienceMaker
+from goose_lora.ppo.first_step_checks import FirstStepChecks
+from goose_lora.ppo.loss import leaves_bounds, total_loss
 from goose_lora.ppo.memory_rules import scoring_keeps_graph
-from goose_lora.ppo.microbatches import halves, padded_tokens, within
+from goose_lora.ppo.metrics import RunMetrics
+from goose_lora.ppo.microbatches import Microbatch, split_by_tokens, split_in_two
+from goose_lora.ppo.processes import summed
+from goose_lora.ppo.sampler import PretrainingTexts
 
 logger = logging.getLogger(__name__)
 
+Gradients = dict[str, Tensor | None]
 
-class Passes:
-    """The part of ``PPOTrainer`` that runs them.
+
+class Updater:
+    """Deals out the microbatches of a rollout, and learns from each.
 
     Where the first optimizer step takes the whole rollout at once, its forward pass is the one that
-    scoring has made already, since no weight has
-    changed between them: scoring keeps its graph. Not in the very first rollout, whose two passes
-    are compared (``gates.check_ratio``).
+    scoring has made already, since no weight has changed between them: scoring keeps its graph. Not
+    in the very first rollout, whose two passes are compared (``first_step_checks.check_ratio``).
+
+    Args:
+        texts: pretraining texts for ``ptx_coef``, if the loss has that term.
     """
 
-    args: Any
-    state: Any
-    shared: Any
-    rollouts: Rollouts
-    accelerator: Any
-    ptx_dataset: Any
-    _update_metrics: Any
-    # Share of its microbatch's rows in the part that is computed, and whether it carries
-    # pretraining text
-    _part: tuple[float, bool] = (1.0, True)
-    _fewer_tokens: int | None = None  # after the memory was short
-    _first_output: PolicyAndValue | None = None
+    def __init__(
+        self,
+        shared: SharedBase,
+        args: PPOConfig,
+        accelerator: Accelerator,
+        *,
+        collector: RolloutCollector,
+        experience: ExperienceMaker,
+        checks: FirstStepChecks,
+        metrics: RunMetrics,
+        texts: PretrainingTexts | None,
+    ):
+        self.shared, self.args, self.accelerator = shared, args, accelerator
+        self.collector, self.experience = collector, experience
+        self.checks, self.metrics, self.texts = checks, metrics, texts
+        self._left: Iterator[Microbatch] = iter(())
+        self._rollout_is_new = False  # no pass of the update has been compared with it
+        self._max_tokens = args.max_tokens_per_microbatch  # fewer after the memory was short
 
-    @property
-    def _most_tokens(self) -> int | None:
-        return self.args.max_tokens_per_microbatch if self._fewer_tokens is None else self._fewer_tokens
+    # ---- Scoring, whose forward pass may be the update's first ----
 
-    def _ask_the_roles(self, rollout: Rollout, *, score: bool) -> Evaluated:
-        """What the roles say of a rollout, with the graph of policy and critic where the update
-        goes on from it."""
-        whole = scoring_keeps_graph(
-            replies=len(rollout.ended),
-            microbatch_rows=self.args.per_device_train_batch_size,
-            group_rows=self.rollouts.batch_size,
-            max_tokens=self._most_tokens,
-            pretraining=self.ptx_dataset is not None,
-        )
-        if not whole or self.state.global_step == 0 or self.accelerator.num_processes > 1:
-            return self.rollouts.evaluate(rollout, score=score)
+    def ask_roles(self, rollout: Rollout, *, score: bool, step: int) -> RoleOutputs:
+        """Return what the roles say of a rollout, with the graph that the update goes on from."""
+        if not self.goes_on_from_scoring(rollout, step=step):
+            return self.collector.evaluate(rollout, score=score)
         # As for the other passes of the update, also in a run's first rollout after a checkpoint
         self.shared.train()
         try:
-            seen = self.rollouts.evaluate(rollout, score=score, keep_graph=True)
+            return self.collector.evaluate(rollout, score=score, keep_graph=True)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not should_reduce_batch_size(error):
                 raise
             self._go_on_with_half(rollout.attention_mask.numel())
-            return self.rollouts.evaluate(rollout, score=score)
-        self._first_output = seen.output
-        return seen
+            return self.collector.evaluate(rollout, score=score)
 
-    def _take_first_output(self) -> PolicyAndValue | None:
-        output, self._first_output = self._first_output, None
-        return output
+    def goes_on_from_scoring(self, rollout: Rollout, *, step: int) -> bool:
+        """Return whether the update's first pass over a rollout is the one that scores it."""
+        one_pass = scoring_keeps_graph(
+            replies=len(rollout.ended),
+            microbatch_rows=self.args.per_device_train_batch_size,
+            group_rows=self.collector.batch_size,
+            max_tokens=self._max_tokens,
+            pretraining=self.texts is not None,
+        )
+        return one_pass and step > 0 and self.accelerator.num_processes == 1
 
-    def _learn(
-        self, model: nn.Module, microbatch: dict[str, Tensor], num_items_in_batch: Tensor | int | None
+    # ---- Microbatches ----
+
+    def next_microbatch(self, collect: Callable[[], Experience]) -> Microbatch:
+        """Return the next microbatch; ``collect`` makes a rollout where the last is used up."""
+        microbatch = next(self._left, None)
+        if microbatch is None:
+            self._left = self._microbatches(collect())
+            self._rollout_is_new = True
+            microbatch = next(self._left)
+        return microbatch
+
+    def _microbatches(self, experience: Experience) -> Iterator[Microbatch]:
+        """Yield the microbatches of all passes over a rollout."""
+        for _ in range(self.args.num_ppo_epochs):
+            yield from experience.microbatches(
+                self.args.per_device_train_batch_size,
+                self.args.gradient_accumulation_steps,
+                mean_tokens=self._mean_over_processes,
+            )
+
+    def _mean_over_processes(self, tokens: Tensor) -> Tensor:
+        return summed(self.accelerator, tokens) / self.accelerator.num_processes
+
+    # ---- One microbatch ----
+
+    def learn(
+        self, model: nn.Module, microbatch: Microbatch, one_pass: Callable[[Microbatch], Tensor]
     ) -> Tensor:
-        """Gradients of one microbatch, in parts where it would be too large; out of memory, the
-        parts are halved from then on."""
+        """Add the gradients of a microbatch, in parts where it would be too large.
+
+        Out of memory, a part is halved, and so are all that come after it.
+
+        Args:
+            one_pass: forward and backward of a part; returns its loss.
+
+        Returns:
+            The loss of the whole microbatch.
+        """
         loss = torch.zeros((), device=self.args.device)
-        rows, carries_ptx = len(microbatch["input_ids"]), True
-        parts = [microbatch] if self._first_output is not None else within(microbatch, self._most_tokens)
+        # A pass that was made already is of the microbatch as it is.
+        parts = [microbatch]
+        if microbatch.output is None:
+            parts = split_by_tokens(microbatch, self._max_tokens)
         while parts:
             part = parts.pop(0)
-            before = {
-                name: p.grad if p.grad is None else p.grad.clone()
-                for name, p in self.shared.named_parameters()
-                if p.requires_grad
-            }
-            metrics = dict(self._update_metrics)
-            self._part = (len(part["input_ids"]) / rows, carries_ptx)
+            gradients, totals = self._gradients(), self.metrics.of_updates()
             try:
-                with self.accelerator.no_sync(model) if parts else nullcontext():
-                    trainer: Any = super()
-                    loss = loss + trainer.training_step(model, part, num_items_in_batch)
-                carries_ptx = False
+                # Only the last part's backward has to meet the other processes.
+                with self._unsynchronised(model, more=bool(parts)):
+                    loss = loss + one_pass(part)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if (
-                    not should_reduce_batch_size(error)
-                    or len(part["input_ids"]) == 1
-                    or self.accelerator.num_processes > 1
-                ):
+                alone = len(part) == 1 or self.accelerator.num_processes > 1
+                if alone or not should_reduce_batch_size(error):
                     raise
-                for name, parameter in self.shared.named_parameters():
-                    parameter.grad = before.get(name)
-                self._update_metrics = defaultdict(float, metrics)
-                parts = [*halves(part), *parts]
-                self._go_on_with_half(padded_tokens(part))
+                # What half a pass has left is taken back, and the part is tried again in two.
+                self._restore(gradients)
+                self.metrics.restore(totals)
+                parts = [*split_in_two(part), *parts]
+                self._go_on_with_half(part.padded_tokens)
         return loss
 
+    def loss(self, model: nn.Module, microbatch: Microbatch, *, step: int) -> Tensor:
+        """Return the loss of one part, and add its figures to the metrics."""
+        args = self.args
+        output = microbatch.take_output()
+        microbatch = microbatch.to(args.device)
+        if output is None:
+            output = self._forward(model, microbatch, step=step)
+
+        # The first pass of all over a rollout gives the log-probabilities that it was made with.
+        if self._rollout_is_new:
+            self._rollout_is_new = False
+            old, mask = microbatch.old_logprobs, microbatch.response_mask
+            self.checks.ratio(output.logprobs, old, mask, step=step)
+            self._note_gap(output.logprobs, old, mask)
+
+        # A part whose ratio has left all bounds moves nothing.
+        if args.ratio_threshold is not None:
+            skipped = leaves_bounds(output, microbatch, args.ratio_threshold)
+            counted = microbatch.share * skipped.float() / args.gradient_accumulation_steps
+            self.metrics.add_update({"policy/skipped": counted})
+            if skipped:
+                return _zero(output)
+
+        values = output.values
+        if values is not None:
+            values = self.experience.values(values)
+        loss, stats = total_loss(output, microbatch, values, args, kl_coef=self.experience.kl_coef)
+        self.metrics.add_update({name: value.detach() for name, value in stats.items()})
+        return loss
+
+    def _note_gap(
+        self,
+        logprobs: Float[Tensor, "B T"],
+        old_logprobs: Float[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> None:
+        """Note how far old and new log-probabilities are apart, in nats per token."""
+        gaps = F.masked_sum((logprobs.detach() - old_logprobs).abs(), mask)
+        gap, tokens = summed(self.accelerator, torch.stack([gaps, mask.sum()])).tolist()
+        self.metrics.add_to_rollout("policy/first_ratio_gap", gap / tokens)
+
+    def drop_policy_gradients(self) -> None:
+        """Leave the policy where it is in this step."""
+        # None, not 0: the optimizer passes these by, and Adam's averages and count of steps begin
+        # after the warm-up.
+        for _, parameter in self.shared.role_parameters("policy"):
+            parameter.grad = None
+
+    def _forward(self, model: nn.Module, microbatch: Microbatch, *, step: int) -> PolicyAndValue:
+        """Run policy and critic on one part, with its pretraining text."""
+        texts = None
+        if self.texts is not None and microbatch.reads_texts:
+            number = self.metrics.microbatches % self.args.gradient_accumulation_steps
+            texts = self.texts.of(step=step, microbatch=number)
+        return model(
+            microbatch.input_ids,
+            microbatch.attention_mask,
+            microbatch.response_mask,
+            trunk=microbatch.trunk,
+            value_trunk=microbatch.value_trunk,
+            features=microbatch.features,
+            ref_hidden=microbatch.ref_hidden,
+            temperature=self.args.temperature,
+            entropy_gradient=self.args.entropy_coef > 0,
+            ptx=texts,
+        )
+
+    def _gradients(self) -> Gradients:
+        """Return copies of the gradients so far, by name."""
+        copies: Gradients = {}
+        for name, parameter in self.shared.named_parameters():
+            if parameter.requires_grad:
+                gradient = parameter.grad
+                copies[name] = None if gradient is None else gradient.clone()
+        return copies
+
+    def _restore(self, gradients: Gradients) -> None:
+        for name, parameter in self.shared.named_parameters():
+            parameter.grad = gradients.get(name)
+
+    def _unsynchronised(self, model: nn.Module, *, more: bool) -> AbstractContextManager:
+        """Return the context of a backward pass, after which ``more`` of the microbatch follow."""
+        if more:
+            return self.accelerator.no_sync(model)
+        return nullcontext()
+
     def _go_on_with_half(self, tokens: int) -> None:
-        self._fewer_tokens = tokens // 2
+        """Make parts of half the tokens from now on, and say so."""
+        self._max_tokens = tokens // 2
         logger.warning(
             "out of memory with a microbatch of %d tokens: going on with parts of %d. Set"
             " max_tokens_per_microbatch to that.",
@@ -118,3 +247,12 @@ class Passes:
             tokens // 2,
         )
         clear_device_cache(garbage_collection=True)
+
+
+def _zero(output: PolicyAndValue) -> Tensor:
+    """Return a loss of 0 whose backward pass reaches all that the forward pass did.
+
+    Not a bare 0: DistributedDataParallel waits for a backward pass.
+    """
+    reached = [x.sum() for x in (output.logprobs, output.values) if x is not None]
+    return 0.0 * torch.stack(reached).sum()

@@ -222,7 +222,7 @@ def test_out_of_memory_halves_the_microbatch_and_the_run_goes_on(tmp_path, caplo
         "critic": "shared",
     }
     run = trainer(tmp_path / "run", shared=shared, rows=rows, reward=tiny_runs.even_share, **how)
-    run.rollouts.generation.eos_token_id = [tiny.VOCABULARY]  # replies of full length
+    run.collector.generation.eos_token_id = [tiny.VOCABULARY]  # replies of full length
     gc.collect()
     torch.cuda.empty_cache()
     planned = Planner(meta_model(args), args, run.args).plan().total("update")

@@ -94,13 +94,13 @@ def run(folder, steps, **changes):
     ppo = tiny_runs.trainer(folder, rows=rows, eval_rows=rows, **LENGTHS | one | evaluated | saved | changes)
     watch = Watch()
     ppo.add_callback(watch)
-    make = ppo.experiences.make
+    make = ppo.experience.make
 
     def noting(rollout, *args):
         watch.width.append(rollout.input_ids.shape[1])
         return make(rollout, *args)
 
-    ppo.experiences.make = noting
+    ppo.experience.make = noting
     return ppo, watch
 
 
@@ -189,7 +189,7 @@ class Forget(TrainerCallback):
 def test_but_for_the_log_history_it_stays_and_a_leak_of_each_rollouts_batch_is_detected(tmp_path, capsys):
     ppo, watch = run(tmp_path, 120, save_strategy="no", eval_strategy="no")
     ppo.add_callback(Forget())
-    kept, make = [], ppo.experiences.make
+    kept, make = [], ppo.experience.make
 
     def leaking(*args):
         made = make(*args)
@@ -197,7 +197,7 @@ def test_but_for_the_log_history_it_stays_and_a_leak_of_each_rollouts_batch_is_d
             kept.append(made[0])
         return made
 
-    ppo.experiences.make = leaking
+    ppo.experience.make = leaking
     ppo.train()
     gc.unfreeze()
     (before, margin), (after, wide) = slope(watch.rss[15:60]), slope(watch.rss[60:])

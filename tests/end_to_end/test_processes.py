@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from goose_lora.files import read_json, read_jsonl
 from goose_lora.generation.rollout import Rollout
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.ppo.collector import Rollouts
+from goose_lora.ppo.collector import RolloutCollector
+from goose_lora.ppo.first_step_checks import FirstStepChecks
 from goose_lora.ppo.sampler import RolloutBatches
-from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.training import checkpoints
 
 
@@ -29,7 +29,7 @@ def weights(shared):
 
 def note_rollouts(seen):
     """Prompts and replies of each rollout into ``seen``."""
-    generate = Rollouts.generate
+    generate = RolloutCollector.generate
 
     def noting(self, *args, **kwargs):
         rollout = generate(self, *args, **kwargs)
@@ -83,7 +83,7 @@ def two(tmp_path_factory):
 
     def work(rank):
         seen = []
-        Rollouts.generate = note_rollouts(seen)
+        RolloutCollector.generate = note_rollouts(seen)
         trainer = tiny_runs.trainer(folder / "run", score_normalization="running", kl_target=1.0)
         start = weights(trainer.shared)
         trainer.train()
@@ -155,9 +155,9 @@ STEP = {
 def one_step(folder, rows, batch, **changes):
     """Weights and figures after one rollout of canned replies."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rollouts, "generate", canned)
-        patch.setattr(Rollouts, "evaluate", shifted(Rollouts.evaluate))
-        patch.setattr(PPOTrainer, "_tolerance", lambda self, by_dtype: 1.0)
+        patch.setattr(RolloutCollector, "generate", canned)
+        patch.setattr(RolloutCollector, "evaluate", shifted(RolloutCollector.evaluate))
+        patch.setattr(FirstStepChecks, "tolerance", lambda self, by_dtype: 1.0)
         rewards = [tiny_runs.even_share, sometimes]
         trainer = tiny_runs.trainer(
             folder, rows=rows, per_device_train_batch_size=batch, reward=rewards, **STEP, **changes

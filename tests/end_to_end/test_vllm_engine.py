@@ -14,7 +14,7 @@ from goose_lora.data.tokenization import left_pad
 from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.loading import load_base
-from goose_lora.ppo.collector import Rollouts
+from goose_lora.ppo.collector import RolloutCollector
 from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.rewards.sources import RewardMix
 
@@ -64,7 +64,7 @@ def rollouts(shared, engine=None, stop_strings=None):
         "reward": RewardMix([even_share]),
         "stop_strings": stop_strings,
     }
-    return Rollouts(shared, tiny.tokenizer(), sampling(), engine=engine, **how)
+    return RolloutCollector(shared, tiny.tokenizer(), sampling(), engine=engine, **how)
 
 
 def sampling():

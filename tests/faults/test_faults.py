@@ -18,8 +18,9 @@ from tiny_runs import even_share, fresh, judged, logged, own, trained_parameters
 from transformers import TrainerCallback
 
 from goose_lora.files import read_jsonl
-from goose_lora.ppo import trainer as trainer_module
+from goose_lora.ppo import update
 from goose_lora.ppo.callbacks import RolloutState
+from goose_lora.ppo.kl_control import FixedKL
 from goose_lora.rewards.sources import RewardMix
 from goose_lora.training import checkpoints, resume
 from goose_lora.training.callbacks import MetricsFile, NotFinite
@@ -129,7 +130,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_and_says_so(given, straigh
     ended = forks.run("ppo", tmp_path / "run", Moment("update", 4, fill_the_disk), **settings)
     assert ended.code == 2, ended.output[-3000:]
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
-    assert checkpoints.why_incomplete(tmp_path / "run" / "checkpoint-2") is None
+    assert checkpoints.problem(tmp_path / "run" / "checkpoint-2") is None
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     assert "checkpoint-4 could not be saved (" in line and "MB free there)" in line
     assert (
@@ -243,7 +244,7 @@ def test_a_state_that_lacks_what_this_version_remembers_is_named():
     with pytest.raises(
         ValueError, match="does not say what this version needs to go on from it: evaluations_without_gain"
     ):
-        RolloutState(trainer_module.FixedKL(0.1)).on_train_begin(None, state, None)
+        RolloutState(FixedKL(0.1)).on_train_begin(None, state, None)
 
 
 def test_the_best_checkpoint_gives_back_the_critic_and_the_average_too(tmp_path, caplog):
@@ -292,13 +293,13 @@ def break_logits(ppo, monkeypatch, when):
 
 
 def break_loss(ppo, monkeypatch, when):
-    total, calls = trainer_module.total_loss, iter(range(1, 99))
+    total, calls = update.total_loss, iter(range(1, 99))
 
     def broken(*args, **kwargs):
         loss, stats = total(*args, **kwargs)
         return (loss * float("inf") if next(calls) in when else loss), stats
 
-    monkeypatch.setattr(trainer_module, "total_loss", broken)
+    monkeypatch.setattr(update, "total_loss", broken)
 
 
 def break_gradient(ppo, monkeypatch, when):

@@ -5,6 +5,7 @@ import reference
 import torch
 from closeness import UNIT, close, tensor
 from hypothesis import assume, given
+from hypothesis import strategies as st
 from strategies import groups, ragged
 
 import goose_lora.functional as F
@@ -132,3 +133,39 @@ def test_explained_variance_of_constant_returns_is_zero(constant):
 def test_explained_variance_carries_no_gradient():
     x = torch.randn(1, 3).requires_grad_()
     assert not explained_variance(x, torch.randn(1, 3), torch.ones(1, 3, dtype=torch.bool)).requires_grad
+
+
+# ---- Scores before they become rewards ----
+
+
+def shaped(score, ended, length, clip, missing, per_token):
+    """Written from the definition, a reply at a time."""
+    if clip is not None:
+        score = max(-clip, min(clip, score))
+    if missing is not None and not ended:
+        score -= missing
+    return score - per_token * length
+
+
+@given(
+    st.lists(st.tuples(st.floats(-9, 9), st.booleans(), st.integers(1, 40)), min_size=1, max_size=6),
+    st.none() | st.floats(0.1, 5),
+    st.none() | st.floats(0, 5),
+    st.floats(-1, 1),
+)
+def test_scores_are_clipped_then_fined_for_no_end_and_for_length(replies, clip, missing, per_token):
+    scores, ended, lengths = zip(*replies, strict=True)
+    got = F.shaped_scores(
+        tensor(*scores),
+        torch.tensor(ended),
+        torch.tensor(lengths),
+        clip=clip,
+        missing_eos_penalty=missing,
+        length_penalty=per_token,
+    )
+    close(got, [shaped(*reply, clip, missing, per_token) for reply in replies])
+
+
+def test_scores_stay_as_they_are_where_nothing_is_asked_for():
+    scores = tensor(3.0, -7.5)
+    assert torch.equal(F.shaped_scores(scores, torch.tensor([True, False]), torch.tensor([4, 9])), scores)

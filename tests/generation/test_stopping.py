@@ -13,7 +13,7 @@ from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.stopping import StopStrings, ends_with_stop
 from goose_lora.ppo import experience
-from goose_lora.ppo.collector import Rollouts
+from goose_lora.ppo.collector import RolloutCollector
 from goose_lora.rewards.sources import RewardMix
 
 
@@ -86,7 +86,7 @@ def rollouts_of(
         response_tokens=response_tokens, temperature=1.0, eos_token_ids=list(ends), pad_token_id=tiny.PAD
     )
     reward = RewardMix([lambda completion_ids, **columns: [1.0] * len(completion_ids)])
-    return Rollouts(
+    return RolloutCollector(
         shared,
         tiny.tokenizer(),
         generation,
@@ -167,17 +167,17 @@ def test_the_reward_stands_at_the_last_counted_token_and_only_a_reply_without_an
     }
     ppo = trainer(tmp_path, **settings)
     kept = []
-    token_rewards = experience.token_rewards
+    token_rewards = experience.F.token_rewards
     monkeypatch.setattr(
-        experience,
+        experience.F,
         "token_rewards",
         lambda *args, **kwargs: kept.append(token_rewards(*args, **kwargs)) or kept[-1],
     )
     rollout = ended_by_each()
-    ppo.experiences.make(
+    ppo.experience.make(
         rollout,
-        ppo.rollouts.evaluate(rollout),
-        ppo.rollouts.reward(None, **{"completion_ids": rollout.response_ids()}),
+        ppo.collector.evaluate(rollout),
+        ppo.collector.reward(None, **{"completion_ids": rollout.response_ids()}),
     )
     scores = [sum(token % 2 == 0 for token in ids) / len(ids) for ids in rollout.response_ids()]
     want = torch.zeros(4, 5)
@@ -190,7 +190,7 @@ def test_the_trainers_own_replies_end_by_its_stop_settings(tmp_path):
     _, texts, ends = stops()
     ppo = trainer(tmp_path, stop_strings=texts, stop_token_ids=ends[1:], response_length=12)
     prompts, mask = left_pad([row["input_ids"] for row in prompt_rows(9)], tiny.PAD)
-    rollout = ppo.rollouts.generate(prompts, mask)
+    rollout = ppo.collector.generate(prompts, mask)
     assert rollout.ended.tolist() == [
         first_end(ids, texts, ends) is not None for ids in rollout.response_ids()
     ]
@@ -205,7 +205,7 @@ def test_a_reward_model_that_never_read_end_of_text_reads_other_ends(tmp_path):
         shared.reward_reads_eos = reads_eos
         rollouts = trainer(
             tmp_path / "run", shared=shared, reward=None, stop_token_ids=words("ba"), stop_strings=["be bi"]
-        ).rollouts
+        ).collector
         want = shared.apply_head("reward", hidden[range(4), places])
         torch.testing.assert_close(rollouts.scores(rollout, {}).total, want, rtol=0, atol=1e-5)
         torch.testing.assert_close(rollouts.evaluate(rollout).by_adapter, want, rtol=0, atol=1e-5)

@@ -22,7 +22,7 @@ from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.ppo.collector import Rollouts
+from goose_lora.ppo.collector import RolloutCollector
 from goose_lora.rewards.sources import RewardMix
 
 TEMPERATURE, TOKENS = 0.7, 5
@@ -338,11 +338,11 @@ def test_all_rollouts_of_a_run_are_vllms_and_the_gap_to_its_log_probabilities_is
         eval_rows=rows,
     )
     run.train()
-    llm = run.rollouts.engine.llm
+    llm = run.collector.engine.llm
     assert (
         llm.settings["max_model_len"] == 7 + 6
         and llm.settings["max_num_seqs"] == 16
-        and run.rollouts.dense is None
+        and run.collector.dense is None
     )
     # Scale, rollouts, and after each 4 groups to evaluate, sampled and greedy
     assert len(llm.asked) == 1 + 2 + 2 * 2 * 4 and llm.loaded == {}
@@ -351,7 +351,7 @@ def test_all_rollouts_of_a_run_are_vllms_and_the_gap_to_its_log_probabilities_is
 
 def test_groups_are_not_cut_for_vllm_which_has_rows_of_its_own(shared):
     engine = start(shared, rows=2)
-    own = Rollouts(
+    own = RolloutCollector(
         shared,
         tiny.tokenizer(),
         engine.generation,

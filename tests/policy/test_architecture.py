@@ -184,7 +184,7 @@ def test_no_module_imports_a_recipe_or_a_test():
     [
         *((name, {"torch", "jaxtyping", "goose_lora"}) for name in PACKAGE if name.startswith("functional.")),
         ("generation.rollout", {"torch", "jaxtyping", "goose_lora"}),
-        ("ppo.microbatches", {"torch"}),
+        ("ppo.microbatches", {"torch", "jaxtyping", "goose_lora"}),
         ("ppo.first_step_checks", {"torch", "jaxtyping", "goose_lora"}),
         ("rewards.sources", {"torch", "jaxtyping", "goose_lora"}),
         ("ppo.kl_control", set()),
@@ -268,7 +268,7 @@ def test_nothing_private_of_the_libraries_trainer_is_overridden():
 
     ours = [cls for cls in PPOTrainer.__mro__ if cls.__module__.startswith("goose_lora.")]
     names = {name for cls in ours for name in vars(cls) if name.startswith("_") and not name.startswith("__")}
-    assert len(ours) >= 4 and len(names) > 10
+    assert len(ours) == 2 and len(names) > 4
     assert {name for name in names if hasattr(Trainer, name)} == set()
 
 

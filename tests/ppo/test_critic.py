@@ -123,9 +123,9 @@ def test_the_first_values_are_0_or_the_reward_models_in_units_of_normalised_scor
     shared = with_reward_adapter(tmp_path / "reward", critic="adapter", critic_init=start)
     ppo = trainer(tmp_path / "run", shared=shared, reward=None, num_rollouts=1)
     ppo.rollout_state.score_scale = (5.0, 2.0)
-    rollout = ppo.rollouts.generate(*left_pad([[5, 6], [7, 8, 9]], tiny.PAD))
-    seen = ppo.rollouts.evaluate(rollout)
-    values = ppo.experiences.make(rollout, seen, ppo.rollouts.scores(rollout, {}, seen.by_adapter))[0].values
+    rollout = ppo.collector.generate(*left_pad([[5, 6], [7, 8, 9]], tiny.PAD))
+    seen = ppo.collector.evaluate(rollout)
+    values = ppo.experience.make(rollout, seen, ppo.collector.scores(rollout, {}, seen.by_adapter))[0].values
     if first is not None:
         assert (values == first).all()
         return

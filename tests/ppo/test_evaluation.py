@@ -100,8 +100,8 @@ def test_the_figures_are_means_over_the_prompts(tmp_path):
     )
     tiny.randomise(ppo.shared, "default", std=0.05)  # away from the reference
     kept = []
-    generate = ppo.rollouts.generate
-    ppo.rollouts.generate = lambda *args, **kwargs: kept.append(generate(*args, **kwargs)) or kept[-1]
+    generate = ppo.collector.generate
+    ppo.collector.generate = lambda *args, **kwargs: kept.append(generate(*args, **kwargs)) or kept[-1]
     figures = ppo.evaluate()
     for rollouts, prefix in ((kept[::2], "eval_"), (kept[1::2], "eval_greedy_")):
         replies = [ids for rollout in rollouts for ids in rollout.response_ids()]
@@ -157,7 +157,7 @@ def test_the_best_checkpoint_is_kept_by_rotation_and_is_what_the_run_ends_with(t
     assert all(torch.equal(policy[name], tensor) for name, tensor in best.items())
     assert any(not torch.equal(last[name], tensor) for name, tensor in best.items())
     ids, mask = left_pad([[5, 6]], tiny.PAD)
-    assert ppo.rollouts.generate(ids, mask).response_mask.any(), "it can still be used"
+    assert ppo.collector.generate(ids, mask).response_mask.any(), "it can still be used"
 
 
 def test_an_early_stop_comes_after_so_many_evaluations_without_a_gain_and_says_so(tmp_path, caplog):

@@ -11,7 +11,7 @@ from tiny_runs import assert_same_weights, config, logged, trainer
 from goose_lora.generation.rollout import Rollout
 from goose_lora.ppo import experience
 from goose_lora.ppo.callbacks import RolloutState
-from goose_lora.ppo.collector import Evaluated
+from goose_lora.ppo.collector import RoleOutputs
 from goose_lora.ppo.experience import ExperienceMaker
 from goose_lora.ppo.kl_control import FixedKL
 from goose_lora.rewards.sources import Scores
@@ -37,16 +37,16 @@ def evaluated(mask=MASK, *, kl=None, values=None):
     """A policy 0.5 nats above its reference at every token."""
     logprobs = torch.where(mask, -1.0, float("nan"))
     values = torch.zeros(mask.shape) if values is None else values
-    return Evaluated(None, logprobs, logprobs - 0.5, kl, values, None, None, None, None)
+    return RoleOutputs(None, logprobs, logprobs - 0.5, kl, values, None, None, None, None)
 
 
 @pytest.fixture
 def rewards(monkeypatch):
     """All rewards a token that are made, in order."""
     kept = []
-    token_rewards = experience.token_rewards
+    token_rewards = experience.F.token_rewards
     monkeypatch.setattr(
-        experience,
+        experience.F,
         "token_rewards",
         lambda *args, **kwargs: kept.append(token_rewards(*args, **kwargs)) or kept[-1],
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_runs import logged, trained_parameters, trainer
 
-from goose_lora.ppo.microbatches import halves, padded_tokens, trimmed, within
+from goose_lora.ppo.microbatches import Microbatch, split_by_tokens, split_in_two, trimmed
 
 LENGTHS = ((3, 4), (1, 2), (5, 1), (2, 6))  # tokens of prompt and response
 
@@ -18,34 +18,39 @@ def batch(width=(7, 8)):
     places = torch.arange(prompt + response)
     attended = torch.stack([(places >= prompt - p) & (places < prompt + r) for p, r in LENGTHS]).long()
     ids = 100 * torch.arange(1, rows + 1)[:, None] + places
-    return {
-        "input_ids": ids,
-        "attention_mask": attended,
-        "response_mask": attended[:, prompt:].bool(),
-        "advantages": ids[:, prompt:].float(),
-        "trunk": ids[:, :, None].float().expand(-1, -1, 3),
-        "features": ids[:, prompt:, None].float().expand(-1, -1, 2),
-        "num_tokens": torch.tensor(13.0),
-    }
+    numbers = ids[:, prompt:].float()
+    return Microbatch(
+        input_ids=ids,
+        attention_mask=attended,
+        response_mask=attended[:, prompt:].bool(),
+        old_logprobs=numbers + 0.25,
+        ref_logprobs=numbers + 0.5,
+        advantages=numbers,
+        num_tokens=torch.tensor(13.0),
+        trunk=ids[:, :, None].float().expand(-1, -1, 3),
+        features=numbers[:, :, None].expand(-1, -1, 2),
+    )
 
 
 def seen(parts):
-    """What counts in each row of each part: ids of prompt and response, advantages, trunk and
-    features, by row number."""
+    """What counts in each row of each part: ids of prompt and response, advantages, trunk,
+    features and log-probabilities, by row number."""
     rows = {}
     for part in parts:
-        width = part["response_mask"].shape[1]
-        for row, mask in enumerate(part["attention_mask"].bool()):
+        width = part.response_mask.shape[1]
+        for row, mask in enumerate(part.attention_mask.bool()):
             own = mask[-width:]
-            key = int(part["input_ids"][row, mask][0]) // 100
+            key = int(part.input_ids[row, mask][0]) // 100
             rows[key] = [
-                part["input_ids"][row][mask],
-                part["advantages"][row][own],
-                part["trunk"][row][mask],
-                part["features"][row][own],
+                part.input_ids[row][mask],
+                part.advantages[row][own],
+                part.trunk[row][mask],
+                part.features[row][own],
+                part.old_logprobs[row][own],
+                part.ref_logprobs[row][own],
             ]
-            assert torch.equal(part["response_mask"][row], own)
-        assert part["num_tokens"] == 13.0
+            assert torch.equal(part.response_mask[row], own)
+        assert part.num_tokens == 13.0
     return rows
 
 
@@ -60,9 +65,9 @@ def test_trimming_takes_away_padding_and_nothing_else():
     whole = batch()
     made = trimmed(whole)
     assert (
-        made["attention_mask"].shape == (4, 5 + 6)
-        and made["response_mask"].shape == (4, 6)
-        and made["trunk"].shape == (4, 11, 3)
+        made.attention_mask.shape == (4, 5 + 6)
+        and made.response_mask.shape == (4, 6)
+        and made.trunk.shape == (4, 11, 3)
     )
     assert same([made], [whole])
 
@@ -77,21 +82,38 @@ def test_trimming_takes_away_padding_and_nothing_else():
     ],
 )
 def test_parts_hold_so_many_tokens_and_a_long_row_stands_alone(limit, shapes):
-    parts = within(batch(), limit)
-    assert [tuple(part["attention_mask"].shape) for part in parts] == shapes
-    assert all(padded_tokens(part) <= limit or len(part["input_ids"]) == 1 for part in parts)
+    parts = split_by_tokens(batch(), limit)
+    assert [tuple(part.attention_mask.shape) for part in parts] == shapes
+    assert all(part.padded_tokens <= limit or len(part) == 1 for part in parts)
     assert same(parts, [batch()])
 
 
 def test_without_a_limit_there_is_one_part_in_the_order_of_the_rows():
-    (part,) = within(batch(), None)
-    assert (part["input_ids"][:, -1] // 100).tolist() == [1, 2, 3, 4]
+    (part,) = split_by_tokens(batch(), None)
+    assert (part.input_ids[:, -1] // 100).tolist() == [1, 2, 3, 4]
 
 
 def test_halves_hold_every_row_once():
-    parts = halves(batch())
-    assert [len(part["input_ids"]) for part in parts] == [2, 2] and same(parts, [batch()])
-    assert padded_tokens(parts[0]) + padded_tokens(parts[1]) < padded_tokens(trimmed(batch()))
+    parts = split_in_two(batch())
+    assert [len(part) for part in parts] == [2, 2] and same(parts, [batch()])
+    assert parts[0].padded_tokens + parts[1].padded_tokens < trimmed(batch()).padded_tokens
+
+
+@pytest.mark.parametrize("limit", [None, 24, 8])
+def test_shares_add_up_to_the_microbatch_and_the_first_part_reads_its_text(limit):
+    parts = split_by_tokens(batch(), limit)
+    halves = [half for part in parts if len(part) > 1 for half in split_in_two(part)]
+    for cut in (parts, [part for part in parts if len(part) == 1] + halves):
+        assert sum(part.share for part in cut) == pytest.approx(1.0)
+        assert sum(part.reads_texts for part in cut) == 1
+    assert [part.reads_texts for part in parts] == [True] + [False] * (len(parts) - 1)
+
+
+def test_a_forward_pass_is_handed_over_once_and_is_of_no_part():
+    whole = batch()
+    whole.output = ("output",)
+    assert all(part.output is None for part in split_by_tokens(whole, 8) + split_in_two(whole))
+    assert whole.take_output() == ("output",) and whole.output is None and whole.take_output() is None
 
 
 def ends_at(folder, **changes):

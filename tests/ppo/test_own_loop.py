@@ -37,14 +37,14 @@ def test_a_loop_with_the_trainers_prompts_and_scores_ends_where_the_trainer_ends
     # One rollout an epoch, as the loop has: at the start of an epoch the library draws a random
     # number.
     straight = trainer(tmp_path / "straight", reward=score, rows=prompt_rows(16), score_normalization="none")
-    generate = straight.rollouts.generate
+    generate = straight.collector.generate
 
     def watched(ids, mask, **how):
         prompts.append([row[counts.bool()].tolist() for row, counts in zip(ids, mask, strict=True)])
         # Without the trunk's states, which round otherwise than those that step computes
         return generate(ids, mask)
 
-    monkeypatch.setattr(straight.rollouts, "generate", watched)
+    monkeypatch.setattr(straight.collector, "generate", watched)
     straight.train()
     ppo = own(tmp_path / "own")
     figures = [turn(ppo, score, batch) for batch in prompts]
@@ -91,7 +91,7 @@ MASKS = [[False, True, True, False, True, False], torch.tensor([True, True])]
 
 
 def given_rollout(ppo, responses=RESPONSES, masks=MASKS):
-    return rollout_of(QUERIES, responses, masks, ppo.processing_class, ppo.rollouts)
+    return rollout_of(QUERIES, responses, masks, ppo.processing_class, ppo.collector)
 
 
 def test_tokens_of_others_are_attended_to_and_do_not_count(tmp_path):
@@ -124,8 +124,8 @@ def test_a_reply_of_several_turns_has_ended_if_its_last_turn_has(tmp_path):
 def test_tokens_of_others_change_what_comes_after_and_get_no_gradient_or_kl(tmp_path, monkeypatch):
     ppo = own(tmp_path, kl_coef=0.1)
     kept = []
-    make = ppo.experiences.make
-    monkeypatch.setattr(ppo.experiences, "make", lambda *args: kept.append(make(*args)) or kept[-1])
+    make = ppo.experience.make
+    monkeypatch.setattr(ppo.experience, "make", lambda *args: kept.append(make(*args)) or kept[-1])
     answers, masks = [RESPONSES[0]] * 16, [MASKS[0]] * 16
     ppo.step([QUERIES[0]] * 16, answers, [[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]] * 16, masks)
     made, shown = kept[0]
@@ -239,7 +239,7 @@ def test_a_step_after_the_last_one_says_that_the_training_is_over(tmp_path):
         torch.equal(parameter, before[name]) for name, parameter in trained_parameters(ppo.shared).items()
     )
     ppo.finish()
-    assert not ppo._own_loop._thread.is_alive()
+    assert not ppo.own_loop.thread.is_alive()
 
 
 def test_a_loop_that_is_finished_early_leaves_no_thread_and_what_it_has_learned(tmp_path):
@@ -254,7 +254,7 @@ def test_a_loop_that_is_finished_early_leaves_no_thread_and_what_it_has_learned(
     ppo.finish()
     ppo.finish()
     assert ended == [4]
-    assert not ppo._own_loop._thread.is_alive()
+    assert not ppo.own_loop.thread.is_alive()
     with pytest.raises(ValueError, match="the training is over"):
         turn(ppo)
     assert len(ppo.generate(queries())) == 16

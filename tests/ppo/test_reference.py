@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer
 from goose_lora.generation.rollout import Rollout
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.microbatches import Microbatch
 from goose_lora.ppo.trainer import PPOTrainer
 
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
@@ -63,7 +64,7 @@ def frozen_rollout(group_size):
 class Call:
     """What one ``compute_loss`` was given, what the trainable tensors were then, and the loss."""
 
-    inputs: dict[str, torch.Tensor]
+    inputs: Microbatch
     weights: dict[str, torch.Tensor]
     loss: float
 
@@ -129,7 +130,7 @@ def watched_run(folder, critic, **settings):
     watch = Watch()
     trainer = PPOTrainer(shared, config, prompts, tiny.tokenizer(), callbacks=[watch])
     rollout = frozen_rollout(config.num_generations)
-    trainer.rollouts.generate = lambda *args, **kwargs: rollout
+    trainer.collector.generate = lambda *args, **kwargs: rollout
     compute_loss = trainer.compute_loss
 
     def watched(model, inputs, **kwargs):
@@ -328,10 +329,10 @@ def beside(slow, rows, calls, name):
     }
     for call in calls:
         for row, (ids, attended, mask) in enumerate(
-            zip(*(call.inputs[x] for x in ("input_ids", "attention_mask", "response_mask")), strict=True)
+            zip(call.inputs.input_ids, call.inputs.attention_mask, call.inputs.response_mask, strict=True)
         ):
             yield (
-                call.inputs[name][row][mask],
+                getattr(call.inputs, name)[row][mask],
                 torch.tensor(by_text[tuple(ids[attended.bool()].tolist())], dtype=torch.float64),
             )
 

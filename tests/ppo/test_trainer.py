@@ -3,6 +3,7 @@ nothing depends on how work is cut."""
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
+from goose_lora.ppo.microbatches import Microbatch
 from goose_lora.ppo.trainer import PPOTrainer
 
 
@@ -53,7 +55,7 @@ def test_ppo_raises_a_toy_reward_on_every_kind_of_base(quantization, tmp_path):
         def mean_reward(shared=shared, ppo=ppo, rows=rows):
             torch.manual_seed(99)
             return sum(
-                even_share(sample(shared, *left_pad(rows, tiny.PAD), ppo.rollouts.generation).response_ids())
+                even_share(sample(shared, *left_pad(rows, tiny.PAD), ppo.collector.generation).response_ids())
             ) / len(rows)
 
         before = mean_reward()
@@ -332,9 +334,9 @@ def test_features_kept_from_scoring_give_the_update_of_features_computed_anew(tm
             reward=None,
         )
         if not keep:
-            evaluate = ppo.rollouts.evaluate
+            evaluate = ppo.collector.evaluate
             monkeypatch.setattr(
-                ppo.rollouts,
+                ppo.collector,
                 "evaluate",
                 lambda *args, evaluate=evaluate, **kw: evaluate(*args, **kw)._replace(features=None),
             )
@@ -421,7 +423,7 @@ def test_the_advantages_of_a_group_are_its_returns_against_the_others(tmp_path):
     ppo = trainer(tmp_path, shared=shared, advantage_estimator="rloo", num_generations=2)
     mask = tiny.response_mask((3, 2, 3, 1))
     rewards = torch.where(mask, torch.tensor([[1.0], [2.0], [3.0], [4.0]]), 0.0)
-    advantages, returns = ppo.experiences.advantages(rewards, None, mask)
+    advantages, returns = ppo.experience.advantages(rewards, None, mask)
     assert returns is None
     assert advantages.tolist() == [[-1.0] * 3, [1.0, 1.0, 0.0], [5.0] * 3, [-5.0, 0.0, 0.0]]
 
@@ -486,18 +488,17 @@ def test_a_minibatch_whose_ratio_has_left_all_bounds_moves_nothing(tmp_path):
     ids, mask = tiny.batch()
     response = tiny.response_mask()
     output = ppo.shared(ids, mask, response)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "response_mask": response,
-        "num_tokens": response.sum(),
-    }
-    batch |= {
-        name: torch.where(response, x, 0.0).detach()
-        for name, x in (("advantages", torch.ones(3, 5)), ("returns", output.values))
-    }
-    batch |= {"old_values": output.values.detach(), "ref_logprobs": output.logprobs.detach()}
-    ppo._gates_open = True
+    batch = Microbatch(
+        input_ids=ids,
+        attention_mask=mask,
+        response_mask=response,
+        old_logprobs=output.logprobs.detach(),
+        ref_logprobs=output.logprobs.detach(),
+        advantages=torch.where(response, 1.0, 0.0),
+        num_tokens=response.sum(),
+        old_values=output.values.detach(),
+        returns=torch.where(response, output.values, 0.0).detach(),
+    )
     for shift, moves in (
         (0.0, True),
         (2.0, True),
@@ -508,14 +509,13 @@ def test_a_minibatch_whose_ratio_has_left_all_bounds_moves_nothing(tmp_path):
         (-1000.0, False),
     ):
         ppo.shared.zero_grad()
-        loss = ppo.compute_loss(
-            ppo.shared, batch | {"old_logprobs": torch.where(response, output.logprobs - shift, 0.0).detach()}
-        )
+        old_logprobs = torch.where(response, output.logprobs - shift, 0.0).detach()
+        loss = ppo.compute_loss(ppo.shared, replace(batch, old_logprobs=old_logprobs))
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in ppo.shared.parameters() if p.grad is not None])
         assert torch.isfinite(loss) and torch.isfinite(gradients).all()
         assert moves or (gradients == 0).all(), shift
-    assert ppo._update_metrics["policy/skipped"] * ppo.args.gradient_accumulation_steps == 4
+    assert ppo.metrics.of_updates()["policy/skipped"] * ppo.args.gradient_accumulation_steps == 4
 
 
 def test_the_reward_adapter_and_functions_add_up_and_are_logged_one_by_one(tmp_path):
@@ -555,13 +555,13 @@ def test_pretraining_text_stays_likely_with_ppo_ptx(tmp_path):
 
 def test_the_texts_of_a_step_follow_from_the_step(tmp_path):
     ppo, again = (with_texts(tmp_path / name, 1.0) for name in ("a", "b"))
-    first = ppo._pretraining_texts()[0]
-    assert torch.equal(first, again._pretraining_texts()[0]) and first.shape == (5, 9)
-    ppo.state.global_step = again.state.global_step = 3
-    assert torch.equal(ppo._pretraining_texts()[0], again._pretraining_texts()[0])
-    assert not torch.equal(ppo._pretraining_texts()[0], first)
-    ppo._microbatches_done = 1
-    assert not torch.equal(ppo._pretraining_texts()[0], again._pretraining_texts()[0])
+    texts, same = ppo.updater.texts, again.updater.texts
+    first, _ = texts.of(step=0, microbatch=0)
+    assert torch.equal(first, same.of(step=0, microbatch=0)[0]) and first.shape == (5, 9)
+    later, _ = texts.of(step=3, microbatch=0)
+    assert torch.equal(later, same.of(step=3, microbatch=0)[0])
+    assert not torch.equal(later, first)
+    assert not torch.equal(texts.of(step=3, microbatch=1)[0], later)
 
 
 def test_ppo_ptx_needs_both_a_weight_and_text(tmp_path):

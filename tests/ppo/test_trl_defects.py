@@ -186,13 +186,11 @@ def test_07_before_an_update_old_new_and_reference_log_probabilities_are_one(dty
 
     def watched(model, inputs, **kwargs):
         with torch.no_grad():
-            ids, attention, mask = inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"]
+            ids, attention, mask = inputs.input_ids, inputs.attention_mask, inputs.response_mask
             # As the update does
-            now = model(
-                ids, attention, mask, trunk=inputs["trunk"], temperature=ppo.args.temperature
-            ).logprobs
-        gaps.append((now - inputs["old_logprobs"]).abs().max().item())
-        gaps.append((inputs["ref_logprobs"] - inputs["old_logprobs"]).abs().max().item())
+            now = model(ids, attention, mask, trunk=inputs.trunk, temperature=ppo.args.temperature).logprobs
+        gaps.append((now - inputs.old_logprobs).abs().max().item())
+        gaps.append((inputs.ref_logprobs - inputs.old_logprobs).abs().max().item())
         return compute_loss(model, inputs, **kwargs)
 
     ppo.compute_loss = watched

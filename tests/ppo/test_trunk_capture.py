@@ -10,7 +10,7 @@ from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.models.dense_copy import DenseCopy
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.ppo.collector import Rollouts
+from goose_lora.ppo.collector import RolloutCollector
 from goose_lora.rewards.sources import RewardMix
 
 
@@ -67,7 +67,7 @@ def test_replies_that_end_early_or_at_a_text_are_noted_to_their_end():
 
 def rollouts_of(shared, **changes):
     how = {"batch_size": 2, "weights": "dense", "reward": RewardMix([tiny_runs.even_share])}
-    return Rollouts(shared, tiny.tokenizer(), config(response_tokens=9), **how | changes)
+    return RolloutCollector(shared, tiny.tokenizer(), config(response_tokens=9), **how | changes)
 
 
 def test_prompts_of_like_length_are_answered_together_and_replies_stand_where_their_prompts_stood():

@@ -26,8 +26,8 @@ def test_a_run_from_the_hosts_memory_is_the_run(tmp_path):
 def test_on_a_gpu_the_states_wait_on_the_host_and_the_run_is_the_same(tmp_path):
     want = ends_at(tmp_path / "device", trunk_memory="device", use_cpu=False)
     run = trainer(tmp_path / "host", trunk_memory="host", use_cpu=False)
-    evaluate, places = run.rollouts.evaluate, []
-    run.rollouts.evaluate = lambda *args, **kwargs: places.append(evaluate(*args, **kwargs)) or places[-1]
+    evaluate, places = run.collector.evaluate, []
+    run.collector.evaluate = lambda *args, **kwargs: places.append(evaluate(*args, **kwargs)) or places[-1]
     run.train()
     assert {seen.trunk.device.type for seen in places} == {"cpu"} and {
         seen.logprobs.device.type for seen in places
@@ -43,7 +43,7 @@ def test_on_a_gpu_the_states_wait_on_the_host_and_the_run_is_the_same(tmp_path):
 def test_auto_takes_the_host_where_the_states_need_more_than_half_of_what_is_left(
     setting, share, want, tmp_path, monkeypatch
 ):
-    run = trainer(tmp_path, trunk_memory=setting).rollouts
+    run = trainer(tmp_path, trunk_memory=setting).collector
     # Rows, columns, hidden size, bytes, and a trunk each for policy and critic
     need = 4 * 10 * tiny.HIDDEN * 4 * 2
     run.shared.kept_trunks = lambda: 2

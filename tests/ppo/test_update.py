@@ -6,8 +6,8 @@ import tiny
 import torch
 from tiny_runs import fresh, logged, trained_parameters, trainer, with_reward_adapter
 
-from goose_lora.ppo.collector import Rollouts
-from goose_lora.ppo.update import Passes
+from goose_lora.ppo.collector import RolloutCollector
+from goose_lora.ppo.update import Updater
 
 WHOLE = {
     "num_mini_batches": 1,
@@ -20,11 +20,7 @@ WHOLE = {
 def ends_at(folder, monkeypatch=None, **changes):
     """Parameters and log of a run; with ``monkeypatch``, of one that keeps no graph."""
     if monkeypatch is not None:
-        monkeypatch.setattr(
-            Passes,
-            "_ask_the_roles",
-            lambda self, rollout, *, score: self.rollouts.evaluate(rollout, score=score),
-        )
+        monkeypatch.setattr(Updater, "goes_on_from_scoring", lambda self, rollout, *, step: False)
     run = trainer(folder, **(WHOLE | changes))
     run.train()
     return trained_parameters(run.shared), logged(folder)
@@ -103,7 +99,7 @@ def test_so_it_is_with_a_critic_on_the_states_of_another_role(critic, tmp_path, 
 
 def test_out_of_memory_with_the_graph_goes_on_without(tmp_path, monkeypatch, caplog):
     want, _ = ends_at(tmp_path / "plain")
-    evaluate, asked = Rollouts.evaluate, []
+    evaluate, asked = RolloutCollector.evaluate, []
 
     def short(self, rollout, *, score=True, keep_graph=False):
         asked.append(keep_graph)
@@ -111,7 +107,7 @@ def test_out_of_memory_with_the_graph_goes_on_without(tmp_path, monkeypatch, cap
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return evaluate(self, rollout, score=score)
 
-    monkeypatch.setattr(Rollouts, "evaluate", short)
+    monkeypatch.setattr(RolloutCollector, "evaluate", short)
     got, _ = ends_at(tmp_path / "short")
     assert asked == [False, True, False, False], "once, and not again"
     assert "out of memory" in caplog.text and "Set max_tokens_per_microbatch" in caplog.text
@@ -140,7 +136,7 @@ def test_out_of_memory_in_the_backward_of_a_kept_pass_goes_on_in_halves(tmp_path
 def test_the_graph_of_a_rollout_in_several_groups_is_refused(tmp_path):
     run = trainer(tmp_path, **WHOLE)
     ids, mask = tiny.batch()
-    rollout = run.rollouts.generate(ids, mask)
-    run.rollouts.batch_size = 2
+    rollout = run.collector.generate(ids, mask)
+    run.collector.batch_size = 2
     with pytest.raises(ValueError, match="3 replies are more than one group of 2"):
-        run.rollouts.evaluate(rollout, keep_graph=True)
+        run.collector.evaluate(rollout, keep_graph=True)

@@ -296,7 +296,7 @@ def test_a_run_whose_dropout_comes_on_after_the_gates(tmp_path):
 
 def test_a_run_with_a_repetition_penalty_in_its_generation_config(tmp_path):
     findings = run(
-        tmp_path, prepare=lambda ppo: ppo.rollouts.generation.update(repetition_penalty=2.0), rollouts=2
+        tmp_path, prepare=lambda ppo: ppo.collector.generation.update(repetition_penalty=2.0), rollouts=2
     )
     assert (
         findings["sampling"].level == "wrong"
@@ -315,7 +315,7 @@ def test_a_run_that_draws_from_its_likeliest_tokens_only(tmp_path):
             likely = (
                 ppo.shared.get_base_model()(ids).logits[:, -1].softmax(-1).mean(0).topk(6).indices.tolist()
             )
-        ppo.rollouts.generation.suppress_tokens = [
+        ppo.collector.generation.suppress_tokens = [
             token for token in range(tiny.VOCABULARY) if token not in likely
         ]
 
@@ -360,7 +360,7 @@ def test_a_run_whose_learning_rate_is_zero(tmp_path):
 
 
 def test_a_run_whose_policy_stands_still_though_it_has_a_learning_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(PPOTrainer, "_critic_warms_up", property(lambda self: True))
+    monkeypatch.setattr(PPOTrainer, "critic_warms_up", property(lambda self: True))
     findings = run(tmp_path, rollouts=4)
     assert findings["policy"].level == "wrong" and "does not move" in findings["policy"].text
 
@@ -469,7 +469,7 @@ def test_a_run_that_pleases_one_source_of_reward_and_not_the_judge(tmp_path):
         return [1 - share for share in ppo_runs.even_share(completion_ids)]
 
     def weigh(ppo):
-        ppo.rollouts.reward.weights = [1.0, 0.0]
+        ppo.collector.reward.weights = [1.0, 0.0]
 
     findings = run(
         tmp_path, reward=[ppo_runs.even_share, judge], prepare=weigh, learning_rate=2e-2, rollouts=14

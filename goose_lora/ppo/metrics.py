@@ -1,0 +1,83 @@
+"""The figures that a run logs, gathered between one log and the next."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+Totals = dict[str, Tensor | float]
+
+
+class RunMetrics:
+    """Figures of rollouts and of updates since the last log.
+
+    Those of a rollout are averaged over rollouts. Those of the update are sums over microbatches
+    whose parts add up to a mean, and are divided by the number of optimizer steps.
+
+    Attributes:
+        microbatches: how many were learned from since the last log.
+        latest: the figures of the last rollout and, once it is logged, of its whole row.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, microbatches_per_step: int):
+        self.accelerator = accelerator
+        self.microbatches_per_step = microbatches_per_step
+        self.microbatches = 0
+        self.latest: dict[str, float] = {}
+        self._rollouts: dict[str, list[float]] = defaultdict(list)
+        self._totals: Totals = defaultdict(float)
+
+    @property
+    def steps(self) -> float:
+        """Optimizer steps since the last log."""
+        return self.microbatches / self.microbatches_per_step
+
+    def add_rollout(self, figures: Mapping[str, float]) -> None:
+        """Note the figures of a new rollout."""
+        self.latest = dict(figures)
+        for name, value in figures.items():
+            self.add_to_rollout(name, value)
+
+    def add_to_rollout(self, name: str, value: float) -> None:
+        """Note one more figure of the rollout, which became known later."""
+        self._rollouts[name].append(value)
+
+    def add_update(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Add what a microbatch contributes to the figures of its optimizer step."""
+        for name, value in figures.items():
+            self._totals[name] = self._totals[name] + value
+
+    def of_updates(self) -> Totals:
+        """Return a copy of the sums so far, to which ``restore`` goes back."""
+        return dict(self._totals)
+
+    def restore(self, totals: Totals) -> None:
+        """Forget what was added since ``totals`` was copied."""
+        self._totals = defaultdict(float, totals)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the seconds inside as a figure of the update."""
+        started = time.perf_counter()
+        yield
+        self.add_update({f"seconds/{phase}": time.perf_counter() - started})
+
+    def take(self) -> dict[str, float]:
+        """Return the means since the last log over all processes, and begin anew."""
+        device, steps = self.accelerator.device, self.steps
+        rollout = {
+            name: torch.tensor(sum(seen) / len(seen), device=device) for name, seen in self._rollouts.items()
+        }
+        if rollout:
+            count = float(len(self._rollouts["objective/score"]))
+            rollout["rollout/count"] = torch.tensor(count, device=device)
+        update = {name: torch.as_tensor(total, device=device) / steps for name, total in self._totals.items()}
+        means = self.accelerator.reduce(rollout | update, reduction="mean")
+        self._rollouts.clear()
+        self._totals.clear()
+        self.microbatches = 0
+        return {name: value.item() for name, value in means.items()}
