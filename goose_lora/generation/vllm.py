@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -301,7 +301,7 @@ def _rank(shared: SharedBase) -> int:
         UserError: the adapter is none of plain LoRA on linear layers, or larger than any.
     """
     name = ADAPTERS["policy"]
-    config: Any = shared.peft_config[name]
+    config = cast(LoraConfig, shared.peft_config[name])
     layers = [layer for layer in shared.modules() if isinstance(layer, LoraLayer)]
     special = any(name in layer.lora_variant or name in layer.lora_embedding_A for layer in layers)
     if special or config.lora_bias or config.bias != "none":
@@ -309,7 +309,7 @@ def _rank(shared: SharedBase) -> int:
             "rollout_engine: vllm loads plain LoRA on linear layers only, without biases. Use rollout_engine:"
             " transformers."
         )
-    rank = max([config.r, *config.rank_pattern.values()])
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
     if rank > _RANKS[-1]:
         raise UserError(
             f"lora_r={rank}: vLLM takes adapters up to rank {_RANKS[-1]}. Lower it, or use rollout_engine:"
