@@ -2,7 +2,7 @@
 
     python tests/policy/form.py
 
-Prints a table, and below it what is over a limit. ``test_form.py`` holds the limits.
+Prints a table, and below it what is over a limit.
 """
 
 import ast
@@ -24,6 +24,7 @@ ALL = [
 CODE_COLUMNS = 110
 PROSE_COLUMNS = 100
 MOST_STATEMENTS = 40
+MARKS = re.compile(r"\s*#\s*(type:|noqa|pyright:).*$")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -38,6 +39,7 @@ def wide_lines(paths: list[Path]) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
         prose = set(prose_lines(path))
         for number, line in enumerate(lines, 1):
+            line = MARKS.sub("", line)  # which ruff does not count either
             if len(line) > (PROSE_COLUMNS if number in prose else CODE_COLUMNS):
                 found.append(f"{path.relative_to(ROOT)}:{number}")
     return found
