@@ -153,12 +153,12 @@ def writing(path: str | Path) -> Iterator[None]:
     except OSError as error:
         folder = Path(path).parent
         raise FailedWriteError(
-            f"{path} could not be written{_room(folder)}: {error.strerror or _line(error)}. Make room, or"
-            " give a folder that can be written to."
+            f"{path} could not be written{free_room(folder)}: {error.strerror or first_line(error)}. Make"
+            " room, or give a folder that can be written to."
         ) from error
 
 
-LAST = "adapter_config.json"  # without it nothing loads an adapter
+_LAST = "adapter_config.json"  # without it nothing loads an adapter
 
 
 # ---- Results ----
@@ -182,22 +182,22 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _to_disk(temporary)
+        sync_all(temporary)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, WRITE_ERRORS):
             raise
         raise FailedWriteError(
-            f"the result could not be saved in {folder}{_room(folder)}: {_line(error)}. What was there before"
-            " is untouched."
+            f"the result could not be saved in {folder}{free_room(folder)}: {first_line(error)}. What was"
+            " there before is untouched."
         ) from error
-    (folder / LAST).unlink(missing_ok=True)
-    _sync(folder)
-    for entry in sorted(temporary.iterdir(), key=lambda path: path.name == LAST):
+    (folder / _LAST).unlink(missing_ok=True)
+    sync(folder)
+    for entry in sorted(temporary.iterdir(), key=lambda path: path.name == _LAST):
         if (folder / entry.name).is_dir():
             shutil.rmtree(folder / entry.name)
         entry.replace(folder / entry.name)
-        _sync(folder)
+        sync(folder)
     temporary.rmdir()
 
 
@@ -209,13 +209,13 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _to_disk(folder: Path) -> None:
+def sync_all(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -225,11 +225,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _room(folder: Path) -> str:
+def free_room(folder: Path) -> str:
     return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free there)" if folder.is_dir() else ""
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 

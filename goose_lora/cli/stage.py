@@ -27,7 +27,7 @@ from goose_lora.models.dense_copy import free_bytes
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import load_base, load_reward_base, load_tokenizer
 from goose_lora.planning.memory import plan_run
-from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.config import RESUME_RULES, PPOConfig
 from goose_lora.ppo.sampler import RolloutBatches
 from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.reporting import html_report
@@ -36,6 +36,7 @@ from goose_lora.reporting.plots import plot_curves
 from goose_lora.reporting.run_files import write_stage
 from goose_lora.sharing import hub, lineage, model_card
 from goose_lora.sharing.export import save_policy
+from goose_lora.training.checkpoints import SettingRules
 from goose_lora.training.cost import cost
 from goose_lora.training.launch import require_all_processes, require_ddp
 from goose_lora.training.resume import starting_point
@@ -113,7 +114,13 @@ class Stage:
             require_vllm()
         model = replace(model, model_name_or_path=resolve(model.model_name_or_path))
         stage = cls(name, config, model, data, others, command)
-        stage.checkpoint = starting_point(config, name, model, stage.adapter("policy_adapter"))
+        stage.checkpoint = starting_point(
+            config,
+            name,
+            model,
+            stage.adapter("policy_adapter"),
+            rules=RESUME_RULES if isinstance(config, PPOConfig) else SettingRules(),
+        )
         hub.check_upload(config, model)
         set_seed(config.seed)
         return stage

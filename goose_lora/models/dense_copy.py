@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.errors import UserError
-from goose_lora.models.role_outputs import token_head
+from goose_lora.models.role_outputs import output_head
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
 
@@ -41,7 +41,7 @@ class DenseCopy:
         config = copy.deepcopy(core.config)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
-        merged = dtype or token_head(core).weight.dtype
+        merged = dtype or output_head(core).weight.dtype
         with init_empty_weights(include_buffers=False):
             self.model: Any = type(core)._from_config(
                 config, dtype=merged, attn_implementation=config._attn_implementation
@@ -144,7 +144,7 @@ def dense_bytes(shared: SharedBase) -> int:
         if _is_quantized(module) and not isinstance(module, LoraLayer)
     }
     numbers = sum(_shape(layer).numel() for layer in inner.values())
-    return numbers * token_head(core).weight.element_size()
+    return numbers * output_head(core).weight.element_size()
 
 
 def free_bytes(device: torch.device) -> int:

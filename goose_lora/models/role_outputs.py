@@ -28,7 +28,7 @@ def autocast(core: PreTrainedModel) -> torch.autocast:
 
     Rollout and update alike run inside it.
     """
-    weight = token_head(core).weight
+    weight = output_head(core).weight
     enabled = weight.dtype in (torch.bfloat16, torch.float16)
     dtype = weight.dtype if enabled else torch.bfloat16
     return torch.autocast(weight.device.type, dtype=dtype, enabled=enabled)
@@ -63,7 +63,7 @@ def response_logprobs(
 
     Both are zero outside ``response_mask``; only positions inside it meet the LM head.
     """
-    head, tokens = token_head(core), response_mask.shape[1]
+    head, tokens = output_head(core), response_mask.shape[1]
     logprobs, entropies = token_logprobs(
         before_response(hidden, response_mask)[response_mask],
         input_ids[:, -tokens:][response_mask],
@@ -88,7 +88,7 @@ def response_kl(
 
     It is zero outside ``response_mask``, and its gradient goes to ``hidden``.
     """
-    head = token_head(core)
+    head = output_head(core)
     kl = token_kl(
         hidden[response_mask],
         ref_hidden[response_mask],
@@ -135,8 +135,8 @@ def before_response(
     return hidden[:, -response_mask.shape[1] - 1 : -1]
 
 
-def token_head(core: PreTrainedModel) -> nn.Linear:
-    """Return the head that makes logits of tokens."""
+def output_head(core: PreTrainedModel) -> nn.Linear:
+    """Return the LM head of a causal language model."""
     return cast(nn.Linear, core.get_output_embeddings())
 
 

@@ -611,7 +611,7 @@ def _reference(
 
 def _add_score_head(base: PreTrainedModel) -> None:
     """Add a fresh linear head (1, H) in fp32, which PEFT copies for reward model and critic."""
-    weight = role_outputs.token_head(base).weight
+    weight = role_outputs.output_head(base).weight
     features = weight.shape[1]
     score = nn.Linear(features, 1, bias=False, dtype=torch.float32, device=weight.device)
     nn.init.normal_(score.weight, std=1 / (features + 1) ** 0.5)

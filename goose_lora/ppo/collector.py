@@ -15,7 +15,7 @@ from goose_lora.generation.sampling import sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.dense_copy import RolloutWeights, free_bytes, make_dense_copy
-from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read, token_head
+from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read, output_head
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.memory_rules import TrunkMemory, waits_on_host
@@ -98,7 +98,7 @@ class RolloutCollector:
     @property
     def device(self) -> torch.device:
         """Where the head of the model stands, and so a rollout."""
-        return token_head(self.shared.core).weight.device
+        return output_head(self.shared.core).weight.device
 
     # ---- Replies ----
 
@@ -165,7 +165,7 @@ class RolloutCollector:
 
     def _keep_on(self, rows: int, columns: int) -> torch.device:
         """Return the device on which a rollout of this size leaves its states."""
-        weight = token_head(self.shared.core).weight
+        weight = output_head(self.shared.core).weight
         number = rows * columns * weight.shape[1] * weight.element_size() * self.shared.kept_trunks()
         if waits_on_host(self.trunk_memory, need=number, free=free_bytes(weight.device)):
             return torch.device("cpu")

@@ -11,8 +11,24 @@ from goose_lora.functional import KLEstimator
 from goose_lora.models.roles import RolePlan, default_critic
 from goose_lora.models.trunk import top_layers
 from goose_lora.ppo.trl_names import FROM_TRL, answers_trl
+from goose_lora.training.checkpoints import SettingRules
 from goose_lora.training.validation import check_finite, check_training
 
+# Settings of PPO in a resumed run: the form of a rollout and what the roles are must be the same.
+RESUME_RULES = SettingRules(
+    must_match=(
+        "num_mini_batches",
+        "num_ppo_epochs",
+        "num_generations",
+        "train_layers",
+        "advantage_estimator",
+        "critic",
+        "ema_decay",
+        "score_normalization",
+        "value_learning_rate",
+    ),
+    may_differ=("num_rollouts", "sample_rows", "early_stopping_patience"),
+)
 _SAVE_EVERY_ROLLOUTS = 10
 _VLLM_COLDEST = 0.01
 

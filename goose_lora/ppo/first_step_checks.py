@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from goose_lora.errors import UserError
-from goose_lora.models.role_outputs import token_head
+from goose_lora.models.role_outputs import output_head
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.config import PPOConfig
 
@@ -68,7 +68,7 @@ class FirstStepChecks:
 
     def tolerance(self, by_dtype: Mapping[torch.dtype, float]) -> float:
         """Return the tolerance for the dtype in which the base computes."""
-        dtype = token_head(self.shared.core).weight.dtype
+        dtype = output_head(self.shared.core).weight.dtype
         return by_dtype.get(dtype, by_dtype[torch.float32])
 
 

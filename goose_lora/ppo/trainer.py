@@ -6,6 +6,7 @@ Loop, resume, logging and launchers are the library's.
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,11 +23,12 @@ from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.vllm import VLLMEngine
+from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
 from goose_lora.ppo.callbacks import Diagnosis, PolicyAverage, RolloutState, write_samples
 from goose_lora.ppo.collector import RolloutCollector
-from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.config import RESUME_RULES, PPOConfig
 from goose_lora.ppo.evaluation import evaluate_prompts, own_random_numbers, reference_scores
 from goose_lora.ppo.experience import Experience, ExperienceMaker
 from goose_lora.ppo.first_step_checks import FirstStepChecks
@@ -92,6 +94,7 @@ class PPOTrainer(Resumable, Trainer):
     train_dataset: Dataset
     eval_dataset: Dataset | None
     processing_class: PreTrainedTokenizerBase
+    resume_rules = RESUME_RULES
     loss_is_scaled_for_ga = True  # compute_loss divides by the token count of the whole optimizer step
 
     def __init__(
@@ -340,6 +343,25 @@ class PPOTrainer(Resumable, Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def load_best(self, checkpoint: Path) -> None:
+        """Load critic and average of the best checkpoint too.
+
+        Overridden since Trainer loads the policy alone, and what was trained with it belongs to the
+        same step.
+        """
+        trained: tuple[Role, ...] = ("value", "ema")
+        roles: list[Role] = [role for role in trained if self.shared.has(role)]
+        for role in roles:
+            self.shared.load_role(role, checkpoint / ADAPTERS[role])
+        if self.is_world_process_zero():
+            logger.warning(
+                "the run ends with %s of %s (%s %.4g).",
+                ", ".join(["policy", *roles]),
+                checkpoint,
+                self.args.metric_for_best_model,
+                self.state.best_metric,
+            )
 
     def push_to_hub(self, *args: object, **kwargs: object) -> str:
         """Refuse: Trainer would upload more than the result.

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or are not taken, and results that are whole or are not there.
+"""Checkpoints that are whole, or are not resumed.
 
 ``transformers.Trainer`` writes a checkpoint straight into its folder. What makes one whole here is
 ``checkpoint.json``: written when every other file is on the disk, with the size and checksum of
@@ -13,62 +13,80 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from goose_lora.errors import FailedWriteError, UserError
-from goose_lora.files import _line, _room, _sync, _to_disk, file_sha256
+from goose_lora.files import file_sha256, first_line, free_room, sync, sync_all
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1  # raise it when what a checkpoint carries changes: others are refused
-NAME = re.compile(r"checkpoint-(\d+)")
+FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 
-# Settings that the data's order, the optimizer's state or the form of a rollout depend on.
-FIXED = (
+Facts = Mapping[str, Any]  # of a run, as JSON: see ``resume.facts``
+
+
+class SettingRules(NamedTuple):
+    """Names of a trainer's own settings that a resumed run must have alike, or may have otherwise.
+
+    Any other setting may differ too, and then the difference is told.
+    """
+
+    must_match: tuple[str, ...] = ()
+    may_differ: tuple[str, ...] = ()
+
+
+# Of every trainer: the data's order and the optimizer's state depend on them.
+MUST_MATCH = (
     "seed",
     "data_seed",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "num_mini_batches",
-    "num_ppo_epochs",
-    "num_generations",
+    "optim",
+    "packing",
+    "train_sampling_strategy",
+    "ignore_data_skip",
+    # Kept in the optimizer's state: a resumed run has the checkpoint's, whatever the settings say.
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
 )
-FIXED += ("train_layers", "advantage_estimator", "critic", "ema_decay", "score_normalization")
-FIXED += ("optim", "packing", "train_sampling_strategy", "ignore_data_skip")
-# Kept in the optimizer's state, so that a resumed run has the checkpoint's, whatever the settings
-# say.
-FIXED += ("learning_rate", "value_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-# Settings that another run may have without being another run.
-FREE = re.compile(
-    r"output_dir|resume_from_checkpoint|run_name|project|max_steps|num_train_epochs|num_rollouts|disable_tqdm|use_cpu|sample_rows|do_.*|report_to"
-    r"|(log|logging|save|eval|hub|push|trackio|dataloader|ddp|torch|include)_.*|.*_for_(metrics|best_model)|load_best_model_at_end|early_stopping_.*"
+# Another length, another place, other logs: still the same run.
+MAY_DIFFER = re.compile(
+    r"output_dir|resume_from_checkpoint|run_name|project|max_steps|num_train_epochs|disable_tqdm"
+    r"|use_cpu|do_.*|report_to|load_best_model_at_end|.*_for_(metrics|best_model)"
+    r"|(log|logging|save|eval|hub|push|trackio|dataloader|ddp|torch|include)_.*"
 )
 
 
 # ---- One checkpoint ----
 
 
-def seal(folder: str | Path, facts: Mapping[str, Any]) -> None:
-    """Make ``folder`` a whole checkpoint: all its files on the disk, then the manifest with
-    ``facts`` (JSON) about the run that saved it."""
+def seal(folder: str | Path, facts: Facts) -> None:
+    """Make ``folder`` a whole checkpoint, with ``facts`` about the run that saved it."""
+    # All files are on the disk before the manifest says so
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    _to_disk(folder)
+    sync_all(folder)
     entries = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, file_sha256(path)] for path in files
     }
+
+    # The manifest is there whole, or not at all
     content = {"format": FORMAT, "saved": time.time(), **facts, "files": entries}
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(folder / MANIFEST)
-    _sync(folder)
-    _sync(folder.parent)
+    sync(folder)
+    sync(folder.parent)
 
 
-def problem(folder: str | Path) -> str | None:
-    """Why ``folder`` is no whole checkpoint that this version can read; None if it is one."""
+def why_incomplete(folder: str | Path) -> str | None:
+    """Return why ``folder`` is no whole checkpoint of this format; None if it is one."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -84,6 +102,8 @@ def problem(folder: str | Path) -> str | None:
         return f"its {MANIFEST} cannot be read"
     if form != FORMAT:
         return f"it has format {form}, and this version reads format {FORMAT}"
+
+    # Sizes first: a file that was cut off need not be read to be refused
     for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
@@ -96,6 +116,7 @@ def problem(folder: str | Path) -> str | None:
 
 
 def read(folder: str | Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint."""
     return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
 
 
@@ -103,30 +124,39 @@ def read(folder: str | Path) -> dict[str, Any]:
 
 
 def newest(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:
-    """The whole checkpoint of ``output_dir`` that was saved last, and why those that seem to be
-    newer are none, by name."""
+    """Return the whole checkpoint that was saved last, and why those that seem newer are none.
+
+    The reasons are by the folder's name.
+    """
     passed: dict[str, str] = {}
     for folder in reversed(_by_age(output_dir)):
-        why = problem(folder)
+        why = why_incomplete(folder)
         if why is None:
             return folder, passed
         passed[folder.name] = why
     return None, passed
 
 
-def resolve(
-    wanted: str | bool | None, output_dir: str | Path, facts: Mapping[str, Any], *, says: bool = True
+def choose(
+    wanted: str | bool | None,
+    output_dir: str | Path,
+    facts: Facts,
+    *,
+    rules: SettingRules = SettingRules(),  # noqa: B008  (a tuple)
+    says: bool = True,
 ) -> str | None:
-    """The checkpoint to go on from: ``wanted`` is a folder; or ``latest`` or True, for the newest
-    whole one of ``output_dir``, or none there.
+    """Return the checkpoint to resume from, or None to start from the beginning.
 
     Args:
+        wanted: a folder; or ``latest`` or True, for the newest whole one of ``output_dir``, if
+            there is one.
         facts: what is known of the run so far, as for ``seal``; what is not in it is not compared.
             Before the model is there, ``adapter`` is what the adapter that trains will be.
+        rules: which of the trainer's own settings must match.
         says: whether this process logs which one it is.
 
     Raises:
-        ValueError: the folder is no whole checkpoint, or one of another run.
+        UserError: the folder is no whole checkpoint, or one of another run.
     """
     say = logger.warning if says else logger.debug
     if wanted in (None, False, "", "false", "False"):
@@ -139,6 +169,8 @@ def resolve(
                 folder.name,
             )
         return None
+
+    # A folder that is named must be whole; of those of the run, the newest that is
     if wanted in (True, "latest", "true", "True"):
         folder, passed = newest(output_dir)
         for name, why in passed.items():
@@ -148,34 +180,38 @@ def resolve(
             return None
     else:
         folder = Path(str(wanted))
-        why = problem(folder)
+        why = why_incomplete(folder)
         if why is not None:
             raise UserError(
                 f"resume_from_checkpoint: {folder} cannot be resumed: {why}. Give another, or latest for the"
                 " newest whole one."
             )
+
+    # It must be of this run; other differences are told
     saved = read(folder)
-    _refuse_another_run(folder, saved, facts)
+    _refuse_another_run(folder, saved, facts, rules)
     say("going on from %s (step %s).", folder, saved.get("step", "unknown"))
-    changed = _differences(saved.get("settings", {}), facts.get("settings", {}))
-    changed = {name: values for name, values in changed.items() if not FREE.fullmatch(name)}
+    changed = {
+        name: values
+        for name, values in _differences(saved.get("settings", {}), facts.get("settings", {})).items()
+        if not MAY_DIFFER.fullmatch(name) and name not in rules.may_differ
+    }
     if changed:
         say("settings are not those of the run that saved it, so that it ends otherwise: %s.", _told(changed))
     return str(folder)
 
 
 def prune(output_dir: str | Path, limit: int | None, keep: Iterable[str | None]) -> None:
-    """Delete the oldest checkpoints, those that are not whole before the others, until ``limit``
-    are left; the newest and ``keep`` stay."""
+    """Delete checkpoints until ``limit`` are left; the newest and ``keep`` stay.
+
+    Those that are not whole go first, then the oldest.
+    """
     folders = _by_age(output_dir)
-    if not limit:
+    if not limit or not folders:
         return
     # Stable: those that were cut off come first
     folders = sorted(folders, key=lambda folder: (folder / MANIFEST).is_file())
-    kept = {
-        folders[-1].resolve() if folders else None,
-        *(Path(folder).resolve() for folder in keep if folder),
-    }
+    kept = {folders[-1].resolve(), *(Path(folder).resolve() for folder in keep if folder)}
     surplus = len(folders) - limit
     for folder in folders:
         if surplus > 0 and folder.resolve() not in kept:
@@ -184,26 +220,32 @@ def prune(output_dir: str | Path, limit: int | None, keep: Iterable[str | None])
 
 
 def discard(folder: str | Path) -> None:
-    """Delete a checkpoint; one that is deleted by half is not whole."""
+    """Delete a checkpoint, its manifest first: half of one is not whole."""
     (Path(folder) / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def unsaved(folder: Path, error: Exception) -> FailedWriteError:
-    """What to say when a checkpoint could not be written; the half of it is removed, since it may
-    be what fills the disk."""
+    """Return the error that says that a checkpoint could not be written, and what there is.
+
+    The half of it is removed: it may be what fills the disk.
+    """
     discard(folder)
     last, _ = newest(folder.parent)
-    rest = (
-        "There is none before it."
-        if last is None
-        else f"The last whole one is {last}: --resume_from_checkpoint latest goes on from it."
+    rest = "There is none before it."
+    if last is not None:
+        rest = f"The last whole one is {last}: --resume_from_checkpoint latest goes on from it."
+    return FailedWriteError(
+        f"{folder} could not be saved{free_room(folder.parent)}: {first_line(error)}. {rest}"
     )
-    return FailedWriteError(f"{folder} could not be saved{_room(folder.parent)}: {_line(error)}. {rest}")
 
 
 def require_writable(output_dir: str | Path) -> None:
-    """Raises ValueError where nothing can be written to ``output_dir``; makes the folder."""
+    """Make the folder ``output_dir``.
+
+    Raises:
+        UserError: nothing can be written to it.
+    """
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:
@@ -216,48 +258,46 @@ def require_writable(output_dir: str | Path) -> None:
         ) from error
 
 
-# ---- Small things ----
+# ---- Comparison ----
 
 
 def _by_age(output_dir: str | Path) -> list[Path]:
-    """Folders of checkpoints, the one that was saved last at the end; of those that were cut off,
-    none is known to be older than another."""
+    """Return the folders of checkpoints, the one that was saved last at the end.
+
+    Of those that were cut off, none is known to be older than another: they count as newest, by
+    step.
+    """
 
     def saved(folder: Path) -> tuple[float, int]:
-        step = int(NAME.fullmatch(folder.name)[1])  # type: ignore[index]
+        step = int(folder.name.rpartition("-")[2])
         try:
             return float(read(folder)["saved"]), step
         except (OSError, ValueError, KeyError, TypeError):
             return float("inf"), step
 
-    return sorted(
-        (
-            path
-            for path in Path(output_dir).glob("checkpoint-*")
-            if NAME.fullmatch(path.name) and path.is_dir()
-        ),
-        key=saved,
-    )
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if FOLDER_NAME.fullmatch(path.name)]
+    return sorted((path for path in folders if path.is_dir()), key=saved)
 
 
-def _refuse_another_run(folder: Path, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    differing = _differences(
-        saved, {name: value for name, value in facts.items() if name in ("stage", "world_size", "rows")}
-    )
+def _refuse_another_run(folder: Path, saved: Facts, facts: Facts, rules: SettingRules) -> None:
+    # The run itself, and the rows that it goes through
+    identity = {name: value for name, value in facts.items() if name in ("stage", "world_size", "rows")}
+    differing = _differences(saved, identity)
+
+    # Its adapters: all of them, or, before the model is there, the one that trains
     there, here = saved.get("adapters", {}), facts.get("adapters")
     if here is not None and there.keys() != here.keys():
         differing["adapters"] = (", ".join(sorted(there)), ", ".join(sorted(here)))
     for name, own in (here or {"default": facts.get("adapter", {})}).items():
-        differing |= {
-            f"{what} of the adapter {name}": pair
-            for what, pair in _differences(there.get(name, {}), own).items()
-        }
-    differing |= {
-        f"base {what}": pair
-        for what, pair in _differences(saved.get("base", {}), facts.get("base", {})).items()
-    }
+        for what, pair in _differences(there.get(name, {}), own).items():
+            differing[f"{what} of the adapter {name}"] = pair
+
+    # The base under them, and the settings that continuation depends on
+    for what, pair in _differences(saved.get("base", {}), facts.get("base", {})).items():
+        differing[f"base {what}"] = pair
     settings = _differences(saved.get("settings", {}), facts.get("settings", {}))
-    differing |= {name: settings[name] for name in FIXED if name in settings}
+    must_match = (*MUST_MATCH, *rules.must_match)
+    differing |= {name: settings[name] for name in must_match if name in settings}
     if differing:
         raise UserError(
             f"resume_from_checkpoint: {folder} was saved by another run, and cannot be resumed by this one:"
@@ -266,8 +306,8 @@ def _refuse_another_run(folder: Path, saved: Mapping[str, Any], facts: Mapping[s
         )
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What both have and is not the same."""
+def _differences(there: Facts, here: Facts) -> dict[str, tuple[Any, Any]]:
+    """Return what both have and is not the same, as pairs."""
     return {name: (there[name], here[name]) for name in here if name in there and there[name] != here[name]}
 
 

@@ -1,41 +1,74 @@
-"""What makes a ``transformers.Trainer`` resumable: whole checkpoints, exact continuation, a stop on
-request, and steps that cannot be made."""
+"""What makes a ``transformers.Trainer`` resumable.
+
+Whole checkpoints, exact continuation, a stop on request, and steps that cannot be made.
+"""
 
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput
 
 from goose_lora import files
 from goose_lora.errors import LostProcessError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import AdapterFolder
-from goose_lora.models.roles import ADAPTERS, Role
-from goose_lora.models.shared_base import SharedBase
 from goose_lora.training import checkpoints
 from goose_lora.training.callbacks import FiniteSteps
+from goose_lora.training.checkpoints import Facts, SettingRules
 from goose_lora.training.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
 TRAINING_ARGUMENTS_PICKLE = "training_args.bin"
-LOST = ("Connection closed by peer", "Connection reset by peer")  # gloo, of a process that is no longer there
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+)  # gloo, of a process that is no longer there
+
+
+# What quantization makes of a linear layer, and how settings call it.
+_QUANTIZED = {"Linear4bit": "nf4", "Linear8bitLt": "int8"}
+
+if TYPE_CHECKING:
+    _Trainer = Trainer  # so that a type checker knows what stands behind super()
+else:
+    _Trainer = object
 
 
 def starting_point(
-    args: TrainingArguments, stage: str, model: ModelArguments, policy: AdapterFolder | None = None
+    args: TrainingArguments,
+    stage: str,
+    model: ModelArguments,
+    policy: AdapterFolder | None = None,
+    *,
+    rules: SettingRules = SettingRules(),  # noqa: B008  (a tuple)
 ) -> str | None:
-    """Before any model is loaded: see that ``output_dir`` can be written, and find the checkpoint
-    that ``resume_from_checkpoint`` names.
+    """Find the checkpoint that ``resume_from_checkpoint`` names, before any model is loaded.
+
+    Args:
+        policy: the adapter that the run starts from, where there is one.
+        rules: which of the trainer's own settings must match.
 
     Raises:
-        ValueError: it cannot be written, or the checkpoint is not whole or of another run.
+        UserError: nothing can be written to ``output_dir``, or the checkpoint is not whole or of
+            another run.
     """
     checkpoints.require_writable(args.output_dir or ".")
     adapter = {"r": model.lora_r, "lora_alpha": model.lora_alpha}
@@ -52,57 +85,72 @@ def starting_point(
         "adapter": adapter,
         "settings": settings(args),
     }
-    return checkpoints.resolve(
-        args.resume_from_checkpoint, args.output_dir or ".", facts, says=args.process_index == 0
+    return checkpoints.choose(
+        args.resume_from_checkpoint,
+        args.output_dir or ".",
+        facts,
+        rules=rules,
+        says=args.process_index == 0,
     )
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
+    """Return the settings as values of JSON."""
     return json.loads(json.dumps(args.to_dict(), default=str))
 
 
-class Resumable:
-    """Before a Trainer among the bases of a class: its ``train`` goes on from whole checkpoints
-    only, and writes such.
+class Resumable(_Trainer):
+    """A mixin for Trainers, which comes before them: ``train`` resumes from whole checkpoints only.
 
-    ``train(resume_from_checkpoint=)`` takes a folder, or ``latest`` or True for the newest whole
-    checkpoint of ``output_dir``, if there is one. ``save_total_limit`` is kept to when a checkpoint
-    is whole, not before. SIGINT and SIGTERM end in a checkpoint and in ``Stopped``.
+    It writes such, too. ``train(resume_from_checkpoint=)`` takes a folder; or ``latest`` or True,
+    for the newest whole checkpoint of ``output_dir``, if there is one. ``save_total_limit`` is kept
+    to when a checkpoint is whole, not before. SIGINT and SIGTERM end in a checkpoint and in
+    ``Stopped``.
     """
 
     stage: str
-    saving: Path | None = None  # the checkpoint that is being written
+    resume_rules = SettingRules()  # those of its own settings that must match
     steps_between_resumable: int = 1  # optimizer steps from one place that a run can go on from to the next
+    saving: Path | None = None  # the checkpoint that is being written
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop, self.finite = StopSignals(), FiniteSteps()
         super().__init__(*args, **kwargs)
 
     def train(
-        self: Any,
+        self,
         resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Overridden to choose the checkpoint, and to say in a line why a run ended that could not
-        go on.
+    ) -> TrainOutput:
+        """Overridden to choose the checkpoint, and to say why a run has ended early.
 
         Raises:
-            ValueError: a checkpoint that cannot be resumed.
+            UserError: a checkpoint that cannot be resumed.
             Stopped: the run was asked to stop, and has saved.
-            OSError: a checkpoint could not be saved, or a process that loads data or another
-                process of the run died.
+            FailedWriteError: a checkpoint could not be saved.
+            LostProcessError: a process that loads data, or another process of the run, died.
         """
+        # A run goes on from what is whole and its own
         args = self.args
+        output_dir = args.output_dir or "."
         chosen_here = resume_from_checkpoint in (True, "latest")  # a recipe has chosen before, and said so
         says = chosen_here and self.is_world_process_zero()
-        folder = checkpoints.resolve(resume_from_checkpoint, args.output_dir, facts(self), says=says)
+        folder = checkpoints.choose(
+            resume_from_checkpoint,
+            output_dir,
+            facts(self),
+            rules=self.resume_rules,
+            says=says,
+        )
+
+        # What ends it from outside is told in the user's words
         keeper = CheckpointKeeper(self)
         try:
             with keeper.takes_over(), self.stop.handled():
-                result = super().train(folder, trial, ignore_keys_for_eval)  # type: ignore[misc]
+                result = super().train(folder, trial, ignore_keys_for_eval)
         except Exception as error:
-            if self.args.world_size > 1 and any(says in str(error) for says in LOST):
+            if self.args.world_size > 1 and any(words in str(error) for words in _LOST):
                 raise LostProcessError(
                     "another process of this run has ended, so that this one cannot go on; why is in what"
                     " that one printed. Go on with --resume_from_checkpoint latest, on as many processes."
@@ -117,65 +165,51 @@ class Resumable:
             raise
         if keeper.stopped_by:
             raise Stopped(keeper.stopped_by, f"{args.output_dir}/checkpoint-{self.state.global_step}")
-        self._load_best_roles()
-        return result
+        best = self.state.best_model_checkpoint
+        if args.load_best_model_at_end and best:
+            self.load_best(Path(best))
+        return cast(TrainOutput, result)
+
+    def load_best(self, checkpoint: Path) -> None:
+        """Load what the best checkpoint has besides what Trainer has loaded of it: here nothing."""
 
     def get_batch_samples(
-        self: Any, epoch_iterator: Iterator, num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
-        """Overridden since Trainer, going on from the last checkpoint of a finished run, makes one
-        more step before it looks at ``max_steps``."""
+        """Overridden so that a finished run that is resumed makes no further step.
+
+        Trainer makes one before it looks at ``max_steps``.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Overridden so that a checkpoint begins in an empty folder, and a result takes its place
-        when it is whole."""
-        folder = Path(output_dir or self.args.output_dir)
-        if checkpoints.NAME.fullmatch(folder.name):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Overridden so that a checkpoint begins empty, and a result is there when it is whole."""
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if checkpoints.FOLDER_NAME.fullmatch(folder.name):
             self.saving = folder
             if self.args.should_save:
                 checkpoints.discard(folder)
             # Or this would take away the random state of a process that is ahead
             PartialState().wait_for_everyone()
-            super().save_model(str(folder), True)  # type: ignore[misc]
+            super().save_model(str(folder), True)
             return
         if not self.args.should_save:
-            super().save_model(str(folder), True)  # type: ignore[misc]
-        else:
-            with files.replacing(folder) as temporary:
-                super().save_model(str(temporary), True)  # type: ignore[misc]
-                # Settings that stand in plain text beside it
-                (temporary / TRAINING_ARGUMENTS_PICKLE).unlink(missing_ok=True)
-
-    def _load_best_roles(self: Any) -> None:
-        """Trainer loads the policy of the best checkpoint: what was trained with it belongs to the
-        same step."""
-        best, shared = self.state.best_model_checkpoint, self.accelerator.unwrap_model(self.model)
-        if not (self.args.load_best_model_at_end and best and isinstance(shared, SharedBase)):
+            super().save_model(str(folder), True)
             return
-        trained: tuple[Role, ...] = ("value", "ema")
-        roles: list[Role] = [role for role in trained if shared.has(role)]
-        for role in roles:
-            shared.load_role(role, Path(best) / ADAPTERS[role])
-        if self.is_world_process_zero():
-            logger.warning(
-                "the run ends with %s of %s (%s %.4g).",
-                ", ".join(["policy", *roles]),
-                best,
-                self.args.metric_for_best_model,
-                self.state.best_metric,
-            )
+        with files.replacing(folder) as temporary:
+            super().save_model(str(temporary), True)
+            # Settings that stand in plain text beside it
+            (temporary / TRAINING_ARGUMENTS_PICKLE).unlink(missing_ok=True)
 
 
-def facts(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint says of its run, and what a run that goes on from it must have in common
-    with it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model()
-    kinds = {type(module).__name__ for module in base.modules()}
+def facts(trainer: Resumable) -> Facts:
+    """Return what a checkpoint says of its run, which a run that resumes it must have alike."""
+    model = cast(PeftModel, trainer.accelerator.unwrap_model(trainer.model))
+    base = cast(PreTrainedModel, model.get_base_model())
+    kinds = {_QUANTIZED[kind] for module in base.modules() if (kind := type(module).__name__) in _QUANTIZED}
     adapters = {
         name: {
             "r": config.r,
@@ -183,17 +217,17 @@ def facts(trainer: Any) -> dict[str, Any]:
             "target_modules": sorted(config.target_modules),
             "layers_to_transform": config.layers_to_transform,
         }
-        for name, config in model.peft_config.items()
+        for name, config in cast(dict[str, Any], model.peft_config).items()
     }
     return {
         "stage": trainer.stage,
         "step": trainer.state.global_step,
         "world_size": trainer.args.world_size,
-        "rows": len(trainer.train_dataset),
+        "rows": len(cast(Dataset, trainer.train_dataset)),
         "base": {
-            "name": Path(base.config.name_or_path).name,
-            "quantization": "nf4" if "Linear4bit" in kinds else "int8" if "Linear8bitLt" in kinds else "none",
-            "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+            "name": Path(str(base.config.name_or_path)).name,
+            "quantization": min(kinds, default="none"),
+            "dtype": str(cast(nn.Embedding, base.get_input_embeddings()).weight.dtype).removeprefix("torch."),
         },
         "adapters": adapters,
         "settings": settings(trainer.args),
@@ -201,10 +235,12 @@ def facts(trainer: Any) -> dict[str, Any]:
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Seals checkpoints, deletes old ones when a new one is whole, and stops where a run that was
-    asked to stop can go on exactly."""
+    """Seals checkpoints, deletes old ones, and stops a run that was asked to stop.
 
-    def __init__(self, trainer: Any):
+    Old ones go when a new one is whole; a run stops where it can go on exactly.
+    """
+
+    def __init__(self, trainer: Resumable):
         self.trainer = trainer
         self.every = trainer.steps_between_resumable
         self.limit: int | None = None
@@ -212,8 +248,10 @@ class CheckpointKeeper(TrainerCallback):
 
     @contextmanager
     def takes_over(self) -> Iterator[None]:
-        """Inside, checkpoints are deleted here: Trainer does it before the new one is on the
-        disk."""
+        """Inside, checkpoints are deleted here, not by Trainer.
+
+        Trainer does it before the new one is on the disk.
+        """
         args = self.trainer.args
         self.limit, args.save_total_limit = args.save_total_limit, None
         for callback in (self, self.trainer.finite):
@@ -229,10 +267,11 @@ class CheckpointKeeper(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Save and stop if a process was asked to; all stop at the same step."""
         if state.global_step % self.every:
             return
         asked = self.trainer.stop.asked
-        if args.world_size > 1:  # all processes stop at the same step
+        if args.world_size > 1:
             anywhere = torch.tensor(asked, device=args.device)
             torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
             asked = int(anywhere)
@@ -243,6 +282,7 @@ class CheckpointKeeper(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Seal the checkpoint that has been written, and delete old ones."""
         PartialState().wait_for_everyone()  # each process has a file with its random state
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_and_says_so(given, straigh
     ended = forks.run("ppo", tmp_path / "run", Moment("update", 4, fill_the_disk), **settings)
     assert ended.code == 2, ended.output[-3000:]
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
-    assert checkpoints.problem(tmp_path / "run" / "checkpoint-2") is None
+    assert checkpoints.why_incomplete(tmp_path / "run" / "checkpoint-2") is None
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     assert "checkpoint-4 could not be saved (" in line and "MB free there)" in line
     assert (

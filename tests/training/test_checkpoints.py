@@ -13,6 +13,7 @@ import pytest
 import transformers.trainer
 
 from goose_lora import files
+from goose_lora.ppo.config import RESUME_RULES
 from goose_lora.training import checkpoints
 from goose_lora.training.signals import StopSignals
 
@@ -80,11 +81,11 @@ def said(caplog):
 )
 def test_a_checkpoint_that_is_not_whole_is_refused_by_name_and_passed_by(harm, why, tmp_path, said):
     whole, broken = folder_of(tmp_path, 4), folder_of(tmp_path, 8)
-    assert checkpoints.problem(broken) is None
+    assert checkpoints.why_incomplete(broken) is None
     harm(broken)
     with pytest.raises(ValueError, match=f"checkpoint-8 cannot be resumed: .*{why}"):
-        checkpoints.resolve(str(broken), tmp_path, FACTS)
-    assert checkpoints.resolve("latest", tmp_path, FACTS) == str(whole)
+        checkpoints.choose(str(broken), tmp_path, FACTS)
+    assert checkpoints.choose("latest", tmp_path, FACTS) == str(whole)
     assert "checkpoint-8 is passed by: " in said.text
     assert f"going on from {whole} (step 4)" in said.text
 
@@ -92,14 +93,14 @@ def test_a_checkpoint_that_is_not_whole_is_refused_by_name_and_passed_by(harm, w
 @pytest.mark.parametrize("wanted", ["latest", True, "True"])
 def test_without_a_whole_checkpoint_the_run_starts_from_the_beginning_and_says_so(wanted, tmp_path, said):
     folder_of(tmp_path, 4, whole=False)
-    assert checkpoints.resolve(wanted, tmp_path, FACTS) is None
+    assert checkpoints.choose(wanted, tmp_path, FACTS) is None
     assert "no whole checkpoint: the run starts from the beginning" in said.text
-    assert checkpoints.resolve(wanted, tmp_path / "nothing", FACTS) is None
+    assert checkpoints.choose(wanted, tmp_path / "nothing", FACTS) is None
 
 
 def test_a_run_that_starts_anew_beside_checkpoints_is_told_of_them(tmp_path, said):
     folder_of(tmp_path, 4)
-    assert checkpoints.resolve(None, tmp_path, FACTS) is None
+    assert checkpoints.choose(None, tmp_path, FACTS) is None
     assert "has checkpoint-4 of an earlier run; this one starts from the beginning" in said.text
 
 
@@ -133,20 +134,20 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_is_told(other
             ValueError,
             match=f"checkpoint-4 was saved by another run, and cannot be resumed by this one: {told}",
         ):
-            checkpoints.resolve(wanted, tmp_path, FACTS | other)
+            checkpoints.choose(wanted, tmp_path, FACTS | other, rules=RESUME_RULES)
 
 
 def test_before_the_model_is_there_only_what_is_known_is_compared(tmp_path):
     folder = folder_of(tmp_path, 4)
-    assert checkpoints.resolve("latest", tmp_path, {"stage": "ppo", "adapter": {"r": 3}}) == str(folder)
+    assert checkpoints.choose("latest", tmp_path, {"stage": "ppo", "adapter": {"r": 3}}) == str(folder)
     with pytest.raises(ValueError, match="r of the adapter default is 3 there and 4 here"):
-        checkpoints.resolve("latest", tmp_path, {"stage": "ppo", "adapter": {"r": 4}})
+        checkpoints.choose("latest", tmp_path, {"stage": "ppo", "adapter": {"r": 4}})
 
 
 def test_settings_that_may_change_are_told_and_those_that_do_not_matter_are_not(tmp_path, said):
     folder_of(tmp_path, 4)
     changed = FACTS["settings"] | {"kl_coef": 0.1, "num_rollouts": 9, "output_dir": "runs/y"}
-    assert checkpoints.resolve("latest", tmp_path, FACTS | {"settings": changed})
+    assert checkpoints.choose("latest", tmp_path, FACTS | {"settings": changed}, rules=RESUME_RULES)
     assert (
         "so that it ends otherwise: kl_coef is 0.05 there and 0.1 here." in said.text
         and "num_rollouts" not in said.text
