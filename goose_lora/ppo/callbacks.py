@@ -2,8 +2,9 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import (
@@ -19,24 +20,25 @@ from goose_lora.errors import UserError
 from goose_lora.files import append_line, is_number
 from goose_lora.generation.rollout import Rollout
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.kl_control import AdaptiveKL, FixedKL
 from goose_lora.reporting.diagnosis import diagnose
+from goose_lora.reporting.findings import Finding
 
 logger = logging.getLogger(__name__)
 
 
 class RolloutState(TrainerCallback, ExportableState):
-    """What PPO remembers between rollouts: KL coefficient, scale of scores, evaluations without a
-    gain. Saved in ``trainer_state.json``."""
+    """What PPO remembers between rollouts, which is saved in ``trainer_state.json``.
 
-    def __init__(self, kl_control: FixedKL | AdaptiveKL):
-        self.kl_control = kl_control
-        self.score_scale: tuple[float, ...] | None = None  # mean, standard deviation
-        self.score_moments: tuple[float, ...] | None = None  # count, mean, variance of all scores so far
-        # As score_scale, at the first evaluation and for all
-        self.evaluation_scale: tuple[float, ...] | None = None
-        self.best_objective: float | None = None
-        self.evaluations_without_gain = 0
+    Attributes:
+        kl_control: the KL coefficient.
+        score_scale: mean and standard deviation in which scores are counted.
+        score_moments: count, mean and variance of all scores so far.
+        evaluation_scale: as ``score_scale``, at the first evaluation and for all.
+        best_objective: the best evaluation so far.
+        evaluations_without_gain: how many have come after it.
+    """
 
     REMEMBERED = (
         "score_scale",
@@ -46,41 +48,59 @@ class RolloutState(TrainerCallback, ExportableState):
         "evaluations_without_gain",
     )
 
-    def state(self) -> dict[str, Any]:
+    def __init__(self, kl_control: FixedKL | AdaptiveKL):
+        self.kl_control = kl_control
+        self.score_scale: tuple[float, ...] | None = None
+        self.score_moments: tuple[float, ...] | None = None
+        self.evaluation_scale: tuple[float, ...] | None = None
+        self.best_objective: float | None = None
+        self.evaluations_without_gain = 0
+
+    def state(self) -> dict[str, dict]:
+        """Return what ``trainer_state.json`` gets, under the name of this class."""
         remembered = {name: getattr(self, name) for name in self.REMEMBERED}
         return {"args": {}, "attributes": {"kl_control_state": self.kl_control.state_dict(), **remembered}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        callbacks: Any = state.stateful_callbacks or {}
-        saved = callbacks.get(type(self).__name__)
-        if state.global_step > 0:
-            remembered = _checked_state(saved)
-            try:
-                self.kl_control.load_state_dict(remembered["kl_control_state"])
-            except ValueError as error:
-                raise UserError(str(error)) from error
-            for name in self.REMEMBERED:
-                value = remembered[name]
-                setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        """Take what the checkpoint remembers, where the run goes on from one.
+
+        Raises:
+            UserError: it is not all there, or not what this run's KL control saves.
+        """
+        if state.global_step == 0:
+            return
+        # A list of callbacks before a run, and what each has saved once a checkpoint was read
+        saved = cast("dict[str, object]", state.stateful_callbacks or {})
+        remembered = _checked_state(saved.get(type(self).__name__))
+        try:
+            self.kl_control.load_state_dict(remembered["kl_control_state"])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for name in self.REMEMBERED:
+            value = remembered[name]
+            # JSON has lists where this has tuples.
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
 
     def on_evaluate(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         """Stop after ``early_stopping_patience`` evaluations without a better objective."""
+        # The best one so far is kept in checkpoints, so that a resumed run counts on.
         objective = (metrics or {}).get("eval_objective")
         if objective is None:  # an evaluation of the user's own, under another prefix
             return
-        gained = self.best_objective is None or objective > self.best_objective
-        self.best_objective = objective if gained else self.best_objective
-        self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
-        patience = args.early_stopping_patience  # type: ignore[attr-defined]
+        self.evaluations_without_gain += 1
+        if self.best_objective is None or objective > self.best_objective:
+            self.best_objective = objective
+            self.evaluations_without_gain = 0
+        patience = cast(PPOConfig, args).early_stopping_patience
         if patience is not None and self.evaluations_without_gain >= patience:
             control.should_training_stop = True
             logger.warning(
@@ -101,14 +121,16 @@ _REMEMBERED_NUMBERS = {
 }
 
 
-def _checked_state(saved: Any) -> dict[str, Any]:
-    """What a checkpoint remembers of a run, if it is all there and numbers.
+def _checked_state(saved: object) -> dict[str, Any]:
+    """Return what a checkpoint remembers of a run, if it is all there and numbers.
 
     Raises:
-        ValueError: something is missing or no finite number, each named.
+        UserError: something is missing or no finite number, each named.
     """
+    # A file that anyone may have changed: nothing is taken for what it should be.
     remembered = saved.get("attributes") if isinstance(saved, dict) else None
-    remembered = remembered if isinstance(remembered, dict) else {}
+    if not isinstance(remembered, dict):
+        remembered = {}
     missing = [name for name in ("kl_control_state", *_REMEMBERED_NUMBERS) if name not in remembered]
     if missing:
         raise UserError(
@@ -119,7 +141,8 @@ def _checked_state(saved: Any) -> dict[str, Any]:
         value = remembered[name]
         numbers = value if isinstance(value, list) and count > 1 else [value]
         sound = len(numbers) == count and all(is_number(x) for x in numbers)
-        if not sound and (value is not None or name == "evaluations_without_gain"):
+        may_be_unset = value is None and name != "evaluations_without_gain"
+        if not sound and not may_be_unset:
             raise UserError(
                 f"the checkpoint is damaged: {name} is {value!r} in its trainer_state.json. Go on from"
                 " another, or start anew."
@@ -128,21 +151,23 @@ def _checked_state(saved: Any) -> dict[str, Any]:
 
 
 class PolicyAverage(TrainerCallback):
-    """Moves the role ``ema`` towards the policy after each optimizer step. It is an adapter, so
-    checkpoints carry it."""
+    """Moves the role ``ema`` towards the policy after each optimizer step.
+
+    It is an adapter, so checkpoints carry it.
+    """
 
     def __init__(self, shared: SharedBase, decay: float):
         self.shared, self.decay = shared, decay
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        """Take the average over one more step."""
         self.shared.update_average(self.decay)
 
 
 class Diagnosis(TrainerCallback):
-    """After each log with a rollout, a warning for each finding that is new; and a word when one
-    has been well for some rollouts.
+    """Warns after each log with a rollout of each finding that is new, and says when one is gone.
 
     The whole log is read, so that a longer one is looked at less often: after ``OFTEN`` rollouts at
     each second, after twice as many at each third.
@@ -159,41 +184,49 @@ class Diagnosis(TrainerCallback):
         self.calm: Counter[str] = Counter()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Take what is there of the run that is resumed. It was warned of already, so that only
-        what is new is said."""
+        """Take what is there of the run that is resumed.
+
+        It was warned of already, so that only what is new is said.
+        """
         self.logged = sum("objective/score" in row for row in state.log_history)
         if state.is_world_process_zero and self.logged:
-            self.said = {
-                finding.name: finding.level
-                for finding in diagnose(state.log_history)
-                if finding.level != "ok"
-            }
+            self.said = {name: finding.level for name, finding in _findings(state).items()}
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict | None = None,
-        **kwargs: Any,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
+        """Look at the log, where it has one more rollout."""
         if not state.is_world_process_zero or "objective/score" not in (logs or ()):
             return
+        # A diagnosis reads the whole log: looking at each row of a long run would grow with its
+        # square.
         self.logged += 1
         every = 1 + self.logged // self.OFTEN
         if self.logged % every:
             return
-        findings = {finding.name: finding for finding in diagnose(state.log_history) if finding.level != "ok"}
-        if state.global_step <= args.critic_warmup_rollouts * args.steps_per_rollout:  # type: ignore[attr-defined]
+        findings = _findings(state)
+        if state.global_step <= cast(PPOConfig, args).critic_warmup_steps:
             findings.pop("learning rate", None)  # the policy's is 0 on purpose
+
+        # What is new, or worse than it was: once that it is wrong is said, that is enough.
         for name, finding in findings.items():
             if self.said.get(name) not in (finding.level, "wrong"):
                 logger.warning("step %d: %s", state.global_step, finding)
                 self.said[name] = finding.level
+
+        # What has stayed away for some looks.
         for name in list(self.said):
-            self.calm[name] = 0 if name in findings else self.calm[name] + 1
+            if name in findings:
+                self.calm[name] = 0
+                continue
+            self.calm[name] += 1
             if self.calm[name] == self.CALM:
                 logger.warning(
                     "step %d: ok     %-14s  well again for %d rollouts.",
@@ -202,6 +235,11 @@ class Diagnosis(TrainerCallback):
                     self.CALM * every,
                 )
                 del self.said[name]
+
+
+def _findings(state: TrainerState) -> dict[str, Finding]:
+    """Return by name what a diagnosis of the log finds that is not well."""
+    return {finding.name: finding for finding in diagnose(state.log_history) if finding.level != "ok"}
 
 
 def write_samples(
@@ -214,8 +252,11 @@ def write_samples(
     step: int,
     rows: int,
 ) -> None:
-    """The first ``rows`` of a rollout into ``samples.jsonl``, with raw scores and KL (nats) a
-    reply."""
+    """Write the first ``rows`` of a rollout into ``samples.jsonl``.
+
+    Each has its raw score and its KL, in nats per reply.
+    """
+    # For people: the prompt as the policy read it, the reply without its end-of-text token.
     prompts, replies = rollout.prompt_ids()[:rows], rollout.response_ids()[:rows]
     texts = zip(
         tokenizer.batch_decode(prompts),

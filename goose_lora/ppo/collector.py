@@ -93,6 +93,7 @@ class RolloutCollector:
         self.stop_strings, self.exact_kl, self.entropy_gradient = stop_strings, exact_kl, entropy_gradient
         self.trunk_memory: TrunkMemory = trunk_memory
         self.engine = engine
+        # An engine generates from weights of its own, so that a copy here would be for nothing.
         self.dense = make_dense_copy(shared, "shared" if engine else weights)
 
     @property
@@ -119,6 +120,7 @@ class RolloutCollector:
             keep_trunk: note the output of the policy's trunk on the way, so that ``evaluate`` needs
                 no pass for it.
         """
+        # A dense copy is merged anew, since the policy has moved; the engine sees to that itself.
         if self.engine is not None:
             return self.engine.sample(input_ids, attention_mask, greedy=greedy)
         if self.dense is not None:
@@ -165,6 +167,7 @@ class RolloutCollector:
 
     def _keep_on(self, rows: int, columns: int) -> torch.device:
         """Return the device on which a rollout of this size leaves its states."""
+        # Bytes of one state for each token, in the base's dtype, and of each trunk that is kept
         weight = output_head(self.shared.core).weight
         number = rows * columns * weight.shape[1] * weight.element_size() * self.shared.kept_trunks()
         if waits_on_host(self.trunk_memory, need=number, free=free_bytes(weight.device)):
@@ -186,10 +189,12 @@ class RolloutCollector:
         Raises:
             UserError: the graph is asked for, and there is more than one group.
         """
+        # The graphs of several groups do not make one microbatch.
         if keep_graph and len(rollout.ended) > self.batch_size:
             raise UserError(
                 f"keep_graph: {len(rollout.ended)} replies are more than one group of {self.batch_size}"
             )
+        # What the update needs is moved group by group to where it waits.
         score = score and self.reward.needs_adapter
         keep_on = self._keep_on(*rollout.input_ids.shape)
         parts = [
@@ -246,6 +251,7 @@ class RolloutCollector:
                 entropy_gradient=self.entropy_gradient,
             )
 
+        # Scores are read from the same states of the reward model.
         scores = None
         if score and judged is not None:
             scores = shared.read_scores(judged, attention, group.ended)
@@ -277,6 +283,7 @@ class RolloutCollector:
                 for group in self._groups(rollout)
             ]
             by_adapter = torch.cat(parts)
+        # What a reward function gets: texts and tokens of the replies, and the prompts' columns.
         ids = rollout.response_ids()
         replies = columns | {
             "prompts": columns.get("prompt") or self.tokenizer.batch_decode(rollout.prompt_ids()),
@@ -307,6 +314,7 @@ class RolloutCollector:
 
 def _together(parts: Sequence[RoleOutputs]) -> RoleOutputs:
     """Return the outputs of all groups as those of one rollout; a graph is of the only group."""
+    # The last field is no tensor, and is left as the first part has it.
     joined_fields = {}
     for name in RoleOutputs._fields[:-1]:
         column = [getattr(part, name) for part in parts]

@@ -30,20 +30,24 @@ RESUME_RULES = SettingRules(
     may_differ=("num_rollouts", "sample_rows", "early_stopping_patience"),
 )
 _SAVE_EVERY_ROLLOUTS = 10
-_VLLM_COLDEST = 0.01
+_VLLM_COLDEST = 0.01  # vLLM samples at this temperature where it is asked for a lower one
 
 
 @answers_trl(FROM_TRL)
 @dataclass
 class PPOConfig(TrainingArguments):
-    """One rollout is ``per_device_train_batch_size * gradient_accumulation_steps *
-    num_mini_batches`` replies on each process, to that many prompts or, with ``num_generations``,
-    to so many times fewer. Each of ``num_ppo_epochs`` passes over it makes ``num_mini_batches``
-    optimizer steps. ``max_steps``, ``logging_steps`` and ``save_steps`` count optimizer steps, as
-    everywhere in transformers.
+    """The settings of a PPO run.
+
+    One rollout is ``per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches``
+    replies on each process, to that many prompts or, with ``num_generations``, to so many times
+    fewer. Each of ``num_ppo_epochs`` passes over it makes ``num_mini_batches`` optimizer steps.
+    ``max_steps``, ``logging_steps`` and ``save_steps`` count optimizer steps, as everywhere in
+    transformers.
     """
 
-    # Rollout
+    # Rollout: how many replies, how long they are, how they are drawn, and what generates them.
+    # Sampling has no filter (top-k, top-p): the update compares probabilities with those that the
+    # replies were drawn with.
     num_rollouts: int | None = field(
         default=None, metadata={"help": "Length of the run in rollouts; sets max_steps."}
     )
@@ -88,7 +92,8 @@ class PPOConfig(TrainingArguments):
         default=4, metadata={"help": "Replies of each logged rollout written to samples.jsonl."}
     )
 
-    # Reward
+    # Reward: what a reply earns. The score is normalised, clipped, and less the penalties; the KL
+    # to the reference is charged at each token. Sums over a reply's tokens are in nats per reply.
     kl_coef: float = field(default=0.05, metadata={"help": "Price of a nat of KL to the reference."})
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = field(
         default="k1",
@@ -145,7 +150,8 @@ class PPOConfig(TrainingArguments):
         default=False, metadata={"help": "Scale rewards to variance 1 in each rollout, their mean kept."}
     )
 
-    # Update
+    # Update: what the policy and the critic learn from a rollout, and within which bounds.
+    # Without a critic (rloo, grpo), the critic's settings have no effect.
     advantage_estimator: Literal["gae", "rloo", "grpo"] = field(
         default="gae",
         metadata={
@@ -242,7 +248,8 @@ class PPOConfig(TrainingArguments):
         },
     )
 
-    # Evaluation: eval_strategy, eval_steps and load_best_model_at_end are those of transformers
+    # Evaluation on held-out prompts while training. eval_strategy, eval_steps and
+    # load_best_model_at_end are those of transformers.
     num_eval_prompts: int = field(
         default=64, metadata={"help": "Held-out prompts that an evaluation answers, the same ones each time."}
     )
@@ -250,7 +257,8 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Stop after so many evaluations without a better eval_objective."}
     )
 
-    # TrainingArguments with another default
+    # TrainingArguments with another default. The lengths are None here, since they follow from the
+    # size of a rollout, and are filled in when the settings are made.
     learning_rate: float = field(default=1e-4, metadata={"help": "The policy's peak learning rate."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "As in transformers."})
     logging_steps: float | None = field(
@@ -274,28 +282,18 @@ class PPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        """Fill in what follows from other settings, and check all of them."""
         # One text without brackets in a YAML file is a string, whose letters would each end a
         # reply.
-        self.stop_strings = [self.stop_strings] if isinstance(self.stop_strings, str) else self.stop_strings
-        self.stop_token_ids = (
-            [self.stop_token_ids] if isinstance(self.stop_token_ids, int) else self.stop_token_ids
-        )
+        if isinstance(self.stop_strings, str):
+            self.stop_strings = [self.stop_strings]
+        if isinstance(self.stop_token_ids, int):
+            self.stop_token_ids = [self.stop_token_ids]
         self._check_ranges()
-        steps = self.steps_per_rollout
-        if self.num_rollouts is not None:
-            if self.max_steps not in (-1, self.num_rollouts * steps):
-                raise UserError(
-                    f"max_steps={self.max_steps} and num_rollouts={self.num_rollouts} (of {steps} optimizer"
-                    " steps) contradict each other; set one."
-                )
-            self.max_steps = self.num_rollouts * steps
-        self.logging_steps = steps if self.logging_steps is None else self.logging_steps
-        self.save_steps = _SAVE_EVERY_ROLLOUTS * steps if self.save_steps is None else self.save_steps
-        self.eval_steps = self.save_steps if self.eval_steps is None else self.eval_steps
-        if self.load_best_model_at_end or self.early_stopping_patience is not None:
-            self.metric_for_best_model = self.metric_for_best_model or "eval_objective"
-            self.greater_is_better = True if self.greater_is_better is None else self.greater_is_better
+        self._fill_in()
         super().__post_init__()
+
+        # What only transformers' own checks have settled: processes, and strategies as enums.
         alone = self.rollout_engine == "transformers" or self.world_size == 1
         self._require(
             "rollout_engine",
@@ -304,15 +302,38 @@ class PPOConfig(TrainingArguments):
         )
         self._check_whole_rollouts("save_steps", self.save_strategy, "cannot be resumed exactly")
         self._check_whole_rollouts("eval_steps", self.eval_strategy, "has no checkpoint of its own")
-        no_evaluation = self.early_stopping_patience is not None and str(self.eval_strategy) in (
-            "no",
-            "IntervalStrategy.NO",
-        )
+        never = str(self.eval_strategy) in ("no", "IntervalStrategy.NO")
         self._require(
             "early_stopping_patience",
-            not no_evaluation,
+            self.early_stopping_patience is None or not never,
             "nothing is evaluated; set eval_strategy: steps and eval_dataset_name",
         )
+
+    def _fill_in(self) -> None:
+        """Count in optimizer steps what is given in rollouts, and set the defaults that follow.
+
+        Raises:
+            UserError: max_steps and num_rollouts contradict each other.
+        """
+        steps = self.steps_per_rollout
+        if self.num_rollouts is not None:
+            if self.max_steps not in (-1, self.num_rollouts * steps):
+                raise UserError(
+                    f"max_steps={self.max_steps} and num_rollouts={self.num_rollouts} (of {steps} optimizer"
+                    " steps) contradict each other; set one."
+                )
+            self.max_steps = self.num_rollouts * steps
+        if self.logging_steps is None:
+            self.logging_steps = steps
+        if self.save_steps is None:
+            self.save_steps = _SAVE_EVERY_ROLLOUTS * steps
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        # The best checkpoint and early stopping go by the same number.
+        if self.load_best_model_at_end or self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "eval_objective"
+            if self.greater_is_better is None:
+                self.greater_is_better = True
 
     @property
     def steps_per_rollout(self) -> int:
@@ -330,6 +351,7 @@ class PPOConfig(TrainingArguments):
         Raises:
             UserError: the critic cannot start as ``critic_init`` says, or has nothing to read.
         """
+        # Replies that are compared with one another need none.
         critic = None
         if self.needs_critic:
             critic = self.critic or default_critic(has_reward=has_reward)
@@ -371,115 +393,139 @@ class PPOConfig(TrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
 
     def _check_ranges(self) -> None:
+        """Check each setting by itself, and those that must go together.
+
+        Raises:
+            UserError: naming the setting, its value, and what it may be.
+        """
         check_finite(self)
         check_training(self)
+        self._check_numbers()
+        self._check_rollout()
+        self._check_engine()
+        self._check_reward()
+        self._check_kl()
+        self._check_update()
+        self._check_critic()
+        self._check_what_stays_off()
+
+    def _check_numbers(self) -> None:
+        """Check counts and coefficients that have a bound of 0 or 1."""
+        # Counts: none of these can be nothing.
         at_least_one = (
             "response_length",
             "num_ppo_epochs",
             "num_mini_batches",
             "local_rollout_forward_batch_size",
             "max_prompt_tokens",
+            "ptx_batch_size",
+            "num_eval_prompts",
+            "kl_horizon",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
         )
-        at_least_one += ("ptx_batch_size", "num_eval_prompts", "kl_horizon")
-        for name in (*at_least_one, "per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in at_least_one:
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
+        # Weights of what comes later in a reply.
         for name in ("gamma", "lam"):
-            self._require(
-                name, 0 <= getattr(self, name) <= 1, "must lie between 0 and 1; 1 and 0.95 are usual"
-            )
+            fits = 0 <= getattr(self, name) <= 1
+            self._require(name, fits, "must lie between 0 and 1; 1 and 0.95 are usual")
+        # A negative one would pay for what it is to prevent.
         for name in ("kl_coef", "vf_coef", "learning_rate", "entropy_coef", "ptx_coef"):
             self._require(name, getattr(self, name) >= 0, "must not be negative")
+        # What is unset here has a default elsewhere.
         for name in ("sample_rows", "value_warmup_steps", "value_learning_rate"):
             self._require(name, (getattr(self, name) or 0) >= 0, "must not be negative")
-        self._require(
-            "num_rollouts",
-            self.num_rollouts is None or self.num_rollouts >= 1,
-            "must be 1 or more, or null to go by max_steps or epochs",
-        )
+
+    def _check_rollout(self) -> None:
+        """Check the length of the run, and how replies are drawn and end."""
+        self._require_or_null("num_rollouts", 1, "must be 1 or more, or null to go by max_steps or epochs")
         self._require(
             "temperature", self.temperature > 0, "must be positive; rollouts are sampled, never greedy"
-        )
-        self._check_engine()
-        self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
-        self._require(
-            "cliprange_value",
-            self.cliprange_value is None or self.cliprange_value > 0,
-            "must be positive, or null for no bound",
-        )
-        self._require(
-            "max_tokens_per_microbatch",
-            (self.max_tokens_per_microbatch or 1) >= 1,
-            "must be 1 or more, or null for no bound",
-        )
-        self._require(
-            "reward_timeout",
-            self.reward_timeout is None or self.reward_timeout > 0,
-            "must be positive, or null for no limit",
-        )
-        self._require(
-            "score_clip",
-            self.score_clip is None or self.score_clip > 0,
-            "must be positive, or null for no bound",
-        )
-        self._require("critic_warmup_rollouts", self.critic_warmup_rollouts >= 0, "must not be negative")
-        self._require(
-            "critic_warmup_rollouts",
-            self.needs_critic or not self.critic_warmup_rollouts,
-            "rloo and grpo have no critic to warm up",
-        )
-        schedules = [
-            schedule.value for schedule in SchedulerType if schedule != SchedulerType.REDUCE_ON_PLATEAU
-        ]
-        known = self.value_lr_scheduler_type is None or self.value_lr_scheduler_type in schedules
-        self._require("value_lr_scheduler_type", known, f"must be one of {', '.join(schedules)}")
-        self._require(
-            "ema_decay",
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            "must lie between 0 and 1; 0.992 is InstructGPT's",
-        )
-        top_layers(self.train_layers, 10**6, "train_layers")
-        patience = self.early_stopping_patience
-        self._require(
-            "early_stopping_patience",
-            patience is None or patience >= 1,
-            "must be 1 or more, or null for no early stop",
         )
         self._require(
             "stop_strings", all(self.stop_strings or []), "an empty text would end every reply at once"
         )
+        least = 1 if self.needs_critic else 2
         self._require(
-            "max_kl", self.max_kl is None or self.max_kl > 0, "must be positive, or null for no bound"
+            "num_generations",
+            self.num_generations >= least,
+            "rloo and grpo compare 2 or more replies a prompt",
         )
+        # Each process answers whole groups.
+        whole = self.rollout_batch_size % max(1, self.num_generations) == 0
         self._require(
-            "ratio_threshold",
-            self.ratio_threshold is None or self.ratio_threshold > 1,
-            "must be above 1, or null for no bound",
+            "num_generations", whole, f"must divide the {self.rollout_batch_size} replies of a rollout"
         )
+
+    def _check_reward(self) -> None:
+        """Check the sources of reward, and the scale of scores."""
+        self._require_positive_or_null("reward_timeout", "no limit")
+        self._require_positive_or_null("score_clip", "no bound")
+        self._require(
+            "score_calibration_prompts",
+            self.score_calibration_prompts >= 2,
+            "a standard deviation needs two replies or more",
+        )
+
+    def _check_kl(self) -> None:
+        """Check the price of the KL, its estimator, and its bounds."""
+        self._require_positive_or_null("max_kl", "no bound")
+        # Its gradient is the score function, whose mean is 0 under the policy itself.
         in_loss = self.kl_location == "loss" and self.kl_estimator == "k1"
         self._require(
             "kl_estimator",
             not in_loss,
             "in the loss k1 has no gradient on average; use k2 or k3 with kl_location=loss",
         )
-        self._require(
-            "num_generations",
-            self.num_generations >= (1 if self.needs_critic else 2),
-            "rloo and grpo compare 2 or more replies a prompt",
-        )
-        whole = self.rollout_batch_size % max(1, self.num_generations) == 0
-        self._require(
-            "num_generations", whole, f"must divide the {self.rollout_batch_size} replies of a rollout"
-        )
-        self._require(
-            "kl_target",
-            self.kl_target is None or self.kl_target > 0,
-            "must be positive, or null for a fixed kl_coef",
-        )
+        self._require_positive_or_null("kl_target", "a fixed kl_coef")
         self._require(
             "kl_coef",
             self.kl_target is None or self.kl_coef > 0,
             "must be positive with kl_target: from 0 it could never grow",
         )
+
+    def _check_update(self) -> None:
+        """Check the bounds of the update, what of the policy trains, and when it stops."""
+        self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
+        self._require(
+            "max_tokens_per_microbatch",
+            (self.max_tokens_per_microbatch or 1) >= 1,
+            "must be 1 or more, or null for no bound",
+        )
+        self._require(
+            "ratio_threshold",
+            self.ratio_threshold is None or self.ratio_threshold > 1,
+            "must be above 1, or null for no bound",
+        )
+        self._require(
+            "ema_decay",
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "must lie between 0 and 1; 0.992 is InstructGPT's",
+        )
+        # The base is not known yet: any number of layers that is spelt right
+        top_layers(self.train_layers, 10**6, "train_layers")
+        self._require_or_null("early_stopping_patience", 1, "must be 1 or more, or null for no early stop")
+
+    def _check_critic(self) -> None:
+        """Check the bound and the schedule of the critic, where there is one."""
+        self._require_positive_or_null("cliprange_value", "no bound")
+        self._require("critic_warmup_rollouts", self.critic_warmup_rollouts >= 0, "must not be negative")
+        self._require(
+            "critic_warmup_rollouts",
+            self.needs_critic or not self.critic_warmup_rollouts,
+            "rloo and grpo have no critic to warm up",
+        )
+        # ReduceLROnPlateau goes by a metric, not by the step alone.
+        schedules = [
+            schedule.value for schedule in SchedulerType if schedule != SchedulerType.REDUCE_ON_PLATEAU
+        ]
+        known = self.value_lr_scheduler_type is None or self.value_lr_scheduler_type in schedules
+        self._require("value_lr_scheduler_type", known, f"must be one of {', '.join(schedules)}")
+
+    def _check_what_stays_off(self) -> None:
+        """Check settings of transformers that would break a run without a word."""
+        # One precision for all roles: rollout and update are compared token by token.
         for name in ("bf16", "fp16"):
             self._require(
                 name,
@@ -496,18 +542,15 @@ class PPOConfig(TrainingArguments):
             not self.logging_nan_inf_filter,
             "it hides broken losses; leave it false",
         )
-        self._require(
-            "score_calibration_prompts",
-            self.score_calibration_prompts >= 2,
-            "a standard deviation needs two replies or more",
-        )
 
     def _check_engine(self) -> None:
+        """Check what generates the replies."""
         self._require(
             "vllm_memory_share",
             0 < self.vllm_memory_share < 1,
             "must lie between 0 and 1; 0.3 leaves the rest to training",
         )
+        # vLLM has a base of its own, and other limits than transformers.
         if self.rollout_engine == "vllm":
             self._require(
                 "rollout_weights",
@@ -520,11 +563,22 @@ class PPOConfig(TrainingArguments):
                 f"vLLM takes {_VLLM_COLDEST} for anything below it",
             )
 
+    def _require_positive_or_null(self, name: str, null_means: str) -> None:
+        value = getattr(self, name)
+        self._require(name, value is None or value > 0, f"must be positive, or null for {null_means}")
+
+    def _require_or_null(self, name: str, least: int, why: str) -> None:
+        value = getattr(self, name)
+        self._require(name, value is None or value >= least, why)
+
     def _require(self, name: str, holds: bool, why: str) -> None:
+        """Raise UserError with the setting, its value and ``why``, unless it ``holds``."""
         if not holds:
             raise UserError(f"{name}={getattr(self, name)}: {why}.")
 
     def _check_whole_rollouts(self, name: str, strategy: object, why: str) -> None:
+        """Check that what happens every so many steps happens between rollouts."""
+        # Inside a rollout, a checkpoint would have to carry its replies and states.
         steps, every = self.steps_per_rollout, getattr(self, name) or 0
         if str(getattr(strategy, "value", strategy)) != "steps" or every % steps == 0:
             return

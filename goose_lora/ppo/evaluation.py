@@ -48,6 +48,7 @@ def evaluate_prompts(
     of the training's are used up.
     """
     device = accelerator.device
+    # Each process takes every n-th prompt: their numbers differ by one at most.
     own = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
     totals = torch.zeros(7, device=device, dtype=torch.float64)
     with own_random_numbers(accelerator, seed):
@@ -72,6 +73,7 @@ def evaluate_prompts(
                 greedy.lengths.sum(),
             ]
             totals += torch.stack(sums).double()
+    # Means are made of sums over all processes, so that each prompt counts alike.
     count, *sums = summed(accelerator, totals).tolist()
     names = ("score", "kl", "response_tokens", "eos_rate", "greedy_score", "greedy_response_tokens")
     return {name: total / count for name, total in zip(names, sums, strict=True)}
@@ -91,6 +93,7 @@ def reference_scores(
 
     They are drawn from ``rows`` by ``seed``. Each process returns its part.
     """
+    # A generator of its own: which prompts they are does not depend on what was drawn before.
     generator = torch.Generator().manual_seed(seed + accelerator.process_index)
     own_count = -(-count // accelerator.num_processes)
     chosen = torch.randint(len(rows), (own_count,), generator=generator).tolist()

@@ -55,6 +55,7 @@ class Experience:
             mean_tokens: averages a step's number of response tokens over processes, since
                 DistributedDataParallel averages gradients: see ``Microbatch``.
         """
+        # Drawn on the CPU, from the random state that checkpoints carry.
         order = torch.randperm(len(self.rollout.input_ids), device="cpu").to(self.rollout.input_ids.device)
         if len(order) <= rows:
             order = order.sort().values
@@ -232,6 +233,7 @@ class ExperienceMaker:
 
     def _moments(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> F.Moments:
         """Return the moments of ``x`` over the rollouts of all processes."""
+        # Gathered as one row of three numbers a process.
         own = torch.stack(
             [torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in F.moments(x, mask)]
         )
@@ -241,9 +243,11 @@ class ExperienceMaker:
 
     def _of_replies(self, rollout: Rollout, seen: RoleOutputs) -> dict[str, Tensor]:
         """Return figures of the replies, and the KL to the reference in nats a reply."""
+        # k1 is what the objective charges on average; k3 is never negative.
         mask = rollout.response_mask
         k1 = torch.where(mask, seen.logprobs - seen.ref_logprobs, 0.0)
         k3 = torch.where(mask, F.kl_per_token(seen.logprobs, seen.ref_logprobs, estimator="k3"), 0.0)
+        # Replies are compared over all processes by a number that stands for their tokens.
         replies = rollout.response_ids()
         texts = self._everywhere(torch.tensor([hash(tuple(reply)) for reply in replies], device=mask.device))
         figures = {
@@ -257,6 +261,7 @@ class ExperienceMaker:
         if seen.kl is not None:
             figures["objective/kl_exact"] = torch.where(mask, seen.kl, 0.0).sum(-1).mean()
         if rollout.sampling_logprobs is not None:
+            # How far the probabilities of generating are from those of the update
             gap = torch.where(mask, (rollout.sampling_logprobs - seen.logprobs).abs(), 0.0)
             figures["rollout/sampling_gap"] = F.masked_mean(self._everywhere(gap), self._everyones(mask))
         return figures
@@ -279,6 +284,7 @@ class ExperienceMaker:
         mask: Bool[Tensor, "B T"],
     ) -> dict[str, Tensor]:
         """Return the spread of the unwhitened advantages, and how good the critic is."""
+        # Over all processes at once: a variance is no mean of variances.
         everyones = self._everyones(mask)
         if values is None or returns is None:
             spread, of_critic = advantages, {}

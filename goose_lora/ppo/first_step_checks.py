@@ -68,6 +68,7 @@ class FirstStepChecks:
 
     def tolerance(self, by_dtype: Mapping[torch.dtype, float]) -> float:
         """Return the tolerance for the dtype in which the base computes."""
+        # A dtype that is not listed is held to the narrowest bound.
         dtype = output_head(self.shared.core).weight.dtype
         return by_dtype.get(dtype, by_dtype[torch.float32])
 
@@ -78,6 +79,7 @@ def check_roles(shared: SharedBase, args: PPOConfig) -> None:
     Raises:
         UserError: a critic, an average or layers that train are other than the settings want.
     """
+    # The settings are the trainer's, the roles the base's: nothing else compares the two.
     plan = shared.role_plan
     if args.needs_critic != (plan.critic is not None):
         wanted = "critic=None: replies are compared with one another"
@@ -102,6 +104,7 @@ def check_trainable(named: Iterable[tuple[str, nn.Parameter]], expected: Collect
     Raises:
         GateError: there are others, some are frozen, or none trains.
     """
+    # PEFT marks parameters as it switches adapters, so that one switch too many is enough.
     named, expected = list(named), set(expected)
     extra = [name for name, p in named if p.requires_grad and name not in expected]
     missing = [name for name, p in named if not p.requires_grad and name in expected]
@@ -131,6 +134,7 @@ def check_ratio(
     Raises:
         GateError: they do not.
     """
+    # Written so that NaN fails, too: no comparison with it holds.
     gaps = (logprobs - old_logprobs).abs()[mask]
     mean, largest = gaps.mean().item(), gaps.max().item()
     if not (mean <= tolerance and largest <= 10 * tolerance):
@@ -148,6 +152,7 @@ def check_reference(kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, tole
     Raises:
         GateError: it is further from 0 than ``tolerance`` nats at some token.
     """
+    # At every token: one that differs is a sign of two models, and a mean would hide it.
     gap = torch.where(mask, kl, 0.0).abs().max().item()
     if not gap <= tolerance:
         raise GateError(
@@ -163,6 +168,7 @@ def check_gradients(named: Iterable[tuple[str, nn.Parameter]]) -> None:
     Raises:
         GateError: one has none, or one that is not finite.
     """
+    # Missing: the graph does not reach it. Not finite: the first step would spoil it.
     grads = [(name, p.grad) for name, p in named if p.requires_grad]
     missing = [name for name, grad in grads if grad is None]
     broken = [name for name, grad in grads if grad is not None and not torch.isfinite(grad).all()]

@@ -78,5 +78,6 @@ def leaves_bounds(output: PolicyAndValue, batch: Microbatch, ratio_threshold: fl
 
     That is above ``ratio_threshold`` or below its inverse; NaN is out of bounds too.
     """
+    # Written so that NaN is out of bounds: no comparison with it holds.
     ratio = F.masked_mean((output.logprobs - batch.old_logprobs).exp(), batch.response_mask)
     return ~((ratio <= ratio_threshold) & (ratio >= 1 / ratio_threshold))

@@ -20,6 +20,7 @@ def waits_on_host(where: TrunkMemory, *, need: float, free: float) -> bool:
         free: bytes that are free on the device. ``auto`` takes the host where the states need more
             than half of them.
     """
+    # Half of what is free is left for the update's activations.
     return where == "host" or (where == "auto" and need > SHARE_OF_FREE_MEMORY * free)
 
 
@@ -43,5 +44,7 @@ def scoring_keeps_graph(
         max_tokens: the bound on a microbatch's tokens; with one, the update cuts its own parts.
         pretraining: whether the update reads pretraining text besides.
     """
+    # A rollout that is scored in several groups, or learned from in several parts, has no pass that
+    # serves both; nor has one whose update reads pretraining text besides.
     one_pass = replies <= min(microbatch_rows, group_rows)
     return one_pass and max_tokens is None and not pretraining

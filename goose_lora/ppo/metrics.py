@@ -68,6 +68,7 @@ class RunMetrics:
 
     def take(self) -> dict[str, float]:
         """Return the means since the last log over all processes, and begin anew."""
+        # Of rollouts: a mean over those since the last log, and how many they were.
         device, steps = self.accelerator.device, self.steps
         rollout = {
             name: torch.tensor(sum(seen) / len(seen), device=device) for name, seen in self._rollouts.items()
@@ -75,7 +76,9 @@ class RunMetrics:
         if rollout:
             count = float(len(self._rollouts["objective/score"]))
             rollout["rollout/count"] = torch.tensor(count, device=device)
+        # Of the update: sums whose parts make up one optimizer step each.
         update = {name: torch.as_tensor(total, device=device) / steps for name, total in self._totals.items()}
+        # Each process has as many rollouts and steps, so that a mean of means is the mean.
         means = self.accelerator.reduce(rollout | update, reduction="mean")
         self._rollouts.clear()
         self._totals.clear()

@@ -77,6 +77,7 @@ class Microbatch:
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return this with all tensors on ``device``; some may have waited in the host's memory."""
+        # The count of tokens has no rows, and moves beside them.
         moved = self.changed(lambda name, x: x.to(device))
         return replace(moved, num_tokens=self.num_tokens.to(device))
 
@@ -94,6 +95,7 @@ class Microbatch:
     def changed(self, change: Callable[[str, Tensor], Tensor]) -> "Microbatch":
         """Return this with each tensor that has rows replaced by ``change(name, tensor)``."""
         new = {}
+        # Rows are copied or cut in each tensor alike, so that none can be forgotten here.
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in BY_SEQUENCE + BY_RESPONSE and value is not None:
@@ -106,6 +108,8 @@ def trimmed(batch: Microbatch) -> Microbatch:
 
     All that depends on them is padding.
     """
+    # Prompts are padded on the left and replies on the right: padding that all rows share stands at
+    # the ends. What is left are views, which need no memory.
     attended = batch.attention_mask.any(0).nonzero().flatten()
     first, after = int(attended[0]), int(attended[-1]) + 1
     response_tokens = batch.response_mask.shape[1] - (batch.attention_mask.shape[1] - after)
@@ -128,6 +132,8 @@ def split_by_tokens(batch: Microbatch, max_tokens: int | None) -> list[Microbatc
     """
     if max_tokens is None:
         return [trimmed(batch)]
+    # Greedily: each row joins the last group if that stays within the bound. Prompts and responses
+    # are padded apart, so that a group is as wide as its longest of each together.
     prompts, responses = _lengths(batch)
     groups: list[list[int]] = []
     for row in _longest_first(prompts + responses):
@@ -143,6 +149,7 @@ def split_in_two(batch: Microbatch) -> list[Microbatch]:
     """Split ``batch`` into two trimmed parts, the longer rows in the first."""
     prompts, responses = _lengths(batch)
     order = _longest_first(prompts + responses)
+    # An odd row goes to the first half.
     middle = -(-len(order) // 2)
     return _parts(batch, [order[:middle], order[middle:]])
 

@@ -81,6 +81,7 @@ class OwnLoop:
         """
         if self.started:
             raise UserError("the loop has been started already. Make a new PPOTrainer for another one.")
+        # A daemon: a user who leaves the loop without finish is not kept from ending the program.
         self.thread = threading.Thread(
             target=self._run, args=(train,), name="goose_lora training", daemon=True
         )
@@ -118,6 +119,7 @@ class OwnLoop:
 
     def _wait(self) -> None:
         """Wait until the training asks for a rollout, or ends."""
+        # The answer is "next" where it asks, an error where it broke, and anything else at its end.
         answer = self._asked.get()
         self.ended = answer != "next"
         if self.ended and self.thread is not None:
@@ -150,11 +152,13 @@ class OwnLoop:
 
     def _run(self, train: Callable[[], object]) -> None:
         try:
+            # Each thread has a current device of its own.
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
             train()
         except LoopEnded:
             self._asked.put("finished")
+        # Whatever it is belongs to the user's thread, which waits for an answer.
         except BaseException as error:
             self._asked.put(error)
         else:
@@ -197,6 +201,7 @@ def rollout_of(
         attended[row, : len(response)] = 1
         counted[row, : len(response)] = torch.as_tensor(mask, dtype=torch.bool)
 
+    # What ended a reply is looked for in its last turn alone.
     stops = collector.generation.eos_token_id, collector.stop_strings or ()
     ended = [
         ends_with_stop(tokenizer, last_turn(reply, mask), *stops)
@@ -231,6 +236,7 @@ def last_turn(reply: Int[Tensor, " T"], mask: Bool[Tensor, " T"]) -> list[int]:
 
     A stop text of an earlier turn is not this one's, and none stands across two.
     """
+    # From behind the last hole to the last token that counts
     last = int(mask.nonzero()[-1])
     holes = (~mask[:last]).nonzero().flatten().tolist()
     first = holes[-1] + 1 if holes else 0
@@ -253,6 +259,7 @@ def scores_of(scores: GivenScores, rollout: Rollout) -> Scores:
             f"{len(scores)} scores for {len(mask)} responses; give one number, or one list of numbers, a"
             " response."
         )
+    # Scores are given for each token of a response, others' tokens in it included.
     lengths = rollout.attention_mask[:, rollout.prompt_tokens :].sum(-1).tolist()
     by_token = torch.zeros(mask.shape)
     dense = False

@@ -24,6 +24,7 @@ def summed(accelerator: Accelerator, x: Tensor) -> Tensor:
 
 def averaged(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, float]:
     """Return the mean of each figure over processes, all of them in one exchange, in fp32."""
+    # One exchange: figures are many and small.
     own = torch.stack([x.to(accelerator.device, torch.float32) for x in figures.values()])
     means = cast(Tensor, accelerator.reduce(own, reduction="mean"))
     return dict(zip(figures, means.tolist(), strict=True))

@@ -27,6 +27,7 @@ class PromptCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> PromptBatch:
+        # On the left, so that all replies begin in one column.
         input_ids, attention_mask = left_pad([row["input_ids"] for row in rows], self.pad_token_id)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "input_ids"}
         return {"input_ids": input_ids, "attention_mask": attention_mask, "columns": columns}
@@ -58,6 +59,7 @@ class RolloutBatches:
     drop_last = True
 
     def __init__(self, num_rows: int, batch_size: int, repeat: int, *, seed: int, num_processes: int = 1):
+        # An epoch has whole rollouts only: with fewer rows it would have none.
         if num_rows < batch_size * num_processes:
             raise UserError(
                 f"{num_rows} prompts do not fill one rollout of {batch_size} prompts on each of"
@@ -81,6 +83,7 @@ class RolloutBatches:
         # The order follows from seed and epoch alone, so that a resumed run deals the same prompts.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.num_rows, generator=generator).tolist()
+        # A block is one rollout of all ranks; accelerate deals its batches to them in turn.
         block_size = self.batch_size * self.num_processes
         for start in range(0, self.num_rows - block_size + 1, block_size):
             block = [
@@ -119,6 +122,7 @@ class PretrainingTexts:
     def of(self, *, step: int, microbatch: int) -> tuple[Int[Tensor, "P N"], Int[Tensor, "P N"]]:
         """Return ids and attention mask of the texts of a microbatch, counted within its step."""
         place = step * self.microbatches + microbatch
+        # A tuple of integers has the same hash in every run.
         generator = torch.Generator().manual_seed(hash((self.seed, place, self.process)) % 2**63)
         numbers = torch.randint(len(self.rows), (self.batch_size,), generator=generator).tolist()
         texts = [self.rows[number]["input_ids"] for number in numbers]

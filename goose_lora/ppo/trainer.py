@@ -143,7 +143,7 @@ class PPOTrainer(Resumable, Trainer):
         if args.ema_decay is not None:
             self.add_callback(PolicyAverage(model, args.ema_decay))
 
-        # 3. The parts of a step.
+        # 3. The parts of a step: each owns what it keeps from one step to the next.
         pad = cast(int, processing_class.pad_token_id)
         self.collate = PromptCollator(pad)
         self.collector = _collector(model, args, processing_class, reward)
@@ -206,7 +206,9 @@ class PPOTrainer(Resumable, Trainer):
         they are marked first.
         """
         if self.optimizer is None:
-            set_seed(self.args.seed, device_specific=True)  # or all processes would sample alike
+            # Trainer has set one seed for all: without this, all processes would sample alike.
+            set_seed(self.args.seed, device_specific=True)
+            # All that trains is marked, and nothing else may train.
             shared = self.shared
             roles = shared.role_plan.training
             shared.set_trainable(roles)
@@ -214,6 +216,7 @@ class PPOTrainer(Resumable, Trainer):
             expected = [name for group in groups for name, _ in group]
             first_step_checks.check_trainable(shared.named_parameters(), expected)
 
+            # Two groups, which two schedules can move apart.
             rates = (self.args.learning_rate, self.args.critic_learning_rate)[: len(roles)]
             with_rates = [
                 {"params": [parameter for _, parameter in group], "lr": rate}
@@ -231,6 +234,7 @@ class PPOTrainer(Resumable, Trainer):
         """Return the library's schedule, unless policy and critic go by different ones."""
         if not self.args.has_two_schedules:
             return super().create_scheduler(num_training_steps, optimizer)
+        # By this mark Trainer knows it for one that belongs to a single training.
         if self.lr_scheduler is None:
             self.lr_scheduler = by_settings(self.args, optimizer or self.optimizer, num_training_steps)
             self._created_lr_scheduler = True
@@ -245,6 +249,8 @@ class PPOTrainer(Resumable, Trainer):
             self.own_loop.check_thread()
         elif not self.has_prompts:
             raise UserError("there is no train_dataset: give PPOTrainer one, or go on by generate and step.")
+        # Trainer counts batches: so each batch of prompts comes as often as its rollout has
+        # microbatches, and all but the first of them are passed over.
         args = self.args
         batches = RolloutBatches(
             len(self.train_dataset),
@@ -264,6 +270,7 @@ class PPOTrainer(Resumable, Trainer):
         Overridden since a batch of Trainer is a batch of prompts here, from which microbatches are
         made.
         """
+        # A rollout lasts for several calls of this; the prompts are read by the first of them.
         step = self.state.global_step
         microbatch = self.updater.next_microbatch(partial(self.collect, inputs))
         # What Trainer calls its inputs goes through to compute_loss as it is: a microbatch.
@@ -271,8 +278,10 @@ class PPOTrainer(Resumable, Trainer):
             Callable[[Microbatch], Tensor],
             partial(super().training_step, model, num_items_in_batch=num_items_in_batch),
         )
+        # Forward and backward; the step of the optimizer is Trainer's.
         with self.metrics.timed("update"):
             loss = self.updater.learn(model, microbatch, one_pass)
+        # Gradients are checked before any is dropped.
         self.checks.gradients(step=step)
         if self.critic_warms_up:
             self.updater.drop_policy_gradients()
@@ -296,6 +305,7 @@ class PPOTrainer(Resumable, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log besides what rollouts and updates since the last log have shown on all processes."""
+        # An evaluation has a log of its own, in the middle of what is gathered here.
         of_evaluation = any(name.startswith("eval_") for name in logs)
         if self.metrics.microbatches and not of_evaluation:
             skipped = {"policy/not_finite": self.finite.skipped / self.metrics.steps}
@@ -312,12 +322,10 @@ class PPOTrainer(Resumable, Trainer):
     ) -> dict[str, float]:
         """Answer the first ``num_eval_prompts`` held-out prompts, and score the replies.
 
-        Each prompt has a sampled and a greedy reply.
-
-        ``eval_objective`` is the sampled replies' score less ``kl_coef`` (that of the settings,
-        also where it adapts) times their KL, and what the best checkpoint and early stopping go by;
-        scores are counted in the scale of the first evaluation. Training draws the random numbers
-        that it would have drawn without.
+        Each prompt has a sampled and a greedy reply. ``eval_objective`` is the sampled replies'
+        score less ``kl_coef`` (that of the settings, also where it adapts) times their KL, and what
+        the best checkpoint and early stopping go by; scores are counted in the scale of the first
+        evaluation. Training draws the random numbers that it would have drawn without.
 
         Raises:
             UserError: there are no held-out prompts.
@@ -327,6 +335,7 @@ class PPOTrainer(Resumable, Trainer):
             raise UserError(
                 "there is nothing to evaluate on: give PPOTrainer an eval_dataset, or evaluate one."
             )
+        # The same prompts in the same scale each time, so that evaluations can be compared.
         rows = rows.select(range(min(self.args.num_eval_prompts, len(rows))))
         if self.rollout_state.evaluation_scale is None:
             self.rollout_state.evaluation_scale = tuple(self._evaluation_scale(rows))
@@ -338,6 +347,7 @@ class PPOTrainer(Resumable, Trainer):
             scale=ScoreScale(*self.rollout_state.evaluation_scale),
             seed=self.args.seed,
         )
+        # What the run is after: a score that is not paid for in KL.
         figures["objective"] = figures["score"] - self.args.kl_coef * figures["kl"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
@@ -381,9 +391,11 @@ class PPOTrainer(Resumable, Trainer):
 
         In a loop of the user's own, the rollout is the user's, and the prompts are not read.
         """
+        # The training's thread waits here until the user gives a rollout.
         if self.own_loop.started:
             given = self.own_loop.take()
             return self.make_experience(given.rollout, given.scores)
+        # The scale is learned before the first rollout, while the policy is still its reference.
         if self.rollout_state.score_scale is None:
             self._calibrate()
         prompts = repeated(prompts, self.args.num_generations)
@@ -473,6 +485,7 @@ class PPOTrainer(Resumable, Trainer):
         """
         if self.args.score_normalization != "reference" or self.rollout_state.score_scale is not None:
             return self.experience.scale
+        # As the training will find it, but with random numbers of its own.
         with own_random_numbers(self.accelerator, self.args.seed):
             scores = self._scores_of_the_reference(self.train_dataset if self.has_prompts else rows)
             everywhere = gathered(self.accelerator, scores)
@@ -500,6 +513,8 @@ class PPOTrainer(Resumable, Trainer):
         """
         if not self.own_loop.started:
             self.start()
+        # In the user's thread, between two steps: no trunk is noted, since the replies may change
+        # before they come back.
         prompts = [list(map(int, query)) for query in queries]
         ids, mask = left_pad(prompts, self.processing_class.pad_token_id, self.args.device)
         rollout = self.collector.generate(ids, mask, greedy=greedy)
@@ -536,6 +551,7 @@ class PPOTrainer(Resumable, Trainer):
             UserError: another number of samples, or what ``rollout_of`` and ``scores_of`` refuse.
                 Nothing has changed then.
         """
+        # All that can be refused is refused before the training gets anything.
         wanted = self.args.rollout_batch_size
         if len(queries) != wanted:
             raise UserError(
@@ -583,6 +599,7 @@ def _collector(
     shared: SharedBase, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardMix
 ) -> RolloutCollector:
     """Return what generates and evaluates by these settings."""
+    # Replies end at these tokens, at the stop texts, and at their greatest length.
     generation = generation_config(
         response_tokens=args.response_length,
         temperature=args.temperature,

@@ -1,13 +1,13 @@
-"""Names of TRL's PPO, both generations (0.7 to 0.11 and 0.12 to 1.12), and what each is called
-here.
+"""Names of TRL's PPO and what each is called here.
 
-A name is listed where it does not exist here, or is TRL's for something that is done in another
-way. Names that are not listed work here.
+They are those of both generations (0.7 to 0.11 and 0.12 to 1.12). A name is listed where it does
+not exist here, or is TRL's for something that is done in another way. Names that are not listed
+work here.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from goose_lora.errors import UserError
 
@@ -154,8 +154,14 @@ IMPORTS = {
 
 
 def refuse_trl_arguments(names: Iterable[str], answers: Mapping[str, str] = TRAINER_ARGUMENTS) -> None:
-    """Raise ValueError, with the name here for each, if any of ``names`` is TRL's; by default, a
-    keyword of its PPOTrainer."""
+    """Refuse ``names`` that are TRL's, with the name here for each.
+
+    Args:
+        answers: TRL's names and those here; by default, the keywords of its PPOTrainer.
+
+    Raises:
+        UserError: one or more are TRL's.
+    """
     found = [name for name in names if name in answers]
     if found:
         listed = "; ".join(f"{name!r} is here {answers[name]}" for name in found)
@@ -165,16 +171,18 @@ def refuse_trl_arguments(names: Iterable[str], answers: Mapping[str, str] = TRAI
 
 
 def answers_trl(answers: Mapping[str, str]) -> Callable[[Class], Class]:
-    """Class decorator: keyword arguments that are TRL's are answered before Python complains of
-    those that are missing."""
+    """Make a decorator of classes that answers keyword arguments which are TRL's.
+
+    It does so before Python complains of those that are missing.
+    """
 
     def decorate(cls: Class) -> Class:
         original = cls.__init__
 
         @functools.wraps(original)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        def __init__(instance: object, *args: object, **kwargs: object) -> None:
             refuse_trl_arguments(kwargs, answers)
-            original(self, *args, **kwargs)
+            original(instance, *args, **kwargs)
 
         cls.__init__ = __init__
         return cls

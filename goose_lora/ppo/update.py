@@ -81,6 +81,8 @@ class Updater:
 
     def goes_on_from_scoring(self, rollout: Rollout, *, step: int) -> bool:
         """Return whether the update's first pass over a rollout is the one that scores it."""
+        # In the first step of all the two passes are compared; with several processes,
+        # DistributedDataParallel has to see the forward pass itself.
         one_pass = scoring_keeps_graph(
             replies=len(rollout.ended),
             microbatch_rows=self.args.per_device_train_batch_size,

@@ -268,7 +268,7 @@ def test_nothing_private_of_the_libraries_trainer_is_overridden():
 
     ours = [cls for cls in PPOTrainer.__mro__ if cls.__module__.startswith("goose_lora.")]
     names = {name for cls in ours for name in vars(cls) if name.startswith("_") and not name.startswith("__")}
-    assert len(ours) == 2 and len(names) > 4
+    assert len(ours) == 2 and len(names) > 2
     assert {name for name in names if hasattr(Trainer, name)} == set()
 
 

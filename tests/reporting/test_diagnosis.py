@@ -485,7 +485,7 @@ def test_a_run_that_pleases_one_source_of_reward_and_not_the_judge(tmp_path):
 def watch(rows, *, before=(), warmup=0):
     """The callback over ``rows``, of a run that is resumed after the rows ``before``."""
     watcher = Diagnosis()
-    args = SimpleNamespace(critic_warmup_rollouts=warmup, steps_per_rollout=4)
+    args = SimpleNamespace(critic_warmup_steps=4 * warmup)  # 4 steps a rollout
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, log_history=list(before))
     watcher.on_train_begin(args, state, None)
     for row in rows:
