@@ -1,12 +1,14 @@
-"""RLHF on one small machine: SFT, reward model and PPO as LoRA adapters on one shared quantized
-base."""
+"""RLHF on one small machine: SFT, reward model and PPO as LoRA adapters on one shared base."""
 
 import importlib
-from typing import Any
 
 # Loaded when first used, so that `import goose_lora.functional` needs torch alone.
 _HOMES = {
     "SharedBase": "models.shared_base",
+    "ModelArguments": "models.arguments",
+    "load_base": "models.loading",
+    "load_tokenizer": "models.loading",
+    "lora_config": "models.loading",
     "PPOConfig": "ppo.config",
     "PPOTrainer": "ppo.trainer",
     "Agent": "instruct",
@@ -22,7 +24,7 @@ def __dir__() -> list[str]:
     return [*globals(), *_HOMES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     from goose_lora.ppo.trl_names import IMPORTS
 
     if name in IMPORTS:

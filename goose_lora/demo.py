@@ -19,10 +19,10 @@ from typing import Any
 
 from goose_lora.embedded import (
     Package,
-    _make,
     cache_dir,
     data_folder,
     fetch,
+    make_folder,
     model_folder,
 )
 from goose_lora.errors import UserError
@@ -42,14 +42,21 @@ VADER = Package(
 
 
 def vader(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """VADER's compound sentiment of prompt and completion together, -1 to 1: the judge, which no
-    stage of training sees."""
-    folder = _make(cache_dir() / "vader", lambda folder: zipfile.ZipFile(fetch(VADER)).extractall(folder))
-    spec = importlib.util.spec_from_file_location(
-        "goose_lora_vader", folder / "vaderSentiment" / "vaderSentiment.py"
-    )
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    """Return VADER's compound sentiment of prompt and completion together, -1 to 1.
+
+    It is the judge, which no stage of training sees.
+    """
+
+    def unpack(folder: Path) -> None:
+        with zipfile.ZipFile(fetch(VADER)) as wheel:
+            wheel.extractall(folder)
+
+    # Imported from its file: the package itself is not installed
+    source = make_folder(cache_dir() / "vader", unpack) / "vaderSentiment" / "vaderSentiment.py"
+    spec = importlib.util.spec_from_file_location("goose_lora_vader", source)
+    assert spec and spec.loader  # None only for a suffix that Python does not know
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     analyzer = module.SentimentIntensityAnalyzer()
     return [
         analyzer.polarity_scores(prompt + completion)["compound"]
@@ -63,65 +70,65 @@ STAGES = ("sft", "reward", "ppo", "evaluation")
 
 
 def run_demo(output: Path, *, seed: int = 0) -> None:
-    """Run the four recipes on the embedded model and data, each as its own process, and print one
-    table.
+    """Run the four recipes on the embedded model and data, and print one table.
 
-    A stage whose ``stage.json`` is there was finished before and is not run again. Writes
-    ``summary.json`` and ``curves.png``.
+    Each is a process of its own. A stage whose ``stage.json`` is there was finished before and is
+    not run again. Writes ``summary.json`` and ``curves.png``.
+
+    Raises:
+        UserError: there are no recipes here, or a stage has failed.
     """
     recipes = Path(__file__).parent.parent / "recipes"
     if not recipes.is_dir():
         raise UserError(
             f"{recipes}: the demo runs the recipes of a checkout. Clone the repository and run it there."
         )
+
+    # Model and data, and the device
     started = time.monotonic()
-    print(
-        (
-            "Fetching the model and the ratings"
-            if not (cache_dir() / "film-ratings").is_dir()
-            else "Model and ratings are in the cache"
-        ),
-        flush=True,
-    )
+    if (cache_dir() / "film-ratings").is_dir():
+        print("Model and ratings are in the cache", flush=True)
+    else:
+        print("Fetching the model and the ratings", flush=True)
     model, _ = model_folder(), data_folder()
-    print("On the CPU" if gpu() is None else f"On {gpu()} (for the CPU: ACCELERATE_USE_CPU=true)", flush=True)
+    device = gpu()
+    if device is None:
+        print("On the CPU", flush=True)
+    else:
+        print(f"On {device} (for the CPU: ACCELERATE_USE_CPU=true)", flush=True)
+
+    # The stages that are not done yet
     for number, stage in enumerate(STAGES, 1):
-        recipe = "evaluate" if stage == "evaluation" else stage
+        place = f"[{number}/{len(STAGES)}] {stage}"
         if (output / stage / "stage.json").is_file():
-            print(
-                f"[{number}/{len(STAGES)}] {stage}: already in {output / stage}; delete that folder to run it"
-                " again",
-                flush=True,
-            )
+            print(f"{place}: already in {output / stage}; delete that folder to run it again", flush=True)
             continue
-        print(f"\n[{number}/{len(STAGES)}] {stage}", flush=True)
-        _run_stage(
-            [
-                str(recipes / f"{recipe}.py"),
-                "--config",
-                str(recipes / "configs" / "demo_cpu" / f"{recipe}.yaml"),
-            ],
-            stage,
-            output,
-            seed,
-        )
+        print(f"\n{place}", flush=True)
+        _run_stage(recipes, stage, output, seed)
+
+    # What came of them
     summary = _summarise(output, round(time.monotonic() - started, 1))
     write_json(output / "summary.json", summary)
     shutil.copyfile(output / "ppo" / "curves.png", output / "curves.png")
     _print_summary(output, summary, model)
 
 
-def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
-    earlier = {
-        "sft_adapter": "sft",
-        "policy_adapter": "ppo" if stage == "evaluation" else "sft",
-        "reward_adapter": "reward",
-    }
-    options = {"output_dir": stage, **({} if stage in ("sft", "reward") else earlier)}
-    if stage == "ppo":
-        del options["sft_adapter"]
-    for name, folder in options.items():
+# The folders of earlier stages that a stage starts from, by setting.
+_STARTS_FROM = {
+    "sft": {},
+    "reward": {},
+    "ppo": {"policy_adapter": "sft", "reward_adapter": "reward"},
+    "evaluation": {"sft_adapter": "sft", "policy_adapter": "ppo", "reward_adapter": "reward"},
+}
+
+
+def _run_stage(recipes: Path, stage: str, output: Path, seed: int) -> None:
+    recipe = "evaluate" if stage == "evaluation" else stage
+    config = recipes / "configs" / "demo_cpu" / f"{recipe}.yaml"
+    command = [str(recipes / f"{recipe}.py"), "--config", str(config)]
+    for name, folder in {"output_dir": stage, **_STARTS_FROM[stage]}.items():
         command += [f"--{name}", str(output / folder)]
+
     # One process needs no launcher, whose own traceback would be the answer to Ctrl-C.
     environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", **os.environ}
     if gpu() is None:
@@ -129,7 +136,10 @@ def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
         environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     else:
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-        command += ["--use_cpu", "false"] if stage != "evaluation" else []  # which takes what there is
+        if stage != "evaluation":  # which takes what there is
+            command += ["--use_cpu", "false"]
+
+    # Its own words are above; Ctrl-C ends the demo with it
     done = subprocess.run([sys.executable, *command, "--seed", str(seed)], env=environment)
     if done.returncode == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
@@ -141,8 +151,10 @@ def _run_stage(command: list[str], stage: str, output: Path, seed: int) -> None:
 
 
 def gpu() -> str | None:
-    """Name of the GPU that the demo runs on: one that multiplies bfloat16, unless
-    ACCELERATE_USE_CPU says otherwise."""
+    """Return the name of the GPU that the demo runs on, None for the CPU.
+
+    It must multiply bfloat16; ACCELERATE_USE_CPU forbids it.
+    """
     import torch
     from accelerate.utils import parse_flag_from_env
 
@@ -156,12 +168,15 @@ def gpu() -> str | None:
 
 
 def _slow_bf16_options(stage: str) -> list[str]:
-    """The demo's files say bfloat16, which is slow in software."""
+    """Return options for a CPU where bfloat16, which the demo's files name, is slow."""
     from goose_lora.models.quantization import cpu_multiplies_bf16
 
     if cpu_multiplies_bf16():
         return []
-    return ["--dtype", "float32", *(["--bf16", "false"] if stage in ("sft", "reward") else [])]
+    options = ["--dtype", "float32"]
+    if stage in ("sft", "reward"):
+        options += ["--bf16", "false"]
+    return options
 
 
 def _summarise(output: Path, seconds: float) -> dict[str, Any]:
@@ -170,10 +185,7 @@ def _summarise(output: Path, seconds: float) -> dict[str, Any]:
     evaluation = read_json(output / "evaluation" / "evaluation.json")["figures"]
     summary: dict[str, Any] = {"reward": verdict}
     for name in ("base", "sft", "ppo"):
-        summary[name] = {
-            "vader" if key == "judge" else key.replace("judge", "vader"): value
-            for key, value in evaluation[name].items()
-        }
+        summary[name] = {key.replace("judge", "vader"): value for key, value in evaluation[name].items()}
     summary["seconds"] = {stage: figures["seconds"] for stage, figures in stages.items()} | {
         "this_command": seconds
     }

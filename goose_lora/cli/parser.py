@@ -1,4 +1,4 @@
-"""From YAML and command line to dataclasses, and errors that end in one clear line."""
+"""Settings from YAML and command line to dataclasses, checked."""
 
 import argparse
 import difflib
@@ -7,19 +7,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from goose_lora.cli.process import keep_freed_memory, quiet_libraries
 from goose_lora.errors import UserError
 from goose_lora.ppo.trl_names import FROM_TRL
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 
 def parse(*types: type, args: Sequence[str] | None = None) -> Any:
-    """One instance of each dataclass in ``types``, from ``--config FILE.yaml`` and ``--field
-    value``, the command line winning.
+    """Return one instance of each dataclass in ``types``; a single one alone.
+
+    Settings are read from ``--config FILE.yaml`` and ``--field value``; the command line wins.
 
     Raises:
-        ValueError: an unknown setting (with the nearest known one), a value of the wrong type, or a
+        UserError: an unknown setting (with the nearest known one), a value of the wrong type, or a
             configuration file that is not there.
     """
     from trl import TrlParser
@@ -27,13 +31,17 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
     quiet_libraries()
     keep_freed_memory()
     args = list(sys.argv[1:] if args is None else args)
+
+    # The file first: its errors name the file
     if "--config" in args:
         index = args.index("--config") + 1
         if index == len(args):
             raise UserError("--config needs a file: --config recipes/configs/demo_cpu/ppo.yaml")
         _check_keys(args[index], types)
+
+    # argparse would print its usage of some 150 options and leave
     parser: Any = TrlParser(types)  # type: ignore[arg-type]
-    parser.error = raise_user_error  # argparse would print its usage of some 150 options and leave
+    parser.error = raise_user_error
     *instances, unknown = parse_with(parser, args)
     if unknown:
         _unknown(next((word for word in unknown if word.startswith("--")), unknown[0]), types)
@@ -54,9 +62,13 @@ def parse_with(parser: Any, args: Sequence[str]) -> tuple[Any, ...]:
         raise UserError(_nearest_choice(str(error))) from error
 
 
-def check_settings(settings: Any) -> None:
-    """Raise ValueError unless what holds of all settings holds: finite numbers, ranges, a folder
-    for results. Takes the Hub's token out of them."""
+def check_settings(settings: "DataclassInstance") -> None:
+    """Check what holds of all settings, and take the Hub's token out of them.
+
+    Raises:
+        UserError: a number that is not finite or out of its range, or a folder for results that
+            cannot be made.
+    """
     from transformers import TrainingArguments
 
     from goose_lora.training.validation import (
@@ -75,10 +87,10 @@ def check_settings(settings: Any) -> None:
 
 
 def read_config(path: str) -> dict[Any, Any]:
-    """The settings in a YAML file.
+    """Return the settings in a YAML file.
 
     Raises:
-        ValueError: no such file, not YAML, or not settings.
+        UserError: no such file, not YAML, or not settings.
     """
     import yaml
 
@@ -137,7 +149,10 @@ def _unknown(option: str, types: Sequence[type], where: str = "") -> None:
 
 
 def _nearest_choice(message: str) -> str:
-    """transformers answers an unknown choice with all that there are, some fifty of optimizers."""
+    """Return transformers' answer to an unknown choice with the nearest ones alone.
+
+    It names all that there are, some fifty of optimizers.
+    """
     found = re.search(r"^(\S+) is not a valid \w+, please select one of (\[.*\])", message)
     if found is None:
         return message

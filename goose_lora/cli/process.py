@@ -1,5 +1,4 @@
-"""A command as a process: errors that end in one clear line, signals, exit codes and quiet
-libraries."""
+"""A command as a process: one line for each error of the user's, signals, exit codes."""
 
 import ctypes
 import functools
@@ -18,12 +17,15 @@ REPORT = (
     "This is a bug of goose_lora, not of what you gave it. Please report it as an issue, with the lines"
     " above, the command and the output of pip freeze."
 )
+# Options of mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def quiet_libraries() -> None:
-    """No telemetry, and no lines that tell the user nothing. Set HF_HUB_DISABLE_TELEMETRY=0 to send
-    it."""
+    """Switch off telemetry, and lines that tell the user nothing.
+
+    Set HF_HUB_DISABLE_TELEMETRY=0 to send telemetry.
+    """
     import huggingface_hub.constants
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,9 +38,10 @@ def quiet_libraries() -> None:
 
 
 def keep_freed_memory() -> None:
-    """On Linux without a GPU, let the process keep memory that it frees. Large tensors are
-    otherwise returned to the system and faulted in again page by page each time they are made: a
-    third of the time of fine-tuning on a CPU.
+    """On Linux without a GPU, let the process keep memory that it frees.
+
+    Large tensors are otherwise returned to the system and faulted in again page by page each time
+    they are made: a third of the time of fine-tuning on a CPU.
     """
     import torch
 
@@ -62,6 +65,7 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def run() -> None:
+        # An option of every command, which no parser knows
         debug = "--debug" in sys.argv
         if debug:
             sys.argv.remove("--debug")
@@ -91,12 +95,12 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def continuing() -> str:
-    """The command of a recipe that goes on from the newest whole checkpoint of this one."""
+    """Return the command that resumes this recipe from its newest whole checkpoint."""
     words = list(sys.argv)
     if "--resume_from_checkpoint" in words:
         at = words.index("--resume_from_checkpoint")
         del words[at : at + 2]
-    launcher = (
-        ["accelerate", "launch"] if any(name.startswith("ACCELERATE_") for name in os.environ) else ["python"]
-    )
+    launcher = ["python"]
+    if any(name.startswith("ACCELERATE_") for name in os.environ):
+        launcher = ["accelerate", "launch"]
     return shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"])

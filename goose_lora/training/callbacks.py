@@ -15,23 +15,29 @@ from goose_lora.files import append_line, read_whole_lines
 logger = logging.getLogger(__name__)
 
 
+_Row = dict[str, Any]  # a line of metrics.jsonl or samples.jsonl
+
+
 class MetricsFile(TrainerCallback):
-    """One line of JSON a log in ``metrics.jsonl``. A resumed run first drops the lines after its
-    checkpoint."""
+    """Writes each log as one line of JSON to ``metrics.jsonl``.
+
+    A resumed run first drops the lines after its checkpoint.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Keep the lines up to the checkpoint that the run resumes from, none for a new run."""
         if not state.is_world_process_zero:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = Path(args.output_dir or ".") / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = (
-                [row for row in read_whole_lines(path) if self._stays(name, row, state.global_step)]
-                if state.global_step
-                else []
-            )
+            kept: list[_Row] = []
+            if state.global_step:
+                kept = [row for row in read_whole_lines(path) if self._stays(name, row, state.global_step)]
+
+            # Replaced as a whole: a run that is killed here loses no line
             temporary = path.with_name(f".{name}.tmp")
             temporary.write_text(
                 "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"
@@ -39,9 +45,12 @@ class MetricsFile(TrainerCallback):
             temporary.replace(path)
 
     @staticmethod
-    def _stays(name: str, row: dict[str, Any], step: int) -> bool:
-        """Samples of a rollout bear the step that it begins at, and are written again; the summary
-        of a run that was stopped is not the run's."""
+    def _stays(name: str, row: _Row, step: int) -> bool:
+        """Return whether a resumed run keeps ``row``.
+
+        Samples of a rollout bear the step that it begins at, and are written again. The summary of
+        a run that was stopped is not the run's.
+        """
         return row["step"] < step or (
             row["step"] == step and name == "metrics.jsonl" and "train_runtime" not in row
         )
@@ -51,9 +60,10 @@ class MetricsFile(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict | None = None,
+        logs: _Row | None = None,
         **kwargs: Any,
     ) -> None:
+        """Write a line."""
         if state.is_world_process_zero and logs:
             append_line(Path(args.output_dir or ".") / "metrics.jsonl", {"step": state.global_step, **logs})
 
@@ -62,12 +72,14 @@ SKIPPED_IN_A_ROW = 3
 
 
 class NotFinite(UserError):
-    """Several optimizer steps in a row had gradients that are not finite."""
+    """Gradients of several optimizer steps in a row were not finite."""
 
 
 class FiniteSteps(TrainerCallback):
-    """Makes no optimizer step with gradients that are not finite: it is skipped, counted and told
-    of, and the third in a row ends the run."""
+    """Skips optimizer steps with gradients that are not finite.
+
+    Each is counted and told of, and the third in a row ends the run.
+    """
 
     def __init__(self):
         self.skipped = 0  # since the last log
@@ -81,14 +93,23 @@ class FiniteSteps(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        parameters = [p for p in model.parameters() if p.grad is not None]  # type: ignore[union-attr]
-        if not parameters or torch.stack([p.grad.isfinite().all() for p in parameters]).all():  # type: ignore[union-attr]
+        """Drop the gradients if one of them is not finite.
+
+        Raises:
+            NotFinite: it is the third time in a row.
+        """
+        # One transfer from the device, however many parameters there are
+        assert model is not None
+        graded = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+        if not graded or torch.stack([grad.isfinite().all() for _, grad in graded]).all():
             self.in_a_row = 0
             return
+
+        # None, not 0: the optimizer passes them by, and its averages stay as they are
         self.skipped += 1
         self.in_a_row += 1
-        for parameter in parameters:
-            parameter.grad = None  # not 0: the optimizer passes it by, and its averages stay as they are
+        for parameter, _ in graded:
+            parameter.grad = None
         step = state.global_step + 1
         advice = (
             "Causes: a learning rate that is too high, a reward or text that overflows, a base whose dtype is"

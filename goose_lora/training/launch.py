@@ -1,7 +1,8 @@
 """What a recipe may be launched on: one process, or several by DistributedDataParallel."""
 
 import os
-from typing import Any
+
+from transformers import TrainingArguments
 
 from goose_lora.errors import UserError
 
@@ -14,18 +15,16 @@ ON_CPU = (
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
-def require_all_processes(args: Any) -> None:
+def require_all_processes(args: TrainingArguments) -> None:
     """Refuse to be fewer processes than the launcher was asked for.
 
-    Args:
-        args: TrainingArguments.
-
     Raises:
-        ValueError: ``accelerate launch --cpu --num_processes 2``, which starts one, without a word,
+        UserError: ``accelerate launch --cpu --num_processes 2``, which starts one, without a word,
             and leaves the address where they should meet; or several that do not know one another,
             since there is no GPU and ``use_cpu`` is off: each would write over the others' files;
             or one that sees several GPUs.
     """
+    # accelerate leaves the address where processes meet, though it has started one alone
     environment = os.environ
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if on_cpu and "MASTER_ADDR" in environment and not SIZES & set(environment):
@@ -33,6 +32,8 @@ def require_all_processes(args: Any) -> None:
             "accelerate launch was asked for several processes and started one: --cpu starts several through"
             f" MPI only. {ON_CPU}"
         )
+
+    # On the CPU without use_cpu, each of several processes takes itself for the only one
     if _launched() > args.world_size:
         raise UserError(
             f"{_launched()} processes were launched and found no GPU, so that each would train alone."
@@ -41,15 +42,13 @@ def require_all_processes(args: Any) -> None:
     require_one_gpu(args)
 
 
-def require_one_gpu(args: Any) -> None:
-    """Refuse to be one process that sees several GPUs: transformers would multiply the batch by
-    their number and divide it among them (DataParallel).
+def require_one_gpu(args: TrainingArguments) -> None:
+    """Refuse to be one process that sees several GPUs.
 
-    Args:
-        args: TrainingArguments.
+    transformers would multiply the batch by their number and divide it among them (DataParallel).
 
     Raises:
-        ValueError: there are several.
+        UserError: there are several.
     """
     if args.n_gpu > 1:
         raise UserError(
@@ -63,8 +62,10 @@ def require_one_process(recipe: str) -> None:
     """Refuse to be one of several processes that would each do the whole work.
 
     Raises:
-        ValueError: several were launched.
+        UserError: several were launched.
     """
+
+    # On the CPU without use_cpu, each of several processes takes itself for the only one
     if _launched() > 1:
         raise UserError(
             f"{_launched()} processes were launched; {recipe} runs as one: accelerate launch --num_processes"
@@ -73,39 +74,45 @@ def require_one_process(recipe: str) -> None:
 
 
 def _launched() -> int:
-    """How many processes torchrun, which sets both variables, has started; some clouds set
-    WORLD_SIZE for all of their machines."""
-    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
+    """Return how many processes torchrun has started.
+
+    It sets both variables; some clouds set WORLD_SIZE alone, for all of their machines.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return 1
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def require_ddp(args: Any, quantization: str, *, roles: bool) -> None:
+def require_ddp(args: TrainingArguments, quantization: str, *, roles: bool) -> None:
     """Refuse launchers that cut the base into shards, before anything is loaded.
 
     Args:
-        args: TrainingArguments.
         roles: several adapters share the base, as in PPO; then sharding is refused for a base that
             is not quantized too.
 
     Raises:
-        ValueError: FSDP or DeepSpeed, by the launcher's configuration or by the settings, with a
+        UserError: FSDP or DeepSpeed, by the launcher's configuration or by the settings, with a
             quantized base or several roles.
     """
+    # Asked for by the launcher's configuration, or by settings
     asked = {
         name for variable, name in SHARDED.items() if os.environ.get(variable, "").lower() in ("true", "1")
     }
     asked |= {name for name, value in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)) if value}
     if not asked or not (roles or quantization != "none"):
         return
+
+    # Why it cannot be
     name = min(asked)
     why = (
-        f"a base in {quantization} cannot be cut into shards: bitsandbytes keeps its scales beside the"
-        " weights"
-        if quantization != "none"
-        else (
-            "policy, critic, reward model and reference are adapters on one base, switched many times a step,"
-            " which shards do not follow (PEFT#2834)"
-        )
+        "policy, critic, reward model and reference are adapters on one base, switched many times a step,"
+        " which shards do not follow (PEFT#2834)"
     )
+    if quantization != "none":
+        why = (
+            f"a base in {quantization} cannot be cut into shards: bitsandbytes keeps its scales beside the"
+            " weights"
+        )
     raise UserError(
         f"{name}: {why}. Launch with DistributedDataParallel instead, each GPU with the whole base: "
         "accelerate launch --config_file recipes/configs/accelerate/several_gpus.yaml ..."

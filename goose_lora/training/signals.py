@@ -1,5 +1,7 @@
-"""Ctrl-C and SIGTERM: the run comes to a place from which it can go on exactly, saves, and stops.
-Standard library only."""
+"""Ctrl-C and SIGTERM: the run reaches a place from which it can resume exactly, saves, and stops.
+
+Standard library only.
+"""
 
 import os
 import signal
@@ -7,14 +9,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Exit codes of a command; another signal's is 128 + its number.
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised out of ``train`` when the run was asked to stop and has saved. ``signum`` is the
-    signal, ``checkpoint`` the folder."""
+    """Raised out of ``train`` when the run was asked to stop and has saved.
+
+    ``signum`` is the signal, ``checkpoint`` the folder.
+    """
 
     def __init__(self, signum: int, checkpoint: str):
         super().__init__(f"Stopped by {signal.Signals(signum).name}; saved in {checkpoint}.")
@@ -22,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Whether the run was asked to stop. The second signal does what it does without this."""
+    """Whether the run was asked to stop. A second signal has its default effect."""
 
     def __init__(self):
         self.asked = 0  # the signal's number
@@ -30,8 +36,11 @@ class StopSignals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Inside, the first signal is noted. In a thread other than the main one, which alone gets
-        signals, and inside itself, it does nothing."""
+        """Inside, the first signal is noted.
+
+        It does nothing inside itself, and in a thread other than the main one, which alone gets
+        signals.
+        """
         if self._handles or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -46,7 +55,8 @@ class StopSignals:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
-        def ask(signum: int, frame: FrameType | None) -> Any:
+        def ask(signum: int, frame: FrameType | None) -> None:
+            # print could be what the signal has interrupted; a write to the terminal cannot
             self.asked = signum
             put_back()
             os.write(
@@ -66,7 +76,3 @@ class StopSignals:
         finally:
             self._handles = False
             put_back()
-
-
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130

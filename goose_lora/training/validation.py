@@ -1,5 +1,4 @@
-"""What settings are checked for whoever made them, the project's own dataclasses and those of
-transformers and TRL: types, ranges, folders."""
+"""Checks of settings, our own and those of transformers and TRL: types, ranges, folders."""
 
 import math
 import os
@@ -8,13 +7,22 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
 from goose_lora.errors import UserError
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_KINDS: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _NOT_NEGATIVE = (
     "learning_rate",
@@ -40,69 +48,81 @@ _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring = 2, 4, 4, 60
 
 
 def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: str) -> None:
-    """Compare the values of a YAML file with the types of the settings. Text where a number belongs
-    is left to argparse, which reads it as one: YAML takes 1e-5 for text.
+    """Compare the values of a YAML file with the types of the settings.
+
+    Text where a number belongs is left to argparse, which reads it as one: YAML takes 1e-5 for
+    text.
 
     Raises:
-        ValueError: a value of another type: a list for a number, a fraction for a count, null where
+        UserError: a value of another type: a list for a number, a fraction for a count, null where
             something must be.
     """
-    hints: dict[str, Any] = {}
+    hints: dict[str, object] = {}
     for dataclass in dataclasses:
         hints |= get_type_hints(dataclass)
     for name, value in config.items():
         if name in hints and not _fits(value, hints[name]):
+            # As YAML writes it, and with what helps most often: 0123 for text
             found = "null" if value is None else _short.repr(value)
-            quotes = (
-                " Put it in quotes."
-                if "text" in _words(hints[name]) and isinstance(value, (int, float))
-                else ""
-            )
+            quotes = ""
+            if "text" in _words(hints[name]) and isinstance(value, (int, float)):
+                quotes = " Put it in quotes."
             raise UserError(f"{where}{name}: {found} is not {_words(hints[name])}.{quotes}")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
+    """Return whether a value of YAML is one of the type ``hint``, or text that may become one."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is Literal:
         return value in parts
     if origin is list:
-        if isinstance(value, (list, tuple)):
-            return all(
-                _fits(item, parts[0]) and not (isinstance(item, str) and parts[0] is not str)
-                for item in value
-            )
-        return value is not None and (
-            isinstance(value, Mapping) == (parts[0] is str) or _fits(value, parts[0])
-        )
+        return _fits_list(value, parts[0])
     if hint in (int, float, bool):
-        if isinstance(value, str):
-            return True
-        return isinstance(value, {int: int, float: (int, float), bool: bool}[hint]) and (
-            hint is bool or not isinstance(value, bool)
-        )
+        return _fits_number(value, hint)
     if hint in (str, type(None)):
-        return isinstance(value, hint)
+        return isinstance(value, (str if hint is str else type(None)))
     return True  # enums and dictionaries: their owner says what it takes
 
 
-def _words(hint: Any) -> str:
+def _fits_list(value: object, part: object) -> bool:
+    """Return whether a value is a list of ``part``, or a single one of them.
+
+    A mapping stands for a list of texts FROM=TO.
+    """
+    if isinstance(value, (list, tuple)):
+        numbers_in_text = part is not str and any(isinstance(item, str) for item in value)
+        return not numbers_in_text and all(_fits(item, part) for item in value)
+    if value is None:
+        return False
+    return isinstance(value, Mapping) == (part is str) or _fits(value, part)
+
+
+def _fits_number(value: object, hint: object) -> bool:
+    """Return whether a value is a whole number, a number, or true or false; a bool is no number."""
+    if isinstance(value, str):
+        return True
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool)
+    return isinstance(value, int) or (hint is float and isinstance(value, float))
+
+
+def _words(hint: object) -> str:
+    """Return a type in the words of an error."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_words(part) for part in parts)
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
     if origin is list:
-        return (
-            "a list of"
-            f" {', '.join(_words(part).removeprefix('a ') + 's' * (part is not str) for part in parts)}"
-        )
+        plural = [_words(part).removeprefix("a ") + "s" * (part is not str) for part in parts]
+        return f"a list of {', '.join(plural)}"
     return _KINDS.get(hint, str(getattr(hint, "__name__", hint)))
 
 
-def check_finite(settings: Any) -> None:
-    """Raise ValueError, naming the setting, if a number among ``settings`` is NaN or infinite."""
+def check_finite(settings: "DataclassInstance") -> None:
+    """Raise UserError, naming the setting, if a number among ``settings`` is NaN or infinite."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         for number in value if isinstance(value, (list, tuple)) else [value]:
@@ -111,11 +131,12 @@ def check_finite(settings: Any) -> None:
 
 
 def check_training(args: TrainingArguments) -> None:
-    """Ranges of the settings of ``transformers.TrainingArguments`` and of TRL's, which take any
-    number and fail, or train on nothing, later.
+    """Check ranges of the settings of ``transformers.TrainingArguments`` and of TRL's.
+
+    They take any number and fail, or train on nothing, later.
 
     Raises:
-        ValueError: one that no training can use.
+        UserError: one that no training can use.
     """
     values = vars(args)
     require_at_least_one(args, *_AT_LEAST_ONE)
@@ -133,21 +154,23 @@ def check_training(args: TrainingArguments) -> None:
     )
 
 
-def require_at_least_one(settings: Any, *names: str) -> None:
-    """Raise ValueError unless each setting of ``names`` is 1 or more, or None."""
+def require_at_least_one(settings: object, *names: str) -> None:
+    """Raise UserError unless each setting of ``names`` is 1 or more, or None."""
     for name in names:
         value = getattr(settings, name)
         _require(name, value, value is None or value >= 1, "must be 1 or more")
 
 
-def _require(name: str, value: Any, holds: bool, why: str) -> None:
+def _require(name: str, value: object, holds: bool, why: str) -> None:
     if not holds:
         raise UserError(f"{name}={value}: {why}.")
 
 
 def require_output_folder(name: str) -> None:
-    """Raise ValueError, before hours of work, if results cannot be written to the folder ``name``.
-    It is not made yet."""
+    """Raise UserError, before hours of work, if results cannot be written to the folder ``name``.
+
+    It is not made yet.
+    """
     path = Path(name).absolute()
     nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not nearest.is_dir():
@@ -158,10 +181,12 @@ def require_output_folder(name: str) -> None:
         )
 
 
-def token_to_environment(settings: Any) -> None:
-    """Move ``hub_token`` to where huggingface_hub looks for it, the variable HF_TOKEN, and out of
-    the settings: transformers pickles them into training_args.bin with the token in them, and
-    trackers get them."""
-    if vars(settings).get("hub_token"):
+def token_to_environment(settings: TrainingArguments) -> None:
+    """Move ``hub_token`` out of the settings, to where huggingface_hub looks for it: HF_TOKEN.
+
+    transformers pickles the settings into training_args.bin with the token in them, and trackers
+    get them.
+    """
+    if settings.hub_token:
         os.environ["HF_TOKEN"] = settings.hub_token
         settings.hub_token = None

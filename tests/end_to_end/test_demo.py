@@ -107,7 +107,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        embedded._make(tmp_path / "model", fill)
+        embedded.make_folder(tmp_path / "model", fill)
     assert not list(tmp_path.iterdir())
 
 
