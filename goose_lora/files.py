@@ -83,8 +83,8 @@ def import_function(spec: str) -> Callable[..., object]:
         raise _refusal(spec, "there is no colon")
     if not name.isidentifier():
         raise _refusal(spec, f"{name!r} after the colon is not a function name")
-    load = _run_file if source.endswith(".py") else _import_module
-    module = load(spec, source)
+    run = _run_file if source.endswith(".py") else _import_module
+    module = run(spec, source)
 
     # A name that is not there is most often misspelled
     try:

@@ -53,6 +53,7 @@ class Agent(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
+        # The model says what ends its replies: its generation's settings first
         ends = [
             config.eos_token_id
             for config in (model.generation_config, model.config.get_text_config())
@@ -64,6 +65,7 @@ class Agent(nn.Module):
                 f"replies of {type(model).__name__} cannot end. Set model.generation_config.eos_token_id"
                 " before Agent(model)."
             )
+        # LoRA on a frozen base, quantized or not
         self.temperature = temperature
         keep_4bit_trainable_on_cpu(model)
         keep_8bit_alike_on_cpu(model)
@@ -91,6 +93,7 @@ class Agent(nn.Module):
         Raises ValueError for a setting of transformers under which they would not be samples of the
         policy, as ``compute_loss`` takes them.
         """
+        # Plain sampling, and every setting of the caller's that it already means
         pad = self.eos_token_ids[0] if pad_token_id is None else pad_token_id
         own: dict[str, Any] = {
             "temperature": self.temperature,
@@ -114,6 +117,7 @@ class Agent(nn.Module):
                     " log-probabilities compute_loss takes. Leave it out; the temperature is an argument of"
                     " Agent, and do_sample=False is greedy."
                 )
+        # Replies begin where the padding on the left has ended
         prompts, mask = _left_padded(input_ids, attention_mask)
         replies = sample(self.shared, prompts, mask.long(), config, role=role).input_ids[
             :, prompts.shape[1] :
@@ -171,6 +175,7 @@ class ReferenceModel(nn.Module):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """The weights it reads, detached. Overridden since the view registers none."""
+        # What roles add is not the reference's
         shared = self._agent[0].shared
         others = {name for role in ("policy", "value", "reward") for name, _ in shared.role_parameters(role)}
         return (
@@ -212,12 +217,14 @@ class RLHFConfig:
     whiten_advantages: bool = True
 
     def __post_init__(self) -> None:
+        # Two names of one setting: whichever is given is what both say
         for name, theirs in (("cliprange", "epsilon"), ("entropy_coef", "ent_coef")):
             ours, value = getattr(self, name), getattr(self, theirs)
             if ours is not None and value not in (ours, getattr(RLHFConfig, theirs)):
                 raise UserError(f"{name}={ours} and {theirs}={value} are one setting. Give one of them.")
             for one in (name, theirs):
                 object.__setattr__(self, one, value if ours is None else ours)
+        # Ranges
         for name in ("cliprange", "entropy_coef", "vf_coef", "cliprange_value", "gamma", "lam", "kl_coef"):
             value, most = getattr(self, name), 1.0 if name in ("cliprange", "gamma", "lam") else torch.inf
             if value is not None and not 0 <= value <= most:
@@ -278,6 +285,7 @@ class RLHFTrainer:
         Raises ValueError: tensors that do not belong together, a prompt or reply without a token, a
         mask with holes, rewards not finite.
         """
+        # The policy now, on the replies' own tokens
         config = self.config
         rollout = self._rollout(
             query_ids, query_attention_mask, response_ids, response_attention_mask, rewards
@@ -286,11 +294,13 @@ class RLHFTrainer:
         logprobs, entropy, values = self.model.evaluate(rollout, entropy_gradient=config.ent_coef > 0)
         if old is None:
             old = self._snapshot(rollout, logprobs, values, rewards)
+        # A snapshot of other rows is a mistake in the caller's loop
         if old.logprobs.shape != mask.shape:
             raise UserError(
                 f"old has shape {tuple(old.logprobs.shape)}, not {tuple(mask.shape)}. For a minibatch give"
                 " old.rows(chosen)."
             )
+        # PPO's three terms
         policy_loss, _ = F.policy_loss(logprobs, old.logprobs, old.advantages, mask, cliprange=config.epsilon)
         value_loss, _ = F.value_loss(
             values, old.values, old.returns, mask, cliprange_value=config.cliprange_value
@@ -309,9 +319,11 @@ class RLHFTrainer:
 
     @torch.no_grad()
     def _snapshot(self, rollout: Rollout, logprobs: Tensor, values: Tensor, rewards: Tensor) -> Snapshot:
+        # The KL is part of the reward, token by token
         config, mask = self.config, rollout.response_mask
         kl = F.kl_per_token(logprobs, self.ref_model(rollout), estimator=config.kl_estimator)
         each_token = token_rewards(rewards.to(logprobs), kl, mask, kl_coef=config.kl_coef)
+        # Advantages against the critic as it was
         advantages = F.gae(each_token, values, mask, gamma=config.gamma, lam=config.lam)
         whitened = F.whiten(advantages, mask) if config.whiten_advantages else advantages
         return Snapshot(logprobs, values, whitened, advantages + values)
@@ -324,6 +336,7 @@ class RLHFTrainer:
         response_attention_mask: Tensor,
         rewards: Tensor,
     ) -> Rollout:
+        # Do the tensors belong together?
         batch = (query_ids, query_attention_mask, response_ids, response_attention_mask, rewards)
         query, query_mask, reply, reply_mask, scores = shapes = [tuple(x.shape) for x in batch]
         if (
@@ -335,6 +348,7 @@ class RLHFTrainer:
                 "queries, their mask, responses, theirs, rewards must be (B, P) twice, (B, T) twice, (B,),"
                 f" and are {shapes}."
             )
+        # A mask without holes, and rewards that are numbers
         counted = response_attention_mask.bool()
         if (counted[:, 1:] & ~counted[:, :-1]).any():
             raise UserError(
@@ -343,6 +357,7 @@ class RLHFTrainer:
             )
         if not torch.isfinite(rewards).all():
             raise UserError(f"rewards are not finite: {rewards.tolist()}.")
+        # What follows the first end counts as little as padding does
         until_end, ended = response_mask(torch.where(counted, response_ids, -1), self.model.eos_token_ids)
         counted = counted & until_end
         prompts, prompt_mask = _left_padded(query_ids, query_attention_mask)
@@ -372,6 +387,7 @@ class RewardModel(nn.Module):
         Padding may stand on either side; without a mask it counts like any token.
         """
         ids, mask = _left_padded(input_ids, attention_mask)
+        # On the left, so that each row's last token is in the last column
         decoder, position_ids = (
             getattr(self.model, self.model.base_model_prefix),
             (mask.cumsum(-1) - 1).clamp(min=0),
@@ -406,6 +422,7 @@ def _left_padded(
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if not mask.any(-1).all():
         raise UserError("a row has no token that counts: its attention mask is all 0. Leave it out.")
+    # A stable sort keeps the order of the tokens that count
     order = mask.long().argsort(dim=-1, stable=True)
     mask = mask.gather(-1, order)
     return torch.where(mask, ids.gather(-1, order), 0), mask

@@ -9,6 +9,8 @@ from goose_lora.cli.parser import parse_with, raise_user_error, read_config
 from goose_lora.cli.process import command, quiet_libraries
 from goose_lora.errors import UserError
 
+# Each command is a pair: one function adds its options, the other runs it. What a command needs is
+# imported when it runs, so that --help is quick.
 Subcommands = Any  # argparse's own class for them is private
 
 
@@ -17,6 +19,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. {self.prog} --help lists what there is.")
 
 
+# ---- The program ----
 def main() -> None:
     """Run the command ``goose-lora``."""
     command(_main)()
@@ -56,6 +59,7 @@ def _add_asking(parser: argparse.ArgumentParser, *, greedy: bool) -> None:
     )
 
 
+# ---- Run and diagnose ----
 def _add_demo(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "demo", help="run SFT, reward model, PPO and evaluation on the embedded model and data"
@@ -79,6 +83,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from goose_lora.reporting.diagnosis import diagnosis_text
     from goose_lora.reporting.run_files import read_metrics
 
+    # A run's folder, or the file of its metrics: both are what people type
     path = Path(arguments.run)
     if path.is_dir():
         path /= "metrics.jsonl"
@@ -87,6 +92,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     print(diagnosis_text(read_metrics(path)))
 
 
+# ---- Before a run ----
 def _add_data(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "data", help="show rows as a stage sees them, their lengths, and which are left out"
@@ -124,6 +130,7 @@ def _data(arguments: argparse.Namespace) -> None:
     disable_progress_bars()
     options = vars(arguments)
     del options["command"]
+    # What is shipped with the package has names of its own: embedded/...
     for name in ("dataset", "tokenizer"):
         options[name] = options[name] and resolve(options[name])
     print(describe(**options))
@@ -163,6 +170,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     parser.error = raise_user_error
     config, model, roles, _ = parse_with(parser, ["--config", arguments.config])
     model.model_name_or_path = resolve(model.model_name_or_path)
+    # A plan may be made before SFT and reward model are trained
     for name in (roles.policy_adapter, roles.reward_adapter):
         if name and not is_trained(name):
             print(
@@ -184,6 +192,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(plan.report(memory))
 
 
+# ---- What a run has left ----
 def _add_show(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "show",
@@ -287,6 +296,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(compare(arguments.runs, arguments.output))
 
 
+# ---- Ask and label ----
 def _add_chat(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "chat", help="ask base, SFT and PPO of a run the same, in the terminal or on a local page"
@@ -369,6 +379,7 @@ def _label(arguments: argparse.Namespace) -> None:
     )
 
 
+# In the order of --help.
 ADDED = (
     _add_demo,
     _add_doctor,

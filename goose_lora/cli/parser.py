@@ -43,6 +43,7 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
     parser: Any = TrlParser(types)  # type: ignore[arg-type]
     parser.error = raise_user_error
     *instances, unknown = parse_with(parser, args)
+    # A word that no dataclass knows is a typo; it is never passed over
     if unknown:
         _unknown(next((word for word in unknown if word.startswith("--")), unknown[0]), types)
     for settings in instances:
@@ -78,6 +79,7 @@ def check_settings(settings: "DataclassInstance") -> None:
         token_to_environment,
     )
 
+    # Dataclasses check their own settings; these hold of all
     check_finite(settings)
     if isinstance(settings, TrainingArguments):
         check_training(settings)
@@ -123,6 +125,7 @@ def _check_keys(path: str, types: Sequence[type]) -> None:
     from goose_lora.training.validation import check_types
 
     config = read_config(path)
+    # Names, then the environment, then types: the order in which a reader would mend them
     known = {f.name for t in types for f in fields(t) if f.init} | {"env"}
     for key in config:
         if key not in known:
@@ -141,6 +144,7 @@ def _check_keys(path: str, types: Sequence[type]) -> None:
 def _unknown(option: str, types: Sequence[type], where: str = "") -> None:
     name = option.lstrip("-").replace("-", "_")
     known = [f.name for t in types for f in fields(t) if f.init]
+    # TRL's own names are answered with ours, others with the nearest
     near = difflib.get_close_matches(name, known, n=1)
     if name in FROM_TRL and "num_ppo_epochs" in known:
         raise UserError(f"{where}unknown setting {name!r}. It is TRL's; here it is {FROM_TRL[name]}.")
@@ -153,6 +157,7 @@ def _nearest_choice(message: str) -> str:
 
     It names all that there are, some fifty of optimizers.
     """
+    # The form of transformers' message; another one is passed on as it is
     found = re.search(r"^(\S+) is not a valid \w+, please select one of (\[.*\])", message)
     if found is None:
         return message

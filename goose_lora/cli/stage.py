@@ -56,6 +56,7 @@ class Prompts:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
+        # Held-out prompts are answered by the same code, so they count
         found = [self.train] if self.held_out is None else [self.train, self.held_out]
         return max(len(ids) for prompts in found for ids in prompts["input_ids"])
 
@@ -108,12 +109,15 @@ class Stage:
             UserError: one of these fails, or the checkpoint to resume from is not whole or of
                 another run.
         """
+        # The launcher first: a wrong one would do all that follows several times
         require_all_processes(config)
         require_ddp(config, model.quantization, roles=name in OF_PPO)
         if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
             require_vllm()
+        # From here on the base has one name, wherever it is read
         model = replace(model, model_name_or_path=resolve(model.model_name_or_path))
         stage = cls(name, config, model, data, others, command)
+        # What is to be resumed, and where the result goes
         stage.checkpoint = starting_point(
             config,
             name,
@@ -121,6 +125,7 @@ class Stage:
             stage.adapter("policy_adapter"),
             rules=RESUME_RULES if isinstance(config, PPOConfig) else SettingRules(),
         )
+        # An upload that cannot succeed is told before the training, not after it
         hub.check_upload(config, model)
         set_seed(config.seed)
         return stage
@@ -133,6 +138,7 @@ class Stage:
         Raises:
             UserError: no whole LoRA adapter there, or one for another base.
         """
+        # Opened once: everything that asks later reads the same folder
         named = next((vars(other)[setting] for other in self.others if setting in vars(other)), None)
         if named is not None and setting not in self._adapters:
             self._adapters[setting] = AdapterFolder.open(
@@ -172,6 +178,7 @@ class Stage:
         """
         config = self.config
         assert isinstance(config, PPOConfig)
+        # Settings that need each other
         if (config.ptx_coef > 0) != (pretraining is not None):
             raise UserError(
                 f"ptx_coef={config.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set"
@@ -251,6 +258,7 @@ class Stage:
             memory=memory,
             device=config.device.type,
         )
+        # All processes count alike; one of them tells
         if config.process_index == 0:
             print(plan.report(memory), flush=True)
         if not force:
@@ -299,9 +307,11 @@ class Stage:
         if not trainer.is_world_process_zero():
             return
         folder = Path(self.config.output_dir or ".")
+        # What Trainer has is what was trained with
         tokenizer: Any = trainer.processing_class
         history = trainer.state.log_history
         findings: list[str] | None = None
+        # PPO: the policy beside its roles; SFT and reward model were saved by their recipes
         if isinstance(trainer, PPOTrainer):
             save_policy(trainer.shared, tokenizer, folder)
             history = None  # metrics.jsonl has it
@@ -332,6 +342,7 @@ class Stage:
         is there.
         """
         folder = Path(self.config.output_dir or ".")
+        # Lineage: where the result comes from, and what it took
         everything = {**figures, **cost()}
         facts = {} if findings is None else {"findings": findings}
         lineage.record(
@@ -346,9 +357,11 @@ class Stage:
             figures=everything,
             **facts,
         )
+        # For readers: a card, and a page of a PPO run
         model_card.write_card(folder)
         if self.name in OF_PPO:
             html_report.write_report(folder)
+        # Last, what says that all is there; and only what is whole is uploaded
         write_stage(str(folder), self.name, everything, history)
         hub.push_result(self.config, self.model)
 
@@ -358,6 +371,7 @@ def _read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
     metrics = read_jsonl(folder / "metrics.jsonl")
     plot_curves(metrics, str(folder / "curves.png"))
     print("\n" + diagnosis_text(metrics))
+    # Rows of held-out prompts have no score of a rollout
     last = next(row for row in reversed(metrics) if "objective/score" in row)
     findings = [str(finding) for finding in diagnose(metrics) if finding.level != "ok"]
     return {name: last[name] for name in FIGURES}, findings

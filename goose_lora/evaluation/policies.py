@@ -23,8 +23,11 @@ Judge = Callable[..., Any]
 
 @dataclass
 class Replies:
-    """One reply to each of N prompts: texts, and for each its raw score, KL to the reference
-    (nats), length (tokens), whether it ended."""
+    """One reply to each of N prompts: texts and figures.
+
+    For each reply its raw score, its KL to the reference (nats), its length (tokens), and whether
+    it ended.
+    """
 
     texts: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -48,8 +51,12 @@ def answer(
     dense: DenseCopy | None = None,
     stop_strings: Sequence[str] | None = None,
 ) -> Replies:
-    """Answer all prompts (token ids) under ``role``, score the replies if there is a reward
-    adapter, and measure their KL to the reference."""
+    """Answer all prompts (token ids) under ``role``, and measure the replies.
+
+    They are scored if there is a reward adapter. KL is the sum over a reply's tokens of log-
+    probability under ``role`` minus that under the reference, in nats.
+    """
+    # The same seed for every role: what differs between their replies is the role
     torch.manual_seed(seed)
     if dense is not None:
         dense.merge_role(role)
@@ -57,10 +64,12 @@ def answer(
     core: Any = shared.get_base_model()
     device = core.get_output_embeddings().weight.device
     for start in tqdm(range(0, len(prompts), batch_size), desc=label or role):
+        # One group of replies
         ids, mask = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, device)
         stop = StopStrings(tokenizer, stop_strings, ids.shape[1]) if stop_strings else None
         rollout = sample(shared, ids, mask, config, role=role, dense=dense, stop=stop)
         ids, mask, counted = rollout.input_ids, rollout.attention_mask, rollout.response_mask
+        # Layers that two roles have in common are run once
         trunks = shared.trunks(ids, mask, [role, "reference", "reward"])
 
         def logprobs(of: Role, ids=ids, mask=mask, counted=counted, trunks=trunks) -> Tensor:
@@ -68,6 +77,7 @@ def answer(
                 shared.hidden(of, ids, mask, trunks[of]), ids, counted, temperature=config.temperature
             )[0]
 
+        # Texts and figures of the group
         replies.texts += tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
         replies.kl += (logprobs(role) - logprobs("reference")).sum(-1).tolist()
         replies.lengths += rollout.lengths.tolist()
@@ -80,10 +90,13 @@ def answer(
 
 
 def best_of(tries: Sequence[Replies]) -> Replies:
-    """For each prompt the reply with the highest score: what the reward model alone can pick, the
-    yardstick for PPO."""
+    """Return for each prompt the reply with the highest score.
+
+    That is what the reward model alone can pick: the yardstick for PPO.
+    """
     best = Replies()
     for row in range(len(tries[0].texts)):
+        # A tie goes to the first try, which is a reply like any other
         chosen = max(tries, key=lambda replies: replies.scores[row])
         for name in ("texts", "scores", "kl", "lengths", "ended"):
             getattr(best, name).append(getattr(chosen, name)[row])
@@ -91,7 +104,7 @@ def best_of(tries: Sequence[Replies]) -> Replies:
 
 
 def judge_all(named: dict[str, Replies], prompts: Sequence[str], judge: Judge) -> None:
-    """Ask ``judge(prompts=, completions=) -> one number a reply`` about all replies."""
+    """Ask ``judge(prompts=, completions=)`` about all replies: one number a reply."""
     for name, replies in named.items():
         replies.judged = [float(value) for value in judge(prompts=list(prompts), completions=replies.texts)]
         if len(replies.judged) != len(replies.texts):
@@ -102,11 +115,14 @@ def judge_all(named: dict[str, Replies], prompts: Sequence[str], judge: Judge) -
 
 
 def summary(named: dict[str, Replies], *, against: str) -> dict[str, dict[str, Any]]:
-    """Figures by name: means with 95 % intervals, and win rates and differences at equal length
-    against ``against``."""
+    """Return figures by name: means with 95 % intervals, and comparisons with ``against``.
+
+    A comparison is a win rate, and a difference at equal length.
+    """
     figures = {}
     for name, replies in named.items():
         row: dict[str, Any] = {
+            # The replies alone
             "kl": statistics.mean_interval(replies.kl).value,
             "tokens": statistics.mean_interval(replies.lengths).value,
             "ended": sum(replies.ended) / len(replies.ended),
@@ -114,12 +130,14 @@ def summary(named: dict[str, Replies], *, against: str) -> dict[str, dict[str, A
             "distinct_2": statistics.distinct_n(replies.texts, 2),
             "repetition": statistics.repetition(replies.texts),
         }
+        # Scores of the reward model, and of a judge that PPO did not see
         for kind, values, others in (
             ("score", replies.scores, named[against].scores),
             ("judge", replies.judged, named[against].judged),
         ):
             if not values:
                 continue
+            # The mean, and beside it what length alone does not explain
             mean = statistics.mean_interval(values)
             row |= {kind: mean.value, f"{kind}_ci": [mean.low, mean.high]}
             if name != against:

@@ -1,5 +1,7 @@
-"""A trained reward model on what it was not trained on: held-out lists or pairs, probes to their
-prompts, and references."""
+"""The test of a trained reward model on rows that it was not trained on.
+
+Held-out lists or pairs, probes to their prompts, and references.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -25,8 +27,11 @@ PRAISE = (
 
 @dataclass
 class HeldOut:
-    """Tokens of held-out completions by prompt, best first; and of each probe, with the number of
-    the prompt that it answers."""
+    """Held-out completions and probes, as tokens.
+
+    Completions are grouped by prompt, best first; each probe has the number of the prompt that it
+    answers.
+    """
 
     completions: list[list[list[int]]]
     ranks: list[list[int]]
@@ -42,17 +47,20 @@ def prepare_held_out(
     max_length: int | None,
     probes: bool = True,
 ) -> HeldOut:
-    """Held-out ranked lists or pairs as tokens, and probes to ``PROBE_PROMPTS`` of their prompts,
-    evenly spaced, tokenized in the same way.
+    """Tokenize held-out ranked lists or pairs, and probes to some of their prompts.
+
+    The probes go to ``PROBE_PROMPTS`` prompts, evenly spaced, and are tokenized in the same way.
 
     Raises:
-        ValueError: as ``ranked_rows`` and ``tokenize_ranked``.
+        UserError: as ``ranked_rows`` and ``tokenize_ranked``.
     """
+    # The rows themselves, as the training reads them
     ranked = ranked_rows(rows, tokenizer, name=name, append_eos=append_eos)
     tokens = tokenize_ranked(ranked, tokenizer, name=name, append_eos=append_eos, max_length=max_length)
     made = HeldOut(
         list(tokens["completion_ids"]), list(tokens["ranks"]), {probe: [] for probe in PROBES if probes}
     )
+    # Probes to some of the prompts; a probe that is one of the row's replies proves nothing
     for number in (
         np.linspace(0, len(tokens) - 1, min(PROBE_PROMPTS, len(tokens))).astype(int).tolist()
         if probes
@@ -68,9 +76,13 @@ def prepare_held_out(
 
 
 def probe_replies(row: Ranked) -> tuple[Reply | None, dict[str, Reply]]:
-    """The row's prompt, and what a reward model should not like to hear: nothing, the best reply's
-    first words over and over up to its length, its first half, and praise of the asker. Without a
-    prompt it is what all completions begin with. None to replies that are not text."""
+    """Return the row's prompt, and replies that a reward model should not like.
+
+    They are: nothing, the best reply's first words over and over up to its length, its first half,
+    and praise of the asker. Without a prompt it is what all completions begin with. There are none
+    to replies that are not text.
+    """
+    # What the best reply says: a text, or the text of its last message
     best = row.completions[row.ranks.index(min(row.ranks))]
     prompt = row.prompt
     if prompt is None:
@@ -81,6 +93,7 @@ def probe_replies(row: Ranked) -> tuple[Reply | None, dict[str, Reply]]:
     if not words:
         return prompt, {}
     assert isinstance(said, str)
+    # Each probe begins with the reply's own space: a token without it is another token
     start = said[: len(said) - len(said.lstrip())]
     few = words[: max(1, min(4, len(words) // 3))]
     texts = {
@@ -96,8 +109,10 @@ def probe_replies(row: Ranked) -> tuple[Reply | None, dict[str, Reply]]:
 
 
 def _common_start(replies: Sequence[Reply]) -> Reply:
-    """Whole words, the space after them left to the replies; or whole messages, the last of each
-    left to it."""
+    """Return what all replies begin with: whole words, or whole messages.
+
+    The space after the words is left to the replies, and the last message of each is left to it.
+    """
     if isinstance(replies[0], str):
         # What the first and the last by alphabet share, all between them do
         low, high = min(map(str, replies)), max(map(str, replies))
@@ -105,6 +120,7 @@ def _common_start(replies: Sequence[Reply]) -> Reply:
             (place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low)
         )
         return low[: max((place for place in range(length) if low[place].isspace()), default=0)]
+    # Chat: turns that all replies share, the last of each left out
     turns = list(zip(*(reply[:-1] for reply in replies), strict=False))
     same = next(
         (
@@ -119,8 +135,10 @@ def _common_start(replies: Sequence[Reply]) -> Reply:
 
 @torch.no_grad()
 def score_tokens(trainer: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Raw score of each token list under a ``trl.RewardTrainer``'s model, in evaluation mode;
-    shared out among processes, and gathered."""
+    """Score token lists under a ``trl.RewardTrainer``'s model, in evaluation mode.
+
+    Return raw scores, shape (N,). Rows are shared out among processes, and gathered.
+    """
     model, size, pad = (
         trainer.model.eval(),
         trainer.args.per_device_eval_batch_size,
@@ -144,21 +162,27 @@ def score_tokens(trainer: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def reference_bias(trainer: Any, references: Sequence[Sequence[int]]) -> float:
-    """The mean raw score of references: what to subtract for them to score 0 on average."""
+    """Return the mean raw score of references: what to subtract for them to score 0."""
     return float(score_tokens(trainer, references).mean())
 
 
 def evaluate_reward_model(
     trainer: Any, held_out: HeldOut, any_pair: HeldOut | None = None, *, bias: float = 0.0
 ) -> RewardVerdict:
-    """The verdict on a trained reward model, from scores less ``bias``, as PPO will see them."""
+    """Return the verdict on a trained reward model.
+
+    Scores count less ``bias``, as PPO will see them.
+    """
+    # Scores as PPO will see them, in pairs
     scores = [own - bias for own in _scores_by_prompt(trainer, held_out)]
     chosen, rejected, prompts = _pairs(scores, held_out.ranks)
+    # Lengths in the same pairs: is a better reply only a longer one?
     lengths = [np.array([len(ids) for ids in own]) for own in held_out.completions]
     chosen_lengths, rejected_lengths, _ = _pairs(lengths, held_out.ranks)
     probes = {}
     for name, answers in held_out.probes.items():
         if answers:
+            # A probe is measured against the best and the worst reply to its own prompt
             best, worst = (np.array([scores[number][place] for number, _ in answers]) for place in (0, -1))
             probes[name] = ProbeScores(score_tokens(trainer, [ids for _, ids in answers]) - bias, best, worst)
     second = None if any_pair is None else _pairs(_scores_by_prompt(trainer, any_pair), any_pair.ranks)
@@ -173,7 +197,7 @@ def _scores_by_prompt(trainer: Any, held_out: HeldOut) -> list[np.ndarray]:
 
 
 def _pairs(numbers: list[np.ndarray], ranks: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The numbers of both sides of all untied pairs, and each pair's prompt."""
+    """Return the numbers of both sides of all untied pairs, and each pair's prompt."""
     found = [
         (own[i], own[k], prompt)
         for prompt, (own, order) in enumerate(zip(numbers, ranks, strict=True))

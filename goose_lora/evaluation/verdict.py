@@ -1,5 +1,7 @@
-"""What a reward model is worth before anything is trained on its scores: a verdict from its scores
-on held-out pairs and on probes."""
+"""The verdict on a reward model, before anything is trained on its scores.
+
+It is made of scores on held-out pairs and on probes.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -42,8 +44,10 @@ PROBES = {
 
 
 class ProbeScores(NamedTuple):
-    """Scores of one probe to M prompts, and of the best and the worst held-out reply to the same
-    prompts: (M,) each."""
+    """Scores of one probe to M prompts, and of the held-out replies to them: (M,) each.
+
+    ``chosen`` is the best and ``rejected`` the worst reply to the same prompt.
+    """
 
     probe: Numbers
     chosen: Numbers
@@ -52,8 +56,7 @@ class ProbeScores(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeVerdict:
-    """How often a probe scores higher than the chosen and than the rejected reply to its prompt, a
-    tie counting one half."""
+    """How often a probe scores higher than the replies to its prompt; a tie: one half."""
 
     score_mean: float
     beats_chosen: Proportion
@@ -66,8 +69,10 @@ class ProbeVerdict:
 
 @dataclass(frozen=True)
 class RewardVerdict:
-    """What a reward model is worth on held-out pairs. Scores, margins in logits; lengths in tokens;
-    standard deviation with divisor N."""
+    """The figures of a reward model on held-out pairs.
+
+    Scores and margins are in logits, lengths in tokens; standard deviations have divisor N.
+    """
 
     accuracy: Proportion
     accuracy_any_pair: Proportion | None  # on a second test set
@@ -85,8 +90,11 @@ class RewardVerdict:
     probes: dict[str, ProbeVerdict] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON values; the three of the second test set are None where there was none.
-        ``warnings``: the lines that are not ok."""
+        """Return plain JSON values.
+
+        The three of the second test set are None where there was none. ``warnings`` are the lines
+        that are not ok.
+        """
         second = self.accuracy_any_pair
         return {
             **vars(self),
@@ -100,7 +108,7 @@ class RewardVerdict:
         }
 
     def lines(self) -> list[str]:
-        """One line a number: the number, the verdict, and what to do where it is bad."""
+        """Return one line a number: the number, the verdict, and what to do where it is bad."""
         among = f"{self.accuracy.n} pairs" + (
             f" of {self.n_prompts} prompts" if self.n_prompts < self.n_pairs else ""
         )
@@ -108,6 +116,7 @@ class RewardVerdict:
             "do not run PPO on this reward model; more or cleaner pairs, more epochs, or a lower learning"
             " rate"
         )
+        # Accuracy, on the pairs of the test set and on those of a second one
         lines = [_accuracy_line("accuracy", self.accuracy, among, at_chance)]
         if self.accuracy_any_pair:
             among = f"{self.accuracy_any_pair.n} pairs"
@@ -119,6 +128,7 @@ class RewardVerdict:
                     "such pairs are not told apart; train on more",
                 )
             )
+        # Then each figure with its limit, and what to do beyond it
         longer, low, high = (
             self.length_correlation > 0,
             self.margin_quantiles["0.05"],
@@ -202,7 +212,7 @@ def reward_verdict(
     prompts: Numbers | None = None,
     probes: Mapping[str, ProbeScores] | None = None,
 ) -> RewardVerdict:
-    """Verdict on (N,) held-out scores in logits and response lengths in tokens.
+    """Return the verdict on (N,) held-out scores in logits and lengths in tokens.
 
     Args:
         any_pair: (chosen, rejected) scores of a second test set, and the number of each pair's
@@ -212,8 +222,9 @@ def reward_verdict(
         probes: scores of each of ``PROBES`` that was tried.
 
     Raises:
-        ValueError: unequal, empty or non-finite input.
+        UserError: unequal, empty or non-finite input.
     """
+    # Each side is checked against its lengths, then pairs against pairs
     chosen, chosen_lengths = paired("chosen", chosen, "chosen_lengths", chosen_lengths)
     rejected, rejected_lengths = paired("rejected", rejected, "rejected_lengths", rejected_lengths)
     numbers = np.arange(chosen.size) if prompts is None else np.asarray(prompts)
@@ -256,16 +267,16 @@ def write_verdict(output_dir: str | None, verdict: RewardVerdict) -> None:
 
 
 def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
-    """Look at the verdict beside a reward adapter before anything is trained on its scores. One of
-    other origin has none, and passes.
+    """Refuse a reward adapter whose verdict says that it may know nothing.
 
-    What the verdict warns of (length, probes that beat the chosen reply, calibration) is logged, a
-    line each, forced or not.
+    An adapter of other origin has no verdict, and passes. What the verdict warns of (length, probes
+    that beat the chosen reply, calibration) is logged, a line each, forced or not.
 
     Raises:
-        ValueError: its interval on held-out pairs includes 0.5, so that it may know nothing, and
+        UserError: its interval on held-out pairs includes 0.5, so that it may know nothing, and
             ``force`` is not set.
     """
+    # A verdict is a file that people may have edited
     path = Path(reward_folder) / "verdict.json"
     if not path.is_file():
         return
@@ -279,6 +290,7 @@ def require_verdict(reward_folder: str | Path, *, force: bool) -> None:
             f"{path}: no verdict of recipes/reward.py: accuracy_ci is {interval!r}. Train the reward model"
             " again, or delete the file."
         )
+    # Warnings always; refusal unless forced
     for line in warnings:
         logger.warning("the reward model: %s", line)
     if force:

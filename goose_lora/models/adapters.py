@@ -28,6 +28,7 @@ def load_weights(model: PeftModel, role: Role, folder: AdapterFolder) -> None:
             f" it cannot be a {role} model. Train it with recipes/reward.py, or with trl.RewardTrainer and"
             " LoraConfig(task_type='SEQ_CLS')."
         )
+    # PEFT loads what it knows by name, and says what was missing or left over
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=ADAPTERS[role])
     except RuntimeError as error:  # torch lists the tensors of another size, one a line
@@ -67,6 +68,7 @@ def switch_off_dropout(base: nn.Module) -> None:
     Models keep it as Dropout modules, or as plain numbers such as attention_dropout; GPT-2 and OPT
     come with 0.1.
     """
+    # Modules of dropout, and numbers that a forward reads
     found = set()
     for module in base.modules():
         for name in (

@@ -61,6 +61,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        # Ranges that no base changes; layers and targets are compared with the base later
         if self.lora_r < 1 or self.lora_alpha <= 0:
             raise UserError(
                 f"lora_r={self.lora_r}, lora_alpha={self.lora_alpha}: both must be positive, for example 16"
@@ -86,6 +87,7 @@ def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArgu
         ValueError: the base is not there any more, or the lineage does not say how it was
             quantized.
     """
+    # The lineage must say what, and how it was loaded: another quantization is another model
     missing = [
         name
         for name in ("id", "quantization", "dtype")
@@ -96,11 +98,13 @@ def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArgu
             f"goose_lora.json does not say what the base's {missing[0]} was in training. Copy the folder"
             " again, or train it again."
         )
+    # Where is it now?
     try:
         require_name(base or noted["id"])
     except ValueError as error:
         if base:
             raise
+        # The way out: the Hub's name, where an upload noted it
         known = f" On the Hub it is {noted['hub_id']}." if noted.get("hub_id") else ""
         raise UserError(
             f"the run's base was {noted['id']}, and that is not here.{known} Say where it is: --base"

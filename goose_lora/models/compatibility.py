@@ -46,6 +46,7 @@ def check_fit(
     """
     require_model(args.model_name_or_path)
     core = meta_model(args, trust_remote_code=trust_remote_code)
+    # Do the texts fit into its context?
     context = core.config.get_text_config().to_dict().get(
         "max_position_embeddings"
     ) or core.config.get_text_config().to_dict().get("n_positions")
@@ -54,17 +55,20 @@ def check_fit(
             f"the longest prompt and a reply make {tokens} tokens, and {args.model_name_or_path} has a"
             f" context of {context} (max_position_embeddings). Lower max_prompt_tokens or response_length."
         )
+    # Has each token an embedding?
     vocabulary = cast(nn.Embedding, core.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise UserError(
             f"{args.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model"
             f" {vocabulary}. They do not belong together: use the tokenizer that the model came with."
         )
+    # Has it the layers that LoRA is to go on, and those that each adapter changes?
     _check_targets(args, core)
     for adapter in adapters:
         if adapter is None:
             continue
         _check_adapter(adapter, args.model_name_or_path, core)
+        # A chat model reads another prompt under another template
         saved, ours = adapter.chat_template, tokenizer.chat_template
         if chat and saved is not None and ours is not None and saved.strip() != str(ours).strip():
             raise UserError(
@@ -78,6 +82,7 @@ def _check_targets(args: ModelArguments, core: PreTrainedModel) -> None:
     targets = lora_config(args, core).target_modules or []
     if args.lora_target_modules == ["all-linear"] or isinstance(targets, str):
         return
+    # By the last part of their names, as PEFT looks for them
     names = {name.rpartition(".")[2] for name, module in core.named_modules() if _width(module)}
     missing = [target for target in sorted(targets) if target.rpartition(".")[2] not in names]
     if missing:
@@ -96,6 +101,7 @@ def _check_adapter(adapter: AdapterFolder, base: str, core: PreTrainedModel) -> 
             f" {len(shapes)}), so it cannot be a reward model. Train it with recipes/reward.py, or with"
             " trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
         )
+    # Tensor by tensor; an adapter without any fits nothing
     wrong = [problem for name, shape in shapes.items() if (problem := _problem(name, shape, modules, core))]
     if wrong or not shapes:
         first = f", such as {wrong[0]}" if wrong else ""
@@ -106,7 +112,8 @@ def _check_adapter(adapter: AdapterFolder, base: str, core: PreTrainedModel) -> 
 
 
 def _problem(name: str, shape: list[int], modules: Mapping[str, nn.Module], core: Any) -> str | None:
-    """Why a tensor of an adapter does not fit the base, or None."""
+    """Return why a tensor of an adapter does not fit the base, or None."""
+    # PEFT's names are those of the base's modules, and the factor
     inner = name.removeprefix("base_model.model.")
     if inner.endswith("score.weight"):
         width = core.get_output_embeddings().weight.shape[1]
@@ -129,7 +136,10 @@ def _problem(name: str, shape: list[int], modules: Mapping[str, nn.Module], core
 
 
 def _width(module: nn.Module) -> tuple[int, int] | None:
-    """Features in and out of a linear layer, of torch's or of GPT-2's kind; None for others."""
+    """Return features in and out of a linear layer, of torch's or of GPT-2's kind.
+
+    None for other modules.
+    """
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
         return None
@@ -143,7 +153,7 @@ def _width(module: nn.Module) -> tuple[int, int] | None:
 def meta_model(
     args: ModelArguments, *, trust_remote_code: bool = False, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
-    """The base on the meta device."""
+    """Return the base on the meta device."""
     name = args.model_name_or_path
     if config is None:
         require_model(name, weights=False)
@@ -156,6 +166,7 @@ def meta_model(
             f"{name}: {config.model_type} is not a causal language model, which a base must be. Use one that"
             " goes on with a text."
         )
+    # Without memory: its shapes are enough
     how = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     with (
         reading("its configuration", name, "Check attn_implementation and the config.json"),

@@ -38,6 +38,7 @@ class DenseCopy:
     def __init__(self, shared: SharedBase, dtype: torch.dtype | None = None):
         self.shared = shared
         core = shared.core
+        # An empty model of the same class, without quantization
         config = copy.deepcopy(core.config)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
@@ -46,9 +47,11 @@ class DenseCopy:
             self.model: Any = type(core)._from_config(
                 config, dtype=merged, attn_implementation=config._attn_implementation
             )
+        # Its parameters are the base's own tensors, or dense matrices in their place
         self._adapted: list[tuple[Any, Tensor]] = []
         for name, module in list(self.model.named_modules()):
             self._fill(module, core.get_submodule(name), merged)
+        # Buffers, such as rotary frequencies, that no checkpoint holds
         for name, buffer in self.model.named_buffers():
             buffer.data = core.get_buffer(name).data
         self.model.generation_config = copy.deepcopy(core.generation_config)
@@ -108,6 +111,7 @@ def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | N
     """
     if wanted == "shared":
         return None
+    # Only a sum of two matrices can be merged
     odd = sorted(
         {
             type(layer).__name__
@@ -122,6 +126,7 @@ def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | N
                 " rollout_weights: shared."
             )
         return None
+    # Only what fits is made
     need, free = dense_bytes(shared), free_bytes(shared.device)
     if not takes_dense_copy(wanted, need=need, free=free):
         logger.info(
@@ -136,6 +141,7 @@ def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | N
 def dense_bytes(shared: SharedBase) -> int:
     """Bytes that a dense copy adds: the quantized and the adapted matrices in the compute dtype."""
     core = shared.core
+    # Each matrix once, be it quantized, adapted or both
     adapted = [module.get_base_layer() for module in core.modules() if isinstance(module, LoraLayer)]
     inner = {id(layer): layer for layer in adapted}
     inner |= {

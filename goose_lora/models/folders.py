@@ -45,9 +45,11 @@ def reading(
     try:
         yield
     except Exception as error:
+        # What is not about the files passes as it is
         other = isinstance(error, RuntimeError) and "mismatch" not in str(error)
         if other or isinstance(error, (torch.OutOfMemoryError, MemoryError, ImportError)):
             raise
+        # What users can mend has a line of its own; the rest is quoted
         if "use_safetensors" in str(error):
             way_out = (
                 "Pickled ones can run code as they are read: convert them where you trust them, with"
@@ -100,6 +102,7 @@ def require_model(name: str, *, weights: bool = True) -> None:
     require_name(name)
     path = Path(name)
     if path.is_dir():
+        # A folder here: configuration, then weights, then whether they are whole
         if not (path / "config.json").is_file():
             adapter = (path / ADAPTER_CONFIG).is_file()
             hint = (
@@ -129,10 +132,10 @@ def _pickles(names: list[str]) -> str:
 
 
 def read_adapter_config(setting: str, folder: str) -> dict[str, Any]:
-    """What ``adapter_config.json`` says.
+    """Return what ``adapter_config.json`` says.
 
     Raises:
-        ValueError: ``folder`` holds no whole LoRA adapter in safetensors.
+        UserError: ``folder`` holds no whole LoRA adapter in safetensors.
     """
     path = Path(folder)
     if path.is_file():
@@ -140,6 +143,7 @@ def read_adapter_config(setting: str, folder: str) -> dict[str, Any]:
             f"{setting}: {folder} is a file. Give the folder that holds it, the output_dir of the stage that"
             " trains it."
         )
+    # Both files, the weights in safetensors
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (path / name).is_file()]
     if missing == [ADAPTER_WEIGHTS] and any(path.glob("adapter_model.*")):
         raise UserError(
@@ -151,6 +155,7 @@ def read_adapter_config(setting: str, folder: str) -> dict[str, Any]:
             f"{setting}: {folder} has no {' and no '.join(missing)}. Give the output_dir of the stage that"
             " trains it, run to its end."
         )
+    # Of a kind that can be a role, with what every such adapter has
     config = read_json_object(path / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
@@ -170,10 +175,10 @@ def read_adapter_config(setting: str, folder: str) -> dict[str, Any]:
 def tensor_shapes(
     path: Path, way_out: str = "Copy it again, or train the stage again."
 ) -> dict[str, list[int]]:
-    """Names and shapes of the tensors of a file, read from its head.
+    """Return names and shapes of the tensors of a file, read from its head.
 
     Raises:
-        ValueError: the file is cut short or no safetensors.
+        UserError: the file is cut short or no safetensors.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -195,16 +200,16 @@ def saved_template(folder: str | Path) -> Any:
 
 
 def saved_chat_template(folder: str) -> str | None:
-    """``saved_template`` where it is one; None where there are several."""
+    """Return ``saved_template`` where it is one; None where there are several."""
     template = saved_template(folder)
     return template if isinstance(template, str) else None
 
 
 def check_lineage(path: Path, lineage: dict[str, Any]) -> dict[str, Any]:
-    """``lineage`` as it is, if what the reward role reads of it can be used.
+    """Return ``lineage`` as it is, if what the reward role reads of it can be used.
 
     Raises:
-        ValueError: a bias that is no finite number, or an append_eos that is not true or false.
+        UserError: a bias that is no finite number, or an append_eos that is not true or false.
     """
     bias, eos = lineage.get("reward_bias", 0.0), lineage.get("append_eos", True)
     if not is_number(bias) or not isinstance(eos, bool):
@@ -226,6 +231,7 @@ def local_folder(name: str | Path) -> Path:
     Raises:
         ValueError: neither a folder nor an adapter that can be had from the Hub.
     """
+    # A folder here comes first; what looks like a missing folder is not asked for on the Hub
     match = _HUB_NAME.fullmatch(str(name))
     if Path(name).exists() or match is None or (match["revision"] is None and Path(name).parent.is_dir()):
         return Path(name)
@@ -242,6 +248,7 @@ def local_folder(name: str | Path) -> Path:
             f" ({str(error).strip().splitlines()[0]}). Give the output_dir of the stage that trains it, run"
             " to its end, or an adapter of the Hub as user/repo, user/repo/folder or user/repo@revision."
         ) from error
+    # What is read beside an adapter, of the same commit; others' adapters lack it
     for filename in _READ_BESIDE:
         try:
             hf_hub_download(**place, filename=filename)
@@ -294,6 +301,7 @@ class AdapterFolder:
         """
         path = local_folder(name)
         folder = cls(setting, str(name), path, read_adapter_config(setting, str(path)))
+        # Read now, so that a damaged one is told before anything loads
         read_lineage(path)
         if base is not None:
             folder._check_base(base, base_hub_id)
@@ -333,12 +341,14 @@ class AdapterFolder:
     def lora_config(self) -> LoraConfig:
         """Return PEFT's configuration of the adapter, to be trained further or loaded."""
         with reading(ADAPTER_CONFIG, str(self.path)):
+            # As from_pretrained does, without reading the file again
             settings = LoraConfig.check_kwargs(**copy.deepcopy(dict(self.config)))
             config = cast(LoraConfig, LoraConfig.from_peft_type(**settings))
         config.inference_mode = False
         return config
 
     def _check_base(self, base: str, base_hub_id: str | None) -> None:
+        # The last part of a path is enough: bases are moved about
         trained_on = self.config.get("base_model_name_or_path")
         if not trained_on or trained_on in (base, base_hub_id) or Path(trained_on).name == Path(base).name:
             return

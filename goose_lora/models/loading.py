@@ -121,6 +121,7 @@ def _load(
     **kwargs: Any,
 ) -> PreTrainedModel:
     place = device or torch.device(PartialState().device or "cpu")
+    # Slow, but right: told, not refused
     if place.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
         logger.warning(
             "this CPU multiplies bfloat16 many times slower than float32: set dtype: float32, and bf16: false"
@@ -171,6 +172,7 @@ def lora_config(
 
     all-linear is written out, since PEFT refuses it together with layers.
     """
+    # Layers by number, as PEFT takes them; None stands for all
     layers = decoder_layers(model)
     chosen = top_layers(args.lora_layers, len(layers))
     return LoraConfig(
@@ -191,6 +193,7 @@ def linear_names(layers: nn.ModuleList) -> list[str]:
 
     They are q_proj, c_attn, dense_h_to_4h and so on.
     """
+    # Of the first layer: models of mixed layers name their targets themselves
     linear = (nn.Linear, Conv1D)
     return sorted(
         {name.rpartition(".")[2] for name, module in layers[0].named_modules() if isinstance(module, linear)}

@@ -28,6 +28,7 @@ def autocast(core: PreTrainedModel) -> torch.autocast:
 
     Rollout and update alike run inside it.
     """
+    # The head is never quantized: its dtype is the model's
     weight = output_head(core).weight
     enabled = weight.dtype in (torch.bfloat16, torch.float16)
     dtype = weight.dtype if enabled else torch.bfloat16
@@ -63,6 +64,7 @@ def response_logprobs(
 
     Both are zero outside ``response_mask``; only positions inside it meet the LM head.
     """
+    # Selected before the product: of a long prompt no position meets the head
     head, tokens = output_head(core), response_mask.shape[1]
     logprobs, entropies = token_logprobs(
         before_response(hidden, response_mask)[response_mask],
@@ -112,6 +114,7 @@ def score_states(
     skip: Bool[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B H"]:
     """Return the state of each row's last counted token, or of the one before it where ``skip``."""
+    # Where RewardTrainer's model reads its score, whichever side is padded
     last = last_counted(attention_mask)
     if skip is not None:
         last = last - skip.long()
@@ -142,5 +145,6 @@ def output_head(core: PreTrainedModel) -> nn.Linear:
 
 def _spread(numbers: Tensor, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Put numbers in their places in the mask, and zeros elsewhere."""
+    # Not x * mask: a NaN of a position outside would spread
     zeros = torch.zeros(mask.shape, dtype=numbers.dtype, device=numbers.device)
     return zeros.masked_scatter(mask, numbers)

@@ -83,6 +83,7 @@ class RolePlan:
     @property
     def adapters(self) -> tuple[Role, ...]:
         """The roles for which an adapter of their own stands."""
+        # In the order in which they are put on the base
         present: dict[Role, bool] = {
             "policy": True,
             "value": self.critic is not None,

@@ -217,6 +217,7 @@ class SharedBase(PeftModel):
         adapters.load_weights(self, role, AdapterFolder.of(role, folder))
 
     def _copy_role(self, source: Role, target: Role) -> None:
+        # By name: the adapters of two roles differ in nothing else
         parameters = dict(self.role_parameters(source))
         with torch.no_grad():
             for name, parameter in self.role_parameters(target):
@@ -256,6 +257,7 @@ class SharedBase(PeftModel):
 
         PEFT freezes and unfreezes adapters as a side effect of switching.
         """
+        # By identity: a tied parameter has several names
         training = {id(p) for role in roles for _, p in self.training_parameters(role)}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in training)
@@ -280,6 +282,7 @@ class SharedBase(PeftModel):
                 " SharedBase.build its folder."
             )
         core = self.core
+        # What will be put back
         before = self._role
         modules: list[nn.Module] = []
         checkpointing: list[nn.Module] = []
@@ -300,6 +303,7 @@ class SharedBase(PeftModel):
             _set_checkpointing(checkpointing, True)
 
     def _switch_to(self, role: Role) -> None:
+        # PEFT's switching sets flags of all parameters; they are put back
         flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         if role == "base" or (role == "reference" and not self.has("reference")):
             self.base_model.disable_adapter_layers()
@@ -465,6 +469,7 @@ class SharedBase(PeftModel):
 
     def score_head(self, role: Role) -> nn.Linear:
         """Return the linear head of ``value`` or ``reward``: (1, H), fp32, without bias."""
+        # PEFT keeps one copy of the head for each adapter that has one
         heads = cast(Any, self.core).score.modules_to_save
         return heads[ADAPTERS[role]]
 
@@ -595,6 +600,7 @@ class SharedBase(PeftModel):
         self, input_ids: Int[Tensor, "P N"], attention_mask: Int[Tensor, "P N"]
     ) -> Float[Tensor, ""]:
         """Return the policy's loss on whole texts in nats per token, first tokens left out."""
+        # A token counts where it and the one before it are text
         predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
         logprobs, _ = self.logprobs(self.hidden("policy", input_ids, attention_mask), input_ids, predicted)
         return -logprobs.sum() / predicted.sum()

@@ -22,11 +22,12 @@ from goose_lora.models.roles import belongs_to
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers of a transformers causal language model.
+    """Return the list of decoder layers of a transformers causal language model.
 
     Raises:
-        ValueError: the model has no such list, or several that could be it.
+        UserError: the model has no such list, or several that could be it.
     """
+    # By length: libraries name the list in ten ways
     count = model.config.get_text_config().num_hidden_layers
     found = [
         (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count
@@ -45,10 +46,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def top_layers(text: str, num_layers: int, setting: str = "lora_layers") -> list[int]:
-    """Indices of the layers that ``all`` or ``top-K`` names, lowest first.
+    """Return indices of the layers that ``all`` or ``top-K`` names, lowest first.
 
     Raises:
-        ValueError: any other text, or a K that the model does not have.
+        UserError: any other text, or a K that the model does not have.
     """
     if text == "all":
         return list(range(num_layers))
@@ -78,6 +79,7 @@ def lowest_layer(layers: nn.ModuleList, adapter: str) -> int:
 @contextmanager
 def patched_forward(layers: list[nn.Module], forwards: list) -> Iterator[None]:
     """Give each module another ``forward``, and put the old one back, whatever happens."""
+    # An instance's own forward, where accelerate or a test has set one
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward
@@ -168,6 +170,7 @@ def trained_from(model: nn.Module, layers: nn.ModuleList, adapter: str, train_la
     Raises:
         ValueError: the adapter reaches none of ``train_layers``.
     """
+    # All that the adapter has: if some lies outside the layers, nothing is below it
     lowest = top_layers(train_layers, len(layers), "train_layers")[0]
     if train_layers == "all":
         inside = {id(parameter) for parameter in layers.parameters()}
@@ -175,6 +178,7 @@ def trained_from(model: nn.Module, layers: nn.ModuleList, adapter: str, train_la
             p for name, p in model.named_parameters() if belongs_to(name, adapter) and ".score." not in name
         ]
         return lowest_layer(layers, adapter) if all(id(parameter) in inside for parameter in adapted) else 0
+    # Layers that were asked for, of which the adapter must have one
     if not any(
         belongs_to(name, adapter) for layer in layers[lowest:] for name, _ in layer.named_parameters()
     ):
@@ -204,6 +208,7 @@ def same_below(
 
     Compared are ``layers[:depth]`` and everything outside the layers.
     """
+    # All adapted modules but those of the upper layers
     above = {id(module) for layer in layers[depth:] for module in layer.modules()}
     lower = (
         module for module in model.modules() if isinstance(module, LoraLayer) and id(module) not in above
@@ -218,6 +223,7 @@ def _effect(module: Any, adapter: str | None) -> dict[str, Tensor]:
     """
     if adapter is None:
         return {}
+    # The factors by their names within the layer
     factors = {name: p for name, p in module.named_parameters() if belongs_to(name, adapter)}
     # A variant such as DoRA has more, and changes the layer even where the product is 0
     plain = len(factors) == 2
@@ -252,5 +258,6 @@ def only_last_columns(layer: nn.Module, columns: int | None) -> Iterator[None]:
 
 
 def _at_the_end(forward: Callable[..., Any], columns: int, x: Tensor) -> Tensor:
+    # Zeros stand for columns that nobody reads
     rest = x.shape[1] - columns
     return forward(x) if rest <= 0 else F.pad(forward(x[:, rest:].contiguous()), (0, 0, rest, 0))

@@ -1,5 +1,4 @@
-"""A reward model of any other origin: a sequence classifier with a tokenizer and a chat template of
-its own."""
+"""A reward model of any other origin: a sequence classifier with its own tokenizer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +17,9 @@ PREFIX = "model:"
 
 
 class ClassifierReward:
-    """Scores texts by one output of a sequence classifier. A reward source like any function:
-    ``f(prompts=, completions=, **columns)``.
+    """A reward source that scores texts by one output of a sequence classifier.
+
+    It is called like any function: ``f(prompts=, completions=, **columns)``.
 
     Texts are decoded replies, so that its tokenizer may be another than the policy's. A prompt of
     text and its completion are joined as they are; chat messages and the reply go through the
@@ -31,13 +31,14 @@ class ClassifierReward:
         batch_size: texts at a time.
 
     Raises:
-        ValueError: not a classifier, a label that it does not have, or several labels and none
+        UserError: not a classifier, a label that it does not have, or several labels and none
             named. Weights are not loaded for that.
     """
 
     def __init__(self, spec: str, *, batch_size: int = 32, trust_remote_code: bool = False):
         self.name, _, label = spec.removeprefix(PREFIX).partition("#")
         self.batch_size, self.trust_remote_code = batch_size, trust_remote_code
+        # Is it a classifier, by its configuration?
         require_model(self.name)
         with reading("its configuration", self.name):
             self.config: Any = AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code)
@@ -49,6 +50,7 @@ class ClassifierReward:
                 f"{spec}: a reward model is a sequence classifier, and this is {found}. Give one that was"
                 " saved with its score head."
             )
+        # Which of its outputs is the score?
         labels = self.config.label2id
         if (label and label not in labels) or (not label and self.config.num_labels > 1):
             raise UserError(
@@ -56,18 +58,22 @@ class ClassifierReward:
                 f" {PREFIX}{self.name}#{next(iter(labels))}"
             )
         self.output = labels[label] if label else 0
+        # A long text is cut on its left: the reply stands at the end
         with reading("the tokenizer", self.name):
             self.tokenizer = AutoTokenizer.from_pretrained(
                 self.name, trust_remote_code=trust_remote_code, truncation_side="left"
             )
+        # Rows of a batch are padded with a token that says nothing
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = spare_token(self.tokenizer)
         self.__name__ = self.name.rstrip("/").rpartition("/")[2]
         self.model: Any = None
 
     def check(self, prompt: Any) -> None:
-        """Raise ValueError if it cannot read prompts such as ``prompt``: chat messages, for a
-        tokenizer without a chat template."""
+        """Raise UserError if it cannot read prompts such as ``prompt``.
+
+        Chat messages need a tokenizer with a chat template.
+        """
         if not isinstance(prompt, str) and self.tokenizer.chat_template is None:
             raise UserError(
                 f"{PREFIX}{self.name}: the prompts are chat messages, and its tokenizer has no chat template."
@@ -75,8 +81,10 @@ class ClassifierReward:
             )
 
     def load(self, args: ModelArguments, device: torch.device) -> "ClassifierReward":
-        """Put the weights on ``device``, quantized and in the dtype as ``args`` says; for this
-        model's own settings give it own arguments."""
+        """Put the weights on ``device``, quantized and in the dtype as ``args`` says.
+
+        For this model's own settings give it own arguments.
+        """
         self.config.pad_token_id = self.tokenizer.pad_token_id
         own = {"config": self.config, "trust_remote_code": self.trust_remote_code}
         model = read_weights(AutoModelForSequenceClassification, self.name, args, device, **own)
@@ -85,6 +93,7 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+        # The classifier's own tokens, from texts
         texts = [
             self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
         ]
@@ -116,8 +125,7 @@ class ClassifierReward:
 
 
 def check_weights(weights: Sequence[float] | None, names: Sequence[str] | str | None) -> None:
-    """Raise ValueError unless there is one weight to each source that ``--reward_function``
-    names."""
+    """Raise UserError unless there is one weight to each source of ``--reward_function``."""
     sources = [names] if isinstance(names, str) else names or ["adapter"]
     if weights is not None and len(weights) != len(sources):
         raise UserError(
@@ -129,19 +137,22 @@ def check_weights(weights: Sequence[float] | None, names: Sequence[str] | str | 
 def reward_sources(
     names: Sequence[str] | str | None, *, has_adapter: bool, trust_remote_code: bool = False
 ) -> list[Any]:
-    """What ``--reward_function`` names: ``adapter``, ``module:function``, or ``model:NAME``, whose
-    weights are not loaded yet.
+    """Return what ``--reward_function`` names; weights are not loaded yet.
+
+    A name is ``adapter``, ``module:function`` or ``model:NAME``.
 
     Raises:
-        ValueError: ``adapter`` is wanted, also by default, and there is none; a name that leads
+        UserError: ``adapter`` is wanted, also by default, and there is none; a name that leads
             nowhere.
     """
+    # By default the reward adapter alone
     listed = [names] if isinstance(names, str) else names or ["adapter"]
     if not has_adapter and "adapter" in listed:
         raise UserError(
             "nothing scores the replies: set reward_adapter to the output of recipes/reward.py, or"
             " reward_function to module:function or model:NAME."
         )
+    # A model that is named twice is one model
     models = {
         name: ClassifierReward(name, trust_remote_code=trust_remote_code)
         for name in listed

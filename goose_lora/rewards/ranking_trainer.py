@@ -1,5 +1,8 @@
-"""A reward model from ranked lists: all completions of a prompt in one batch element, one forward a
-completion (Ouyang et al. 2022, 3.5)."""
+"""The training of a reward model on ranked lists.
+
+All completions of a prompt are in one batch element, one forward a completion (Ouyang et al. 2022,
+3.5).
+"""
 
 import copy
 from collections import defaultdict
@@ -18,12 +21,15 @@ from goose_lora.functional import ranking_loss, untied_pairs
 def collate_ranked(
     rows: Sequence[dict[str, Any]], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> dict[str, Tensor]:
-    """All completions of all rows as one batch of N: ``input_ids`` and ``attention_mask`` (N, L),
-    padded on the right; ``ranks`` (N,), and ``prompts`` (N,), the number of the row in the
-    batch."""
+    """Collate all completions of all rows into one batch of N, padded on the right.
+
+    Return ``input_ids`` and ``attention_mask`` (N, L), ``ranks`` (N,), and ``prompts`` (N,), the
+    number of the row in the batch.
+    """
     ids, mask = right_pad(
         [ids for row in rows for ids in row["completion_ids"]], pad_token_id, pad_to_multiple_of
     )
+    # Which prompt each completion answers: only those of one prompt are compared
     counts = torch.tensor([len(row["ranks"]) for row in rows])
     ranks = torch.tensor([rank for row in rows for rank in row["ranks"]])
     return {
@@ -36,10 +42,11 @@ def collate_ranked(
 
 class RankedRewardTrainer(RewardTrainer):
     """``trl.RewardTrainer`` for data of ``preferences.tokenize_ranked``.
+
     ``per_device_train_batch_size`` counts prompts, not completions.
 
     Raises:
-        ValueError: ``center_rewards_coefficient``, which is defined for pairs.
+        UserError: ``center_rewards_coefficient``, which is defined for pairs.
     """
 
     def __init__(self, *, args: RewardConfig, processing_class: Any, **kwargs: Any):
@@ -50,6 +57,7 @@ class RankedRewardTrainer(RewardTrainer):
             )
         args = copy.copy(args)
         args.remove_unused_columns = False  # what RewardTrainer counts as used are its own columns, not these
+        # Our collator, since a row has any number of completions
         multiple: Any = args.pad_to_multiple_of
         self.seen: dict[str, list[float]] = defaultdict(list)
         kwargs["data_collator"] = lambda rows: collate_ranked(rows, processing_class.pad_token_id, multiple)
@@ -58,13 +66,15 @@ class RankedRewardTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss over all untied pairs, where TRL's is over two halves of a batch."""
+        """Return the loss over all untied pairs, where TRL's is over two halves of a batch."""
+        # One forward of all completions; their pairs are made of scores alone
         outputs = model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         )
         scores = outputs.logits.squeeze(-1)
         loss = ranking_loss(scores, inputs["ranks"], inputs["prompts"])
         with torch.no_grad():
+            # TRL's metrics, means over pairs, alike on all processes
             better, worse = untied_pairs(inputs["ranks"], inputs["prompts"])
             margins = scores[better].float() - scores[worse].float()
             seen = {
@@ -77,7 +87,7 @@ class RankedRewardTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the means of what ``compute_loss`` saw since the last time, under TRL's names."""
+        """Log the means of what ``compute_loss`` saw since the last time, under TRL's names."""
         assert self.model is not None
         prefix = "" if self.model.training else "eval_"
         logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self.seen.items()})

@@ -20,11 +20,12 @@ class ScoreScale(NamedTuple):
 
 
 def score_scale(raw: Float[Tensor, " N"]) -> ScoreScale:
-    """The scale on which ``raw`` has mean 0 and standard deviation 1, so that kl_coef means the
-    same for every reward model.
+    """Return the scale on which ``raw`` has mean 0 and standard deviation 1.
+
+    On it kl_coef means the same for every reward model.
 
     Raises:
-        ValueError: fewer than two scores, or scores that do not differ: no policy can be told from
+        UserError: fewer than two scores, or scores that do not differ: no policy can be told from
             another by them.
     """
     if len(raw) < 2 or not torch.isfinite(raw).all() or raw.std() < 1e-6:

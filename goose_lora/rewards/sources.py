@@ -1,5 +1,4 @@
-"""Scores of replies, and what becomes of them: one reward a token, with KL, end-of-text and
-normalisation terms."""
+"""Sources of reward: the reward adapter and Python functions, weighted and added."""
 
 import asyncio
 import inspect
@@ -24,18 +23,18 @@ RewardSource = RewardFunction | Literal["adapter"]
 
 
 class RewardMix:
-    """The weighted sum of what several sources say of each reply: the reward adapter
-    (``"adapter"``) and Python functions.
+    """The weighted sum of what several sources say of each reply.
 
-    A function has TRL's signature, plain or async, ``f(prompts=, completions=, completion_ids=,
-    **columns) -> list[float | None]``: one number a reply, None where it has nothing to say; or one
-    list a reply, with a number for each of its tokens. Columns are those of the prompts' dataset.
+    A source is the reward adapter (``"adapter"``) or a Python function. A function has TRL's
+    signature, plain or async, ``f(prompts=, completions=, completion_ids=, **columns) -> list[float
+    | None]``: one number a reply, None where it has nothing to say; or one list a reply, with a
+    number for each of its tokens. Columns are those of the prompts' dataset.
 
     Args:
         timeout: seconds that the functions may take together; None: as long as they like.
 
     Raises:
-        ValueError: no source, or not one weight to each.
+        UserError: no source, or not one weight to each.
     """
 
     def __init__(
@@ -52,6 +51,7 @@ class RewardMix:
                 f"reward_weights: {len(self.weights)} weights for {len(self.sources)} sources of reward; give"
                 " one to each."
             )
+        # Two functions of one name are told apart by their places
         names = [
             "adapter" if source == "adapter" else getattr(source, "__name__", type(source).__name__)
             for source in self.sources
@@ -65,24 +65,26 @@ class RewardMix:
         return "adapter" in self.sources
 
     def __call__(self, by_adapter: Float[Tensor, " B"] | None, **replies: Any) -> "Scores":
-        """What the sources say, weighted and added.
+        """Ask all sources; return what they say, weighted and added.
 
         Args:
             by_adapter: the reward adapter's scores, where it is a source.
             replies: ``prompts, completions, completion_ids`` and columns, for the functions.
 
         Raises:
-            ValueError: a function that raised an error, or did not give one finite number, one list
+            UserError: a function that raised an error, or did not give one finite number, one list
                 of them (a number a token) or None a reply; or a reply of which no source said
                 anything.
-            TimeoutError: the functions took longer than ``timeout``.
+            TimeLimitError: the functions took longer than ``timeout``.
         """
+        # Ask: the functions together, under one limit of time
         ids = replies["completion_ids"]
         functions = {
             name: source for name, source in zip(self.names, self.sources, strict=True) if source != "adapter"
         }
         with _time_limit(self.timeout if functions else None, f"the reward function {', '.join(functions)}"):
             said = asyncio.run(_ask_all(functions, replies))
+        # Read: one column of scores a source, in the order of the sources
         answers = iter(said)
         device = torch.device("cpu") if by_adapter is None else by_adapter.device
         columns, by_token = [], None
@@ -97,6 +99,7 @@ class RewardMix:
         scores = torch.stack(
             [torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns]
         )
+        # Add: a source that said None has no say; a reply of which none spoke has no reward
         silent = scores.isnan().all(0)
         if silent.any():
             raise UserError(
@@ -111,9 +114,8 @@ class Scores(NamedTuple):
     """Raw scores (B,), before any normalisation.
 
     ``by_source`` has each source's own, before weighting, NaN where it said None. ``by_token`` is
-    the weighted part of the scores that was
-    given token by token: N numbers for the N counted tokens of all replies, one reply after the
-    other; their sum is in ``total``.
+    the weighted part of the scores that was given token by token: N numbers for the N counted
+    tokens of all replies, one reply after the other; their sum is in ``total``.
     """
 
     total: Float[Tensor, " B"]
@@ -122,6 +124,7 @@ class Scores(NamedTuple):
 
 
 async def _ask_all(functions: dict[str, Any], replies: dict[str, Any]) -> list[Any]:
+    # Plain functions answer here; what async ones wait for, they wait for together
     answers = []
     for name, function in functions.items():
         with _named(name):
@@ -139,7 +142,7 @@ async def _awaited(name: str, answer: Any) -> Any:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """An error inside is told of with the function's name and the line where it arose."""
+    """Name the function, and the line where an error arose, in any error inside."""
     try:
         yield
     except TimeoutError:
@@ -154,8 +157,10 @@ def _named(name: str) -> Iterator[None]:
 
 @contextmanager
 def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
-    """Interrupts what is inside after ``seconds``, by an alarm of the system: no limit on Windows,
-    or in another thread than the main one."""
+    """Interrupt what is inside after ``seconds``, by an alarm of the system.
+
+    There is no limit on Windows, or in another thread than the main one.
+    """
     if (
         seconds is None
         or sys.platform == "win32"
@@ -171,6 +176,7 @@ def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
             " checkpoint."
         )
 
+    # An alarm of the caller's goes on where this one ends
     handler = signal.signal(signal.SIGALRM, ring)
     began, (before, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -185,8 +191,11 @@ def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
 def _read_answer(
     answer: Any, lengths: Sequence[int], name: str
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"] | None]:
-    """A function's answer as one score a reply, NaN for None, and as one number a token where it
-    gave lists."""
+    """Read a function's answer as one score a reply, NaN for None.
+
+    Where it gave lists, also as one number a token.
+    """
+    # One answer a reply, whatever holds the answers
     listed = (
         answer.tolist()
         if isinstance(answer, Tensor)
@@ -200,6 +209,7 @@ def _read_answer(
             f"the reward function {name} returned {what} for {len(lengths)} replies. It must return one"
             " number (or None) a reply."
         )
+    # Which replies have a number a token, and is there one for each?
     listed = [item.tolist() if isinstance(item, Tensor) else item for item in listed]
     tokens = [list(item) if isinstance(item, (list, tuple)) else None for item in listed]
     for row, (item, length) in enumerate(zip(tokens, lengths, strict=True)):
@@ -221,13 +231,17 @@ def _read_answer(
         row = owners[int(flat.isnan().nonzero()[0])]
         what = "give each token a number, 0 where there is nothing to say"
         raise UserError(f"the reward function {name} returned None for a token of reply {row}; {what}.")
+    # A reply's score is the sum of its tokens'
     sums = torch.stack([part.sum() for part in flat.split(list(lengths))])
     said_nothing = torch.tensor([item is None for item in listed])
     return sums.masked_fill(said_nothing, float("nan")), flat
 
 
 def _numbers(listed: Sequence[Any], name: str, owners: Sequence[int]) -> Float[Tensor, " N"]:
-    """NaN for None; ``owners`` tells which reply each number belongs to."""
+    """Return the numbers, NaN for None.
+
+    ``owners`` tells which reply each number belongs to.
+    """
     try:
         numbers = torch.tensor([float("nan") if number is None else float(number) for number in listed])
     except (TypeError, ValueError) as error:

@@ -57,6 +57,7 @@ def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: s
         UserError: a value of another type: a list for a number, a fraction for a count, null where
             something must be.
     """
+    # The dataclasses' own annotations say what a value may be
     hints: dict[str, object] = {}
     for dataclass in dataclasses:
         hints |= get_type_hints(dataclass)
@@ -92,6 +93,7 @@ def _fits_list(value: object, part: object) -> bool:
     A mapping stands for a list of texts FROM=TO.
     """
     if isinstance(value, (list, tuple)):
+        # Numbers in text stay refused inside lists, which argparse does not read
         numbers_in_text = part is not str and any(isinstance(item, str) for item in value)
         return not numbers_in_text and all(_fits(item, part) for item in value)
     if value is None:
@@ -138,6 +140,7 @@ def check_training(args: TrainingArguments) -> None:
     Raises:
         UserError: one that no training can use.
     """
+    # By kind of limit; TRL's settings are there only where its trainer is
     values = vars(args)
     require_at_least_one(args, *_AT_LEAST_ONE)
     for name in _NOT_NEGATIVE:
@@ -171,6 +174,7 @@ def require_output_folder(name: str) -> None:
 
     It is not made yet.
     """
+    # The nearest folder that exists is what must let us write
     path = Path(name).absolute()
     nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not nearest.is_dir():
@@ -187,6 +191,7 @@ def token_to_environment(settings: TrainingArguments) -> None:
     transformers pickles the settings into training_args.bin with the token in them, and trackers
     get them.
     """
+    # One place for the token, which no file and no tracker reads
     if settings.hub_token:
         os.environ["HF_TOKEN"] = settings.hub_token
         settings.hub_token = None

@@ -221,7 +221,7 @@ def test_the_stages_run_on_a_gpu_that_multiplies_bf16_unless_the_cpu_is_asked_fo
         demo.subprocess, "run", lambda words, env: ran.append((words, env)) or SimpleNamespace(returncode=0)
     )
     for stage in demo.STAGES:
-        demo._run_stage(["recipe.py"], stage, tmp_path, 0)
+        demo._run_stage(tmp_path, stage, tmp_path, 0)
     seen = [(env.get("ACCELERATE_USE_CPU"), env["CUDA_VISIBLE_DEVICES"]) for _, env in ran]
     assert seen == [(None, "3") if gpu else ("true", "")] * 4
     assert [
