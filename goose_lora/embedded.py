@@ -175,6 +175,7 @@ def _convert_model(folder: Path) -> None:
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # The file has no pad token; this one is not what ends a turn
     tokenizer.pad_token = "<|endoftext|>"
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -203,6 +204,7 @@ def read_ratings(source_package: Path) -> list[Rating]:
 
     They are from Hutto and Gilbert, ICWSM 2014.
     """
+    # An archive inside an archive, read in memory
     with tarfile.open(source_package) as outer:
         archived = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
         with tarfile.open(fileobj=io.BytesIO(archived)) as archive:
@@ -249,6 +251,7 @@ def preference_pairs(
     Each sentence is in at most one. The word is the prompt, the better rated continuation
     ``chosen``, the other ``rejected``, the difference ``margin``.
     """
+    # Sentences that begin alike, long enough to leave a reply
     groups: dict[str, list[Rating]] = defaultdict(list)
     for rating in ratings:
         words = rating.text.split()

@@ -290,6 +290,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         UserError: it cannot be read; or a line that is no object, with its number.
     """
     try:
+        # By line feeds alone: text may hold other line separators
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -298,6 +299,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
+            # A line that is cut short is the mark of a killed process
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise UserError(

@@ -8,8 +8,7 @@ from goose_lora.errors import UserError
 
 
 def _printable(text: str) -> str:
-    """What would move the cursor, colour the terminal or turn the writing direction, as backslash
-    escapes."""
+    """Escape what would move the cursor, colour the terminal or turn the writing direction."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -21,14 +20,18 @@ def _cell(value: object) -> str:
 
 
 def table(rows: list[dict[str, object]], columns: list[str]) -> str:
-    """Aligned plain text: a header, a rule, a line a row. A column with a number in it stands
-    right; floats have 3 significant digits (whole from 1000 on), None or a missing key is "-",
-    control characters are escaped. Raises ValueError for no columns."""
+    """Return aligned plain text: a header, a rule, a line a row.
+
+    A column with a number in it stands right; floats have 3 significant digits (whole from 1000
+    on), None or a missing key is "-", control characters are escaped. Raises UserError for no
+    columns.
+    """
     if not columns:
         raise UserError("columns=0; it must be 1 or more.")
     cells = [[_printable(name) for name in columns]] + [
         [_cell(row.get(name)) for name in columns] for row in rows
     ]
+    # As wide as the widest cell; numbers stand right, so that their digits line up
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     sides = [">" if any(isinstance(row.get(name), numbers.Real) for row in rows) else "<" for name in columns]
@@ -38,12 +41,14 @@ def table(rows: list[dict[str, object]], columns: list[str]) -> str:
 def side_by_side(
     prompts: Sequence[str], columns: dict[str, list[str]], *, width: int = 100, limit: int = 5
 ) -> str:
-    """The first `limit` prompts, each with the replies of every column under their names, wrapped
-    to `width` characters.
+    """Return the first `limit` prompts, each with the replies of every column.
+
+    Replies stand under the columns' names, wrapped to `width` characters.
 
     A text's line breaks stay, indented past the names so that no reply can pass for another; other
-    control characters are escaped. Raises ValueError for no prompts, a column of another length,
-    limit < 1, a width too small for the names."""
+    control characters are escaped. Raises UserError for no prompts, a column of another length,
+    limit < 1, a width too small for the names.
+    """
     for name, count in {"prompts": len(prompts), "limit": limit}.items():
         if count < 1:
             raise UserError(f"{name}={count}; it must be 1 or more.")
@@ -53,6 +58,7 @@ def side_by_side(
                 f"column {name!r} has {len(replies)} replies to {len(prompts)} prompts; give one a prompt, in"
                 " the same order."
             )
+    # Names in a margin of one width, texts beside it
     margin = max(len(_printable(name)) for name in ["prompt", *columns]) + 2
     if width < margin + 20:
         raise UserError(

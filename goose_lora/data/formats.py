@@ -58,11 +58,12 @@ class Taken(NamedTuple):
 
 
 def find_format(columns: Iterable[str], stage: StageName, name: str) -> Format:
-    """The format in which ``stage`` takes rows with these columns.
+    """Return the format in which ``stage`` takes rows with these columns.
 
     Raises:
-        ValueError: none; it names the columns found and those accepted.
+        UserError: none; it names the columns found and those accepted.
     """
+    # The first format whose columns are all there
     columns = list(columns)
     for format in FORMATS:
         if stage in format.stages and set(format.columns) <= set(columns):
@@ -80,19 +81,21 @@ def find_format(columns: Iterable[str], stage: StageName, name: str) -> Format:
 
 
 def take(rows: Dataset, stage: StageName, name: str) -> Taken:
-    """``rows`` as ``stage`` takes them: checked one by one, those that teach nothing left out.
+    """Return rows as ``stage`` takes them, those that teach nothing left out.
 
-    For PPO each row then has a ``prompt``, and its other columns are kept for reward functions. For
-    SFT and the reward model, columns of another format are removed, since TRL guesses from the
-    columns what it is given.
+    Rows are checked one by one. For PPO each row then has a ``prompt``, and its other columns are
+    kept for reward functions. For SFT and the reward model, columns of another format are removed,
+    since TRL guesses from the columns what it is given.
 
     Raises:
-        ValueError: columns that the stage does not take, a malformed row (with its number), or no
+        UserError: columns that the stage does not take, a malformed row (with its number), or no
             row left.
     """
+    # What the columns say, and whether the rows are text or chat
     format = find_format(rows.column_names, stage, name)
     columns = [column for column in (*format.columns, "ranks") if column in rows.column_names]
     kind, kind_from = _kind_of_rows(rows, format.columns[0], name)
+    # Row by row, by its number in the file: malformed is an error, useless is left out
     dropped: dict[str, list[int]] = defaultdict(list)
     kept = []
     for number, row in _numbered(rows, columns):
@@ -107,12 +110,14 @@ def take(rows: Dataset, stage: StageName, name: str) -> Taken:
             kept.append(number - 1)
         else:
             dropped[reason].append(number)
+    # Rows must be left
     if not kept:
         raise UserError(
             f"{name}: none of {len(rows)} rows is left: {describe_dropped(dropped)}. Mend the rows, or give"
             " others."
         )
     rows = rows.select(kept) if dropped else rows
+    # Only the stage's own columns: TRL guesses from them what it is given
     if stage != "ppo":
         rows = rows.remove_columns(
             [column for column in rows.column_names if column in FORMAT_COLUMNS and column not in columns]
@@ -123,7 +128,7 @@ def take(rows: Dataset, stage: StageName, name: str) -> Taken:
 
 
 def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> str:
-    """Counts and reasons in one line, each with the first three row numbers."""
+    """Return counts and reasons in one line, each with the first three row numbers."""
     return "; ".join(
         f"{len(numbers)} because {reason} (row{'s' if len(numbers) > 1 else ''}"
         f" {', '.join(map(str, numbers[:3]))}{', ...' if len(numbers) > 3 else ''})"
@@ -132,10 +137,10 @@ def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> str:
 
 
 def reason_to_drop(row: Row, format: Format, stage: StageName, kind: Kind) -> str | None:
-    """Why ``row`` is left out, or None.
+    """Return why ``row`` is left out, or None.
 
     Raises:
-        ValueError: it is malformed.
+        UserError: it is malformed.
     """
     # PPO writes its own replies, so theirs need not be sound; a pair's must, or its prompt might be
     # of another kind.
@@ -153,6 +158,7 @@ def reason_to_drop(row: Row, format: Format, stage: StageName, kind: Kind) -> st
             )
         if reason is not None:
             return reason
+    # A pair that does not differ teaches nothing; a prompt is needed to sample from
     if "chosen" in format.columns and row["chosen"] == row["rejected"]:
         return "chosen and rejected are the same"
     if stage == "ppo" and "prompt" not in format.columns:
@@ -182,12 +188,14 @@ def conversation_prompt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def implicit_prompt(chosen: Any, rejected: Any) -> Content:
-    """What both begin with, cut where a reply can begin, so that both replies keep something.
+    """Return what both begin with, cut where a reply can begin.
 
-    Messages: up to the last turn that asks. Text: after the last ``Assistant:`` that opens a
-    paragraph, if there is one (replies may begin alike), otherwise after the last whole word. TRL's
-    ``extract_prompt`` cuts at the first letter that differs, within words and replies.
+    Both replies keep something. Messages: up to the last turn that asks. Text: after the last
+    ``Assistant:`` that opens a paragraph, if there is one (replies may begin alike), otherwise
+    after the last whole word. TRL's ``extract_prompt`` cuts at the first letter that differs,
+    within words and replies.
     """
+    # What both begin with, to the letter or to the message
     shortest = min(len(chosen), len(rejected)) - 1
     same = next((place for place in range(shortest) if chosen[place] != rejected[place]), shortest)
     if isinstance(chosen, str):
@@ -198,6 +206,7 @@ def implicit_prompt(chosen: Any, rejected: Any) -> Content:
         while inside_a_word and prefix and not prefix[-1].isspace():
             prefix = prefix[:-1]
         return prefix.rstrip(" ")
+    # Messages: back to the turn that asks
     while same and chosen[same - 1]["role"] not in ASKING_ROLES:
         same -= 1
     return chosen[:same]
@@ -212,6 +221,7 @@ def ranks_of(row: Row) -> list[int]:
         ValueError: not one rank a reply, or something other than whole numbers from 1 to the number
             of replies.
     """
+    # A list without ranks stands best first
     count, ranks = len(row["completions"]), row.get("ranks")
     if ranks is None:
         return list(range(1, count + 1))
@@ -236,6 +246,7 @@ def check_messages(messages: Sequence[Any]) -> None:
     Tool calls may stand in place of text.
     """
     for place, message in enumerate(messages, 1):
+        # Each message: an object, with a role that templates know, and with text
         if not isinstance(message, dict):
             raise UserError(
                 f"message {place} is {type(message).__name__}; expected an object with role and content."
@@ -286,7 +297,7 @@ def _numbered(rows: Dataset, columns: list[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _kind_of_rows(rows: Dataset, column: str, name: str) -> tuple[Kind, int]:
-    """The kind of the first row that has something in ``column``, and its number."""
+    """Return the kind of the first row that has something in ``column``, and its number."""
     for number, row in _numbered(rows, [column]):
         if row[column] is not None:
             try:
@@ -302,6 +313,7 @@ def _kind_of_rows(rows: Dataset, column: str, name: str) -> tuple[Kind, int]:
 def _value_reason(value: Any, column: str, kind: Kind, *, may_be_empty: bool = False) -> str | None:
     if value is None:
         return f"{column} is missing"
+    # Text and messages are told apart row by row
     found = _kind_of(value, column)
     if found != kind:
         raise _OtherKind(column, found)

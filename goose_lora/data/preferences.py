@@ -49,9 +49,11 @@ def encode_reply(
     Unlike in TRL, what a template writes after the end token (ChatML: a line break) is cut off: the
     score is read at the last token, and PPO's replies have none after it.
     """
+    # Text: one string
     if isinstance(reply, str):
         end = tokenizer.eos_token if append_eos and not reply.endswith(str(tokenizer.eos_token)) else ""
         return list(tokenizer(f"{prompt or ''}{reply}{end}")["input_ids"])
+    # Messages: cut after the end token of the last turn, if that is where the reply ends
     messages: list[Any] = [*(prompt or []), *reply]
     encoded: Any = apply_template(tokenizer, messages, tokenize=True, return_dict=True, **template)
     ids, eos = list(encoded["input_ids"]), tokenizer.eos_token_id
@@ -71,6 +73,7 @@ def as_ranked(row: Mapping[str, Any], place: str) -> Ranked:
         ValueError: fewer than two completions, not one rank to each, or text and messages mixed.
             ``place`` names the row.
     """
+    # A pair is a list of two
     completions = row["completions"] if "completions" in row else [row["chosen"], row["rejected"]]
     if len(completions) < 2:
         raise UserError(f"{place}: {len(completions)} completions. Give two or more.")
@@ -78,6 +81,7 @@ def as_ranked(row: Mapping[str, Any], place: str) -> Ranked:
         ranks = ranks_of({**row, "completions": completions})
     except ValueError as error:
         raise UserError(f"{place}: {error}") from error
+    # All text or all messages: a template takes either
     prompt = row.get("prompt")
     if len({isinstance(part, str) for part in (*completions, prompt) if part is not None}) > 1:
         raise UserError(
@@ -136,12 +140,14 @@ def tokenize_ranked(
     Raises:
         ValueError: no list is left, or a margin that is no number.
     """
+    # Margins are part of the loss
     for number, margin in enumerate(margins or [], 1):
         if not isinstance(margin, (int, float)) or not math.isfinite(margin):
             raise UserError(
                 f"{name}: row {number}: margin is {margin!r}; expected numbers. Mend them, or set use_margin:"
                 " false."
             )
+    # Token lists, best first; a list needs two of different rank to teach anything
     made, cut = [], 0
     for index, row in enumerate(rows):
         encoded = [
@@ -167,6 +173,7 @@ def tokenize_ranked(
                     "rejected_ids": ids[-1],
                 }
             )
+    # What was left out is told
     if len(made) < len(rows) or cut:
         logger.warning(
             "%s: %d of %d prompts left out, without two completions of different rank; %d completions were"
@@ -225,6 +232,7 @@ def tokenize_references(
             no reference within ``max_length``.
     """
     require_columns(rows, name, *REFERENCES)
+    # The last of the columns holds the reply
     reply = next(columns[-1] for columns in REFERENCES if set(columns) <= set(rows.column_names))
     if not isinstance(rows[0][reply], str):
         _require_template(tokenizer, name, append_eos)
@@ -233,6 +241,7 @@ def tokenize_references(
         encode_reply(tokenizer, prompt, said, append_eos=append_eos)
         for prompt, said in zip(prompts, rows[reply], strict=True)
     ]
+    # Those within the limit
     kept = [ids for ids in encoded if ids and (max_length is None or len(ids) <= max_length)]
     if len(kept) < len(encoded):
         logger.warning(

@@ -73,12 +73,14 @@ def describe(
         ValueError: what ``load_rows`` and ``take`` raise; messages for a tokenizer without a chat
             template; max_length without a tokenizer.
     """
+    # Options that need each other
     if max_length is not None and tokenizer is None:
         raise UserError(
             f"--max_length {max_length} counts tokens: give --tokenizer too, a Hub id, a folder or embedded."
         )
     if max_rows is not None and max_rows < 1:
         raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
+    # Rows as the stage takes them, and the tokenizer that it would use
     rows = load_rows(dataset, split, max_rows, column_mapping)
     stage = stage or _main_stage(rows.column_names, dataset)
     taken = take(rows, stage, dataset)
@@ -89,6 +91,7 @@ def describe(
             encoder = AutoTokenizer.from_pretrained(tokenizer)
     if encoder is not None and taken.kind == "chat":
         require_chat_template(encoder, dataset)
+    # Each row in its pieces; rows keep their numbers in the file
     cut = max_length if stage == "sft" else None
     parts = [row_parts(row, taken, stage, encoder, cut=cut) for row in _rows(taken)]
     numbers = _kept_numbers(len(rows), taken.dropped)
@@ -98,6 +101,7 @@ def describe(
     dropped = {**taken.dropped}
     if too_long and stage != "sft":
         dropped[f"longer than max_length={max_length}"] = [numbers[place] for place in sorted(too_long)]
+    # The text: what the rows are, three of them, lengths, and what is left out
     shown = [place for place in range(len(parts)) if stage == "sft" or place not in too_long][:SHOWN_ROWS]
     width = min(shutil.get_terminal_size().columns, 120)
     lines = [
@@ -129,6 +133,7 @@ def row_parts(
     A reply begins at the first token in which prompt and reply together differ from the prompt
     alone. Text beyond ``cut`` tokens is not shown; lengths are those of the whole.
     """
+    # Without a tokenizer: words, as they are in the file
     prompt, replies = _pieces(row, taken.format, stage)
     if tokenizer is None:
         length = 0 if prompt is None else _words(prompt)
@@ -137,6 +142,7 @@ def row_parts(
             Part(label, _plain(reply), _words(reply), length + _words(reply))
             for label, reply in replies.items()
         ]
+    # With one: token by token, prompt and reply together and the prompt alone
     alone = (
         []
         if not prompt
@@ -150,6 +156,7 @@ def row_parts(
         label: _ids(reply if prompt is None else prompt + reply, tokenizer, ends=True)
         for label, reply in replies.items()
     }
+    # The reply begins where the two differ: a token may span both
     start = min(_common(alone, whole) for whole in wholes.values())
     end = cut if cut is not None else max(map(len, wholes.values()))
     parts = (
@@ -183,6 +190,7 @@ def _pieces(row: Mapping[str, Any], format: Format, stage: StageName) -> tuple[A
             f"{number}: rank {rank}": row["completions"][place]
             for number, (place, rank) in enumerate(places, 1)
         }
+    # Pairs and completions, whose prompt is the row's own or what both begin with
     names = (
         {"chosen": "chosen", "rejected": "rejected"}
         if "chosen" in format.columns
@@ -202,6 +210,7 @@ def _ids(value: Content, tokenizer: PreTrainedTokenizerBase, *, ends: bool) -> l
             value, add_generation_prompt=not ends, tokenize=True, return_dict=True
         )
         return encoded["input_ids"]
+    # TRL adds the end where the text has none
     end = str(tokenizer.eos_token or "")
     return tokenizer(value if not ends or value.endswith(end) else value + end)["input_ids"]  # type: ignore[return-value]
 
@@ -236,6 +245,7 @@ def _whole(parts: Sequence[Part]) -> int:
 
 
 def _kept_numbers(count: int, dropped: Mapping[str, Sequence[int]]) -> list[int]:
+    # The numbers of the rows that are left, as they stand in the file
     out = {number for numbers in dropped.values() for number in numbers}
     return [number for number in range(1, count + 1) if number not in out]
 
@@ -256,6 +266,7 @@ def _count(number: int, noun: str) -> str:
 def _format_lines(columns: Sequence[str], taken: Taken, stage: StageName) -> list[str]:
     kind = "plain text" if taken.kind == "text" else "chat messages"
     lines = [f"format: {taken.format.title} ({' + '.join(taken.format.columns)}), {kind}"]
+    # Which stages could take the same rows, and what others need
     for other in get_args(StageName):
         try:
             format = find_format(columns, other, "")
@@ -269,6 +280,7 @@ def _format_lines(columns: Sequence[str], taken: Taken, stage: StageName) -> lis
             f"  {other:6} "
             f" yes{alone}{title}{' (shown below)' if other == stage else f'; --stage {other} shows it'}"
         )
+    # Reward functions get all columns but the prompt
     others = [column for column in taken.rows.column_names if column != "prompt"]
     return (
         [*lines, f"  kept for reward functions: {', '.join(others)}"] if stage == "ppo" and others else lines
@@ -337,6 +349,7 @@ def _visible(text: str) -> str:
     if len(text) > SHOWN_CHARACTERS:
         half = SHOWN_CHARACTERS // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    # Spaces at the edges as dots; what a terminal would obey, as backslash escapes
     body = text.strip(" ")
     before = len(text) - len(text.lstrip(" "))
     after = len(text) - len(body) - before
@@ -361,6 +374,7 @@ def _wrap(line: str, width: int) -> list[str]:
 
 
 def _length_lines(parts: Sequence[Sequence[Part]], unit: str) -> list[str]:
+    # Lengths by the label of the piece; ranks of a list together
     columns: dict[str, list[int]] = {}
     for row in parts:
         for part in row:

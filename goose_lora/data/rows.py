@@ -92,6 +92,7 @@ def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
     The sha256 is of the rows as lines of JSON with sorted keys. ``chat`` tells whether anything in
     the first row is chat messages.
     """
+    # Chat is seen in the first row: rows are of one kind
     digest = hashlib.sha256()
     chat = any(
         isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
@@ -115,6 +116,7 @@ def parse_column_mapping(pairs: Sequence[str]) -> dict[str, str]:
             raise UserError(
                 f"column_mapping: {pair!r} is not of the form FROM=TO, for example instruction=prompt."
             )
+        # One column cannot become two, nor two become one
         if source in mapping or target in mapping.values():
             raise UserError(f"column_mapping: {', '.join(pairs)} names {source} or {target} twice.")
         mapping[source] = target
@@ -139,6 +141,7 @@ def load_rows(
             unknown split, no rows, a column to rename that is not there; with ``stage``, what
             ``take`` raises.
     """
+    # Read, cut and rename
     name = resolve(name)
     rows = _read(name, split)
     if max_rows is not None:
@@ -148,6 +151,7 @@ def load_rows(
     rows = rename_columns(rows, parse_column_mapping(column_mapping or []), name)
     if stage is None:
         return rows
+    # As the stage takes them
     taken = take(rows, stage, name)
     if taken.dropped:
         left_out = len(rows) - len(taken.rows)
@@ -180,6 +184,7 @@ def rename_columns(rows: Dataset, mapping: Mapping[str, str], name: str) -> Data
 
 def _read(name: str, split: str) -> Dataset:
     suffix = Path(name).suffix.lower()
+    # A file by its ending, which must be there and be whole
     if suffix in READERS:
         if not Path(name).is_file():
             raise UserError(f"{name}: no such file. Check the path.")
@@ -213,6 +218,7 @@ def _read(name: str, split: str) -> Dataset:
                 f"{name}: no file here, and not to be had from the Hub: {brief(error)}. {way_out}, or give a"
                 " file."
             ) from error
+    # Several splits are a folder of rows, not rows
     if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
         raise UserError(f"{name}: expected one split of rows; name it with dataset_split.")
     return rows
@@ -240,6 +246,7 @@ def _broken_json(path: Path) -> str | None:
     The file is one list, or one object per line.
     """
     text = path.read_text(encoding="utf-8-sig")
+    # One list
     if text.lstrip().startswith("["):
         try:
             json.loads(text)
@@ -248,6 +255,7 @@ def _broken_json(path: Path) -> str | None:
         except RecursionError:
             return "the JSON is nested too deep."
         return None
+    # One object per line; empty lines are allowed
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

@@ -52,6 +52,7 @@ def check_chat(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> 
     Raises:
         ValueError: there is no template, or it refuses a row.
     """
+    # What fine-tuning reads, in the order in which the template gets it
     columns = [column for column in ("messages", "prompt", "completion") if column in rows.column_names]
     if not columns or isinstance(rows[0][columns[0]], str):
         return False
@@ -77,6 +78,7 @@ def prompt_ids(prompt: Content, tokenizer: PreTrainedTokenizerBase) -> list[int]
     never with two, and has no other special token. Messages go through the chat template, once.
     """
     if isinstance(prompt, str):
+        # A text, with one BOS where texts begin so
         bos: Any = tokenizer.bos_token_id
         ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return [bos, *ids] if ids and ids[0] != bos and begins_texts_with_bos(tokenizer) else ids
@@ -110,6 +112,7 @@ def tokenize_prompts(
         except ValueError as error:
             raise UserError(f"{name}: row {index + 1} of those that are left: {error}") from error
 
+    # Tokens beside the columns, then those that fit
     encoded: Any = rows.map(encode, with_indices=True, desc=f"Tokenizing {name}")
     kept = encoded.filter(lambda row: 0 < len(row["input_ids"]) <= max_prompt_tokens)
     if len(kept) < len(encoded):
@@ -144,6 +147,7 @@ def tokenize_texts(
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         return {"input_ids": [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id][:max_length]}
 
+    # Texts that have something to say
     rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
     if len(rows) == 0:
         raise UserError(f"{name}: no row has any text.")
@@ -157,6 +161,7 @@ def left_pad(
 
     Returns ``input_ids`` and ``attention_mask``, both (B, P) int64.
     """
+    # Masks come from lengths, never from ids that are not the pad token
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)

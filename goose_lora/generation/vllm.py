@@ -303,12 +303,14 @@ def _rank(shared: SharedBase) -> int:
     name = ADAPTERS["policy"]
     config = cast(LoraConfig, shared.peft_config[name])
     layers = [layer for layer in shared.modules() if isinstance(layer, LoraLayer)]
+    # vLLM would pass over what it does not know
     special = any(name in layer.lora_variant or name in layer.lora_embedding_A for layer in layers)
     if special or config.lora_bias or config.bias != "none":
         raise UserError(
             "rollout_engine: vllm loads plain LoRA on linear layers only, without biases. Use rollout_engine:"
             " transformers."
         )
+    # The largest rank of any layer, rounded up to one of vLLM's
     rank = max([config.r, *(config.rank_pattern or {}).values()])
     if rank > _RANKS[-1]:
         raise UserError(

@@ -54,7 +54,7 @@ IMPOSSIBLE_BYTES = ("ÿ", "<0xFF>")
 
 
 def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, left-padding, with a pad token that no text uses."""
+    """Load the base's tokenizer, left-padding, with a pad token that no text uses."""
     require_name(args.model_name_or_path)
     with reading("the tokenizer", args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -63,11 +63,13 @@ def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> 
             trust_remote_code=trust_remote_code,
             padding_side="left",
         )
+    # Without an end, no reply ends
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{args.model_name_or_path}: the tokenizer has no EOS token, so replies cannot end. Set one in"
             " its tokenizer_config.json."
         )
+    # With EOS as padding, masks made from ids would hide the end of a reply
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = spare_token(tokenizer)
     return tokenizer
@@ -154,6 +156,7 @@ def read_weights(
     Raises:
         ValueError: it cannot be read.
     """
+    # On one device as a whole: layers on several could not share a trunk
     with reading("the weights", name):
         return auto_class.from_pretrained(
             name,

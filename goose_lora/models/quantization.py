@@ -21,6 +21,7 @@ def cpu_multiplies_bf16() -> bool:
     Without them (x86 without AVX512-BF16 or AMX) it is done in software: 8 times slower forward and
     40 times backward, where it was measured.
     """
+    # The best of several tries of each: a slow try tells of other work
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two that wait for each other on a busy machine tell nothing
@@ -43,6 +44,7 @@ def quantization_config(args: ModelArguments) -> BitsAndBytesConfig | None:
     included, so that a row's log-probabilities would depend on its batch-mates (by up to 2.9 nats
     on SmolLM2-135M), and with them PPO's ratios.
     """
+    # As QLoRA has it: normal floats, and scales quantized in their turn
     if args.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -63,6 +65,7 @@ def keep_4bit_trainable_on_cpu(model: nn.Module) -> None:
     autograd: LoRA gradients are then missing or wrong, without an error. Repacking is only for
     speed.
     """
+    # By name: bitsandbytes is not imported where nothing is quantized
     layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
@@ -77,6 +80,7 @@ def keep_8bit_alike_on_cpu(model: nn.Module) -> None:
     """
     layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
     for layer in layers:
+        # A property in a class of its own, since the forward sets the mode each time
         if layer.weight.device.type == "cpu":
             state = type(layer.state)
             layer.state.__class__ = type(

@@ -351,9 +351,7 @@ class SharedBase(PeftModel):
         core.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
 
     def _as_now(self) -> Callable[[], Any]:
-        """Make a context in which the base is what it is now: its role, and the columns that are
-        read.
-        """
+        """Make a context in which the base is what it is now: role, and columns that are read."""
         role, columns = self._role, self._columns
 
         @contextmanager

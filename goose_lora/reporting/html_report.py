@@ -127,6 +127,7 @@ def first_middle_last(rows: Sequence[Item]) -> list[Item]:
 
 def _made(lineage: Lineage) -> str:
     """Return stage, base and last figures in one sentence or two."""
+    # Others' adapters have no lineage
     if "base" not in lineage:
         return "A run without a lineage (goose_lora.json)."
     base = lineage["base"]
@@ -149,6 +150,7 @@ def _samples(path: Path) -> list[tuple[int, list[dict[str, Any]]]]:
     if not path.is_file():
         return []
     rows = read_jsonl(path)
+    # Few enough to be read
     steps = first_middle_last(sorted({row["step"] for row in rows}))
     return [(step, [row for row in rows if row["step"] == step]) for step in steps]
 
@@ -183,6 +185,7 @@ def _evaluation(evaluation: EvaluationFile | None) -> dict[str, object] | None:
     """Return the table of recipes/evaluate.py: a row a measure, a column a policy."""
     if evaluation is None:
         return None
+    # A table that reads down: measures in rows, policies in columns
     figures, dataset = evaluation["figures"], evaluation.get("dataset", "a data set")
     rows = [
         [MEASURES[key], *(with_interval(row, key) for row in figures.values())]

@@ -123,6 +123,7 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> BaseRecord:
             " --quantized, which shows the KL with and without it. Otherwise keep --dtype bfloat16, and let"
             " whoever loads it quantize."
         )
+    # The base must be loaded as it was in training, or the sum is another model's
     noted = lineage_of(folder)
     if "base" not in noted:
         raise UserError(
@@ -133,6 +134,7 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> BaseRecord:
         raise UserError(
             f"{folder} is a reward model, whose head is no part of the base. Only policies are merged."
         )
+    # Nothing of the user's is written over
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty. Give a new folder.")
     return noted["base"]

@@ -178,10 +178,12 @@ def _results(
     """Return the figures that the Hub shows: a reward model's accuracy, or a policy's measures."""
     stage = lineage["stage"]
     if stage == "reward" and verdict:
+        # A reward model: its accuracy on held-out pairs
         held_out = [row["name"] for row in lineage["data"] if row.get("use") == "eval"]
         dataset = _data_name([*held_out, "held-out pairs"][0])
         values = {"accuracy": ("accuracy on held-out pairs", verdict["accuracy"])}
     elif evaluation and "ppo" in evaluation["figures"]:
+        # A policy: what recipes/evaluate.py measured
         dataset = _data_name(evaluation.get("dataset", "held-out prompts"))
         row = evaluation["figures"]["ppo"]
         values = {key: (MEASURES[key], value) for key, value in row.items() if key in MEASURES}

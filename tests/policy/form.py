@@ -122,12 +122,15 @@ def bare_any(tree: ast.Module) -> list[int]:
 
 
 def selfs_of_any_kind(paths: list[Path]) -> list[str]:
-    """Return ``file:line`` of each method whose ``self`` is annotated as Any."""
+    """Return ``file:line`` of each method whose ``self`` is annotated as another class."""
     return [
-        f"{path.relative_to(ROOT)}:{node.lineno}"
+        f"{path.relative_to(ROOT)}:{method.lineno}"
         for path in paths
-        for node in ast.walk(parse(path))
-        if isinstance(node, ast.arg) and node.arg in ("self", "cls") and node.annotation is not None
+        for owner in ast.walk(parse(path))
+        if isinstance(owner, ast.ClassDef)
+        for method in owner.body
+        if isinstance(method, FUNCTIONS)
+        and any(arg.arg in ("self", "cls") and arg.annotation is not None for arg in method.args.args)
     ]
 
 
