@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from torch import nn
 
 from goose_lora.errors import UserError
@@ -103,3 +104,30 @@ class Reentrant:
 
     def __exit__(self, *error: object) -> None:
         self.open.pop().__exit__(*error)
+
+
+Stance = list[tuple[Any, Any, bool]]  # a module with adapters, those active in it, whether all are off
+
+
+def stance_of(model: PeftModel) -> Stance:
+    """Return which adapter is active in each module that has any, and whether it is off."""
+    # PEFT has properties to read both, and none to set them.
+    return [
+        (module, module.active_adapter, module.disable_adapters)
+        for module in model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+
+
+def take_stance(model: PeftModel, adapter: str | None, stance: Stance) -> None:
+    """Set what ``stance_of`` has read when ``adapter`` was active, or none was.
+
+    ``requires_grad`` stays as it is.
+    """
+    for module, active, off in stance:
+        module._disable_adapters = off
+        if not off:
+            module._active_adapter = active
+    if adapter is not None:
+        for wrapper in (model, model.base_model):
+            setattr(wrapper, "active_adapter", adapter)  # noqa: B010  (nn.Module types it as a tensor)

@@ -26,6 +26,7 @@ from goose_lora.models.roles import ADAPTERS, Critic, CriticInit, Reference, Rol
 from goose_lora.models.trunk import (
     above,
     below,
+    by_position,
     captured_depth,
     decoder_layers,
     only_last_columns,
@@ -46,8 +47,13 @@ class SharedBase(PeftModel):
     reward_reads_eos: bool  # whether the reward model was trained to read the end-of-text token
     head_bias: dict[Role, float]  # subtracted from a head's output, in units of the raw score
     trained_from: dict[Role, int]  # the lowest layer in which an adapter trains, by its role
-    _role: Role
+    _role: Role | None  # None until the roles are there
     _columns: int | None = None  # last columns that are read; None for all
+    _layers: tuple[nn.ModuleList] | None = None
+    _by_position: tuple[nn.Module, ...] | None = None
+    _before_backward: Role | None = None  # the role to go back to, once a recompute has left it
+    _stances: dict[str | None, adapters.Stance]  # how PEFT's modules stand, by active adapter
+    _stances_of: tuple[str, ...] = ()  # the adapters that there were when they were noted
 
     @classmethod
     def build(
@@ -117,7 +123,7 @@ class SharedBase(PeftModel):
             config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
         adapters.switch_off_dropout(base)
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
-        self.role_plan, self._role = plan, "policy"
+        self.role_plan, self._role = plan, None
         if start is not None:
             self.load_role("policy", start)
 
@@ -183,7 +189,10 @@ class SharedBase(PeftModel):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, lowest first."""
-        return decoder_layers(self.core)
+        # In a tuple: as an attribute of a module they would be registered, and saved, twice.
+        if self._layers is None:
+            self._layers = (decoder_layers(self.core),)
+        return self._layers[0]
 
     @property
     def critic(self) -> Critic | None:
@@ -281,9 +290,12 @@ class SharedBase(PeftModel):
                 f"this shared base has no {role} adapter, only {sorted(self.peft_config)}. Give"
                 " SharedBase.build its folder."
             )
+        # A backward pass that failed, as one out of memory, has not come to its end.
+        self._end_backward()
         core = self.core
+
         # What will be put back
-        before = self._role
+        before = self._role or "policy"
         modules: list[nn.Module] = []
         checkpointing: list[nn.Module] = []
         if generating:
@@ -303,16 +315,31 @@ class SharedBase(PeftModel):
             _set_checkpointing(checkpointing, True)
 
     def _switch_to(self, role: Role) -> None:
-        # PEFT's switching sets flags of all parameters; they are put back
-        flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
-        if role == "base" or (role == "reference" and not self.has("reference")):
-            self.base_model.disable_adapter_layers()
+        """Let the adapter of ``role`` act, or none.
+
+        PEFT walks all modules and parameters at each switch, seconds in a step of a deep model. So
+        it is asked once for each adapter, and what it has set is set again from then on.
+        """
+        if self._role == role:
+            return
+        without = role == "base" or (role == "reference" and not self.has("reference"))
+        adapter = None if without else ADAPTERS[self.role_plan.value_states if role == "value" else role]
+        if self._stances_of != tuple(self.peft_config):
+            self._stances, self._stances_of = {}, tuple(self.peft_config)
+        known = self._stances.get(adapter)
+        if known is not None:
+            adapters.take_stance(self, adapter, known)
         else:
-            self.base_model.enable_adapter_layers()
-            adapter = ADAPTERS[self.role_plan.value_states if role == "value" else role]
-            self.set_adapter(adapter, inference_mode=True)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            # PEFT also sets flags of all parameters; they are put back.
+            flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+            if adapter is None:
+                self.base_model.disable_adapter_layers()
+            else:
+                self.base_model.enable_adapter_layers()
+                self.set_adapter(adapter, inference_mode=True)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            self._stances[adapter] = adapters.stance_of(self)
         self._role = role
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -352,14 +379,35 @@ class SharedBase(PeftModel):
 
     def _as_now(self) -> Callable[[], Any]:
         """Make a context in which the base is what it is now: role, and columns that are read."""
-        role, columns = self._role, self._columns
+        role, columns = self._role or "policy", self._columns
 
         @contextmanager
         def again() -> Iterator[None]:
-            with self.role(role), self.reading(columns):
+            self._follow(role)
+            with self.reading(columns):
                 yield
 
         return again
+
+    def _follow(self, role: Role) -> None:
+        """Act as ``role`` from here to the end of the backward pass, or to its next recompute.
+
+        A pass has all layers of one role one after another, so that it switches once a role.
+        """
+        if self._role == role:
+            return
+        if self._before_backward is None:
+            self._before_backward = self._role or "policy"
+            # What DistributedDataParallel ends its own backward pass with
+            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine.queue_callback(self._end_backward)
+        self._switch_to(role)
+
+    def _end_backward(self) -> None:
+        """Go back to the role before the backward pass; nothing to do if it switched none."""
+        if self._before_backward is not None:
+            self._switch_to(self._before_backward)
+            self._before_backward = None
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any
@@ -456,7 +504,9 @@ class SharedBase(PeftModel):
         """
         before, self._columns = self._columns, columns
         try:
-            with only_last_columns(self.layers[-1], columns):
+            if self._by_position is None:
+                self._by_position = by_position(self.layers[-1])
+            with only_last_columns(self._by_position, columns):
                 yield
         finally:
             self._columns = before

@@ -6,7 +6,7 @@ that are not wanted pass their input through, so masks, rotary embeddings, per-l
 and final norms stay the library's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -243,16 +243,21 @@ def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 BY_POSITION = ("q_proj", "o_proj", "mlp")
 
 
-@contextmanager
-def only_last_columns(layer: nn.Module, columns: int | None) -> Iterator[None]:
-    """Compute correct states (B, L, H) of ``layer`` in the last ``columns`` columns only.
+def by_position(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the modules of a layer that treat each position by itself."""
+    return tuple(module for name, module in layer.named_modules() if name.rpartition(".")[2] in BY_POSITION)
 
-    They are exact there; None stands for all columns.
+
+@contextmanager
+def only_last_columns(modules: Sequence[nn.Module], columns: int | None) -> Iterator[None]:
+    """Compute correct states (B, L, H) of a layer in the last ``columns`` columns only.
+
+    They are exact there; None stands for all columns. ``modules`` are those of ``by_position``.
     """
     if columns is None:
         yield
         return
-    found = [module for name, module in layer.named_modules() if name.rpartition(".")[2] in BY_POSITION]
+    found = list(modules)
     with patched_forward(found, [partial(_at_the_end, module.forward, columns) for module in found]):
         yield
 

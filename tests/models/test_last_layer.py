@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.models.trunk import BY_POSITION, decoder_layers, only_last_columns
+from goose_lora.models.trunk import BY_POSITION, by_position, decoder_layers, only_last_columns
 
 ALL = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 SPARED = {"gpt2": 1, "gpt_neox": 1, "opt": 1, "phi3": 2}  # of BY_POSITION; all three where it is not said
@@ -112,7 +112,7 @@ def test_experts_are_chosen_for_the_positions_that_are_read():
 def test_forwards_are_put_back_after_an_error():
     layer = decoder_layers(built().get_base_model())[-1]
     before = [module.__dict__.get("forward") for module in layer.modules()]
-    with pytest.raises(KeyError), only_last_columns(layer, 2):
+    with pytest.raises(KeyError), only_last_columns(by_position(layer), 2):
         assert layer.mlp.__dict__["forward"] is not None
         raise KeyError
     assert [module.__dict__.get("forward") for module in layer.modules()] == before
