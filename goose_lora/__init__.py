@@ -1,6 +1,11 @@
 """RLHF on one small machine: SFT, reward model and PPO as LoRA adapters on one shared base."""
 
 import importlib
+import os
+
+# Before torch is loaded, whose OpenMP reads it then: on a CPU that other work shares, threads that
+# spin while they wait for each other take ten times as long as threads that sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Loaded when first used, so that `import goose_lora.functional` needs torch alone.
 _HOMES = {

@@ -10,9 +10,6 @@ about every reply; best_of shows what the reward model alone can pick from SFT.
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-
 from goose_lora import cli
 from goose_lora.data import DataArguments, tokenize_prompts
 from goose_lora.embedded import resolve
@@ -36,6 +33,9 @@ from goose_lora.reporting import refresh_report, write_stage
 from goose_lora.sharing import add_evaluation
 from goose_lora.terminal import side_by_side, table
 from goose_lora.training import require_at_least_one, require_one_process
+
+from datasets import Dataset  # isort: skip  (after goose_lora, which says how torch's threads wait)
+from transformers import GenerationConfig, PreTrainedTokenizerBase  # isort: skip
 
 COLUMNS = [
     "score",

@@ -22,11 +22,11 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+import goose_lora.functional as F  # isort: skip  (before torch: how its threads wait)
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
-import goose_lora.functional as F
 from goose_lora import cli
 from goose_lora.data.rows import load_rows
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
