@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from goose_lora.cli.recipes import recipes_folder
 from goose_lora.embedded import (
     Package,
     cache_dir,
@@ -76,13 +77,9 @@ def run_demo(output: Path, *, seed: int = 0) -> None:
     not run again. Writes ``summary.json`` and ``curves.png``.
 
     Raises:
-        UserError: there are no recipes here, or a stage has failed.
+        UserError: a stage has failed.
     """
-    recipes = Path(__file__).parent.parent / "recipes"
-    if not recipes.is_dir():
-        raise UserError(
-            f"{recipes}: the demo runs the recipes of a checkout. Clone the repository and run it there."
-        )
+    recipes = recipes_folder()
 
     # Model and data, and the device
     started = time.monotonic()

@@ -1,12 +1,14 @@
 """The commands of ``goose-lora``."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from goose_lora.cli.parser import parse_with, raise_user_error, read_config
 from goose_lora.cli.process import command, quiet_libraries
+from goose_lora.cli.recipes import RECIPES, configurations, copy_recipes, run_recipe
 from goose_lora.errors import UserError
 
 # Each command is a pair: one function adds its options, the other runs it. What a command needs is
@@ -22,6 +24,10 @@ class _Parser(argparse.ArgumentParser):
 # ---- The program ----
 def main() -> None:
     """Run the command ``goose-lora``."""
+    # A recipe gets all of its words, --debug too, and has a parser of its own.
+    words = sys.argv[1:]
+    if words and words[0] in RECIPES:
+        command(lambda: sys.exit(run_recipe(words[0], words[1:])))()
     command(_main)()
 
 
@@ -35,6 +41,8 @@ def command_line() -> argparse.ArgumentParser:
     """Return the parser of ``goose-lora``. A bad argument is a UserError."""
     parser = _Parser(prog="goose-lora", description="RLHF on one small machine.")
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, what) in RECIPES.items():
+        commands.add_parser(name, help=f"{what}: {name} --config NAME_OR_FILE --any_setting value")
     for add in ADDED:
         add(commands)
     return parser
@@ -90,6 +98,24 @@ def _doctor(arguments: argparse.Namespace) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the output_dir of a run of recipes/ppo.py.")
     print(diagnosis_text(read_metrics(path)))
+
+
+def _add_recipes(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "recipes", help="list the packaged configurations, or copy recipes and configurations to a folder"
+    )
+    parser.add_argument("action", choices=["list", "copy"])
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="of the copy; made if it is not there")
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    if arguments.action == "list":
+        print("\n".join(configurations()))
+        return
+    if arguments.folder is None:
+        raise UserError("recipes copy needs a folder: goose-lora recipes copy my_recipes.")
+    files = copy_recipes(Path(arguments.folder))
+    print(f"{len(files)} files in {arguments.folder}. Run: accelerate launch {files[0].parent}/ppo.py --help")
 
 
 # ---- Before a run ----
@@ -382,6 +408,7 @@ def _label(arguments: argparse.Namespace) -> None:
 # In the order of --help.
 ADDED = (
     _add_demo,
+    _add_recipes,
     _add_doctor,
     _add_data,
     _add_plan,
@@ -394,6 +421,7 @@ ADDED = (
 )
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": _demo,
+    "recipes": _recipes,
     "doctor": _doctor,
     "data": _data,
     "plan": _plan,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from goose_lora.errors import UserError
-from goose_lora.training.signals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Stopped
+from goose_lora.training.signals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, STARTED_BY, Stopped
 
 REPORT = (
     "This is a bug of goose_lora, not of what you gave it. Please report it as an issue, with the lines"
@@ -101,6 +101,9 @@ def continuing() -> str:
         at = words.index("--resume_from_checkpoint")
         del words[at : at + 2]
     launcher = ["python"]
-    if any(name.startswith("ACCELERATE_") for name in os.environ):
+    if STARTED_BY in os.environ:
+        # The script's own path is of no interest where goose-lora has found it
+        launcher, words = shlex.split(os.environ[STARTED_BY]), words[1:]
+    elif any(name.startswith("ACCELERATE_") for name in os.environ):
         launcher = ["accelerate", "launch"]
     return shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"])

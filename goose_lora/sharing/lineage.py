@@ -35,6 +35,7 @@ from goose_lora.reporting.run_files import (
     VerdictFile,
     lineage_of,
 )
+from goose_lora.training.signals import STARTED_BY
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -188,7 +189,10 @@ def recorded_command(recipe: str, words: Sequence[str] | None) -> str:
 
     It is made of ``words``, or of what the process was started with.
     """
-    kept = list(words) if words is not None else sys.argv[1:]
+    kept, started = list(words or []), [f"recipes/{recipe}.py"]
+    if words is None:
+        kept = sys.argv[1:]
+        started = shlex.split(os.environ.get(STARTED_BY, "")) or started
     for index, word in enumerate(kept):
         name, equals, _ = word.partition("=")
         if not name.startswith("-") or not SECRET_NAMES.search(name.replace("-", "_")):
@@ -198,7 +202,7 @@ def recorded_command(recipe: str, words: Sequence[str] | None) -> str:
             kept[index] = f"{name}={HIDDEN}"
         elif index + 1 < len(kept):
             kept[index + 1] = HIDDEN
-    return SECRET_VALUES.sub(HIDDEN, shlex.join([f"recipes/{recipe}.py", *kept]))
+    return SECRET_VALUES.sub(HIDDEN, shlex.join([*started, *kept]))
 
 
 def _plain(value: object) -> object:

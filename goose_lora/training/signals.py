@@ -14,6 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Exit codes of a command; another signal's is 128 + its number.
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+# Variable with the words that started a recipe, where they are goose-lora's: goose-lora ppo. With
+# them a stopped run names the command that continues it.
+STARTED_BY = "GOOSE_LORA_COMMAND"
 
 
 class Stopped(KeyboardInterrupt):

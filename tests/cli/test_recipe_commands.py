@@ -1,0 +1,124 @@
+"""The recipes as commands of an installed package, without a checkout."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import tiny
+from recipe_runs import ROOT
+
+from goose_lora.cli import recipes
+from goose_lora.cli.process import continuing
+from goose_lora.errors import UserError
+from goose_lora.files import read_json
+
+TRAIN = {
+    "quantization": "none",
+    "dtype": "float32",
+    "lora_r": 3,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "per_device_train_batch_size": 4,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel's content in a folder of its own, which stands before the checkout in sys.path."""
+    folder = tmp_path_factory.mktemp("installed")
+    source = folder / "source"
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "tests", "docs", "__pycache__", "site"),
+    )
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", folder, source], check=True, timeout=240)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    shutil.rmtree(source)
+    return folder / "site"
+
+
+def goose_lora(installed, folder, *words, code=0):
+    done = subprocess.run(
+        [sys.executable, "-c", "from goose_lora.cli import main; main()", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(installed), "ACCELERATE_USE_CPU": "true"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == code, done.stderr + done.stdout
+    return done
+
+
+def options(**settings):
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def test_the_wheel_holds_every_recipe_and_configuration(installed):
+    here = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.py")}
+    here |= {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml")}
+    folder = installed / "goose_lora" / "recipes"
+    assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == here
+
+
+def test_a_stage_is_trained_from_the_installed_package(installed, tmp_path):
+    base = tiny.save_base(tmp_path / "base")
+    rows = tiny.write_rows(tmp_path / "texts.jsonl", tiny.texts(16))
+    settings = options(model_name_or_path=base, dataset_name=rows, output_dir="sft", **TRAIN)
+    goose_lora(installed, tmp_path, "sft", *settings, "--num_processes", 1)
+    assert (tmp_path / "sft" / "adapter_model.safetensors").is_file()
+    command = read_json(tmp_path / "sft" / "goose_lora.json")["command"]
+    assert command.startswith("goose-lora sft --num_processes 1 --model_name_or_path ")
+
+
+def test_bad_input_of_a_recipe_ends_in_its_line_and_its_exit_code(installed, tmp_path):
+    done = goose_lora(installed, tmp_path, "ppo", "--config", "demo_cpu/ppo", "--kl_coeff", "0.1", code=2)
+    assert "error: unknown setting 'kl_coeff'. Did you mean kl_coef?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_configuration_is_answered_with_those_there_are(installed, tmp_path):
+    done = goose_lora(installed, tmp_path, "reward", "--config", "consumer/reward", code=2)
+    assert "error: --config consumer/reward: no such file, nor a configuration" in done.stderr
+    assert "consumer_gpu/reward" in done.stderr
+
+
+def test_recipes_are_copied_once(installed, tmp_path):
+    goose_lora(installed, tmp_path, "recipes", "copy", "mine")
+    assert (tmp_path / "mine" / "ppo.py").read_text() == (ROOT / "recipes" / "ppo.py").read_text()
+    assert (tmp_path / "mine" / "configs" / "demo_cpu" / "sft.yaml").is_file()
+    done = goose_lora(installed, tmp_path, "recipes", "copy", "mine", code=2)
+    assert "is there already" in done.stderr
+
+
+def test_words_of_the_launcher_are_told_from_those_of_the_recipe():
+    words = "--num_processes 2 --config demo_cpu/ppo --kl_coef 0.1 --gpu_ids=0,1 --seed 3"
+    launcher, settings = recipes.split_words(words.split())
+    assert launcher == ["--num_processes", "2", "--gpu_ids", "0,1"]
+    file = str(ROOT / "recipes" / "configs" / "demo_cpu" / "ppo.yaml")
+    assert settings == ["--config", file, "--kl_coef", "0.1", "--seed", "3"]
+
+
+@pytest.mark.parametrize("words", ["--num_processes", "--seed 1 --config", "--config="])
+def test_an_option_without_a_value_is_named(words):
+    with pytest.raises(UserError, match=r"needs a value"):
+        recipes.split_words(words.split())
+
+
+def test_a_stopped_run_names_the_command_that_continues_it(monkeypatch):
+    monkeypatch.setenv("GOOSE_LORA_COMMAND", "goose-lora ppo --num_processes 2")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/recipes/ppo.py", "--config", "a b.yaml"])
+    want = ["goose-lora", "ppo", "--num_processes", "2", "--config", "a b.yaml"]
+    assert shlex.split(continuing()) == [*want, "--resume_from_checkpoint", "latest"]
