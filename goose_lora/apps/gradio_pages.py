@@ -4,11 +4,13 @@ Nothing is shared, recorded or reported, and nothing is loaded from elsewhere.
 """
 
 import os
+import secrets
 import socket
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from goose_lora.apps.page_guard import KEY_BYTES, guarded_by
 from goose_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,8 +57,9 @@ def require(port: int | None) -> None:
 
 
 def open_page(blocks: "Blocks", *, port: int | None, css: str = "", head: str = "") -> str:
-    """Serve ``blocks`` on the loopback address in a thread; return the address.
+    """Serve ``blocks`` on the loopback address in a thread; return the address, with its key.
 
+    The key is of this session: nobody is answered who has not opened that address.
     ``blocks.block_thread()`` waits for Ctrl-C.
     """
     gradio = load_gradio()
@@ -65,6 +68,7 @@ def open_page(blocks: "Blocks", *, port: int | None, css: str = "", head: str = 
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
     # Fonts of the machine: gradio's own come from the network
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    key = secrets.token_urlsafe(KEY_BYTES)
     _, address, _ = blocks.launch(
         server_name=HOST,
         server_port=port,
@@ -75,6 +79,8 @@ def open_page(blocks: "Blocks", *, port: int | None, css: str = "", head: str = 
         mcp_server=False,
         ssr_mode=False,
         pwa=False,
+        # Who is answered
+        app_kwargs={"lifespan": guarded_by(key)},
         # Looks
         theme=theme,
         css=css,
@@ -86,7 +92,7 @@ def open_page(blocks: "Blocks", *, port: int | None, css: str = "", head: str = 
         show_error=True,
         quiet=True,
     )
-    return address
+    return f"{address}?key={key}"
 
 
 def serve(blocks: "Blocks", *, port: int | None, css: str = "", head: str = "") -> None:

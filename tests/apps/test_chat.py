@@ -326,7 +326,8 @@ def test_pages_are_served_on_the_loopback_address_with_nothing_shared_recorded_o
     page = SimpleNamespace(
         launch=lambda **options: given.update(options) or (None, "http://127.0.0.1:1/", None)
     )
-    assert gradio_pages.open_page(page, port=None) == "http://127.0.0.1:1/"
+    address, _, key = gradio_pages.open_page(page, port=None).partition("?key=")
+    assert address == "http://127.0.0.1:1/" and len(key) == 32
     off = ("share", "run_history", "enable_monitoring", "mcp_server", "ssr_mode", "pwa", "inbrowser")
     assert given["server_name"] == "127.0.0.1" and [given[name] for name in off] == [False] * 7
 
