@@ -19,6 +19,7 @@ from pages import PAGES, ROOT, anchors, blocks, commands, links, read, spans
 from recipe_runs import settings_of
 
 from goose_lora import cli
+from goose_lora.cli import recipes as recipe_commands
 
 COMMANDS = [command for path in PAGES for command in commands(path)]
 RECIPES = ("sft", "reward", "ppo", "own_loop", "evaluate", "ppo_in_one_file")
@@ -52,7 +53,11 @@ def test_every_command_is_one_that_its_program_takes(command, known, monkeypatch
 
 def run(words, known, monkeypatch):
     program, arguments = words[0], words[1:]
-    if program == "goose-lora":
+    if program == "goose-lora" and arguments[0] in recipe_commands.RECIPES:
+        script_name, _ = recipe_commands.RECIPES[arguments[0]]
+        _, settings = recipe_commands.split_words(arguments[1:])
+        recipe(f"recipes/{script_name}", settings, known)
+    elif program == "goose-lora":
         assert cli.command_line().parse_args(arguments)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
@@ -163,7 +168,8 @@ def test_paths_and_options_in_code_spans_exist(path, known):
         for action in parser._actions
         for option in action.option_strings
     }
-    options |= {"debug", "help", "machine_rank", "cpu", "full"}
+    options |= {option.lstrip("-") for option in recipe_commands.LAUNCHER_OPTIONS}
+    options |= {"debug", "help", "cpu", "full"}
     wrong = []
     for line, span in spans(path):
         if (
