@@ -42,7 +42,7 @@ VADER = Package(
 # ---- Judge ----
 
 
-def vader(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+def vader(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """Return VADER's compound sentiment of prompt and completion together, -1 to 1.
 
     It is the judge, which no stage of training sees.

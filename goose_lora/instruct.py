@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 import goose_lora.functional as F
 from goose_lora.errors import UserError
@@ -32,6 +33,8 @@ from goose_lora.models.loading import linear_names
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, keep_8bit_alike_on_cpu
 from goose_lora.models.shared_base import Critic, Role, SharedBase
 from goose_lora.models.trunk import decoder_layers
+
+_AGENT = "_goose_lora_agent"  # where a transformers model has the agent that was made on it
 
 
 class Agent(nn.Module):
@@ -72,7 +75,14 @@ class Agent(nn.Module):
         everywhere = LoraConfig(
             r=16, lora_alpha=32, target_modules=linear_names(decoder_layers(model)), task_type="CAUSAL_LM"
         )
+        if _agent_of(model) is not None:
+            raise UserError(
+                f"this {type(model).__name__} has an agent already, which create_reference_model or"
+                " Agent(model) has made. Give RLHFTrainer the model, or load the model again."
+            )
         self.shared = SharedBase.build(model, policy or everywhere, critic=critic)
+        # In a tuple, so that it is no submodule of the model
+        vars(model)[_AGENT] = (self,)
         self.eval()
 
     def generate(
@@ -154,29 +164,68 @@ class Agent(nn.Module):
 
 
 class ReferenceModel(nn.Module):
-    """The agent as it was before training: a view without weights of its own.
+    """The model as it was before training: a frozen view without weights of its own.
 
-    It gives log-probabilities of a rollout's replies, without gradients.
+    It answers as a copy would: logits of token ids, ``generate``, ``config``, ``parameters``.
     """
 
-    def __init__(self, agent: Agent):
+    def __init__(self, agent: Agent, *, of_plain_model: bool = False):
         super().__init__()
         # In a tuple: as a submodule it would be frozen, moved and saved along with the view
         self._agent = (agent,)
+        self._of_plain_model = of_plain_model
         self.eval()
 
+    @property
+    def agent(self) -> Agent:
+        """The agent whose reference this is."""
+        return self._agent[0]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the transformers model."""
+        return self.agent.shared.core.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.agent.shared.core.device
+
     @torch.no_grad()
-    def forward(self, rollout: Rollout) -> Float[Tensor, "B T"]:
-        (agent,) = self._agent
-        hidden = agent.shared.hidden("reference", rollout.input_ids, rollout.attention_mask)
-        return agent.shared.logprobs(
-            hidden, rollout.input_ids, rollout.response_mask, temperature=agent.temperature
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"] | None = None,
+        **settings: Any,
+    ) -> ModelOutput:
+        """Return what the transformers model returns: ``logits`` (B, L, V) and the like."""
+        with self.agent.shared.role("reference") as core:
+            return core(input_ids, attention_mask=attention_mask, **settings)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Int[Tensor, "B P"], **settings: Any) -> Int[Tensor, "B P+T"]:
+        """Return prompts and replies, as ``generate`` of what it is the reference of."""
+        if not self._of_plain_model:
+            return self.agent.generate(input_ids, role="reference", **settings)
+        with self.agent.shared.role("reference", generating=True) as core:
+            return core.generate(input_ids, **settings)
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout) -> Float[Tensor, "B T"]:
+        """Return log-probabilities of the replies' own tokens."""
+        shared = self.agent.shared
+        hidden = shared.hidden("reference", rollout.input_ids, rollout.attention_mask)
+        return shared.logprobs(
+            hidden,
+            rollout.input_ids,
+            rollout.response_mask,
+            temperature=self.agent.temperature,
         )[0]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """The weights it reads, detached. Overridden since the view registers none."""
+        shared = self.agent.shared
         # What roles add is not the reference's
-        shared = self._agent[0].shared
         others = {name for role in ("policy", "value", "reward") for name, _ in shared.role_parameters(role)}
         return (
             (n, p.detach())
@@ -185,12 +234,22 @@ class ReferenceModel(nn.Module):
         )
 
 
-def create_reference_model(model: Agent) -> ReferenceModel:
-    """Return what ``model`` was built on, whenever this is called.
+def create_reference_model(model: Agent | PreTrainedModel) -> ReferenceModel:
+    """Return a frozen view of what ``model`` was built on; no weight is copied.
 
-    InstructGOOSE copies all weights, as they are at the call.
+    InstructGOOSE copies all weights, as they are at the call. Here a plain model of transformers
+    gets the adapters of an ``Agent`` instead, in place: it answers as before, what trains from then
+    on is the adapters, and ``RLHFTrainer(model, ref_model, config)`` trains them.
     """
-    return ReferenceModel(model)
+    if isinstance(model, Agent):
+        return ReferenceModel(model)
+    return ReferenceModel(_agent_of(model) or Agent(model), of_plain_model=True)
+
+
+def _agent_of(model: PreTrainedModel) -> Agent | None:
+    """Return the agent that was made on a model of transformers, if one was."""
+    found = vars(model).get(_AGENT)
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -257,13 +316,19 @@ class RLHFTrainer:
     first end-of-text token.
     """
 
-    def __init__(self, model: Agent, ref_model: ReferenceModel, config: RLHFConfig):
+    def __init__(self, model: Agent | PreTrainedModel, ref_model: ReferenceModel, config: RLHFConfig):
         if not isinstance(ref_model, ReferenceModel):
             raise UserError(
                 f"ref_model is a {type(ref_model).__name__}. Use create_reference_model(model), which copies"
                 " no weight."
             )
-        self.model, self.ref_model, self.config = model, ref_model, config
+        agent = model if isinstance(model, Agent) else _agent_of(model)
+        if agent is None:
+            raise UserError(
+                f"model is a {type(model).__name__} without an agent, and ref_model another model's"
+                " reference. Use create_reference_model(model)."
+            )
+        self.model, self.ref_model, self.config = agent, ref_model, config
 
     def compute_loss(
         self,
@@ -321,7 +386,7 @@ class RLHFTrainer:
     def _snapshot(self, rollout: Rollout, logprobs: Tensor, values: Tensor, rewards: Tensor) -> Snapshot:
         # The KL is part of the reward, token by token
         config, mask = self.config, rollout.response_mask
-        kl = F.kl_per_token(logprobs, self.ref_model(rollout), estimator=config.kl_estimator)
+        kl = F.kl_per_token(logprobs, self.ref_model.logprobs(rollout), estimator=config.kl_estimator)
         each_token = token_rewards(rewards.to(logprobs), kl, mask, kl_coef=config.kl_coef)
         # Advantages against the critic as it was
         advantages = F.gae(each_token, values, mask, gamma=config.gamma, lam=config.lam)
@@ -428,5 +493,5 @@ def _left_padded(
     return torch.where(mask, ids.gather(-1, order), 0), mask
 
 
-def _listed(x: Any) -> list[Any]:
+def _listed(x: object) -> list[Any]:
     return list(x) if isinstance(x, Sequence) else [x]

@@ -1,6 +1,7 @@
 """InstructGOOSE's way of working: its README loop as it stands, and each defect of instruct-goose
 0.0.7 as a test that it would fail."""
 
+import copy
 import dataclasses
 from statistics import fmean, pstdev
 from typing import Any
@@ -428,7 +429,7 @@ def test_logprobs_are_log_softmax_of_the_sampled_tokens(shape, temperature):
     torch.testing.assert_close(trainer.snapshot(**batch).logprobs, expected, rtol=1e-4, atol=1e-5)
     of_reference = torch.stack(logprobs(made, "reference", batch, temperature=temperature))
     torch.testing.assert_close(
-        trainer.ref_model(trainer._rollout(**batch)), of_reference, rtol=1e-4, atol=1e-5
+        trainer.ref_model.logprobs(trainer._rollout(**batch)), of_reference, rtol=1e-4, atol=1e-5
     )
 
 
@@ -521,18 +522,73 @@ def test_reference_gets_no_gradient_and_stays_as_training_goes_on():
     made, batch = agent(stirred=False), replies()
     trainer, optimizer = trainer_of(made), optim.SGD(made.parameters(), lr=0.5)
     rollout = trainer._rollout(**batch)
-    before, policy_before = trainer.ref_model(rollout), trainer.snapshot(**batch).logprobs
+    before, policy_before = trainer.ref_model.logprobs(rollout), trainer.snapshot(**batch).logprobs
     torch.testing.assert_close(before, policy_before)
     for _ in range(2):
         trainer.compute_loss(**batch).backward()
         optimizer.step()
-    assert not trainer.ref_model(rollout).requires_grad
+    assert not trainer.ref_model.logprobs(rollout).requires_grad
     assert all(p.grad is None for p in trainer.ref_model.parameters())
     assert all(
         p.grad is None for name, p in made.named_parameters() if "lora" not in name and ".score." not in name
     )
-    assert torch.equal(trainer.ref_model(rollout), before)
+    assert torch.equal(trainer.ref_model.logprobs(rollout), before)
     assert not torch.equal(trainer.snapshot(**batch).logprobs, policy_before)
+
+
+@pytest.mark.parametrize("kind", ["plain", "agent"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_answers_as_the_untrained_model_also_after_training(kind, shape):
+    """Compared with a copy of all weights, as InstructGOOSE makes one, by transformers itself."""
+    model = tiny.base(shape)
+    ids, mask = tiny.batch(side="left")
+    copied = copy.deepcopy(model).eval()
+    made = model if kind == "plain" else Agent(model)
+    reference, batch = create_reference_model(made), replies()
+    trainer = RLHFTrainer(made, reference, RLHFConfig())
+    optimizer = optim.SGD(made.parameters(), lr=0.5)
+    greedy = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    greedy["pad_token_id"] = tiny.PAD
+    for _ in range(3):
+        with torch.no_grad():
+            want = copied(ids, attention_mask=mask).logits
+            torch.testing.assert_close(reference(ids, attention_mask=mask).logits, want)
+            assert torch.equal(reference.generate(ids, **greedy), copied.generate(ids, **greedy))
+        trainer.compute_loss(**batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert not torch.allclose(model(ids, attention_mask=mask).logits, want), "it was trained"
+    assert reference.config.vocab_size == copied.config.vocab_size
+    theirs = [p.data for p in copied.parameters()]
+    ours = list(reference.parameters())
+    assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+    assert {p.data_ptr() for p in ours} <= {p.data_ptr() for p in model.parameters()}
+    assert not any(p.requires_grad for p in ours)
+
+
+def test_a_plain_model_answers_as_before_when_it_has_a_reference():
+    model = tiny.base("gpt2")
+    ids, mask = tiny.batch()
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits
+        create_reference_model(model)
+        assert torch.equal(model(ids, attention_mask=mask).logits, want)
+        create_reference_model(model)
+        assert torch.equal(model(ids, attention_mask=mask).logits, want)
+
+
+def test_a_model_has_one_agent():
+    model = tiny.base("llama")
+    create_reference_model(model)
+    with pytest.raises(ValueError, match=r"has an agent already.*Give RLHFTrainer the model"):
+        Agent(model)
+
+
+def test_a_plain_model_without_an_agent_is_refused():
+    reference = create_reference_model(agent())
+    with pytest.raises(ValueError, match=r"without an agent.*create_reference_model\(model\)"):
+        RLHFTrainer(tiny.base("llama"), reference, RLHFConfig())
 
 
 def test_freezing_the_reference_leaves_what_trains_alone():
@@ -549,7 +605,7 @@ def test_a_policy_from_an_adapter_has_that_adapter_as_its_reference(tmp_path):
     made, batch = Agent(tiny.base("llama"), policy=str(tmp_path)), replies()
     rollout = trainer_of(made)._rollout(**batch)
     expected = torch.stack(logprobs(trained, "policy", batch))
-    torch.testing.assert_close(create_reference_model(made)(rollout), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(create_reference_model(made).logprobs(rollout), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- Agent ----

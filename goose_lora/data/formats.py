@@ -284,7 +284,7 @@ class _OtherKind(UserError):
             )
 
 
-def _kind_of(value: Any, column: str) -> Kind:
+def _kind_of(value: object, column: str) -> Kind:
     if isinstance(value, str):
         return "text"
     if isinstance(value, list):

@@ -6,13 +6,14 @@ Held-out lists or pairs, probes to their prompts, and references.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import RewardTrainer
 
 from goose_lora.data.preferences import Ranked, Reply, encode_reply, ranked_rows, tokenize_ranked
 from goose_lora.data.tokenization import right_pad
@@ -134,25 +135,22 @@ def _common_start(replies: Sequence[Reply]) -> Reply:
 
 
 @torch.no_grad()
-def score_tokens(trainer: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
+def score_tokens(trainer: RewardTrainer, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """Score token lists under a ``trl.RewardTrainer``'s model, in evaluation mode.
 
     Return raw scores, shape (N,). Rows are shared out among processes, and gathered.
     """
-    model, size, pad = (
-        trainer.model.eval(),
-        trainer.args.per_device_eval_batch_size,
-        trainer.processing_class.pad_token_id,
-    )
+    model = cast(PreTrainedModel, trainer.model).eval()
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+    size, pad = trainer.args.per_device_eval_batch_size, cast(int, tokenizer.pad_token_id)
     with trainer.accelerator.split_between_processes(list(rows)) as mine:
         # Batches of one length need no padding
         order = sorted(range(len(mine)), key=lambda place: len(mine[place]))
         scores = [0.0] * len(mine)
         for first in range(0, len(order), size):
             places = order[first : first + size]
-            ids, mask = (
-                tensor.to(trainer.args.device) for tensor in right_pad([mine[place] for place in places], pad)
-            )
+            batch = right_pad([cast(list[int], mine[place]) for place in places], pad)
+            ids, mask = (tensor.to(trainer.args.device) for tensor in batch)
             with trainer.compute_loss_context_manager():
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for place, score in zip(places, logits.float().flatten().tolist(), strict=True):
@@ -161,13 +159,13 @@ def score_tokens(trainer: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
     return np.array(gather_object(scores)[: len(rows)])
 
 
-def reference_bias(trainer: Any, references: Sequence[Sequence[int]]) -> float:
+def reference_bias(trainer: RewardTrainer, references: Sequence[Sequence[int]]) -> float:
     """Return the mean raw score of references: what to subtract for them to score 0."""
     return float(score_tokens(trainer, references).mean())
 
 
 def evaluate_reward_model(
-    trainer: Any, held_out: HeldOut, any_pair: HeldOut | None = None, *, bias: float = 0.0
+    trainer: RewardTrainer, held_out: HeldOut, any_pair: HeldOut | None = None, *, bias: float = 0.0
 ) -> RewardVerdict:
     """Return the verdict on a trained reward model.
 
@@ -191,7 +189,7 @@ def evaluate_reward_model(
     )
 
 
-def _scores_by_prompt(trainer: Any, held_out: HeldOut) -> list[np.ndarray]:
+def _scores_by_prompt(trainer: RewardTrainer, held_out: HeldOut) -> list[np.ndarray]:
     scores = score_tokens(trainer, [ids for own in held_out.completions for ids in own])
     return np.split(scores, np.cumsum([len(own) for own in held_out.completions])[:-1])
 

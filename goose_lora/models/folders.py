@@ -187,7 +187,7 @@ def tensor_shapes(
         raise UserError(f"{path} is damaged or cut short ({brief(error)}). {way_out}") from error
 
 
-def saved_template(folder: str | Path) -> Any:
+def saved_template(folder: str | Path) -> str | dict[str, str] | list[dict[str, str]] | None:
     """Return the chat template of the tokenizer in ``folder``, or several by name.
 
     None without a tokenizer or without a template.

@@ -69,7 +69,7 @@ class ClassifierReward:
         self.__name__ = self.name.rstrip("/").rpartition("/")[2]
         self.model: Any = None
 
-    def check(self, prompt: Any) -> None:
+    def check(self, prompt: object) -> None:
         """Raise UserError if it cannot read prompts such as ``prompt``.
 
         Chat messages need a tokenizer with a chat template.
@@ -92,7 +92,7 @@ class ClassifierReward:
         return self
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: object) -> list[float]:
         # The classifier's own tokens, from texts
         texts = [
             self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)

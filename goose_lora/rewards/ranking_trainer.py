@@ -7,10 +7,11 @@ All completions of a prompt are in one batch element, one forward a completion (
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from goose_lora.data.tokenization import right_pad
@@ -49,7 +50,7 @@ class RankedRewardTrainer(RewardTrainer):
         UserError: ``center_rewards_coefficient``, which is defined for pairs.
     """
 
-    def __init__(self, *, args: RewardConfig, processing_class: Any, **kwargs: Any):
+    def __init__(self, *, args: RewardConfig, processing_class: PreTrainedTokenizerBase, **kwargs: Any):
         if args.center_rewards_coefficient is not None:
             raise UserError(
                 f"center_rewards_coefficient={args.center_rewards_coefficient} is for pairs, not for ranked"
@@ -59,12 +60,17 @@ class RankedRewardTrainer(RewardTrainer):
         args.remove_unused_columns = False  # what RewardTrainer counts as used are its own columns, not these
         # Our collator, since a row has any number of completions
         multiple: Any = args.pad_to_multiple_of
+        pad = cast(int, processing_class.pad_token_id)
         self.seen: dict[str, list[float]] = defaultdict(list)
-        kwargs["data_collator"] = lambda rows: collate_ranked(rows, processing_class.pad_token_id, multiple)
+        kwargs["data_collator"] = lambda rows: collate_ranked(rows, pad, multiple)
         super().__init__(args=args, processing_class=processing_class, **kwargs)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: object = None,
     ) -> Any:
         """Return the loss over all untied pairs, where TRL's is over two halves of a batch."""
         # One forward of all completions; their pairs are made of scores alone

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -135,7 +135,7 @@ async def _ask_all(functions: dict[str, Any], replies: dict[str, Any]) -> list[A
     return [next(done) if inspect.isawaitable(answer) else answer for answer in answers]
 
 
-async def _awaited(name: str, answer: Any) -> Any:
+async def _awaited(name: str, answer: Awaitable[object]) -> object:
     with _named(name):
         return await answer
 
@@ -169,7 +169,7 @@ def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
         yield
         return
 
-    def ring(signum: int, frame: Any) -> None:
+    def ring(signum: int, frame: object) -> None:
         raise TimeLimitError(
             f"{what} has not answered for {seconds:g} s, which is reward_timeout. See what it waits for, or"
             " raise reward_timeout (null: no limit); --resume_from_checkpoint latest goes on from the last"
@@ -189,7 +189,7 @@ def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
 
 
 def _read_answer(
-    answer: Any, lengths: Sequence[int], name: str
+    answer: object, lengths: Sequence[int], name: str
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, " N"] | None]:
     """Read a function's answer as one score a reply, NaN for None.
 

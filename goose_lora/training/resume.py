@@ -120,7 +120,7 @@ class Resumable(_Trainer):
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
+        trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Overridden to choose the checkpoint, and to say why a run has ended early.
