@@ -2,19 +2,30 @@
 
 import numbers
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 from goose_lora.errors import UserError
 
 
-def _printable(text: str) -> str:
-    """Escape what would move the cursor, colour the terminal or turn the writing direction."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def printable(text: str, *, keep: str = "") -> str:
+    """Escape what would move the cursor, colour the terminal or turn the writing direction.
+
+    Characters of ``keep`` stay: ``"\\n"`` for text of several lines.
+    """
+    return "".join(_escaped(char) if char not in keep else char for char in text)
+
+
+def _escaped(char: str) -> str:
+    # Spaces of other scripts are no letters to Python, and do no harm
+    if char.isprintable() or unicodedata.category(char) == "Zs":
+        return char
+    return char.encode("unicode_escape").decode()
 
 
 def _cell(value: object) -> str:
     if not isinstance(value, numbers.Real) or isinstance(value, numbers.Integral):
-        return "-" if value is None else _printable(str(value))
+        return "-" if value is None else printable(str(value))
     # .3g alone would write 1234.5 as 1.23e+03
     return f"{value:.0f}" if 999.5 <= abs(float(value)) < 1e9 else f"{value:.3g}"
 
@@ -28,7 +39,7 @@ def table(rows: list[dict[str, object]], columns: list[str]) -> str:
     """
     if not columns:
         raise UserError("columns=0; it must be 1 or more.")
-    cells = [[_printable(name) for name in columns]] + [
+    cells = [[printable(name) for name in columns]] + [
         [_cell(row.get(name)) for name in columns] for row in rows
     ]
     # As wide as the widest cell; numbers stand right, so that their digits line up
@@ -59,7 +70,7 @@ def side_by_side(
                 " the same order."
             )
     # Names in a margin of one width, texts beside it
-    margin = max(len(_printable(name)) for name in ["prompt", *columns]) + 2
+    margin = max(len(printable(name)) for name in ["prompt", *columns]) + 2
     if width < margin + 20:
         raise UserError(
             f"width={width} leaves {width - margin} characters beside the names; use width={margin + 20} or"
@@ -72,7 +83,7 @@ def side_by_side(
             wrapped = [
                 part
                 for line in text.split("\n")
-                for part in textwrap.wrap(_printable(line), width - margin) or [""]
+                for part in textwrap.wrap(printable(line), width - margin) or [""]
             ]
-            lines.append(f"{_printable(name)}: ".ljust(margin) + ("\n" + " " * margin).join(wrapped))
+            lines.append(f"{printable(name)}: ".ljust(margin) + ("\n" + " " * margin).join(wrapped))
     return "\n".join(lines)

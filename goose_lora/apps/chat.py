@@ -7,6 +7,7 @@ from goose_lora.apps import gradio_pages
 from goose_lora.apps.chat_page import serve_chat
 from goose_lora.apps.session import PolicySession, RunInfo, Turn, check_sampling, inspect_run
 from goose_lora.errors import UserError
+from goose_lora.terminal import printable
 
 ANEW = "/new"  # the word that begins another conversation
 
@@ -144,8 +145,8 @@ class Conversation:
 
 
 def _to_stdout(text: str) -> None:
-    # Flushed, since a reply is shown as it is written
-    sys.stdout.write(text)
+    # Flushed, since a reply is shown as it is written; what a model writes moves no cursor
+    sys.stdout.write(printable(text, keep="\n\t"))
     sys.stdout.flush()
 
 

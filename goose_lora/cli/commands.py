@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from goose_lora.cli.parser import parse_with, raise_user_error, read_config
+from goose_lora.cli.parser import parse_with, read_negative_numbers, settings_parser
 from goose_lora.cli.process import command, quiet_libraries
 from goose_lora.cli.recipes import RECIPES, configurations, copy_recipes, run_recipe
+from goose_lora.cli.yaml_settings import read_config
 from goose_lora.errors import UserError
+from goose_lora.terminal import printable
 
 # Each command is a pair: one function adds its options, the other runs it. What a command needs is
 # imported when it runs, so that --help is quick.
@@ -17,8 +19,19 @@ Subcommands = Any  # argparse's own class for them is private
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that takes whole names of options alone, and whose errors are UserErrors."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
+        read_negative_numbers(self)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. {self.prog} --help lists what there is.")
+
+
+def _say(text: str) -> None:
+    """Print what was made of people's data: it moves no cursor and colours nothing."""
+    print(printable(text, keep="\n\t"))
 
 
 # ---- The program ----
@@ -97,7 +110,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
         path /= "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give the output_dir of a run of recipes/ppo.py.")
-    print(diagnosis_text(read_metrics(path)))
+    _say(diagnosis_text(read_metrics(path)))
 
 
 def _add_recipes(commands: Subcommands) -> None:
@@ -159,7 +172,7 @@ def _data(arguments: argparse.Namespace) -> None:
     # What is shipped with the package has names of its own: embedded/...
     for name in ("dataset", "tokenizer"):
         options[name] = options[name] and resolve(options[name])
-    print(describe(**options))
+    _say(describe(**options))
 
 
 def _add_plan(commands: Subcommands) -> None:
@@ -179,8 +192,6 @@ def _add_plan(commands: Subcommands) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from trl import TrlParser
-
     from goose_lora.embedded import resolve
     from goose_lora.models.arguments import ModelArguments
     from goose_lora.models.dense_copy import free_bytes
@@ -191,10 +202,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     # The settings of recipes/ppo.py, those that do not concern memory passed over.
     types = (PPOConfig, ModelArguments, PlannedRoles)
-    check_types(read_config(arguments.config), types, where=f"{arguments.config}: ")
-    parser: Any = TrlParser(types)  # type: ignore[arg-type]
-    parser.error = raise_user_error
-    config, model, roles, _ = parse_with(parser, ["--config", arguments.config])
+    settings = read_config(arguments.config)
+    check_types(settings, types, where=f"{arguments.config}: ")
+    config, model, roles, _ = parse_with(settings_parser(types), [], settings)
     model.model_name_or_path = resolve(model.model_name_or_path)
     # A plan may be made before SFT and reward model are trained
     for name in (roles.policy_adapter, roles.reward_adapter):
@@ -233,7 +243,7 @@ def _show(arguments: argparse.Namespace) -> None:
     from goose_lora.models.folders import local_folder
     from goose_lora.sharing.provenance import describe_chain
 
-    print(describe_chain(local_folder(arguments.run)))
+    _say(describe_chain(local_folder(arguments.run)))
 
 
 def _add_push(commands: Subcommands) -> None:
@@ -302,7 +312,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     options = vars(arguments)
     del options["command"]
-    print(merge(**options))
+    _say(merge(**options))
 
 
 def _add_compare(commands: Subcommands) -> None:
@@ -319,7 +329,7 @@ def _add_compare(commands: Subcommands) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from goose_lora.reporting.compare import compare
 
-    print(compare(arguments.runs, arguments.output))
+    _say(compare(arguments.runs, arguments.output))
 
 
 # ---- Ask and label ----

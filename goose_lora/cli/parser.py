@@ -2,16 +2,19 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from goose_lora.cli.process import keep_freed_memory, quiet_libraries
+from goose_lora.cli.yaml_settings import read_config
 from goose_lora.errors import UserError
 from goose_lora.ppo.trl_names import FROM_TRL
+from goose_lora.redaction import is_secret, remember
+from goose_lora.training.launch import mixed_precision_of_launcher, require_precision
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -26,41 +29,88 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
         UserError: an unknown setting (with the nearest known one), a value of the wrong type, or a
             configuration file that is not there.
     """
-    from trl import TrlParser
-
     quiet_libraries()
     keep_freed_memory()
-    args = list(sys.argv[1:] if args is None else args)
+    launched_with = mixed_precision_of_launcher()  # TrainingArguments writes over it
+    path, words = split_config(sys.argv[1:] if args is None else args)
+    for word in words:
+        if word.startswith("--"):
+            _check_option(word, types)
 
     # The file first: its errors name the file
-    if "--config" in args:
-        index = args.index("--config") + 1
-        if index == len(args):
-            raise UserError("--config needs a file: --config recipes/configs/demo_cpu/ppo.yaml")
-        _check_keys(args[index], types)
-
-    # argparse would print its usage of some 150 options and leave
-    parser: Any = TrlParser(types)  # type: ignore[arg-type]
-    parser.error = raise_user_error
-    *instances, unknown = parse_with(parser, args)
+    config = {}
+    if path is not None:
+        config = read_config(path)
+        _check_keys(config, types, path)
+    *instances, unknown = parse_with(settings_parser(types), words, config)
     # A word that no dataclass knows is a typo; it is never passed over
     if unknown:
-        _unknown(next((word for word in unknown if word.startswith("--")), unknown[0]), types)
+        _spare_word(unknown[0], words, types)
     for settings in instances:
         check_settings(settings)
+        require_precision(settings, launched_with)
     return instances[0] if len(instances) == 1 else tuple(instances)
 
 
-def parse_with(parser: Any, args: Sequence[str]) -> tuple[Any, ...]:
-    """Let TRL's parser read the words; return the dataclasses, and words that are no settings.
+def split_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the file of ``--config FILE`` or ``--config=FILE``, if there is one, and other words.
+
+    Raises:
+        UserError: ``--config`` has no file, or stands twice.
+    """
+    path, words = None, []
+    rest = iter(args)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option != "--config":
+            words.append(word)
+            continue
+        value = value if equals else next(rest, "")
+        if not value or value.startswith("--"):
+            raise UserError("--config needs a file: --config recipes/configs/demo_cpu/ppo.yaml")
+        if path is not None:
+            raise UserError(f"--config stands twice, with {path} and {value}. Give one file.")
+        path = value
+    return path, words
+
+
+def settings_parser(types: Sequence[type]) -> Any:
+    """Return a parser of settings whose errors are UserErrors, and which takes whole names alone.
+
+    argparse would print its usage of some 150 options and leave, and take any beginning of a name.
+    """
+    from trl import TrlParser
+
+    parser: Any = TrlParser(types, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.error = raise_user_error
+    read_negative_numbers(parser)
+    return parser
+
+
+def read_negative_numbers(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take -1e-4 for a number, as it does -0.1, and not for an option."""
+    # argparse has no public place for it, and its own pattern has no exponents
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\Z|-(inf|nan)\Z")
+
+
+def parse_with(parser: Any, words: Sequence[str], config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Let TRL's parser read the words over ``config``; return dataclasses and unknown words.
+
+    The environment that ``config`` sets is set first.
 
     Raises:
         UserError: a value of the wrong type, or one that a dataclass refuses.
     """
+    for name, value in (config.get("env") or {}).items():
+        if is_secret(name):
+            remember(str(value))
+        os.environ[name] = str(value)
+    unknown = parser.set_defaults_with_config(**{name: config[name] for name in config if name != "env"})
     try:
-        return parser.parse_args_and_config(args, return_remaining_strings=True, fail_with_unknown_args=False)
+        *instances, more = parser.parse_args_into_dataclasses(args=list(words), return_remaining_strings=True)
     except (ValueError, OSError, ImportError, argparse.ArgumentError) as error:
         raise UserError(_nearest_choice(str(error))) from error
+    return (*instances, [*unknown, *more])
 
 
 def check_settings(settings: "DataclassInstance") -> None:
@@ -74,6 +124,7 @@ def check_settings(settings: "DataclassInstance") -> None:
 
     from goose_lora.training.validation import (
         check_finite,
+        check_no_secrets,
         check_training,
         require_output_folder,
         token_to_environment,
@@ -81,6 +132,7 @@ def check_settings(settings: "DataclassInstance") -> None:
 
     # Dataclasses check their own settings; these hold of all
     check_finite(settings)
+    check_no_secrets(settings)
     if isinstance(settings, TrainingArguments):
         check_training(settings)
         token_to_environment(settings)
@@ -88,43 +140,28 @@ def check_settings(settings: "DataclassInstance") -> None:
         require_output_folder(vars(settings)["output_dir"])
 
 
-def read_config(path: str) -> dict[Any, Any]:
-    """Return the settings in a YAML file.
-
-    Raises:
-        UserError: no such file, not YAML, or not settings.
-    """
-    import yaml
-
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file. The shipped ones are in recipes/configs/.")
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (
-        yaml.YAMLError,
-        OSError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        RecursionError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        # All but the first from PyYAML's constructors, of a date such as 2020-99-99.
-        raise UserError(
-            f"{path}: not a YAML file that can be read: {' '.join(str(error).split())}. Mend it there."
-        ) from error
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{path}: expected lines of the form 'setting: value', found {type(config).__name__}."
-        )
-    return config
+def _check_option(word: str, types: Sequence[type]) -> None:
+    """Raise UserError unless an option of the command line is the whole name of a setting."""
+    known = {f.name for t in types for f in fields(t) if f.init} | {"help"}
+    name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    # transformers adds --no_x for what is true by default
+    if name not in known and name.removeprefix("no_") not in known:
+        _unknown(word, types)
 
 
-def _check_keys(path: str, types: Sequence[type]) -> None:
+def _spare_word(word: str, words: Sequence[str], types: Sequence[type]) -> NoReturn:
+    """Raise UserError for a word that argparse has left over: one behind another one's value."""
+    before = words[: words.index(word)] if word in words else []
+    option = next((other for other in reversed(before) if other.startswith("--")), None)
+    if word.startswith("--") or option is None:
+        _unknown(word, types)
+    shown = "another word" if is_secret(option) else repr(word)
+    raise UserError(f"{option}: {shown} behind its value belongs to no setting. Put text in quotes.")
+
+
+def _check_keys(config: Mapping[Any, Any], types: Sequence[type], path: str) -> None:
     from goose_lora.training.validation import check_types
 
-    config = read_config(path)
     # Names, then the environment, then types: the order in which a reader would mend them
     known = {f.name for t in types for f in fields(t) if f.init} | {"env"}
     for key in config:
@@ -132,7 +169,12 @@ def _check_keys(path: str, types: Sequence[type]) -> None:
             _unknown(f"--{key}", types, where=f"{path}: ")
     environment = config.get("env") or {}
     if not isinstance(environment, dict) or not all(
-        isinstance(name, str) and name and not {"=", "\0"} & set(name) for name in environment
+        isinstance(name, str)
+        and name
+        and not {"=", "\0"} & set(name)
+        and isinstance(value, (str, int, float))
+        and "\0" not in str(value)
+        for name, value in environment.items()
     ):
         raise UserError(
             f"{path}: env: expected names of environment variables with a value each: env:"
@@ -141,14 +183,18 @@ def _check_keys(path: str, types: Sequence[type]) -> None:
     check_types(config, types, where=f"{path}: ")
 
 
-def _unknown(option: str, types: Sequence[type], where: str = "") -> None:
-    name = option.lstrip("-").replace("-", "_")
+def _unknown(option: str, types: Sequence[type], where: str = "") -> NoReturn:
+    # What stands behind the name may be a secret
+    name = re.split("[=:\\s]", option.lstrip("-"))[0].replace("-", "_")
     known = [f.name for t in types for f in fields(t) if f.init]
     # TRL's own names are answered with ours, others with the nearest
     near = difflib.get_close_matches(name, known, n=1)
     if name in FROM_TRL and "num_ppo_epochs" in known:
         raise UserError(f"{where}unknown setting {name!r}. It is TRL's; here it is {FROM_TRL[name]}.")
-    hint = f"Did you mean {near[0]}?" if near else "--help lists the settings."
+    begins = [one for one in known if one.startswith(name)]
+    hint = "--help lists the settings."
+    if near or (name and begins):
+        hint = f"Did you mean {(near or begins)[0]}?"
     raise UserError(f"{where}unknown setting {name!r}. {hint}")
 
 

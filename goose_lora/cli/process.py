@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from goose_lora.errors import UserError
+from goose_lora.redaction import is_secret, redacted
+from goose_lora.terminal import printable
 from goose_lora.training.signals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, STARTED_BY, Stopped
 
 REPORT = (
@@ -82,28 +84,46 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(EXIT_INTERRUPTED)
         except UserError as error:
             if debug:
-                traceback.print_exc()
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(printable(redacted(traceback.format_exc()), keep="\n\t"), end="", file=sys.stderr)
+            print(f"error: {printable(redacted(' '.join(str(error).split())))}", file=sys.stderr)
             if not debug:
                 print("(--debug shows where)", file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
         except Exception as error:
             error.add_note(REPORT)  # Python shows it below the traceback
+            sys.excepthook = _show_without_secrets
             raise
 
     return run
 
 
+def _show_without_secrets(kind: type[BaseException], error: BaseException, place: Any) -> None:
+    """Print a traceback as Python does, secrets apart."""
+    lines = traceback.format_exception(kind, error, place)
+    print(printable(redacted("".join(lines)), keep="\n\t"), end="", file=sys.stderr)
+
+
 def continuing() -> str:
-    """Return the command that resumes this recipe from its newest whole checkpoint."""
-    words = list(sys.argv)
-    if "--resume_from_checkpoint" in words:
-        at = words.index("--resume_from_checkpoint")
-        del words[at : at + 2]
+    """Return the command that resumes this recipe from its newest whole checkpoint.
+
+    Secrets are left out of it: they belong into the environment.
+    """
+    words: list[str] = []
+    is_value = False  # of an option that is left out
+    for word in sys.argv:
+        option, equals, _ = word.partition("=")
+        if is_value and not word.startswith("--"):
+            is_value = False
+            continue
+        is_option = option.startswith("--")
+        is_left_out = is_option and (option == "--resume_from_checkpoint" or is_secret(option))
+        is_value = is_left_out and not equals
+        if not is_left_out:
+            words.append(word)
     launcher = ["python"]
     if STARTED_BY in os.environ:
         # The script's own path is of no interest where goose-lora has found it
         launcher, words = shlex.split(os.environ[STARTED_BY]), words[1:]
     elif any(name.startswith("ACCELERATE_") for name in os.environ):
         launcher = ["accelerate", "launch"]
-    return shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"])
+    return redacted(shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"]))

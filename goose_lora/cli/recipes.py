@@ -31,6 +31,7 @@ LAUNCHER_OPTIONS = (
     "--main_process_ip",
     "--main_process_port",
     "--gpu_ids",
+    "--mixed_precision",
 )
 
 

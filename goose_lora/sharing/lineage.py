@@ -26,6 +26,7 @@ from goose_lora.files import file_sha256, read_json
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import ADAPTER_WEIGHTS, read_lineage, write_lineage
 from goose_lora.models.roles import ADAPTERS
+from goose_lora.redaction import HIDDEN, is_secret, redacted, without_secrets
 from goose_lora.reporting.run_files import (
     BaseRecord,
     DataRecord,
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
 
 # Packages whose versions are noted.
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "goose-lora")
-# Settings that are secrets by their names, and texts that are Hub tokens wherever they stand.
-SECRET_NAMES = re.compile(r"(hub_token|access_token|api_key|password|secret)s?$")
-SECRET_VALUES = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-HIDDEN = "(not recorded)"
 # What a child copies of its reward model's verdict: the rest is calibration and probes.
 _VERDICT_KEYS = ("accuracy", "accuracy_ci", "n_pairs", "warnings")
 # A folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT, and what lies below it.
@@ -166,7 +163,7 @@ def changed_settings(*instances: "DataclassInstance") -> dict[str, Any]:
     for instance in instances:
         # Private fields and those that nobody can give are no settings
         for field in fields(instance):
-            if not field.init or field.name.startswith("_") or SECRET_NAMES.search(field.name):
+            if not field.init or field.name.startswith("_") or is_secret(field.name):
                 continue
             default = field.default
             if field.default_factory is not MISSING:
@@ -193,16 +190,7 @@ def recorded_command(recipe: str, words: Sequence[str] | None) -> str:
     if words is None:
         kept = sys.argv[1:]
         started = shlex.split(os.environ.get(STARTED_BY, "")) or started
-    for index, word in enumerate(kept):
-        name, equals, _ = word.partition("=")
-        if not name.startswith("-") or not SECRET_NAMES.search(name.replace("-", "_")):
-            continue
-        # A secret stands behind "=", or is the next word
-        if equals:
-            kept[index] = f"{name}={HIDDEN}"
-        elif index + 1 < len(kept):
-            kept[index + 1] = HIDDEN
-    return SECRET_VALUES.sub(HIDDEN, shlex.join([*started, *kept]))
+    return redacted(shlex.join([*started, *without_secrets(kept)]))
 
 
 def _plain(value: object) -> object:
@@ -210,18 +198,17 @@ def _plain(value: object) -> object:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, str):
-        return SECRET_VALUES.sub(HIDDEN, value)
+        return redacted(value)
     if isinstance(value, Mapping):
         plain = {}
         for key, inner in value.items():
-            is_secret = SECRET_NAMES.search(str(key))
-            plain[str(key)] = HIDDEN if is_secret else _plain(inner)
+            plain[str(key)] = HIDDEN if is_secret(key) else _plain(inner)
         return plain
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     if isinstance(value, (bool, int, float, type(None))):
         return value
-    return str(value)
+    return redacted(str(value))
 
 
 # ---- Names and hashes ----

@@ -117,3 +117,29 @@ def require_ddp(args: TrainingArguments, quantization: str, *, roles: bool) -> N
         f"{name}: {why}. Launch with DistributedDataParallel instead, each GPU with the whole base: "
         "accelerate launch --config_file recipes/configs/accelerate/several_gpus.yaml ..."
     )
+
+
+def mixed_precision_of_launcher() -> str:
+    """Return what accelerate's launcher has asked for: no, fp16, bf16 or fp8.
+
+    It is to be read before the settings are made, which write over it.
+    """
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def require_precision(settings: object, launched_with: str) -> None:
+    """Refuse a launcher that would make another arithmetic of a run than its settings say.
+
+    Raises:
+        UserError: the launcher asks for mixed precision, and the settings for another or none.
+    """
+    if not isinstance(settings, TrainingArguments) or launched_with == "no":
+        return
+    asked = next((name for name in ("bf16", "fp16") if getattr(settings, name)), "no")
+    if asked != launched_with:
+        said = f"{asked}: true" if asked != "no" else "neither bf16 nor fp16"
+        raise UserError(
+            f"accelerate's launcher asks for mixed_precision {launched_with} (its configuration file, or"
+            f" --mixed_precision), and the recipe's settings for {said}: the numbers would not be those of"
+            " the settings. Launch with --mixed_precision no, or set mixed_precision: 'no' in that file."
+        )

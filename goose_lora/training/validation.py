@@ -4,7 +4,7 @@ import math
 import os
 import reprlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 from transformers import TrainingArguments
 
 from goose_lora.errors import UserError
+from goose_lora.redaction import is_secret, remember
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -65,6 +66,8 @@ def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: s
         if name in hints and not _fits(value, hints[name]):
             # As YAML writes it, and with what helps most often: 0123 for text
             found = "null" if value is None else _short.repr(value)
+            if is_secret(name):
+                found = "what stands there"
             quotes = ""
             if "text" in _words(hints[name]) and isinstance(value, (int, float)):
                 quotes = " Put it in quotes."
@@ -185,6 +188,32 @@ def require_output_folder(name: str) -> None:
         )
 
 
+def check_no_secrets(settings: "DataclassInstance") -> None:
+    """Raise UserError if a setting with names of its own holds a secret.
+
+    Such settings are kept in files, and trackers get them: model_init_kwargs with a token.
+    """
+    for field in fields(settings):
+        for name, value in _named_values(getattr(settings, field.name)):
+            if value is not None and is_secret(name):
+                remember(value)
+                raise UserError(
+                    f"{field.name}: {name} looks like a secret, and settings are kept in files. Put it into"
+                    " the environment: HF_TOKEN for the Hub."
+                )
+
+
+def _named_values(value: object) -> Iterator[tuple[object, object]]:
+    """Yield each name in a mapping, at any depth, with its value."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield name, inner
+            yield from _named_values(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _named_values(inner)
+
+
 def token_to_environment(settings: TrainingArguments) -> None:
     """Move ``hub_token`` out of the settings, to where huggingface_hub looks for it: HF_TOKEN.
 
@@ -193,5 +222,6 @@ def token_to_environment(settings: TrainingArguments) -> None:
     """
     # One place for the token, which no file and no tracker reads
     if settings.hub_token:
+        remember(settings.hub_token)
         os.environ["HF_TOKEN"] = settings.hub_token
         settings.hub_token = None

@@ -501,5 +501,5 @@ FILES = {
     "half.jsonl": b'{"prompt": "ba"}\n{"prompt": "b',
     "nothing.jsonl": b"\n",
     "text.jsonl": b'{"step": 1, "objective/score": 0.5, "objective/kl": "much"}\n',
-    "date.yaml": b"run_name: 2020-99-99\n",
+    "date.yaml": b"run_name: !!timestamp 2020-99-99\n",
 }
