@@ -158,6 +158,19 @@ def _add_data(commands: Subcommands) -> None:
     parser.add_argument(
         "--column_mapping", nargs="+", metavar="FROM=TO", help="columns to rename: instruction=prompt"
     )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="which of two replies is better, as in the recipes: a=reply_1 b=reply_2 winner=better a_wins=1"
+        " b_wins=2, a preset's name, or best_first",
+    )
+    parser.add_argument(
+        "--as_chat",
+        type=lambda word: word.lower() == "true",
+        metavar="true|false",
+        help="whether prompts of text become the user's turn, as in the recipes",
+    )
 
 
 def _data(arguments: argparse.Namespace) -> None:

@@ -7,17 +7,28 @@ nothing is left out, with a reason.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
+from goose_lora.data.columns import OF_TRAINERS, meaning, says_nothing
+from goose_lora.data.messages import Cell, check_asks
+from goose_lora.data.shapes import (
+    Cells,
+    LeftOut,
+    Reading,
+    Row,
+    Shape,
+    StageName,
+    by_prompt,
+    leftover,
+    shape_of,
+)
 from goose_lora.errors import UserError
 
-StageName = Literal["sft", "reward", "ppo"]
 Kind = Literal["text", "chat"]
-Row = Mapping[str, Any]
-Content = str | list[dict[str, Any]]  # text, or chat messages
+LOOKED_AT = 1000  # rows, for the first value of each column
 
 
 class Format(NamedTuple):
@@ -40,28 +51,32 @@ CONVERSATIONS = Format("conversations", ("messages",), ("sft", "ppo"))
 TEXTS = Format("texts", ("text",), ("sft",))
 # Where rows fit several, a stage takes them as the first.
 FORMATS = (PAIRS, PROMPTS_AND_COMPLETIONS, RANKED_LISTS, PROMPTS, IMPLICIT_PAIRS, CONVERSATIONS, TEXTS)
-FORMAT_COLUMNS = {column for format in FORMATS for column in format.columns} | {"ranks"}
+EXTRAS = ("ranks", "margin", "tools", "chat_template_kwargs")  # go with a form where a row has them
 
-CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
-ASKING_ROLES = ("user", "tool")  # whose turn the assistant answers
 KIND_NAMES: dict[str, str] = {"text": "text", "chat": "a list of chat messages"}
-TURN_MARKER = "\n\nAssistant:"  # of Anthropic's hh-rlhf, whose texts hold the whole dialogue
 
 
 class Taken(NamedTuple):
-    """Rows as a stage takes them, and the numbers, from 1, of those it leaves out, by reason."""
+    """Rows as a stage takes them, and the numbers, from 1, of those it leaves out, by reason.
+
+    ``numbers`` are those of the rows that are left, in the file; ``title`` says what the rows look
+    like, and ``ignored`` names columns that nothing uses.
+    """
 
     rows: Dataset
     format: Format
     kind: Kind
     dropped: dict[str, list[int]]
+    numbers: list[int]
+    title: str
+    ignored: list[str]
 
 
 def find_format(columns: Iterable[str], stage: StageName, name: str) -> Format:
-    """Return the format in which ``stage`` takes rows with these columns.
+    """Return the format of TRL's names in which ``stage`` takes rows with these columns.
 
     Raises:
-        UserError: none; it names the columns found and those accepted.
+        UserError: none; it names the columns found, those accepted, and the setting that renames.
     """
     # The first format whose columns are all there
     columns = list(columns)
@@ -74,57 +89,212 @@ def find_format(columns: Iterable[str], stage: StageName, name: str) -> Format:
         for other in get_args(StageName)
         if any(other in f.stages and set(f.columns) <= set(columns) for f in FORMATS)
     ]
-    hint = (
-        f"They suit {' and '.join(others)}. " if others else ""
-    ) + "Rename yours, for example column_mapping: [instruction=prompt]."
-    raise UserError(f"{name}: has the columns {', '.join(columns)}; {stage} takes {accepted}. {hint}")
+    hint = f"They suit {' and '.join(others)}. " if others else ""
+    raise UserError(
+        f"{name}: has the columns {', '.join(columns)}; {stage} takes {accepted}. {hint}Rename yours, for"
+        f" example column_mapping: [{_renaming(columns, stage)}]."
+    )
 
 
-def take(rows: Dataset, stage: StageName, name: str) -> Taken:
+def _renaming(columns: Sequence[str], stage: StageName) -> str:
+    """Return a mapping of the first columns that are free to the names that the stage takes."""
+    wanted = {"sft": ("prompt", "completion"), "reward": ("prompt", "chosen", "rejected"), "ppo": ("prompt",)}
+    needed = [name for name in wanted[stage] if name not in columns]
+    free = [name for name in columns if name not in wanted[stage]]
+    pairs = [f"{source}={target}" for source, target in zip(free, needed, strict=False)]
+    return ", ".join(pairs) or "instruction=prompt"
+
+
+def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = None) -> Taken:
     """Return rows as ``stage`` takes them, those that teach nothing left out.
 
-    Rows are checked one by one. For PPO each row then has a ``prompt``, and its other columns are
-    kept for reward functions. For SFT and the reward model, columns of another format are removed,
-    since TRL guesses from the columns what it is given.
+    Rows of any shape are read one by one (``shapes.shape_of``). They then have the columns of one
+    format, and none that is not meant for the stage; for PPO each has a ``prompt``, and its other
+    columns are kept for reward functions.
 
     Raises:
-        UserError: columns that the stage does not take, a malformed row (with its number), or no
-            row left.
+        UserError: columns that the stage does not take or that would be passed over, a malformed
+            row (with its number), or no row left.
     """
-    # What the columns say, and whether the rows are text or chat
-    format = find_format(rows.column_names, stage, name)
-    columns = [column for column in (*format.columns, "ranks") if column in rows.column_names]
-    kind, kind_from = _kind_of_rows(rows, format.columns[0], name)
-    # Row by row, by its number in the file: malformed is an error, useless is left out
-    dropped: dict[str, list[int]] = defaultdict(list)
-    kept = []
-    for number, row in _numbered(rows, columns):
-        try:
-            reason = reason_to_drop(row, format, stage, kind)
-        except _OtherKind as error:
-            other = f"{format.columns[0]} of row {kind_from} is {KIND_NAMES[kind]}"
-            raise UserError(f"{name}: row {number}: {error}, but {other}. {error.way_out}") from error
-        except ValueError as error:
-            raise UserError(f"{name}: row {number}: {error}") from error
-        if reason is None:
-            kept.append(number - 1)
-        else:
-            dropped[reason].append(number)
-    # Rows must be left
-    if not kept:
+    # What the columns say, once for all rows
+    reading = reading or Reading()
+    values = _first_values(rows)
+    try:
+        shape = shape_of(values, stage, reading)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    if shape is None:
+        format = find_format(rows.column_names, stage, name)
         raise UserError(
-            f"{name}: none of {len(rows)} rows is left: {describe_dropped(dropped)}. Mend the rows, or give"
-            " others."
+            f"{name}: there is nothing in the columns {', '.join(format.columns)}. Rename another to it with"
+            " column_mapping, or give other rows."
         )
-    rows = rows.select(kept) if dropped else rows
-    # Only the stage's own columns: TRL guesses from them what it is given
-    if stage != "ppo":
-        rows = rows.remove_columns(
-            [column for column in rows.column_names if column in FORMAT_COLUMNS and column not in columns]
+
+    # Row by row, by its number in the file: malformed is an error, useless is left out
+    reader = _Reader(shape, stage, name)
+    needed = [column for column in rows.column_names if column in shape.uses or meaning(column) is not None]
+    for number, row in enumerate(rows.select_columns(needed), 1):
+        reader.read(number, row)  # type: ignore[arg-type]
+    if "label" in shape.form:
+        reader.group(len(rows))
+
+    # Rows must be left
+    missing = [
+        reason.removesuffix(" is missing") for reason in reader.dropped if reason.endswith(" is missing")
+    ]
+    if not reader.made and len(missing) == len(reader.dropped) == 1 and missing[0] in rows.column_names:
+        raise UserError(
+            f"{name}: there is nothing in the column {missing[0]}. Rename another to it with column_mapping,"
+            " or give other rows."
         )
-    elif "prompt" not in format.columns:
-        rows = rows.map(lambda row: {"prompt": prompt_of(row, format)}, desc=f"Taking the prompts of {name}")
-    return Taken(rows, format, kind, dict(dropped))
+    if not reader.made:
+        raise UserError(
+            f"{name}: none of {len(rows)} rows is left: {describe_dropped(reader.dropped)}. Mend the rows, or"
+            " give others."
+        )
+    kept = _for_ppo(rows, reader) if stage == "ppo" else _dataset(reader.made, reader.kind)
+    ignored = [
+        column for column in rows.column_names if column not in shape.uses and column not in kept.column_names
+    ]
+    return Taken(kept, reader.format, reader.kind, dict(reader.dropped), reader.numbers, shape.title, ignored)
+
+
+def looks_like(rows: Dataset, stage: StageName, reading: Reading) -> Shape | None:
+    """Return the shape in which a stage takes these rows; None if it takes none.
+
+    Raises:
+        UserError: a shape that is known and not understood.
+    """
+    return shape_of(_first_values(rows), stage, reading)
+
+
+class _Reader:
+    """Rows of one shape, read one after the other."""
+
+    def __init__(self, shape: Shape, stage: StageName, name: str):
+        self.shape, self.name = shape, name
+        self.stage: StageName = stage
+        self.format = (
+            next(format for format in FORMATS if format.columns == shape.form[:3])
+            if ("label" not in shape.form)
+            else RANKED_LISTS
+        )
+        self.dropped: dict[str, list[int]] = defaultdict(list)
+        self.made: list[Cells] = []
+        self.numbers: list[int] = []
+        self.kind: Kind = "text"
+        self.kind_from = 0
+
+    def read(self, number: int, row: Row) -> None:
+        """Read one row, and keep it unless it teaches nothing."""
+        # What the row says, what it would say besides, and whether it is sound
+        try:
+            made = self.shape.read(row)
+            passed_over = leftover(self.shape, row, self.stage)
+            if passed_over is not None:
+                raise UserError(passed_over)
+            reason = self._reason(number, made)
+        except LeftOut as error:
+            reason = str(error)
+        except UserError as error:
+            raise UserError(f"{self.name}: row {number}: {error}") from error
+        if reason is not None:
+            self.dropped[reason].append(number)
+            return
+        self.made.append(made)
+        self.numbers.append(number)
+
+    def group(self, count: int) -> None:
+        """Make ranked lists of replies with thumbs up and down, a list to each prompt."""
+        # The numbers of lists are their own: each is of several rows
+        lists = list(by_prompt(self.made))
+        if lists:
+            used = {str(row["prompt"]) for row in lists}
+            alone = [
+                number
+                for number, row in zip(self.numbers, self.made, strict=True)
+                if str(row["prompt"]) not in used
+            ]
+        else:
+            alone = self.numbers
+        if alone:
+            self.dropped["its prompt has no good and bad reply both"] = alone
+        self.made, self.numbers = lists, list(range(1, len(lists) + 1))
+
+    def _reason(self, number: int, made: Cells) -> str | None:
+        # All rows of a file are of one kind, since a template takes all or none
+        first = made[self.shape.form[0]]
+        kind = _kind_of(first, self.shape.form[0])
+        if not self.kind_from:
+            self.kind, self.kind_from = kind, number
+        elif kind != self.kind:
+            column = self.shape.form[0]
+            raise UserError(
+                f"{column} is {KIND_NAMES[kind]}, but {column} of row {self.kind_from} is"
+                f" {KIND_NAMES[self.kind]}. Write all as text or all as messages, or read all as messages:"
+                " as_chat: true."
+            )
+        if "label" in self.shape.form:
+            return reason_to_drop(made, PROMPTS_AND_COMPLETIONS, "sft", kind)
+        return reason_to_drop(made, self.format, self.stage, kind)
+
+
+def _first_values(rows: Dataset) -> dict[str, Any]:
+    """Return each column with its first value that says something; None where there is none."""
+    # Ids of another tokenizer are none of its columns: nothing may read them
+    values: dict[str, Any] = dict.fromkeys(
+        column for column in rows.column_names if column not in OF_TRAINERS
+    )
+    for number, row in enumerate(rows):
+        missing = [column for column, value in values.items() if says_nothing(value)]
+        if not missing or number >= LOOKED_AT:
+            break
+        for column in missing:
+            values[column] = row[column]  # type: ignore[index,call-overload]
+    return values
+
+
+def _features(columns: Sequence[str], kind: Kind) -> Features:
+    """Return types under which messages stay as they are: Arrow fills in the keys of others."""
+    # Json keeps each value as it is written
+    content = Value("string") if kind == "text" else List(Json())
+    types = {
+        "completions": List(content),
+        "ranks": List(Value("int64")),
+        "tools": List(Json()),
+        "chat_template_kwargs": Json(),
+    }
+    return Features({column: types.get(column, content) for column in columns if column != "margin"})
+
+
+def _dataset(made: Sequence[Cells], kind: Kind) -> Dataset:
+    """Return rows as a data set, with the columns that any of them has."""
+    columns = list(dict.fromkeys(column for row in made for column in row))
+    data = Dataset.from_list(
+        [{column: row.get(column) for column in columns if column != "margin"} for row in made],
+        features=_features(columns, kind),
+    )
+    # A margin is what it is, and checked where it is used
+    if "margin" in columns:
+        margins = Dataset.from_list(
+            [{"margin": row.get("margin")} for row in made], on_mixed_types="use_json"
+        )
+        data = concatenate_datasets([data, margins], axis=1)
+    return data
+
+
+def _for_ppo(rows: Dataset, reader: _Reader) -> Dataset:
+    """Return the rows that are left with their prompts, and other columns for reward functions."""
+    # The columns as they are in the file, but for what the template is given
+    places = [number - 1 for number in reader.numbers]
+    found = _dataset(reader.made, reader.kind)
+    same = "prompt" in rows.column_names and found.column_names == ["prompt"]
+    kept = rows if len(places) == len(rows) else rows.select(places)
+    kept = kept.remove_columns([column for column in OF_TRAINERS if column in kept.column_names])
+    if same and all(before == row["prompt"] for before, row in zip(kept["prompt"], reader.made, strict=True)):
+        return kept
+    kept = kept.remove_columns([column for column in found.column_names if column in kept.column_names])
+    return concatenate_datasets([kept, found], axis=1) if kept.column_names else found
 
 
 def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> str:
@@ -137,16 +307,13 @@ def describe_dropped(dropped: Mapping[str, Sequence[int]]) -> str:
 
 
 def reason_to_drop(row: Row, format: Format, stage: StageName, kind: Kind) -> str | None:
-    """Return why ``row`` is left out, or None.
+    """Return why a row in one of the formats is left out, or None.
 
     Raises:
         UserError: it is malformed.
     """
-    # PPO writes its own replies, so theirs need not be sound; a pair's must, or its prompt might be
-    # of another kind.
-    for column in format.columns:
-        if stage == "ppo" and column in ("completion", "completions"):
-            continue
+    columns = ("prompt",) if stage == "ppo" else format.columns
+    for column in columns:
         if column == "completions":
             reason = _ranked_reason(row, kind)
         else:
@@ -154,62 +321,14 @@ def reason_to_drop(row: Row, format: Format, stage: StageName, kind: Kind) -> st
                 row[column],
                 column,
                 kind,
-                may_be_empty=column == "prompt" and kind == "text" and stage != "ppo",
+                may_be_empty=column != "text" and kind == "text" and stage != "ppo",
             )
         if reason is not None:
             return reason
-    # A pair that does not differ teaches nothing; a prompt is needed to sample from
-    if "chosen" in format.columns and row["chosen"] == row["rejected"]:
+    # A pair that does not differ teaches nothing
+    if "chosen" in columns and row["chosen"] == row["rejected"]:
         return "chosen and rejected are the same"
-    if stage == "ppo" and "prompt" not in format.columns:
-        return _found_prompt_reason(prompt_of(row, format), format)
     return None
-
-
-def prompt_of(row: Row, format: Format) -> Content:
-    """Return the prompt of a row, text or messages.
-
-    It is the row's own, the turns before the last one of the assistant, or what a pair has in
-    common.
-    """
-    if "prompt" in format.columns:
-        return row["prompt"]
-    if format is CONVERSATIONS:
-        return conversation_prompt(row["messages"])
-    return implicit_prompt(row["chosen"], row["rejected"])
-
-
-def conversation_prompt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return everything before the assistant's last turn, if that is the last.
-
-    A conversation that ends otherwise is a prompt as a whole.
-    """
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def implicit_prompt(chosen: Any, rejected: Any) -> Content:
-    """Return what both begin with, cut where a reply can begin.
-
-    Both replies keep something. Messages: up to the last turn that asks. Text: after the last
-    ``Assistant:`` that opens a paragraph, if there is one (replies may begin alike), otherwise
-    after the last whole word. TRL's ``extract_prompt`` cuts at the first letter that differs,
-    within words and replies.
-    """
-    # What both begin with, to the letter or to the message
-    shortest = min(len(chosen), len(rejected)) - 1
-    same = next((place for place in range(shortest) if chosen[place] != rejected[place]), shortest)
-    if isinstance(chosen, str):
-        prefix = chosen[:same]
-        if TURN_MARKER in prefix:
-            return prefix[: prefix.rindex(TURN_MARKER) + len(TURN_MARKER)]
-        inside_a_word = not (chosen[same].isspace() and rejected[same].isspace())
-        while inside_a_word and prefix and not prefix[-1].isspace():
-            prefix = prefix[:-1]
-        return prefix.rstrip(" ")
-    # Messages: back to the turn that asks
-    while same and chosen[same - 1]["role"] not in ASKING_ROLES:
-        same -= 1
-    return chosen[:same]
 
 
 def ranks_of(row: Row) -> list[int]:
@@ -240,51 +359,7 @@ def ranks_of(row: Row) -> list[int]:
     return [int(rank) for rank in ranks]
 
 
-def check_messages(messages: Sequence[Any]) -> None:
-    """Raise UserError, saying which message, unless each has a known role and text.
-
-    Tool calls may stand in place of text.
-    """
-    for place, message in enumerate(messages, 1):
-        # Each message: an object, with a role that templates know, and with text
-        if not isinstance(message, dict):
-            raise UserError(
-                f"message {place} is {type(message).__name__}; expected an object with role and content."
-            )
-        role, content = message.get("role"), message.get("content")
-        if role is None:
-            known = "from" in message and "value" in message
-            hint = (
-                "This is ShareGPT's form; trl.maybe_convert_to_chatml converts it."
-                if known
-                else "Each message needs role and content."
-            )
-            raise UserError(f"message {place} has no role; it has {', '.join(message) or 'nothing'}. {hint}")
-        if role not in CHAT_ROLES:
-            raise UserError(f"message {place} has the role {role!r}; known are {', '.join(CHAT_ROLES)}.")
-        if content is None and not message.get("tool_calls"):
-            raise UserError(
-                f"message {place}, of the {role}, has no content. Each message needs role and content."
-            )
-        if content is not None and not isinstance(content, str):
-            raise UserError(
-                f"message {place}, of the {role}, has content of type {type(content).__name__}; it must be"
-                " text."
-            )
-
-
-class _OtherKind(UserError):
-    def __init__(self, column: str, found: Kind):
-        super().__init__(f"{column} is {KIND_NAMES[found]}")
-        self.way_out = "Write all as text or all as messages."
-        if column in ("chosen", "rejected") and found == "chat":
-            self.way_out += (
-                " If chosen and rejected hold the whole conversation, set the prompt aside: column_mapping:"
-                " [prompt=unused]."
-            )
-
-
-def _kind_of(value: object, column: str) -> Kind:
+def _kind_of(value: Cell, column: str) -> Kind:
     if isinstance(value, str):
         return "text"
     if isinstance(value, list):
@@ -292,39 +367,23 @@ def _kind_of(value: object, column: str) -> Kind:
     raise UserError(f"{column} is {type(value).__name__}; expected text or a list of chat messages.")
 
 
-def _numbered(rows: Dataset, columns: list[str]) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(rows.select_columns(columns), 1)
-
-
-def _kind_of_rows(rows: Dataset, column: str, name: str) -> tuple[Kind, int]:
-    """Return the kind of the first row that has something in ``column``, and its number."""
-    for number, row in _numbered(rows, [column]):
-        if row[column] is not None:
-            try:
-                return _kind_of(row[column], column), number
-            except ValueError as error:
-                raise UserError(f"{name}: row {number}: {error}") from error
-    raise UserError(
-        f"{name}: there is nothing in the column {column}. Rename another to it with column_mapping, or give"
-        " other rows."
-    )
-
-
-def _value_reason(value: Any, column: str, kind: Kind, *, may_be_empty: bool = False) -> str | None:
+def _value_reason(value: Cell, column: str, kind: Kind, *, may_be_empty: bool = False) -> str | None:
     if value is None:
         return f"{column} is missing"
     # Text and messages are told apart row by row
     found = _kind_of(value, column)
     if found != kind:
-        raise _OtherKind(column, found)
+        raise UserError(
+            f"{column} is {KIND_NAMES[found]}, but the prompt is {KIND_NAMES[kind]}. Write all as text or"
+            " all as messages."
+        )
     if kind == "text":
         return None if may_be_empty or value.strip() else f"{column} is empty"
     if not value:
         return f"{column} is empty"
     try:
-        check_messages(value)
         if column == "prompt":
-            _check_asks(value)
+            check_asks(value)
         elif column != "messages" and value[-1]["role"] != "assistant":
             raise UserError(
                 f"the last message is of the {value[-1]['role']}; a reply ends with a turn of the assistant."
@@ -336,35 +395,6 @@ def _value_reason(value: Any, column: str, kind: Kind, *, may_be_empty: bool = F
     return None
 
 
-def _check_asks(messages: Sequence[Any]) -> None:
-    role = messages[-1]["role"]
-    if role not in ASKING_ROLES:
-        way_out = (
-            "Put the conversation into a column messages, whose last reply is left out."
-            if role == "assistant"
-            else "Add the user's turn."
-        )
-        raise UserError(
-            f"the last message is of the {role}; a prompt ends with a turn of the user. {way_out}"
-        )
-
-
-def _found_prompt_reason(prompt: Any, format: Format) -> str | None:
-    if format is CONVERSATIONS:
-        if not prompt:
-            return "there is no turn before the reply"
-        try:
-            _check_asks(prompt)
-        except ValueError as error:
-            raise UserError(f"messages, before the last reply: {error}") from error
-    elif not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise UserError(
-            "chosen and rejected do not begin alike, so there is no prompt in them. Give the prompt in a"
-            " column of its own."
-        )
-    return None
-
-
 def _ranked_reason(row: Row, kind: Kind) -> str | None:
     """As ``reason_to_drop``, for the replies of a ranked list."""
     completions = row["completions"]
@@ -372,11 +402,11 @@ def _ranked_reason(row: Row, kind: Kind) -> str | None:
         return "completions are missing"
     if not isinstance(completions, list):
         raise UserError(f"completions is {type(completions).__name__}; expected a list of replies.")
+    if len(completions) < 2:
+        return "there are fewer than two completions"
     ranks = ranks_of(row)
     for place, completion in enumerate(completions, 1):
         reason = _value_reason(completion, f"completion {place}", kind)
         if reason is not None:
             return "a completion is missing or empty"
-    if len(completions) < 2:
-        return "there are fewer than two completions"
     return "all completions have one rank" if len(set(ranks)) == 1 else None

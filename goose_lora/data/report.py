@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any, NamedTuple, get_args
 
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from goose_lora.data.formats import (
@@ -18,21 +19,22 @@ from goose_lora.data.formats import (
     PROMPTS,
     RANKED_LISTS,
     TEXTS,
-    Content,
     Format,
-    StageName,
     Taken,
-    find_format,
-    prompt_of,
+    looks_like,
     ranks_of,
     take,
 )
+from goose_lora.data.labelled import pair_words
+from goose_lora.data.messages import Content
 from goose_lora.data.rows import load_rows
+from goose_lora.data.shapes import Reading, Shape, StageName, conversation_prompt
 from goose_lora.data.tokenization import begins_texts_with_bos, prompt_ids, require_chat_template
 from goose_lora.errors import UserError
 from goose_lora.models.folders import reading, require_name
 from goose_lora.terminal import table
 
+MEANT_FOR: tuple[StageName, ...] = ("reward", "sft", "ppo")  # rows are meant for the first that takes them
 SHOWN_ROWS = 3
 SHOWN_CHARACTERS = 1500  # of one part of a row; the middle of a longer one is left out
 LEGEND = "⏎ is a line break, · a space at an edge"
@@ -59,6 +61,8 @@ def describe(
     max_rows: int | None = None,
     split: str = "train",
     column_mapping: Sequence[str] | None = None,
+    pairs: Sequence[str] | None = None,
+    as_chat: bool | None = None,
 ) -> str:
     """The report on ``dataset``, a file or Hub name, for a terminal.
 
@@ -82,8 +86,9 @@ def describe(
         raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
     # Rows as the stage takes them, and the tokenizer that it would use
     rows = load_rows(dataset, split, max_rows, column_mapping)
-    stage = stage or _main_stage(rows.column_names, dataset)
-    taken = take(rows, stage, dataset)
+    how = Reading(tuple(pair_words(pairs) or ()), as_chat)
+    stage = stage or _main_stage(rows, dataset, how)
+    taken = take(rows, stage, dataset, how)
     encoder = None
     if tokenizer is not None:
         require_name(tokenizer)
@@ -94,7 +99,7 @@ def describe(
     # Each row in its pieces; rows keep their numbers in the file
     cut = max_length if stage == "sft" else None
     parts = [row_parts(row, taken, stage, encoder, cut=cut) for row in _rows(taken)]
-    numbers = _kept_numbers(len(rows), taken.dropped)
+    numbers = taken.numbers
     too_long = {
         place for place, row in enumerate(parts) if max_length is not None and _whole(row) > max_length
     }
@@ -106,7 +111,7 @@ def describe(
     width = min(shutil.get_terminal_size().columns, 120)
     lines = [
         f"{dataset}: {_count(len(rows), 'row')}, columns {', '.join(rows.column_names)}",
-        *_format_lines(rows.column_names, taken, stage),
+        *_format_lines(rows, taken, stage, how),
         "",
     ]
     lines += [*textwrap.wrap(_view(taken, stage, encoder), width), ""]
@@ -180,7 +185,7 @@ def _pieces(row: Mapping[str, Any], format: Format, stage: StageName) -> tuple[A
         return row["prompt"], {}
     if format is TEXTS:
         return None, {"text": row["text"]}
-    prompt = prompt_of(row, format)
+    prompt = conversation_prompt(row["messages"]) if format is CONVERSATIONS else row["prompt"]
     if format is CONVERSATIONS:
         reply = row["messages"][len(prompt) :]
         return (prompt, {"reply": reply}) if prompt and reply else (None, {"messages": row["messages"]})
@@ -196,8 +201,7 @@ def _pieces(row: Mapping[str, Any], format: Format, stage: StageName) -> tuple[A
         if "chosen" in format.columns
         else {"reply": "completion"}
     )
-    skip = 0 if "prompt" in format.columns else len(prompt)
-    return prompt or None, {label: row[column][skip:] for label, column in names.items()}
+    return prompt or None, {label: row[column] for label, column in names.items()}
 
 
 def _ids(value: Content, tokenizer: PreTrainedTokenizerBase, *, ends: bool) -> list[int]:
@@ -244,16 +248,19 @@ def _whole(parts: Sequence[Part]) -> int:
     return max(part.whole for part in parts)
 
 
-def _kept_numbers(count: int, dropped: Mapping[str, Sequence[int]]) -> list[int]:
-    # The numbers of the rows that are left, as they stand in the file
-    out = {number for numbers in dropped.values() for number in numbers}
-    return [number for number in range(1, count + 1) if number not in out]
-
-
-def _main_stage(columns: Sequence[str], name: str) -> StageName:
-    for format in FORMATS:
-        if set(format.columns) <= set(columns):
-            return format.stages[0]
+def _main_stage(rows: Dataset, name: str, how: Reading) -> StageName:
+    """Return the stage that rows of this shape are meant for."""
+    refused: list[str] = []
+    for stage in MEANT_FOR:
+        try:
+            if looks_like(rows, stage, how) is not None:
+                return stage
+        except UserError as error:
+            refused.append(str(error))
+    # What is known and not understood says more than a list of columns
+    if refused:
+        raise UserError(f"{name}: {refused[0]}")
+    columns = rows.column_names
     accepted = " or ".join("+".join(format.columns) for format in FORMATS)
     way_out = f"Rename yours, for example --column_mapping {columns[0]}=prompt."
     raise UserError(f"{name}: has the columns {', '.join(columns)}; the stages take {accepted}. {way_out}")
@@ -263,28 +270,38 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _format_lines(columns: Sequence[str], taken: Taken, stage: StageName) -> list[str]:
+def _format_lines(rows: Dataset, taken: Taken, stage: StageName, how: Reading) -> list[str]:
     kind = "plain text" if taken.kind == "text" else "chat messages"
-    lines = [f"format: {taken.format.title} ({' + '.join(taken.format.columns)}), {kind}"]
+    shape = looks_like(rows, stage, how)
+    lines = [f"format: {_title(rows, shape)}, {kind}"]
     # Which stages could take the same rows, and what others need
     for other in get_args(StageName):
         try:
-            format = find_format(columns, other, "")
-        except ValueError:
+            found = looks_like(rows, other, how)
+        except UserError:
+            found = None
+        if found is None:
             needed = " or ".join("+".join(f.columns) for f in FORMATS if other in f.stages)
             lines.append(f"  {other:6}  no: takes {needed}")
             continue
-        alone = ", the prompt alone" if other == "ppo" and format is not PROMPTS else ""
-        title = "" if format is taken.format else f", as {format.title} ({' + '.join(format.columns)})"
-        lines.append(
-            f"  {other:6} "
-            f" yes{alone}{title}{' (shown below)' if other == stage else f'; --stage {other} shows it'}"
-        )
-    # Reward functions get all columns but the prompt
-    others = [column for column in taken.rows.column_names if column != "prompt"]
-    return (
-        [*lines, f"  kept for reward functions: {', '.join(others)}"] if stage == "ppo" and others else lines
-    )
+        alone = ", the prompt alone" if other == "ppo" and found.title != PROMPTS.title else ""
+        title = "" if shape is None or found.title == shape.title else f", as {_title(rows, found)}"
+        shown = " (shown below)" if other == stage else f"; --stage {other} shows it"
+        lines.append(f"  {other:6}  yes{alone}{title}{shown}")
+    # Reward functions get all columns but the prompt; elsewhere what is not used is told
+    if stage == "ppo":
+        others = [column for column in taken.rows.column_names if column != "prompt"]
+        return [*lines, f"  kept for reward functions: {', '.join(others)}"] if others else lines
+    return [*lines, f"  ignored: {', '.join(taken.ignored)}"] if taken.ignored else lines
+
+
+def _title(rows: Dataset, shape: Shape | None) -> str:
+    if shape is None:
+        return ""
+    # As the format names them first, then as the file does
+    used = [column for column in (*shape.form, *rows.column_names) if column in shape.uses]
+    extras = ("ranks", "margin", "tools", "chat_template_kwargs")
+    return f"{shape.title} ({' + '.join(column for column in dict.fromkeys(used) if column not in extras)})"
 
 
 def _view(taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | None) -> str:

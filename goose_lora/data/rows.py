@@ -13,7 +13,9 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 
-from goose_lora.data.formats import StageName, describe_dropped, take
+from goose_lora.data.formats import describe_dropped, take
+from goose_lora.data.labelled import BEST_FIRST, pair_words, parse_pairs
+from goose_lora.data.shapes import Reading, StageName
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.files import brief
@@ -45,7 +47,28 @@ class DataArguments:
         },
     )
 
+    pairs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Which of two replies is better: {a: reply_1, b: reply_2, winner: better, a_wins: 1, b_wins:"
+                " 2, tie: 0, margin: by}, a preset's name, or best_first for lists."
+            )
+        },
+    )
+    as_chat: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "true: each prompt of text becomes the user's turn; false: none does; unset: those of shapes"
+                " whose replies are not glued to their prompts, such as Alpaca's."
+            )
+        },
+    )
+
     def __post_init__(self) -> None:
+        self.pairs = pair_words(self.pairs)
+        parse_pairs(self.pairs or [BEST_FIRST])
         if isinstance(self.column_mapping, str):
             self.column_mapping = [self.column_mapping]
         elif isinstance(self.column_mapping, Mapping):
@@ -53,6 +76,11 @@ class DataArguments:
         parse_column_mapping(self.column_mapping or [])
         if self.max_rows is not None and self.max_rows < 1:
             raise UserError(f"max_rows={self.max_rows}: must be 1 or more, or null for all rows.")
+
+    @property
+    def reading(self) -> Reading:
+        """How rows are read."""
+        return Reading(tuple(self.pairs or ()), self.as_chat)
 
     def train(self, stage: StageName) -> "RowSet":
         """Read the rows to train on, as ``stage`` takes them."""
@@ -65,7 +93,7 @@ class DataArguments:
         return self._read(self.eval_dataset_name, self.eval_dataset_split, stage)
 
     def _read(self, name: str, split: str, stage: StageName) -> "RowSet":
-        rows = load_rows(name, split, self.max_rows, self.column_mapping, stage=stage)
+        rows = load_rows(name, split, self.max_rows, self.column_mapping, stage=stage, reading=self.reading)
         return RowSet(name, split, rows)
 
 
@@ -130,6 +158,7 @@ def load_rows(
     column_mapping: Sequence[str] | None = None,
     *,
     stage: StageName | None = None,
+    reading: Reading | None = None,
 ) -> Dataset:
     """Read the rows of a file, of a Hub dataset or of the demo (embedded/NAME), columns renamed.
 
@@ -152,12 +181,14 @@ def load_rows(
     if stage is None:
         return rows
     # As the stage takes them
-    taken = take(rows, stage, name)
-    if taken.dropped:
-        left_out = len(rows) - len(taken.rows)
+    taken = take(rows, stage, name, reading)
+    left_out = sum(map(len, taken.dropped.values()))
+    if left_out:
         logger.warning(
             "%s: %d of %d rows left out: %s", name, left_out, len(rows), describe_dropped(taken.dropped)
         )
+    if taken.ignored:
+        logger.warning("%s: read as %s; ignored: %s", name, taken.title, ", ".join(taken.ignored))
     return taken.rows
 
 

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.data.formats import Content
+from goose_lora.data.messages import Content
 from goose_lora.data.rows import (
     require_columns,
 )

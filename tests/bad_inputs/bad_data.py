@@ -105,8 +105,8 @@ CASES = [
     Case(
         "csv without the column",
         "ppo",
-        file("r.csv", "question,answer\na,b\n"),
-        ("has the columns question, answer", "column_mapping"),
+        file("r.csv", "q,r\na,b\n"),
+        ("has the columns q, r", "column_mapping"),
     ),
     Case(
         "csv with a row too long",
@@ -145,8 +145,8 @@ CASES = [
     Case(
         "wrong columns for SFT",
         "sft",
-        rows({"question": "a", "answer": "b"}),
-        ("sft takes prompt+completion or messages or text", "column_mapping"),
+        rows({"q": "a", "r": "b"}),
+        ("sft takes prompt+completion or messages or text", "column_mapping: [q=prompt, r=completion]"),
     ),
     Case(
         "wrong columns for the reward model",
@@ -265,10 +265,10 @@ CASES = [
         ("ends with a turn of the user", "messages"),
     ),
     Case(
-        "ShareGPT's messages",
+        "ShareGPT's messages of a role that is unknown",
         "sft",
-        rows({"messages": [{"from": "human", "value": "a"}]}),
-        ("row 1", "maybe_convert_to_chatml"),
+        rows({"messages": [{"from": "bot", "value": "a"}]}),
+        ("row 1", "the role 'bot'", "Rename it in the rows"),
     ),
     Case(
         "messages without content",

@@ -15,11 +15,11 @@ from goose_lora.data.formats import (
     RANKED_LISTS,
     TEXTS,
     find_format,
-    implicit_prompt,
     ranks_of,
     take,
 )
 from goose_lora.data.rows import load_rows
+from goose_lora.data.shapes import implicit_prompt
 
 
 def system(content):
@@ -123,7 +123,7 @@ def test_the_ranks_of_a_list_are_its_own_or_its_order():
     assert ranks_of({"completions": ["a", "b", "c"], "ranks": [2.0, 1.0, 1.0]}) == [2, 1, 1]
 
 
-RANKED = {"prompt": "ba", "completions": ["good", "bad"]}
+RANKED = {"prompt": "ba", "completions": ["good", "bad"], "ranks": [1, 2]}
 PAIR = {"prompt": ASKED, "chosen": [assistant("good")], "rejected": [assistant("bad")]}
 
 
@@ -134,8 +134,8 @@ PAIR = {"prompt": ASKED, "chosen": [assistant("good")], "rejected": [assistant("
         ("ppo", {"prompt": [{"content": "ba"}]}, "prompt: message 1 has no role; it has content"),
         (
             "ppo",
-            {"prompt": [{"from": "human", "value": "ba"}]},
-            "ShareGPT's form; trl.maybe_convert_to_chatml",
+            {"prompt": [{"from": "bot", "value": "ba"}]},
+            "message 1 has the role 'bot'; known are .* human and gpt. Rename it",
         ),
         ("ppo", {"prompt": [{"role": "user"}]}, "prompt: message 1, of the user, has no content"),
         (
@@ -172,14 +172,6 @@ PAIR = {"prompt": ASKED, "chosen": [assistant("good")], "rejected": [assistant("
         ),
         (
             "reward",
-            PAIR | {"prompt": "ba"},
-            (
-                r"chosen is a list of chat messages, but prompt of row 1 is text\..* column_mapping:"
-                r" \[prompt=unused\]"
-            ),
-        ),
-        (
-            "reward",
             PAIR | {"chosen": ASKED},
             "chosen: the last message is of the user; a reply ends with a turn of the assistant",
         ),
@@ -194,12 +186,12 @@ PAIR = {"prompt": ASKED, "chosen": [assistant("good")], "rejected": [assistant("
         (
             "reward",
             RANKED | {"completions": [[assistant("good")], [assistant("bad")]]},
-            "completion 1 is a list of chat messages, but prompt of row 1",
+            "completion 1 is a list of chat messages, but the prompt is text",
         ),
         (
             "sft",
-            {"messages": [{"role": "human", "content": "ba"}]},
-            "messages: message 1 has the role 'human'",
+            {"messages": [{"role": "bot", "content": "ba"}]},
+            "messages: message 1 has the role 'bot'",
         ),
     ],
 )
@@ -273,7 +265,7 @@ def test_an_empty_text_prompt_is_sound_where_the_reply_is_given():
     )
 
 
-def test_ppo_keeps_other_columns_for_reward_functions_and_the_rest_lose_those_of_other_formats():
+def test_ppo_keeps_other_columns_for_reward_functions_and_the_rest_lose_all_that_are_not_theirs():
     row = {
         "prompt": "ba",
         "messages": [*ASKED, assistant("be")],
@@ -286,7 +278,7 @@ def test_ppo_keeps_other_columns_for_reward_functions_and_the_rest_lose_those_of
         for stage in ("sft", "reward", "ppo")
     }
     assert kept == {
-        "sft": {"messages", "margin"},
+        "sft": {"messages"},
         "reward": {"prompt", "chosen", "rejected", "margin"},
         "ppo": set(row),
     }

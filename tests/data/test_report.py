@@ -164,8 +164,8 @@ RANKED = {"prompt": "ba", "completions": [" bad", " good be"], "ranks": [2, 1]}
             {"prompt": "ba", "messages": [*ASKED, *GOOD]},
             {"stage": "ppo"},
             [
-                "format: prompts (prompt), plain text",
-                "  sft     yes, as conversations (messages); --stage sft shows it",
+                "format: conversations (messages), chat messages",
+                "  sft     yes; --stage sft shows it",
             ],
         ),
         (
@@ -275,10 +275,10 @@ def test_a_long_row_wraps_without_losing_a_letter_and_leaves_out_its_middle(monk
 
 
 def test_what_cannot_be_shown_says_why(tmp_path):
-    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"question": "ba", "answer": "be"}])
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"q": "ba", "a": "be"}])
     with pytest.raises(
         ValueError,
-        match=r"has the columns question, answer; the stages take .* --column_mapping question=prompt",
+        match=r"has the columns q, a; the stages take .* --column_mapping q=prompt",
     ):
         describe(path)
     with pytest.raises(ValueError, match="--max_length 3 counts tokens: give --tokenizer too"):

@@ -1,0 +1,77 @@
+"""Columns that carry meaning: which mean the same, and which may not be passed over.
+
+A stage uses a column that is named here, or refuses the rows. All others are told as ignored.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+# Names of one meaning, the first that a row has counts. Underscore, hyphen and dot are one.
+ASKED = ("prompt", "instruction", "question", "query", "problem", "user_prompt", "context_messages")
+SYSTEMS = ("system", "system_prompt", "system_message")
+INPUTS = ("input", "context")  # what an instruction is about
+HISTORIES = ("history",)
+REPLIES = ("completion", "output", "response", "answer", "generation", "solution")
+TRUTHS = ("answer", "solution")  # beside a prompt for PPO: what a reward function compares with
+CONVERSATIONS_NAMES = ("messages", "conversations", "conversation", "dialogue", "dialog", "data")
+CHOSEN = (
+    ("chosen", "rejected"),
+    ("preferred_output", "non_preferred_output"),  # OpenAI
+    ("preferred", "dispreferred"),
+    ("response_j", "response_k"),  # Stack Exchange paired: j is the better one
+)
+REPLY_LISTS = ("completions", "responses", "answers", "generations", "candidates", "replies", "outputs")
+SCORE_LISTS = ("scores", "rewards", "ratings", "score", "rating")
+TOOLS, TEMPLATE = ("tools", "functions"), ("chat_template_kwargs",)
+# What a file holds for a trainer of its own; never passed on to another
+OF_TRAINERS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "completion_mask",
+    "assistant_masks",
+    "seq_lengths",
+)
+# What a column that no reading has used would have said, by the pattern of its name
+MEANINGS = (
+    (r"system(_prompt|_message)?|custom_system_prompt", "a system message"),
+    (r"input|context|history", "a part of the prompt"),
+    (r"tools|functions|chat_template_kwargs", "something for the chat template"),
+    (r"winner.*|.*preference.*|preferred.*|better_.*|safer_.*|choice|labels?|verdict|vote", "a judgement"),
+    (r".*scores?(_.*)?|.*ratings?(_.*)?|rewards?|ranks?", "a score or a rank"),
+    (r"weights?", "how much a row counts"),
+)
+SET_ASIDE = re.compile(r"(unused|ignored|old)(_.*)?$")
+
+
+def plain_name(column: str) -> str:
+    """Return a column's name in lower case with underscores: ``chosen-rating``, chosen_rating."""
+    return re.sub(r"[-. ]", "_", column).lower()
+
+
+def first_of(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """Return the column that has the first of ``names``; None if there is none."""
+    found = {plain_name(column): column for column in reversed(list(columns))}
+    return next((found[name] for name in names if name in found), None)
+
+
+def meaning(column: str) -> str | None:
+    """Return what a column with this name says of its row; None if nothing that a stage needs."""
+    name = plain_name(column)
+    if SET_ASIDE.match(name):
+        return None
+    return next((what for pattern, what in MEANINGS if re.fullmatch(pattern, name)), None)
+
+
+def says_nothing(value: object) -> bool:
+    """Return whether a cell is missing, empty or not a number."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value in ("", [], {}, "[]", "{}")
+
+
+def set_aside(column: str) -> str:
+    """Return the setting that leaves a column out."""
+    return f"column_mapping: [{column}=unused_{plain_name(column)}]"

@@ -1,0 +1,243 @@
+"""Chat messages as people write them, read as role and content.
+
+OpenAI's, ShareGPT's and LLaMA-Factory's forms, JSON text, parts of content, tool calls and tools.
+"""
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from goose_lora.errors import UserError
+
+Cell = Any  # what a row may hold, and what JSON text may stand for
+Message = dict[str, Any]
+Content = str | list[Message]  # text, or chat messages
+
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+ASKING_ROLES = ("user", "tool")  # whose turn the assistant answers
+# What ShareGPT, LLaMA-Factory, OpenAssistant and OpenAI's first function calls name their roles
+ROLE_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+CALLING = ("function_call", "tool_call")  # ShareGPT's roles whose text is the JSON of a call
+ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+
+
+def parsed(value: object) -> Cell:
+    """Return what JSON text, or the text that Python prints of lists, stands for.
+
+    Any other value, and text that is neither, is returned as it is.
+    """
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    # As json.dump writes it, then as str() of a list does
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list | dict):
+            return found
+    return value
+
+
+def is_messages(value: object) -> TypeGuard[list[Message]]:
+    """Return whether ``value`` is a list of objects, each with a role."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and _key(message, ROLE_KEYS) is not None for message in value)
+    )
+
+
+def messages_of(value: object) -> list[Message]:
+    """Return a list of messages in the form that chat templates take.
+
+    Roles by their usual names, text parts joined, calls of tools decoded once, keys without a value
+    left out.
+
+    Raises:
+        UserError: something that is not a message; it says which one.
+    """
+    # One message alone, or a list of them, maybe written as JSON text
+    value = parsed(value)
+    if isinstance(value, dict):
+        value = value["messages"] if set(value) >= {"messages"} else [value]
+    if not isinstance(value, list):
+        raise UserError(f"{type(value).__name__} is not a list of chat messages.")
+    return [_message(message, place) for place, message in enumerate(value, 1)]
+
+
+def turns_of(texts: Sequence[str]) -> list[Message]:
+    """Return texts that alternate, the user's first, as messages (UltraChat's ``data``)."""
+    roles = ("user", "assistant")
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+def history_of(history: object) -> list[Message]:
+    """Return earlier turns, pairs of question and answer or messages, as messages.
+
+    Raises:
+        UserError: another form.
+    """
+    # LLaMA-Factory's pairs, or messages
+    history = parsed(history)
+    if not history:
+        return []
+    if is_messages(history):
+        return messages_of(history)
+    if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        return turns_of([text for turn in history for text in turn])
+    raise UserError(
+        "history is not a list of [question, answer] pairs. Write it so, or set it aside: column_mapping:"
+        " [history=unused_history]."
+    )
+
+
+def tools_of(value: object) -> list[dict[str, Any]] | None:
+    """Return tools as the JSON schemas that chat templates take; None if there are none.
+
+    Raises:
+        UserError: something else than a list of tools.
+    """
+    # A list, each of it maybe JSON text
+    tools = parsed(value)
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not tools:
+        return None
+    tools = [parsed(tool) for tool in tools] if isinstance(tools, list) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(
+            "tools is no list of JSON schemas. Write each tool as {type: function, function: {name:,"
+            " parameters:}}, or set them aside: column_mapping: [tools=unused_tools]."
+        )
+    # A bare schema, as LLaMA-Factory and ShareGPT have it, in the wrapping that templates expect
+    bare = [_filled(tool) for tool in tools]
+    return [
+        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+        for tool in bare
+    ]
+
+
+def check_asks(messages: Sequence[Message]) -> None:
+    """Raise UserError unless the last message is one that the assistant answers."""
+    role = messages[-1]["role"]
+    if role not in ASKING_ROLES:
+        way_out = "Add the user's turn."
+        if role == "assistant":
+            way_out = "Put the conversation into a column messages, whose last reply is left out."
+        raise UserError(
+            f"the last message is of the {role}; a prompt ends with a turn of the user. {way_out}"
+        )
+
+
+def said(message: Mapping[str, Any]) -> str:
+    """Return the text of a message; nothing where it has none."""
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def _message(message: object, place: int) -> Message:
+    # An object with a role, under either name
+    message = parsed(message)
+    if not isinstance(message, dict):
+        raise UserError(
+            f"message {place} is {type(message).__name__}; expected an object with role and content."
+            " Write all as text or all as messages."
+        )
+    role_key, text_key = _key(message, ROLE_KEYS), _key(message, TEXT_KEYS)
+    if role_key is None:
+        found = ", ".join(key for key, value in message.items() if value is not None) or "nothing"
+        raise UserError(f"message {place} has no role; it has {found}. Each message needs role and content.")
+    # Other keys are for the template: reasoning_content, name, weight
+    rest = {
+        key: _filled(value)
+        for key, value in message.items()
+        if key not in (role_key, text_key) and value is not None
+    }
+    role = str(message[role_key]).strip()
+    role = ROLE_NAMES.get(role.lower(), role.lower() if role.lower() in CHAT_ROLES else role)
+    content = None if text_key is None else _text(message[text_key], place, role)
+    # ShareGPT's call of a tool is the JSON of it
+    if role in CALLING:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(parsed(content), place)} | rest
+    if role not in CHAT_ROLES:
+        raise UserError(
+            f"message {place} has the role {role!r}; known are {', '.join(CHAT_ROLES)}, and human and gpt."
+            " Rename it in the rows."
+        )
+    read = {"role": role, "content": content}
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _calls(parsed(rest["tool_calls"]), place)
+    elif isinstance(rest.get("function_call"), dict):
+        rest["tool_calls"] = _calls(rest.pop("function_call"), place)
+    if content is None and not rest.get("tool_calls"):
+        raise UserError(
+            f"message {place}, of the {role}, has no content. Each message needs role and content."
+        )
+    return read | rest
+
+
+def _key(message: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if message.get(name) is not None), None)
+
+
+def _text(content: object, place: int, role: str) -> str | None:
+    """Return the text of a message's content; parts that are all text are joined."""
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+            for part in content
+        ]
+        if parts and all(isinstance(part, str) for part in parts):
+            if any(isinstance(part, str) for part in content):
+                raise UserError(
+                    f"message {place}, of the {role}, has content of type list; it must be text, or parts of"
+                    " {type: text, text: ...}."
+                )
+            return "".join(map(str, parts))
+        kinds = {str(part.get("type")) for part in content if isinstance(part, dict)}
+        raise UserError(
+            f"message {place}, of the {role}, has content of type list; it must be text, or parts that are"
+            f" all text ({', '.join(sorted(kinds))}). Leave such rows out."
+        )
+    raise UserError(
+        f"message {place}, of the {role}, has content of type {type(content).__name__}; it must be text."
+    )
+
+
+def _calls(calls: object, place: int) -> list[dict[str, Any]]:
+    """Return calls of tools with their arguments as objects: OpenAI writes them as JSON text."""
+    made = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        call = parsed(call)
+        function = parsed(call.get("function", call)) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            raise UserError(
+                f"message {place} has a call of a tool without a name: {str(call)[:80]}. Write {{function:"
+                " {name:, arguments:}}."
+            )
+        function = {**function, "arguments": parsed(function.get("arguments", {}))}
+        outer = call if "function" in call else {"type": "function"}
+        made.append({**outer, "function": function})
+    return made
+
+
+def _filled(value: Cell) -> Cell:
+    """Return a value without keys that are null: Arrow fills structs with those of others."""
+    if isinstance(value, dict):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
