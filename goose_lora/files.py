@@ -141,15 +141,36 @@ def _broken_module(spec: str, source: str, error: BaseException) -> UserError:
     )
 
 
-def read_whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file that may end in the middle of one, where a run was killed.
+def read_sound_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the objects in a file of JSON lines, and the numbers of its lines that are none.
 
-    Without a file there are none.
+    A run that was killed ends in the middle of a line, and a power failure leaves zeros. Without a
+    file there are none.
     """
     if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [], []
+    rows: list[dict[str, Any]] = []
+    unsound: list[int] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            row = json.loads(line.decode("utf-8")) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = ()
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None:
+            unsound.append(number)
+    return rows, unsound
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a row as one line of JSON that UTF-8 can hold, whatever its texts are."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a character, as a text of \ud800 has
+        text = json.dumps(row)
+    return text + "\n"
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -158,8 +179,8 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     Raises:
         FailedWriteError: it cannot be written.
     """
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with writing(path), open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(json_line(row))
 
 
 # What a full disk ends in: RuntimeError is torch.save's.
@@ -179,49 +200,7 @@ def writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-_LAST = "adapter_config.json"  # without it nothing loads an adapter
-
-
-# ---- Writing that is whole or not there ----
-
-
-@contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
-    """Give a temporary folder, whose content moves to ``folder`` when the block ends.
-
-    What was there before under the same names is replaced. ``adapter_config.json`` goes first and
-    comes last: whoever is killed in between leaves nothing that loads.
-
-    Raises:
-        FailedWriteError: it could not be written, such as to a full disk; what was there before is
-            untouched.
-    """
-    # All is on the disk before anything of the old result goes
-    folder = Path(folder)
-    temporary = folder / ".unfinished"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        sync_all(temporary)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, WRITE_ERRORS):
-            raise
-        raise FailedWriteError(
-            f"the result could not be saved in {folder}{free_room(folder)}: {first_line(error)}. What was"
-            " there before is untouched."
-        ) from error
-
-    # The files change places, what makes an adapter load last
-    (folder / _LAST).unlink(missing_ok=True)
-    sync(folder)
-    for entry in sorted(temporary.iterdir(), key=lambda path: path.name == _LAST):
-        if (folder / entry.name).is_dir():
-            shutil.rmtree(folder / entry.name)
-        entry.replace(folder / entry.name)
-        sync(folder)
-    temporary.rmdir()
+# ---- Files on the disk ----
 
 
 def file_sha256(path: str | Path) -> str:
@@ -280,7 +259,9 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -320,5 +301,5 @@ def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         FailedWriteError: it cannot be written.
     """
-    with writing(path), open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with writing(path), open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(map(json_line, rows))

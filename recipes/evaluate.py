@@ -29,6 +29,7 @@ from goose_lora.models import (
     load_tokenizer,
     make_dense_copy,
 )
+from goose_lora.ownership import RESULTS, begin_in, claim
 from goose_lora.reporting import refresh_report, write_stage
 from goose_lora.sharing import add_evaluation
 from goose_lora.terminal import side_by_side, table
@@ -148,6 +149,7 @@ def main(args: list[str] | None = None) -> None:
         raise UserError("best_of needs reward_adapter: the reward model picks the best reply.")
 
     # 1. Everything that can be known before a weight is read.
+    begin_in(config.output_dir, "evaluate", config, model, data)
     model.model_name_or_path = resolve(model.model_name_or_path)
     policy, sft, reward = (
         name
@@ -194,7 +196,6 @@ def main(args: list[str] | None = None) -> None:
     if judge is not None:
         judge_all(replies, texts, judge)
     figures = summary(replies, against=against)
-    show(replies, texts, figures, against)
     evaluation = {
         "prompts": len(texts),
         "dataset": data.dataset_name,
@@ -205,11 +206,13 @@ def main(args: list[str] | None = None) -> None:
         {"prompt": text} | {name: given.texts[i] for name, given in replies.items()}
         for i, text in enumerate(texts)
     ]
+    claim(config.output_dir, *RESULTS["evaluate"])
     write_json(f"{config.output_dir}/evaluation.json", evaluation)
     write_jsonl(f"{config.output_dir}/replies.jsonl", every)
     add_evaluation(policy.path, evaluation, every)
     refresh_report(policy.path)
     write_stage(config.output_dir, "evaluate", {"prompts": len(texts)})
+    show(replies, texts, figures, against)  # last: a console may fail, and the figures are saved
 
 
 if __name__ == "__main__":

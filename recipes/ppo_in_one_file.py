@@ -37,6 +37,8 @@ from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.loading import load_base, load_tokenizer, lora_config
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.ownership import begin_in, claim
+from goose_lora.sharing.export import save_policy
 from goose_lora.training.launch import require_one_process
 
 
@@ -252,6 +254,7 @@ def main(args=None):
     """Train the policy, and leave it in output_dir as a plain PEFT adapter, with metrics.jsonl."""
     settings = cli.parse(Settings, args=args)
     require_one_process("recipes/ppo_in_one_file.py")
+    begin_in(settings.output_dir, "ppo_in_one_file", settings)
     function = None if settings.reward_adapter else import_function(settings.reward_function)
     torch.manual_seed(settings.seed)
     shared, tokenizer, prompts = load_roles(settings)
@@ -271,7 +274,7 @@ def main(args=None):
     replies_per_step = settings.gradient_accumulation_steps * settings.per_device_train_batch_size
     batches = prompt_batches(prompts, settings.num_mini_batches * replies_per_step, settings.seed)
     output = Path(settings.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    claim(output, "metrics.jsonl")
     (output / "metrics.jsonl").unlink(missing_ok=True)
     for number, rows in enumerate(itertools.islice(batches, settings.num_rollouts), 1):
         rollout = roll_out(shared, tokenizer, rows, settings)
@@ -292,8 +295,7 @@ def main(args=None):
         shown = ("objective/score", "objective/kl", "policy/clip_fraction", "value/explained_variance")
         print(f"rollout {number}:", *(f"{name} {figures[name]:.3f}" for name in shown))
         print("   ", repr(tokenizer.decode(rollout.prompt_ids()[0] + rollout.response_ids()[0])), flush=True)
-    shared.save_pretrained(str(output))
-    tokenizer.save_pretrained(str(output))
+    save_policy(shared, tokenizer, output)
 
 
 if __name__ == "__main__":

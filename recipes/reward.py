@@ -15,6 +15,7 @@ calibration, and how often an empty, repeated, cut off or flattering reply beats
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from goose_lora import cli
 from goose_lora.data import (
@@ -26,7 +27,13 @@ from goose_lora.data import (
     tokenize_references,
 )
 from goose_lora.errors import UserError
-from goose_lora.evaluation import evaluate_reward_model, prepare_held_out, reference_bias, write_verdict
+from goose_lora.evaluation import (
+    evaluate_reward_model,
+    prepare_held_out,
+    reference_bias,
+    show_verdict,
+    write_verdict,
+)
 from goose_lora.models import ModelArguments, adapters_to_fp32, lora_config, write_lineage
 from goose_lora.rewards import RankedRewardTrainer
 from goose_lora.training import Resumable
@@ -159,15 +166,15 @@ def main(args: list[str] | None = None) -> None:
     result = trainer.train(resume_from_checkpoint=stage.checkpoint)
     bias = reference_bias(trainer, references) if references else 0.0
     verdict = evaluate_reward_model(trainer, held_out["eval"], held_out.get("any"), bias=bias)
+
+    def beside(folder: Path) -> None:  # without its verdict and its bias it is not the reward model
+        write_lineage(folder, append_eos=data.append_eos, reward_bias=bias, reward_references=len(references))
+        write_verdict(folder, verdict)
+
+    trainer.beside = beside
+    trainer.save_model()
     if trainer.is_world_process_zero():
-        write_lineage(
-            config.output_dir,
-            append_eos=data.append_eos,
-            reward_bias=bias,
-            reward_references=len(references),
-        )
-        write_verdict(config.output_dir, verdict)
-    trainer.save_model()  # last: without its verdict and its bias it is not the reward model
+        show_verdict(verdict)
     stage.finish(
         trainer,
         figures={"loss": result.training_loss, "steps": trainer.state.global_step},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from goose_lora.errors import UserError
+from goose_lora.files import json_line
 
 if TYPE_CHECKING:
     from goose_lora.apps.session import Prompt
@@ -83,10 +84,10 @@ class ChoiceFile:
                 return False
             # Half a line on a full disk is taken away again
             size = self._seen[path]
-            text = json.dumps({"prompt": prompt, **row, "policy": policy}, ensure_ascii=False)
+            text = json_line({"prompt": prompt, **row, "policy": policy})
             try:
                 with open(path, "ab") as file:
-                    file.write(text.encode() + b"\n")
+                    file.write(text.encode())
                     file.flush()
                     os.fsync(file.fileno())
             except OSError:
@@ -110,7 +111,7 @@ class ChoiceFile:
                 file.seek(start)
                 new = file.read()
             new = self._heal(path, start, new)
-            for line in new.splitlines():
+            for line in new.split(b"\n"):
                 self._note(path, line)
             self._seen[path] = start + len(new)
 
@@ -159,5 +160,5 @@ class ChoiceFile:
 def _is_object(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

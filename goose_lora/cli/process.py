@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import io
 import os
 import shlex
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from goose_lora.errors import UserError
+from goose_lora.ownership import release
 from goose_lora.redaction import is_secret, redacted
 from goose_lora.terminal import printable
 from goose_lora.training.signals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, STARTED_BY, Stopped
@@ -37,6 +39,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning
     )
+
+
+def tolerate_consoles() -> None:
+    """Let a console that lacks a character show another: no command fails by what it prints.
+
+    Such are consoles of cp1252, gbk or ASCII, and any for half of a character.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def keep_freed_memory() -> None:
@@ -67,6 +79,7 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def run() -> None:
+        tolerate_consoles()
         # An option of every command, which no parser knows
         debug = "--debug" in sys.argv
         if debug:
@@ -93,6 +106,8 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             error.add_note(REPORT)  # Python shows it below the traceback
             sys.excepthook = _show_without_secrets
             raise
+        finally:
+            release()
 
     return run
 

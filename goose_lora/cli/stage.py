@@ -26,6 +26,8 @@ from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dense_copy import free_bytes
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import load_base, load_reward_base, load_tokenizer
+from goose_lora.models.roles import ADAPTERS
+from goose_lora.ownership import begin_in, claim, release
 from goose_lora.planning.memory import plan_run
 from goose_lora.ppo.config import RESUME_RULES, PPOConfig
 from goose_lora.ppo.sampler import RolloutBatches
@@ -117,6 +119,9 @@ class Stage:
         # From here on the base has one name, wherever it is read
         model = replace(model, model_name_or_path=resolve(model.model_name_or_path))
         stage = cls(name, config, model, data, others, command)
+        # The folder: beside all inputs, this process's alone, with nothing of others in the way
+        output_dir = config.output_dir or "."
+        begin_in(output_dir, name, config, model, data, *others, writes=config.process_index == 0)
         # What is to be resumed, and where the result goes
         stage.checkpoint = starting_point(
             config,
@@ -289,6 +294,16 @@ class Stage:
 
     # ---- The end ----
 
+    @property
+    def _left(self) -> list[str]:
+        """Names of what is written beside the adapter, and beside those of its roles."""
+        names = ["goose_lora.json", "README.md", "stage.json"]
+        if self.name in OF_PPO:
+            names.append("report.html")
+            folder = Path(self.config.output_dir or ".")
+            names += [f"{role}/goose_lora.json" for role in ADAPTERS.values() if (folder / role).is_dir()]
+        return names
+
     def finish(
         self,
         trainer: Trainer,
@@ -311,12 +326,14 @@ class Stage:
         tokenizer: Any = trainer.processing_class
         history = trainer.state.log_history
         findings: list[str] | None = None
+        said = ""
         # PPO: the policy beside its roles; SFT and reward model were saved by their recipes
         if isinstance(trainer, PPOTrainer):
             save_policy(trainer.shared, tokenizer, folder)
             history = None  # metrics.jsonl has it
         if self.name == "ppo":
-            figures, findings = _read_metrics(folder)
+            claim(folder, "curves.png")
+            figures, findings, said = _read_metrics(folder)
         self.leave(
             tokenizer,
             figures=figures or {},
@@ -325,6 +342,9 @@ class Stage:
             findings=findings,
             history=history,
         )
+        # Last: what a console cannot show costs no result
+        if said:
+            print(f"\n{said}")
 
     def leave(
         self,
@@ -343,6 +363,7 @@ class Stage:
         """
         folder = Path(self.config.output_dir or ".")
         # Lineage: where the result comes from, and what it took
+        claim(folder, *self._left, *([] if history is None else ["metrics.jsonl"]))
         everything = {**figures, **cost()}
         facts = {} if findings is None else {"findings": findings}
         lineage.record(
@@ -364,14 +385,14 @@ class Stage:
         # Last, what says that all is there; and only what is whole is uploaded
         write_stage(str(folder), self.name, everything, history)
         hub.push_result(self.config, self.model)
+        release(folder)
 
 
-def _read_metrics(folder: Path) -> tuple[dict[str, float], list[str]]:
-    """Draw the curves of a PPO run and print its diagnosis; return its figures and findings."""
+def _read_metrics(folder: Path) -> tuple[dict[str, float], list[str], str]:
+    """Draw the curves of a PPO run; return its figures, its findings and its diagnosis as text."""
     metrics = read_jsonl(folder / "metrics.jsonl")
     plot_curves(metrics, str(folder / "curves.png"))
-    print("\n" + diagnosis_text(metrics))
     # Rows of held-out prompts have no score of a rollout
     last = next(row for row in reversed(metrics) if "objective/score" in row)
     findings = [str(finding) for finding in diagnose(metrics) if finding.level != "ok"]
-    return {name: last[name] for name in FIGURES}, findings
+    return {name: last[name] for name in FIGURES}, findings, diagnosis_text(metrics)

@@ -9,4 +9,5 @@ from .reward_model import evaluate_reward_model as evaluate_reward_model
 from .reward_model import prepare_held_out as prepare_held_out
 from .reward_model import reference_bias as reference_bias
 from .verdict import require_verdict as require_verdict
+from .verdict import show_verdict as show_verdict
 from .verdict import write_verdict as write_verdict

@@ -258,9 +258,13 @@ def _probe_verdict(seen: ProbeScores) -> ProbeVerdict:
     return ProbeVerdict(mean, win_rate(seen.probe, seen.chosen), win_rate(seen.probe, seen.rejected))
 
 
-def write_verdict(output_dir: str | None, verdict: RewardVerdict) -> None:
-    """Save the reward model's verdict as ``verdict.json`` and print it."""
+def write_verdict(output_dir: str | Path | None, verdict: RewardVerdict) -> None:
+    """Save the reward model's verdict as ``verdict.json``."""
     write_json(Path(output_dir or ".") / "verdict.json", verdict.to_dict())
+
+
+def show_verdict(verdict: RewardVerdict) -> None:
+    """Print the reward model's verdict."""
     print("\nThe reward model on held-out pairs:")
     for line in verdict.lines():
         print(f"  {line}")

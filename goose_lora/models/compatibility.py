@@ -19,7 +19,7 @@ from transformers import (
 
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.folders import AdapterFolder, reading, require_model
+from goose_lora.models.folders import AdapterFolder, by_name, reading, require_model, saved_template
 from goose_lora.models.loading import lora_config
 
 
@@ -69,13 +69,19 @@ def check_fit(
             continue
         _check_adapter(adapter, args.model_name_or_path, core)
         # A chat model reads another prompt under another template
-        saved, ours = adapter.chat_template, tokenizer.chat_template
-        if chat and saved is not None and ours is not None and saved.strip() != str(ours).strip():
+        saved, ours = saved_template(adapter.path), tokenizer.chat_template
+        if chat and saved is not None and ours is not None and _stripped(saved) != _stripped(ours):
             raise UserError(
                 f"{adapter.setting}: {adapter} was trained with another chat template than that of"
                 f" {args.model_name_or_path}. Train it with the base's template, or give the base a tokenizer"
                 " with the adapter's (chat_template.jinja)."
             )
+
+
+def _stripped(template: Any) -> dict[str, str]:
+    """Return templates by name, without what stands around them; one alone is the default."""
+    named = {"default": template} if isinstance(template, str) else dict(by_name(template))
+    return {name: str(text).strip() for name, text in named.items()}
 
 
 def _check_targets(args: ModelArguments, core: PreTrainedModel) -> None:

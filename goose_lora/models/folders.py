@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from goose_lora.errors import UserError
 from goose_lora.files import brief, is_number, read_json_object
+from goose_lora.models.identity import BaseName, same_base
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAGE = "goose_lora.json"
@@ -192,11 +193,22 @@ def saved_template(folder: str | Path) -> str | dict[str, str] | list[dict[str, 
 
     None without a tokenizer or without a template.
     """
-    path = Path(folder)
+    path, found = Path(folder), None
+    if (path / "tokenizer_config.json").is_file():
+        found = read_json_object(path / "tokenizer_config.json").get("chat_template")
     if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
-    settings = path / "tokenizer_config.json"
-    return read_json_object(settings).get("chat_template") if settings.is_file() else None
+        found = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    named = path.glob("additional_chat_templates/*.jinja")
+    more = {file.stem: file.read_text(encoding="utf-8") for file in named}
+    return by_name({"default": found, **more} if more and isinstance(found, str) else found)
+
+
+def by_name(template: Any) -> Any:
+    """Return named templates as a dict, as a tokenizer has them: files may keep them as a list."""
+    if not isinstance(template, list):
+        return template
+    sound = all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in template)
+    return {each["name"]: each["template"] for each in template} if sound else template
 
 
 def saved_chat_template(folder: str) -> str | None:
@@ -348,13 +360,18 @@ class AdapterFolder:
         return config
 
     def _check_base(self, base: str, base_hub_id: str | None) -> None:
-        # The last part of a path is enough: bases are moved about
         trained_on = self.config.get("base_model_name_or_path")
-        if not trained_on or trained_on in (base, base_hub_id) or Path(trained_on).name == Path(base).name:
+        if not trained_on:
+            return
+        noted = self.lineage.get("base")
+        if not isinstance(noted, dict):
+            noted = {}
+        theirs = BaseName(trained_on, noted.get("hub_id"), noted.get("content"))
+        if same_base(theirs, BaseName(base, base_hub_id)):
             return
         # A base that is not there is the mistake to name first.
         require_model(base)
         raise UserError(
             f"{self.setting}: {self.name} was trained on {trained_on}, not on {base}. All stages share one"
-            " base."
+            " base. If that is the same one under another name, say so: base_hub_id."
         )

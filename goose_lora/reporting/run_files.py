@@ -21,6 +21,7 @@ class BaseRecord(TypedDict):
     hub_id: str | None  # base_hub_id: what a folder is on the Hub
     revision: str | None  # as it was asked for
     commit: str | None  # as it was loaded; None for a folder
+    content: str | None  # a hash of its tensors; None where the weights are not to be had
     quantization: str  # nf4, int8 or none
     dtype: str  # of the arithmetic in training
     licence: str | None  # of the base's own card

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.files import replacing
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.ownership import replacing
 
 
 def save_policy(shared: SharedBase, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from goose_lora.files import file_sha256, read_json
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.folders import ADAPTER_WEIGHTS, read_lineage, write_lineage
+from goose_lora.models.folders import ADAPTER_WEIGHTS, by_name, read_lineage, write_lineage
+from goose_lora.models.identity import HUB_SNAPSHOT, base_content
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.redaction import HIDDEN, is_secret, redacted, without_secrets
 from goose_lora.reporting.run_files import (
@@ -45,11 +45,6 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "goose-lora")
 # What a child copies of its reward model's verdict: the rest is calibration and probes.
 _VERDICT_KEYS = ("accuracy", "accuracy_ci", "n_pairs", "warnings")
-# A folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT, and what lies below it.
-_SNAPSHOT = re.compile(
-    r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)"
-    r"[/\\]snapshots[/\\](?P<commit>[0-9a-f]+)(?P<rest>[/\\].*)?$"
-)
 
 
 # ---- Writing ----
@@ -125,6 +120,7 @@ def _base_record(model: ModelArguments) -> BaseRecord:
         "hub_id": model.base_hub_id,
         "revision": model.model_revision,
         "commit": commit,
+        "content": base_content(model.model_name_or_path, model.model_revision),
         "quantization": model.quantization,
         "dtype": model.dtype,
         "licence": _licence(model.base_hub_id or model.model_name_or_path, commit),
@@ -216,28 +212,30 @@ def _plain(value: object) -> object:
 
 def hub_name(folder: str | Path) -> str:
     """Return ``folder`` as it is, or user/repo[/folder]@commit if it lies in the Hub's cache."""
-    match = _SNAPSHOT.search(str(folder))
+    match = HUB_SNAPSHOT.search(str(folder))
     if match is None:
         return str(folder)
     inside = (match["rest"] or "").replace(os.sep, "/")
-    return f"{match['owner']}/{match['name']}{inside}@{match['commit']}"
+    repository = "/".join(part for part in (match["owner"], match["name"]) if part)
+    return f"{repository}{inside}@{match['commit']}"
 
 
 def template_sha256(template: str | list[Any] | dict[str, Any] | None) -> str | None:
     """Return the sha256 of a chat template, or of several by name; None if there is none."""
     if template is None:
         return None
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    text = template if isinstance(template, str) else json.dumps(by_name(template), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def base_commit(base: str, revision: str | None) -> str | None:
-    """Return the commit from which a base of the Hub was loaded, None for a folder."""
+    """Return the commit from which a base of the Hub was loaded, None for any other folder."""
     if Path(base).exists():
-        return None
+        inside = HUB_SNAPSHOT.search(str(Path(base).resolve()))
+        return inside["commit"] if inside else None
     # The cache knows which commit a branch or tag was
     path = try_to_load_from_cache(base, "config.json", revision=revision)
-    match = _SNAPSHOT.search(path) if isinstance(path, str) else None
+    match = HUB_SNAPSHOT.search(path) if isinstance(path, str) else None
     return match["commit"] if match else None
 
 

@@ -5,10 +5,12 @@ Merging into the 4-bit weights themselves rounds the sum to sixteen levels again
 what was learned (PEFT#2321); that is done only where it is asked for.
 """
 
+import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from goose_lora.data.rows import fingerprint, load_rows
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
 from goose_lora.errors import UserError
-from goose_lora.files import read_jsonl
+from goose_lora.files import read_jsonl, sync_all
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.arguments import ModelArguments, arguments_of
@@ -32,6 +34,7 @@ from goose_lora.models.folders import local_folder
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, quantization_config
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.ownership import hold, release, require_free
 from goose_lora.reporting.run_files import BaseRecord, lineage_of
 from goose_lora.sharing import lineage, model_card
 from goose_lora.training.cost import cost
@@ -68,25 +71,27 @@ def merge(
     # What can be known before a weight is read
     folder, out = local_folder(run), Path(out)
     args = arguments_of(_check(folder, out, dtype, quantized), base)
+    require_free(folder)
     tokenizer = tokenizer_of(folder, args)
     prompt_ids, data = _prompts(folder, prompts, tokenizer)
 
     # The adapter's model replies, and the merged one is compared with it on these replies
-    shared = SharedBase.build(load_base(args, tokenizer), folder)
-    rollout = _replies(shared, tokenizer, prompt_ids)
-    figures: dict[str, Any] = _write_and_measure(
-        shared,
-        rollout,
-        out,
-        DTYPES.get(dtype, torch.bfloat16),
-        args=args,
-        quantized=quantized,
-    )
+    with _whole(out) as work:
+        shared = SharedBase.build(load_base(args, tokenizer), folder)
+        rollout = _replies(shared, tokenizer, prompt_ids)
+        figures: dict[str, Any] = _write_and_measure(
+            shared,
+            rollout,
+            work,
+            DTYPES.get(dtype, torch.bfloat16),
+            args=args,
+            quantized=quantized,
+        )
+        tokenizer.save_pretrained(work)
+        _copy_generation_config(args, work)
     figures |= {"prompts": len(prompt_ids), "tokens": int(rollout.response_mask.sum())}
 
     # What goes beside the weights
-    tokenizer.save_pretrained(out)
-    _copy_generation_config(args, out)
     lineage.record(
         out,
         "merge",
@@ -106,6 +111,26 @@ def merge(
     if quantized:
         said += f"\nwritten in nf4, which makes it {figures['kl_nf4']:.3g} nats a token"
     return said
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """Give a folder beside ``out`` that becomes it at the end: half of a model is never there."""
+    work = out.with_name(f".{out.name}.unfinished")
+    require_free(work)
+    shutil.rmtree(work, ignore_errors=True)
+    hold(work)
+    try:
+        yield work
+        sync_all(work)
+        release(work)
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        os.replace(work, out)
+    except BaseException:
+        release(work)
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _command(run: str | Path, out: Path, dtype: str, quantized: bool) -> str:

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from goose_lora.data.rows import READERS
 from goose_lora.files import read_json, read_jsonl, write_json
 from goose_lora.models.folders import read_lineage
+from goose_lora.ownership import claim
 from goose_lora.reporting.figures import MEASURES, STAGE_TITLES, measured_in, rounded, with_interval
 from goose_lora.reporting.run_files import (
     BaseRecord,
@@ -65,6 +66,7 @@ def add_evaluation(
     Does nothing for an adapter of the Hub, or for one without a lineage.
     """
     if read_lineage(policy) and hub_name(policy) == str(policy):
+        claim(policy, "evaluation.json")
         write_json(Path(policy) / "evaluation.json", {**evaluation, "samples": list(replies[:SAMPLES])})
         refresh_card(policy)
 

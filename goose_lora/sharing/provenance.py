@@ -8,6 +8,7 @@ from typing import cast
 from goose_lora.errors import UserError
 from goose_lora.files import file_sha256, read_json
 from goose_lora.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saved_template
+from goose_lora.models.identity import BaseName, same_base
 from goose_lora.reporting.run_files import BaseRecord, Lineage, ParentRecord, lineage_of
 from goose_lora.sharing.lineage import hub_name, template_sha256
 
@@ -141,7 +142,7 @@ def _misfits(parent: Lineage, child: Ancestor) -> list[str]:
     problems = []
 
     # The base: another one, one under another name, or another commit of the same
-    if _base_name(ours) != _base_name(theirs):
+    if not same_base(_named(ours), _named(theirs)):
         if Path(ours["id"]).is_absolute() == Path(theirs["id"]).is_absolute():
             problems.append(f"was trained on another base: {theirs['id']}, {child.stage} on {ours['id']}")
         else:  # as after a push with --base_hub_id
@@ -168,8 +169,9 @@ def _misfits(parent: Lineage, child: Ancestor) -> list[str]:
     return problems
 
 
-def _base_name(base: BaseRecord) -> str:
-    return Path(base.get("hub_id") or base["id"]).name
+def _named(base: BaseRecord) -> BaseName:
+    revision = base.get("commit") or base.get("revision")
+    return BaseName(base["id"], base.get("hub_id"), base.get("content"), revision)
 
 
 def _own_problems(folder: Path, lineage: Lineage) -> list[str]:
@@ -181,8 +183,7 @@ def _own_problems(folder: Path, lineage: Lineage) -> list[str]:
     if (folder / ADAPTER_CONFIG).is_file():
         named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         # A base that was moved keeps its folder's name
-        known = named in (None, "", base["id"], base.get("hub_id"))
-        if not known and Path(named).name != Path(base["id"]).name:
+        if named and named != base["id"] and not same_base(BaseName(named), _named(base)):
             problems.append(f"{ADAPTER_CONFIG} names the base {named}, the lineage {base['id']}")
     # The template, of the adapter's tokenizer and of the base's. An older lineage does not name it
     if "chat_template_sha256" not in lineage:

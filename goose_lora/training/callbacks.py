@@ -1,7 +1,7 @@
 """Callbacks that any stage uses: the file of metrics, and steps that cannot be made."""
 
-import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from goose_lora.errors import UserError
-from goose_lora.files import append_line, read_whole_lines
+from goose_lora.files import append_line, read_sound_lines, sync, write_jsonl
+from goose_lora.ownership import claim
 
 logger = logging.getLogger(__name__)
 
@@ -18,42 +19,65 @@ logger = logging.getLogger(__name__)
 _Row = dict[str, Any]  # a line of metrics.jsonl or samples.jsonl
 
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+def _readable(path: Path) -> list[_Row]:
+    """Return the rows of a run's file that can be read; what cannot is told, and kept beside it."""
+    rows, unsound = read_sound_lines(path)
+    if unsound:
+        kept = path.with_name(f"{path.name}.kept")
+        shutil.copyfile(path, kept)
+        lines = ", ".join(map(str, unsound[:5])) + (" ..." if len(unsound) > 5 else "")
+        logger.warning(
+            "%s: line %s is no JSON object, cut off or damaged, and is left out. The file as it was is"
+            " kept as %s.",
+            path,
+            lines,
+            kept.name,
+        )
+    return rows
+
+
+def _replace(path: Path, rows: list[_Row]) -> None:
+    """Replace a file of rows as a whole: a run that is killed here loses no line."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_jsonl(temporary, rows)
+    sync(temporary)
+    temporary.replace(path)
+
+
 class MetricsFile(TrainerCallback):
     """Writes each log as one line of JSON to ``metrics.jsonl``.
 
-    A resumed run first drops the lines after its checkpoint.
+    A resumed run first writes the lines up to its checkpoint anew.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the lines up to the checkpoint that the run resumes from, none for a new run."""
+        """Write the lines up to the checkpoint that the run resumes from, none for a new run.
+
+        Metrics are the checkpoint's own log, which has what a power failure took from the file.
+        """
         if not state.is_world_process_zero:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = Path(args.output_dir or ".") / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept: list[_Row] = []
-            if state.global_step:
-                kept = [row for row in read_whole_lines(path) if self._stays(name, row, state.global_step)]
+        folder, step = Path(args.output_dir or "."), state.global_step
+        claim(folder, METRICS, SAMPLES)
+        # The summary of a run that was stopped is not the run's
+        logged = [row for row in state.log_history if "train_runtime" not in row and step]
+        metrics = [{"step": row["step"], **row} for row in logged]
+        there = _readable(folder / METRICS) if step else []
+        _replace(folder / METRICS, metrics)
+        if there and not metrics:
+            logger.warning("%s: the checkpoint's log is empty, so it begins anew.", folder / METRICS)
 
-            # Replaced as a whole: a run that is killed here loses no line
-            temporary = path.with_name(f".{name}.tmp")
-            temporary.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"
-            )
-            temporary.replace(path)
-
-    @staticmethod
-    def _stays(name: str, row: _Row, step: int) -> bool:
-        """Return whether a resumed run keeps ``row``.
-
-        Samples of a rollout bear the step that it begins at, and are written again. The summary of
-        a run that was stopped is not the run's.
-        """
-        return row["step"] < step or (
-            row["step"] == step and name == "metrics.jsonl" and "train_runtime" not in row
-        )
+        # Samples of a rollout bear the step that it begins at, and are written again
+        samples = _readable(folder / SAMPLES) if step else []
+        for row in samples:
+            if not isinstance(row.get("step"), int):
+                raise UserError(f"{folder / SAMPLES}: a line has no step. Delete that line: {str(row)[:80]}")
+        _replace(folder / SAMPLES, [row for row in samples if row["step"] < step])
 
     def on_log(
         self,

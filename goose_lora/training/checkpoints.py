@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import shutil
-import tempfile
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from goose_lora.errors import FailedWriteError, UserError
 from goose_lora.files import file_sha256, first_line, free_room, sync, sync_all
+from goose_lora.ownership import claim, release_claim, set_aside, written
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,9 @@ def read(folder: str | Path) -> dict[str, Any]:
 
 
 def newest(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:
-    """Return the whole checkpoint that was saved last, and why those that seem newer are none.
+    """Return the newest whole checkpoint, and why those that seem newer are none.
+
+    The newest has the highest step of the run that was begun last; clocks have no say.
 
     The reasons are by the folder's name.
     """
@@ -201,12 +204,14 @@ def choose(
     return str(folder)
 
 
-def prune(output_dir: str | Path, limit: int | None, keep: Iterable[str | None]) -> None:
+def prune(output_dir: str | Path, limit: int | None, keep: Iterable[str | Path | None]) -> None:
     """Delete checkpoints until ``limit`` are left; the newest and ``keep`` stay.
 
-    Those that are not whole go first, then the oldest.
+    Those that are not whole go first, then the oldest. What no run has written there is nobody's to
+    delete.
     """
-    folders = _by_age(output_dir)
+    own = written(output_dir).files
+    folders = [folder for folder in _by_age(output_dir) if folder.name in own]
     if not limit or not folders:
         return
     # Stable: those that were cut off come first
@@ -220,9 +225,40 @@ def prune(output_dir: str | Path, limit: int | None, keep: Iterable[str | None])
 
 
 def discard(folder: str | Path) -> None:
-    """Delete a checkpoint, its manifest first: half of one is not whole."""
-    (Path(folder) / MANIFEST).unlink(missing_ok=True)
+    """Delete a checkpoint, its manifest first: half of one is not whole.
+
+    What somebody has put into a whole one is kept, in a folder of another name.
+    """
+    folder = Path(folder)
+    try:
+        listed = {MANIFEST, *read(folder)["files"]}
+        foreign = [path for path in folder.rglob("*") if path.is_file()]
+        foreign = [path for path in foreign if path.relative_to(folder).as_posix() not in listed]
+    except (OSError, ValueError, KeyError, TypeError):
+        listed, foreign = set(), []  # it was cut off, and says of no file whose it is
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if foreign:
+        for name in listed:
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is inside a folder comes first
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        set_aside(folder)
     shutil.rmtree(folder, ignore_errors=True)
+    release_claim(folder.parent, folder.name)
+
+
+def make_room(folder: Path) -> None:
+    """Let a checkpoint begin with an empty folder; one of another origin is kept beside it."""
+    claim(folder.parent, folder.name)
+    discard(folder)
+    claim(folder.parent, folder.name)
+
+
+def last_start(output_dir: str | Path, resumed: str | None) -> int:
+    """Return the highest number of a run that checkpoints name, the resumed one among them."""
+    folders = [*_by_age(output_dir), *([Path(resumed)] if resumed else [])]
+    return max((_order(folder)[0] for folder in folders if (folder / MANIFEST).is_file()), default=0)
 
 
 def unsaved(folder: Path, error: Exception) -> FailedWriteError:
@@ -240,43 +276,27 @@ def unsaved(folder: Path, error: Exception) -> FailedWriteError:
     )
 
 
-def require_writable(output_dir: str | Path) -> None:
-    """Make the folder ``output_dir``.
-
-    Raises:
-        UserError: nothing can be written to it.
-    """
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
-            file.write(b"0")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"output_dir: nothing can be written to {output_dir} ({reason}). Give a folder that can, or make"
-            " room."
-        ) from error
-
-
 # ---- Comparison ----
 
 
 def _by_age(output_dir: str | Path) -> list[Path]:
-    """Return the folders of checkpoints, the one that was saved last at the end.
+    """Return the folders of checkpoints, the newest at the end.
 
     Of those that were cut off, none is known to be older than another: they count as newest, by
     step.
     """
-
-    def saved(folder: Path) -> tuple[float, int]:
-        step = int(folder.name.rpartition("-")[2])
-        try:
-            return float(read(folder)["saved"]), step
-        except (OSError, ValueError, KeyError, TypeError):
-            return float("inf"), step
-
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if FOLDER_NAME.fullmatch(path.name)]
-    return sorted((path for path in folders if path.is_dir()), key=saved)
+    return sorted((path for path in folders if path.is_dir()), key=_order)
+
+
+def _order(folder: Path) -> tuple[int, int]:
+    """Return which run has saved a checkpoint, by its number, and at which step."""
+    step = int(folder.name.rpartition("-")[2])
+    try:
+        start = read(folder).get("start", 0)  # an older version numbered no runs
+    except (OSError, ValueError, AttributeError):
+        start = None
+    return (start if isinstance(start, int) else sys.maxsize), step
 
 
 def _refuse_another_run(folder: Path, saved: Facts, facts: Facts, rules: SettingRules) -> None:

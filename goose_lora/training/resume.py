@@ -5,7 +5,7 @@ Whole checkpoints, exact continuation, a stop on request, and steps that cannot 
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,12 +25,12 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from goose_lora import files
+from goose_lora import files, ownership
 from goose_lora.errors import LostProcessError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.training import checkpoints
-from goose_lora.training.callbacks import FiniteSteps
+from goose_lora.training.callbacks import METRICS, SAMPLES, FiniteSteps
 from goose_lora.training.checkpoints import Facts, SettingRules
 from goose_lora.training.signals import Stopped, StopSignals
 
@@ -70,7 +70,7 @@ def starting_point(
         UserError: nothing can be written to ``output_dir``, or the checkpoint is not whole or of
             another run.
     """
-    checkpoints.require_writable(args.output_dir or ".")
+    ownership.require_writable(args.output_dir or ".")
     adapter = {"r": model.lora_r, "lora_alpha": model.lora_alpha}
     if policy is not None:
         adapter = {name: policy.config[name] for name in adapter}
@@ -112,6 +112,8 @@ class Resumable(_Trainer):
     resume_rules = SettingRules()  # those of its own settings that must match
     steps_between_resumable: int = 1  # optimizer steps from one place that a run can go on from to the next
     saving: Path | None = None  # the checkpoint that is being written
+    start_number: int = 0  # of the run among those in its folder
+    beside: Callable[[Path], None] | None = None  # writes what belongs to the result into its folder
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop, self.finite = StopSignals(), FiniteSteps()
@@ -147,7 +149,7 @@ class Resumable(_Trainer):
         # What ends it from outside is told in the user's words
         keeper = CheckpointKeeper(self)
         try:
-            with keeper.takes_over(), self.stop.handled():
+            with self._writing_alone(folder), keeper.takes_over(), self.stop.handled():
                 result = super().train(folder, trial, ignore_keys_for_eval)
         except Exception as error:
             if self.args.world_size > 1 and any(words in str(error) for words in _LOST):
@@ -170,6 +172,23 @@ class Resumable(_Trainer):
             self.load_best(Path(best))
         return cast(TrainOutput, result)
 
+    @contextmanager
+    def _writing_alone(self, resumed: str | None) -> Iterator[None]:
+        """Hold ``output_dir``, and number the run: its checkpoints are in order by that."""
+        if not self.is_world_process_zero():
+            yield
+            return
+        output_dir = self.args.output_dir or "."
+        held_before = ownership.holds(output_dir)
+        ownership.hold(output_dir)
+        after = checkpoints.last_start(output_dir, resumed)
+        self.start_number = ownership.begin(output_dir, self.stage, after=after)
+        try:
+            yield
+        finally:
+            if not held_before:
+                ownership.release(output_dir)
+
     def load_best(self, checkpoint: Path) -> None:
         """Load what the best checkpoint has besides what Trainer has loaded of it: here nothing."""
 
@@ -185,13 +204,16 @@ class Resumable(_Trainer):
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Overridden to write none: TRL's takes the place of any README.md at each checkpoint."""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Overridden so that a checkpoint begins empty, and a result is there when it is whole."""
         folder = Path(output_dir or self.args.output_dir or ".")
         if checkpoints.FOLDER_NAME.fullmatch(folder.name):
             self.saving = folder
             if self.args.should_save:
-                checkpoints.discard(folder)
+                checkpoints.make_room(folder)
             # Or this would take away the random state of a process that is ahead
             PartialState().wait_for_everyone()
             super().save_model(str(folder), True)
@@ -199,10 +221,12 @@ class Resumable(_Trainer):
         if not self.args.should_save:
             super().save_model(str(folder), True)
             return
-        with files.replacing(folder) as temporary:
+        with ownership.replacing(folder) as temporary:
             super().save_model(str(temporary), True)
             # Settings that stand in plain text beside it
             (temporary / TRAINING_ARGUMENTS_PICKLE).unlink(missing_ok=True)
+            if self.beside is not None:
+                self.beside(temporary)
 
 
 def facts(trainer: Resumable) -> Facts:
@@ -221,6 +245,7 @@ def facts(trainer: Resumable) -> Facts:
     }
     return {
         "stage": trainer.stage,
+        "start": trainer.start_number,
         "step": trainer.state.global_step,
         "world_size": trainer.args.world_size,
         "rows": len(cast(Dataset, trainer.train_dataset)),
@@ -288,6 +313,11 @@ class CheckpointKeeper(TrainerCallback):
             folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
             # Settings that stand in checkpoint.json; nothing is ever unpickled
             (folder / TRAINING_ARGUMENTS_PICKLE).unlink(missing_ok=True)
+            # What a resumed run reads of the steps so far outlives a power failure too
+            for log in (METRICS, SAMPLES):
+                path = folder.parent / log
+                if path.is_file():
+                    files.sync(path)
             checkpoints.seal(folder, facts(self.trainer))
-            checkpoints.prune(args.output_dir or ".", self.limit, [state.best_model_checkpoint])
+            checkpoints.prune(args.output_dir or ".", self.limit, [state.best_model_checkpoint, folder])
         self.trainer.saving = None

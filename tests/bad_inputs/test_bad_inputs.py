@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bad_data
 import bad_models
+import bad_places
 import bad_settings
 import bad_web
 import pytest
@@ -20,7 +21,13 @@ from goose_lora.models import loading
 from goose_lora.rewards.classifier import ClassifierReward
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES: list[Case] = [*bad_settings.CASES, *bad_data.CASES, *bad_models.CASES, *bad_web.CASES]
+CASES: list[Case] = [
+    *bad_settings.CASES,
+    *bad_data.CASES,
+    *bad_models.CASES,
+    *bad_places.CASES,
+    *bad_web.CASES,
+]
 RECIPES = ("sft", "reward", "ppo", "own_loop", "evaluate")
 HINT = "(--debug shows where)"
 

@@ -322,7 +322,7 @@ def test_an_adapter_that_is_not_there_is_an_error_before_the_model_loads(tmp_pat
         model_name_or_path="no/such/model",
         dataset_name="x.jsonl",
         output_dir=tmp_path,
-        reward_adapter=tmp_path,
+        reward_adapter=tmp_path / "none",
     )
     with pytest.raises(ValueError, match=r"reward_adapter: .* has no adapter_config.json"):
         recipe("ppo").main([*arguments, "--use_cpu", "True"])

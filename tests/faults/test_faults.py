@@ -17,6 +17,7 @@ from recipe_runs import options
 from tiny_runs import even_share, fresh, judged, logged, own, trained_parameters, trainer, turn
 from transformers import TrainerCallback
 
+from goose_lora import ownership
 from goose_lora.files import read_jsonl
 from goose_lora.ppo import update
 from goose_lora.ppo.callbacks import RolloutState
@@ -160,7 +161,7 @@ def test_a_read_only_folder_counts_as_one(tmp_path):
         try:
             if os.geteuid() == 0:
                 os.seteuid(65534)  # nobody: the administrator writes anywhere
-            checkpoints.require_writable(tmp_path)
+            ownership.require_writable(tmp_path)
         except ValueError as error:
             code = 0 if "Permission denied" in str(error) else 2
         finally:
@@ -169,21 +170,58 @@ def test_a_read_only_folder_counts_as_one(tmp_path):
     tmp_path.chmod(0o755)
 
 
+LOG = [{"objective/kl": 0.5, "step": 2}, {"objective/kl": 0.25, "step": 4}, {"train_runtime": 1.0, "step": 4}]
+
+
+def resume_files(folder, *, step=4):
+    state = type("State", (), {"global_step": step, "is_world_process_zero": True, "log_history": LOG})()
+    MetricsFile().on_train_begin(type("Args", (), {"output_dir": str(folder)})(), state, None)
+
+
 def test_a_line_that_was_cut_off_is_dropped_and_so_is_what_the_checkpoint_does_not_know(tmp_path):
-    rows = {
-        "metrics": [{"step": 2}, {"step": 4}, {"step": 4, "train_runtime": 1.0}, {"step": 6}],
-        "samples": [{"step": 2}, {"step": 4}],
-    }
+    rows = {"metrics": [{"step": 2}, {"step": 4}, {"step": 6}], "samples": [{"step": 2}, {"step": 4}]}
+    ownership.claim(tmp_path, "metrics.jsonl", "samples.jsonl")
     for name, given in rows.items():
         tiny.write_rows(tmp_path / f"{name}.jsonl", given)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "objective/sc')
-    state = type("State", (), {"global_step": 4, "is_world_process_zero": True})()
-    MetricsFile().on_train_begin(type("Args", (), {"output_dir": str(tmp_path)})(), state, None)
-    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 2}, {"step": 4}]
+    resume_files(tmp_path)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == LOG[:2], "without the summary"
     assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 2}], (
         "the rollout that begins at the checkpoint is written again"
     )
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (b"\0" * 700 + b"\n", "2"),
+        (b"a note of mine\n", "2"),
+        (b'[1, 2]\n{"step": 2, "rep', "2, 3"),
+        (b"\xff\xfe\n", "2"),
+        (b"[" * 100_000 + b"\n", "2"),
+    ],
+)
+def test_a_line_that_is_none_of_the_runs_is_named_and_lost_rows_come_back_from_the_log(
+    damage, line, tmp_path, caplog
+):
+    ownership.claim(tmp_path, "metrics.jsonl", "samples.jsonl")
+    first = b'{"step": 2, "reply": "a\xe2\x80\xa8b\xe2\x80\xa9c\xc2\x85d"}\n'
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_bytes(first + damage)
+    resume_files(tmp_path)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == LOG[:2]
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"step": 2, "reply": "a\u2028b\u2029c\x85d"}]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert f"{tmp_path / name}: line {line} is no JSON object" in caplog.text
+        assert (tmp_path / f"{name}.kept").read_bytes() == first + damage
+
+
+def test_rows_that_are_gone_come_back_from_the_log(tmp_path):
+    resume_files(tmp_path)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == LOG[:2]
+    resume_files(tmp_path, step=0)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"", "a run from the beginning has no rows yet"
 
 
 # ---- Checkpoints that do not fit ----

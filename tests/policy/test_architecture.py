@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "apps",
     },
 }
-SAME_ROOM = {"embedded": "files", "demo": "cli"}
+SAME_ROOM = {"embedded": "files", "ownership": "files", "demo": "cli"}
 
 
 def tree(path):

@@ -187,8 +187,16 @@ def test_a_policy_whose_weights_are_not_those_it_was_written_for_is_noticed(run)
     ],
 )
 def test_a_parent_of_another_base_or_quantization_is_noticed(run, facts, message):
-    change(run / "reward", base=read_lineage(run / "reward")["base"] | facts)
+    change(run / "reward", base=read_lineage(run / "reward")["base"] | {"content": None} | facts)
     assert [problem for problem in problems(run / "ppo") if problem.startswith(message)]
+
+
+def test_a_parents_base_is_known_by_its_content_whatever_its_name(run):
+    base = read_lineage(run / "reward")["base"]
+    change(run / "reward", base=base | {"id": "/models/other"})
+    assert problems(run / "ppo") == []
+    change(run / "reward", base=base | {"content": "0" * 64})
+    assert problems(run / "ppo")[0].startswith("reward: was trained on another base")
 
 
 def test_another_commit_of_the_base_is_noticed(run):

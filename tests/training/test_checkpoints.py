@@ -7,12 +7,13 @@ import logging
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import transformers.trainer
 
-from goose_lora import files
+from goose_lora import ownership
 from goose_lora.ppo.config import RESUME_RULES
 from goose_lora.training import checkpoints
 from goose_lora.training.signals import StopSignals
@@ -38,6 +39,7 @@ FACTS |= {
 
 
 def folder_of(output, step, *, whole=True, **facts):
+    ownership.claim(output, f"checkpoint-{step}")
     folder = output / f"checkpoint-{step}"
     (folder / "value").mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"policy" * 9)
@@ -104,10 +106,48 @@ def test_a_run_that_starts_anew_beside_checkpoints_is_told_of_them(tmp_path, sai
     assert "has checkpoint-4 of an earlier run; this one starts from the beginning" in said.text
 
 
-def test_the_newest_is_the_one_that_was_saved_last_not_the_one_with_the_highest_step(tmp_path):
-    folder_of(tmp_path, 80)
-    folder_of(tmp_path, 8)
+def test_the_newest_is_of_the_run_that_was_begun_last_whatever_its_step(tmp_path):
+    folder_of(tmp_path, 80, start=1)
+    folder_of(tmp_path, 8, start=2)
     assert checkpoints.newest(tmp_path)[0] == tmp_path / "checkpoint-8"
+
+
+def test_clocks_have_no_say_in_the_order_and_the_one_just_sealed_stays(tmp_path):
+    ahead = time.time() + 7200
+    for step in (4, 8, 12):
+        folder = folder_of(tmp_path, step, start=1)
+        if step < 12:
+            noted = json.loads((folder / "checkpoint.json").read_text())
+            (folder / "checkpoint.json").write_text(json.dumps(noted | {"saved": ahead}))
+            os.utime(folder, (ahead, ahead))
+    assert checkpoints.newest(tmp_path)[0] == tmp_path / "checkpoint-12"
+    checkpoints.prune(tmp_path, 1, [])
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_the_checkpoint_just_sealed_stays_though_others_count_as_newer(tmp_path):
+    folder_of(tmp_path, 80, start=9)
+    sealed = folder_of(tmp_path, 8, start=1)
+    checkpoints.prune(tmp_path, 1, [sealed])
+    assert sealed.is_dir()
+
+
+def test_what_no_run_has_written_is_never_pruned(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-900"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    for step in (4, 8):
+        folder_of(tmp_path, step)
+    (tmp_path / "checkpoint-4" / "notes.txt").write_text("mine too")
+    checkpoints.prune(tmp_path, 1, [])
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.txt")) == [
+        "checkpoint-1/thesis.txt",
+        "checkpoint-4.kept/notes.txt",
+        "checkpoint-900/thesis.txt",
+    ]
+    assert [path.name for path in (tmp_path / "checkpoint-4.kept").iterdir()] == ["notes.txt"]
+    checkpoints.make_room(tmp_path / "checkpoint-900")
+    assert (tmp_path / "checkpoint-900.kept" / "thesis.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -176,21 +216,22 @@ def test_a_result_takes_the_old_ones_place_only_when_it_is_whole(tmp_path):
             (folder / name).write_text(text)
 
     def texts():
-        return {path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "written.json"]
+        return {path.read_text() for path in files}
 
-    with files.replacing(tmp_path) as temporary:
+    with ownership.replacing(tmp_path) as temporary:
         write(temporary, "old")
     message = (
         r"could not be saved in .* MB free there\): No space left on device. What was there before is"
         r" untouched"
     )
-    with pytest.raises(OSError, match=message), files.replacing(tmp_path) as temporary:
+    with pytest.raises(OSError, match=message), ownership.replacing(tmp_path) as temporary:
         write(temporary, "new")
         raise RuntimeError("No space left on device\nand a trace")
     assert texts() == {"old"} and not (tmp_path / ".unfinished").exists()
-    with files.replacing(tmp_path) as temporary:
+    with ownership.replacing(tmp_path) as temporary:
         write(temporary, "new")
-    assert texts() == {"new"} and len(list(tmp_path.rglob("*"))) == 4
+    assert texts() == {"new"} and len(list(tmp_path.rglob("*"))) == 5
 
 
 def test_while_files_change_places_no_adapter_loads(tmp_path, monkeypatch):
@@ -200,11 +241,12 @@ def test_while_files_change_places_no_adapter_loads(tmp_path, monkeypatch):
     replace = Path.replace
 
     def watched(self, target):
-        seen.append((self.name, (tmp_path / "adapter_config.json").exists()))
+        if "written.json" not in self.name:
+            seen.append((self.name, (tmp_path / "adapter_config.json").exists()))
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", watched)
-    with files.replacing(tmp_path) as temporary:
+    with ownership.replacing(tmp_path) as temporary:
         for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"):
             (temporary / name).write_text("new")
     assert seen == [
@@ -215,6 +257,7 @@ def test_while_files_change_places_no_adapter_loads(tmp_path, monkeypatch):
 
 
 def test_a_manifest_is_renamed_into_place_after_all_files_are_on_the_disk(tmp_path, monkeypatch):
+    ownership.claim(tmp_path, "checkpoint-4")
     order, fsync, replace = [], os.fsync, Path.replace
     names = {}
 
@@ -253,8 +296,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"output_dir: nothing can be written to .*file/run \(Not a directory\)"
     ):
-        checkpoints.require_writable(tmp_path / "file" / "run")
-    checkpoints.require_writable(tmp_path / "new" / "run")
+        ownership.require_writable(tmp_path / "file" / "run")
+    ownership.require_writable(tmp_path / "new" / "run")
     assert list((tmp_path / "new" / "run").iterdir()) == []
 
 
