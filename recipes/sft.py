@@ -6,8 +6,10 @@ Rows: text, messages, or prompt and completion. Writes the adapter to output_dir
 plain PEFT.
 """
 
+from dataclasses import replace
+
 from goose_lora import cli
-from goose_lora.data import DataArguments, check_chat
+from goose_lora.data import DataArguments, Learning
 from goose_lora.models import ModelArguments, adapters_to_fp32, lora_config
 from goose_lora.training import Resumable
 
@@ -24,17 +26,15 @@ def main(args: list[str] | None = None) -> None:
     stage = cli.Stage.begin("sft", config, model, data, command=args)
 
     # 1. Everything that can be known before a weight is read.
-    rows = stage.rows()
+    rows = stage.demonstrations(config.chat_template_path, Learning.of(config))
     tokenizer = stage.tokenizer()
-    if config.chat_template_path is None:
-        check_chat(rows, tokenizer, data.dataset_name)
     stage.check_fit(tokenizer)
 
     # 2. One base in memory, with a fresh adapter in fp32.
     base = stage.base(tokenizer)
     trainer = Trainer(
         model=base,
-        args=stage.trainer_config,
+        args=replace(stage.trainer_config, assistant_only_loss=False),  # the labels say it already
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora_config(stage.model, base),

@@ -171,6 +171,12 @@ def _add_data(commands: Subcommands) -> None:
         metavar="true|false",
         help="whether prompts of text become the user's turn, as in the recipes",
     )
+    parser.add_argument(
+        "--leave_out", nargs="+", metavar="PART", help="parts of messages to leave out, as in the recipes"
+    )
+    parser.add_argument(
+        "--assistant_only_loss", action="store_true", help="show what recipes/sft.py learns with it"
+    )
 
 
 def _data(arguments: argparse.Namespace) -> None:

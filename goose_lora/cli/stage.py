@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from goose_lora.data.demonstrations import Learning, tokenize_demonstrations
 from goose_lora.data.rows import DataArguments, RowSet, load_rows
 from goose_lora.data.tokenization import tokenize_prompts, tokenize_texts
 from goose_lora.embedded import resolve
@@ -154,9 +155,24 @@ class Stage:
             )
         return self._adapters.get(setting)
 
-    def rows(self) -> Dataset:
-        """Read the rows of fine-tuning."""
-        return self._noted(self.data.train("sft"))
+    def demonstrations(self, chat_template_path: str | None, learning: Learning) -> Dataset:
+        """Read and tokenize the rows of fine-tuning.
+
+        A template in a folder or on the Hub comes with tokens of its own, which TRL adds to the
+        model: such rows are returned as they are read, for TRL to tokenize.
+        """
+        # Rows first: a broken file is told before the tokenizer is looked for.
+        row_set = self.data.train("sft")
+        rows = self._noted(row_set)
+        tokenizer = self.tokenizer()
+        if chat_template_path is not None:
+            path = Path(chat_template_path)
+            if path.suffix not in (".jinja", ".j2") or not path.is_file():
+                return rows
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        return tokenize_demonstrations(
+            rows, tokenizer, name=row_set.name, learning=learning, numbers=row_set.numbers
+        )
 
     def _noted(self, row_set: RowSet) -> Dataset:
         self._row_sets.append(row_set)
@@ -217,7 +233,13 @@ class Stage:
 
     def _tokenized(self, row_set: RowSet, limit: int) -> Dataset:
         rows = self._noted(row_set)
-        return tokenize_prompts(rows, self.tokenizer(), name=row_set.name, max_prompt_tokens=limit)
+        return tokenize_prompts(
+            rows,
+            self.tokenizer(),
+            name=row_set.name,
+            max_prompt_tokens=limit,
+            numbers=row_set.numbers,
+        )
 
     def check_fit(
         self,

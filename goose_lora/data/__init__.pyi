@@ -1,12 +1,13 @@
 """The public names of goose_lora.data."""
 
+from .demonstrations import Learning as Learning
+from .demonstrations import tokenize_demonstrations as tokenize_demonstrations
 from .preferences import require_pairs as require_pairs
 from .preferences import tokenize_rankings as tokenize_rankings
 from .preferences import tokenize_references as tokenize_references
 from .rows import DataArguments as DataArguments
 from .rows import RowSet as RowSet
 from .rows import load_rows as load_rows
-from .tokenization import check_chat as check_chat
 from .tokenization import left_pad as left_pad
 from .tokenization import tokenize_prompts as tokenize_prompts
 from .tokenization import tokenize_texts as tokenize_texts

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
 from goose_lora.data.columns import OF_TRAINERS, meaning, says_nothing
-from goose_lora.data.messages import Cell, check_asks
+from goose_lora.data.messages import Cell, check_asks, without
 from goose_lora.data.shapes import (
     Cells,
     LeftOut,
@@ -131,7 +131,7 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
         )
 
     # Row by row, by its number in the file: malformed is an error, useless is left out
-    reader = _Reader(shape, stage, name)
+    reader = _Reader(shape, stage, name, reading.leave_out)
     needed = [column for column in rows.column_names if column in shape.uses or meaning(column) is not None]
     for number, row in enumerate(rows.select_columns(needed), 1):
         reader.read(number, row)  # type: ignore[arg-type]
@@ -171,8 +171,8 @@ def looks_like(rows: Dataset, stage: StageName, reading: Reading) -> Shape | Non
 class _Reader:
     """Rows of one shape, read one after the other."""
 
-    def __init__(self, shape: Shape, stage: StageName, name: str):
-        self.shape, self.name = shape, name
+    def __init__(self, shape: Shape, stage: StageName, name: str, leave_out: Sequence[str]):
+        self.shape, self.name, self.leave_out = shape, name, leave_out
         self.stage: StageName = stage
         self.format = (
             next(format for format in FORMATS if format.columns == shape.form[:3])
@@ -190,6 +190,8 @@ class _Reader:
         # What the row says, what it would say besides, and whether it is sound
         try:
             made = self.shape.read(row)
+            if self.leave_out:
+                made = without(made, self.leave_out)
             passed_over = leftover(self.shape, row, self.stage)
             if passed_over is not None:
                 raise UserError(passed_over)

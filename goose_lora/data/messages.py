@@ -142,6 +142,28 @@ def check_asks(messages: Sequence[Message]) -> None:
         )
 
 
+def without(value: Cell, parts: Sequence[str]) -> Cell:
+    """Return messages, wherever they are in ``value``, without roles, keys or thoughts."""
+    if isinstance(value, dict):
+        return {key: without(inner, parts) for key, inner in value.items()}
+    if not isinstance(value, list):
+        return value
+    # Lists of replies hold lists of messages
+    if not is_messages(value):
+        return [without(inner, parts) for inner in value]
+    kept = [
+        {key: inner for key, inner in turn.items() if key not in parts}
+        for turn in value
+        if turn["role"] not in parts
+    ]
+    if "think" in parts:
+        kept = [
+            {**turn, "content": said(turn).rpartition("</think>")[2].lstrip()} if said(turn) else turn
+            for turn in kept
+        ]
+    return kept
+
+
 def said(message: Mapping[str, Any]) -> str:
     """Return the text of a message; nothing where it has none."""
     content = message.get("content")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goose_lora.data.formats import ranks_of
 from goose_lora.data.rows import require_columns
-from goose_lora.data.tokenization import apply_template, require_chat_template
+from goose_lora.data.tokenization import chat_options, render_whole, require_chat_template, text_ids
 from goose_lora.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,10 @@ def encode_reply(
     """
     # Text: one string
     if isinstance(reply, str):
-        end = tokenizer.eos_token if append_eos and not reply.endswith(str(tokenizer.eos_token)) else ""
-        return list(tokenizer(f"{prompt or ''}{reply}{end}")["input_ids"])
+        return text_ids(tokenizer, f"{prompt or ''}{reply}", ends=append_eos)
     # Messages: cut after the end token of the last turn, if that is where the reply ends
     messages: list[Any] = [*(prompt or []), *reply]
-    encoded: Any = apply_template(tokenizer, messages, tokenize=True, return_dict=True, **template)
-    ids, eos = list(encoded["input_ids"]), tokenizer.eos_token_id
+    ids, eos = render_whole(messages, tokenizer, **template), tokenizer.eos_token_id
     end = len(ids) - ids[::-1].index(eos) if eos in ids else len(ids)
     said, rest = messages[-1]["content"], str(tokenizer.decode(ids[end:])).strip()
     reply_follows = rest and (not said or said in rest)  # the end token closes an earlier turn
@@ -88,9 +86,7 @@ def as_ranked(row: Mapping[str, Any], place: str) -> Ranked:
             f"{place}: prompt and completions are text in part and messages in part. Write all as text, or"
             " each as a list of messages."
         )
-    return Ranked(
-        prompt, completions, ranks, {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-    )
+    return Ranked(prompt, completions, ranks, chat_options(row))
 
 
 def ranked_rows(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from goose_lora.data.demonstrations import Learning, demonstration
 from goose_lora.data.formats import (
     CONVERSATIONS,
     FORMATS,
@@ -27,9 +28,17 @@ from goose_lora.data.formats import (
 )
 from goose_lora.data.labelled import pair_words
 from goose_lora.data.messages import Content
+from goose_lora.data.preferences import encode_reply
 from goose_lora.data.rows import load_rows
 from goose_lora.data.shapes import Reading, Shape, StageName, conversation_prompt
-from goose_lora.data.tokenization import begins_texts_with_bos, prompt_ids, require_chat_template
+from goose_lora.data.tokenization import (
+    chat_options,
+    foreign_markers,
+    render_whole,
+    require_chat_template,
+    row_prompt_ids,
+    text_ids,
+)
 from goose_lora.errors import UserError
 from goose_lora.models.folders import reading, require_name
 from goose_lora.terminal import table
@@ -63,6 +72,8 @@ def describe(
     column_mapping: Sequence[str] | None = None,
     pairs: Sequence[str] | None = None,
     as_chat: bool | None = None,
+    leave_out: Sequence[str] | None = None,
+    assistant_only_loss: bool = False,
 ) -> str:
     """The report on ``dataset``, a file or Hub name, for a terminal.
 
@@ -86,7 +97,7 @@ def describe(
         raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
     # Rows as the stage takes them, and the tokenizer that it would use
     rows = load_rows(dataset, split, max_rows, column_mapping)
-    how = Reading(tuple(pair_words(pairs) or ()), as_chat)
+    how = Reading(tuple(pair_words(pairs) or ()), as_chat, tuple(leave_out or ()))
     stage = stage or _main_stage(rows, dataset, how)
     taken = take(rows, stage, dataset, how)
     encoder = None
@@ -98,12 +109,15 @@ def describe(
         require_chat_template(encoder, dataset)
     # Each row in its pieces; rows keep their numbers in the file
     cut = max_length if stage == "sft" else None
-    parts = [row_parts(row, taken, stage, encoder, cut=cut) for row in _rows(taken)]
+    learning = Learning(cut, assistant_only_loss=assistant_only_loss)
     numbers = taken.numbers
+    parts, lost = _all_parts(taken, stage, encoder, learning, dataset)
     too_long = {
         place for place, row in enumerate(parts) if max_length is not None and _whole(row) > max_length
     }
     dropped = {**taken.dropped}
+    if lost:
+        dropped[f"nothing of the reply is left to learn at max_length={max_length}"] = lost
     if too_long and stage != "sft":
         dropped[f"longer than max_length={max_length}"] = [numbers[place] for place in sorted(too_long)]
     # The text: what the rows are, three of them, lengths, and what is left out
@@ -114,14 +128,33 @@ def describe(
         *_format_lines(rows, taken, stage, how),
         "",
     ]
-    lines += [*textwrap.wrap(_view(taken, stage, encoder), width), ""]
-    lines += _second_bos_lines(taken, stage, encoder)
+    lines += [*textwrap.wrap(_view(taken, stage, encoder, assistant_only_loss), width), ""]
+    lines += _marker_lines(taken, stage, encoder)
     for place in shown:
         lines += _row_lines(numbers[place], parts[place], width)
     lines += _length_lines(parts, "tokens" if encoder else "words")
     if stage == "sft" and max_length is not None:
         lines.append(f"{len(too_long):,} of {_count(len(parts), 'row')} cut at max_length={max_length}")
     return "\n".join([*lines, "", *_dropped_lines(dropped, len(rows))])
+
+
+def _all_parts(
+    taken: Taken,
+    stage: StageName,
+    encoder: PreTrainedTokenizerBase | None,
+    learning: Learning,
+    name: str,
+) -> tuple[list[list[Part]], list[int]]:
+    """Return the pieces of all rows, and the numbers of rows whose reply is cut away."""
+    parts, lost = [], []
+    for number, row in zip(taken.numbers, _rows(taken), strict=True):
+        try:
+            parts.append(row_parts(row, taken, stage, encoder, cut=learning.max_length, learning=learning))
+            if encoder is not None and stage == "sft" and not demonstration(row, encoder, learning).has_reply:
+                lost.append(number)
+        except UserError as error:
+            raise UserError(f"{name}: row {number}: {error}") from error
+    return parts, lost
 
 
 def row_parts(
@@ -131,6 +164,7 @@ def row_parts(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     cut: int | None = None,
+    learning: Learning | None = None,
 ) -> list[Part]:
     """Return the pieces of a row: its prompt, if it has one, then each reply that the stage sees.
 
@@ -147,18 +181,16 @@ def row_parts(
             Part(label, _plain(reply), _words(reply), length + _words(reply))
             for label, reply in replies.items()
         ]
-    # With one: token by token, prompt and reply together and the prompt alone
-    alone = (
-        []
-        if not prompt
-        else prompt_ids(prompt, tokenizer)
-        if stage == "ppo"
-        else _ids(prompt, tokenizer, ends=False)
-    )
-    if not replies:
+    # With one, the tokens of the stage itself: prompt and reply together, and the prompt alone
+    if stage == "ppo":
+        alone = row_prompt_ids(row, tokenizer)
         return [Part("prompt", _decode(alone, tokenizer), len(alone), len(alone))]
+    if stage == "sft":
+        return _learned_parts(row, prompt, replies, tokenizer, learning or Learning(cut))
+    alone = _alone(row, prompt, tokenizer)
+    options = chat_options(row)
     wholes = {
-        label: _ids(reply if prompt is None else prompt + reply, tokenizer, ends=True)
+        label: encode_reply(tokenizer, prompt, reply, append_eos=True, **options)
         for label, reply in replies.items()
     }
     # The reply begins where the two differ: a token may span both
@@ -173,6 +205,46 @@ def row_parts(
         Part(label, _decode(whole[start:end], tokenizer), len(whole) - start, len(whole))
         for label, whole in wholes.items()
     ]
+
+
+def _learned_parts(
+    row: Mapping[str, Any],
+    prompt: Content | None,
+    replies: Mapping[str, Content],
+    tokenizer: PreTrainedTokenizerBase,
+    learning: Learning,
+) -> list[Part]:
+    """Return the pieces of a row for fine-tuning, as ``demonstration`` tokenizes it.
+
+    Where not all of a reply is learned, or not all of a text, its pieces say which are.
+    """
+    tokens = demonstration(row, tokenizer, learning)
+    (label,) = replies
+    start = 0 if prompt is None else min(_common(_alone(row, prompt, tokenizer), tokens.ids), len(tokens.ids))
+    parts = []
+    if prompt is not None:
+        parts.append(Part("prompt", _decode(tokens.ids[:start], tokenizer), start, start))
+    whole = tokens.whole
+    plain = all(tokens.learned[start:]) and (start == 0 or len(set(tokens.learned[:start])) == 1)
+    if plain:
+        return [*parts, Part(label, _decode(tokens.ids[start:], tokenizer), whole - start, whole)]
+    # Runs of tokens that are learned, and that are not
+    parts, first = [], 0
+    for place in range(1, len(tokens.ids) + 1):
+        if place == len(tokens.ids) or tokens.learned[place] != tokens.learned[first]:
+            name = "learned" if tokens.learned[first] else "read only"
+            parts.append(Part(name, _decode(tokens.ids[first:place], tokenizer), place - first, whole))
+            first = place
+    return parts
+
+
+def _alone(row: Mapping[str, Any], prompt: Content | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a prompt without its reply."""
+    if not prompt:
+        return []
+    if isinstance(prompt, str):
+        return text_ids(tokenizer, prompt, ends=False)
+    return render_whole(prompt, tokenizer, asks=True, **chat_options(row))
 
 
 def _rows(taken: Taken) -> Iterator[Any]:
@@ -202,21 +274,6 @@ def _pieces(row: Mapping[str, Any], format: Format, stage: StageName) -> tuple[A
         else {"reply": "completion"}
     )
     return prompt or None, {label: row[column] for label, column in names.items()}
-
-
-def _ids(value: Content, tokenizer: PreTrainedTokenizerBase, *, ends: bool) -> list[int]:
-    """Tokenize as TRL's SFTTrainer and RewardTrainer do.
-
-    Text ``ends`` with the end-of-text token, messages as their template ends them.
-    """
-    if not isinstance(value, str):
-        encoded: Any = tokenizer.apply_chat_template(
-            value, add_generation_prompt=not ends, tokenize=True, return_dict=True
-        )
-        return encoded["input_ids"]
-    # TRL adds the end where the text has none
-    end = str(tokenizer.eos_token or "")
-    return tokenizer(value if not ends or value.endswith(end) else value + end)["input_ids"]  # type: ignore[return-value]
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -304,7 +361,9 @@ def _title(rows: Dataset, shape: Shape | None) -> str:
     return f"{shape.title} ({' + '.join(column for column in dict.fromkeys(used) if column not in extras)})"
 
 
-def _view(taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | None) -> str:
+def _view(
+    taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | None, only_assistant: bool = False
+) -> str:
     if encoder is None:
         what = "chat messages without a template" if taken.kind == "chat" else "text without special tokens"
         return f"Rows as they are in the file: {what}. --tokenizer shows what the model sees. {LEGEND}."
@@ -312,6 +371,8 @@ def _view(taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | Non
         how = "Prompts as PPO sees them; the policy writes the replies."
     elif stage == "sft":
         loss = "the reply" if "completion" in taken.format.columns else "all of it"
+        if only_assistant:
+            loss = "the assistant's turns"
         how = f"Rows as SFT sees them; the loss is on {loss}."
     else:
         how = "Rows as the reward model sees them: each reply after the prompt."
@@ -323,26 +384,22 @@ def _view(taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | Non
     return f"{how} {LEGEND}."
 
 
-def _second_bos_lines(taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | None) -> list[str]:
-    """Warn of texts that a template has been through already.
-
-    TRL's trainers would begin them with a second BOS.
-    """
-    if encoder is None or taken.kind == "chat" or stage == "ppo" or not begins_texts_with_bos(encoder):
+def _marker_lines(taken: Taken, stage: StageName, encoder: PreTrainedTokenizerBase | None) -> list[str]:
+    """Warn of texts that went through the template of another family."""
+    if encoder is None or taken.kind == "chat":
         return []
-    first = taken.format.columns[0]
-    count = sum(row[first].startswith(encoder.bos_token) for row in _rows(taken))
-    return (
-        [
-            (
-                f"{_count(count, 'row')}: {first} begins with {encoder.bos_token}, and the tokenizer adds"
-                " another. Take it out."
-            ),
-            "",
-        ]
-        if count
-        else []
-    )
+    first = "text" if "text" in taken.format.columns else "prompt"
+    found = [marks for row in _rows(taken) if (marks := foreign_markers(row[first], encoder))]
+    if not found:
+        return []
+    shown = ", ".join(dict.fromkeys(found[0]))
+    return [
+        (
+            f"{_count(len(found), 'row')}: {first} has {shown}, which are no tokens of this tokenizer but"
+            " plain text. Use messages, or a base of that family."
+        ),
+        "",
+    ]
 
 
 def _row_lines(number: int, parts: Sequence[Part], width: int) -> list[str]:

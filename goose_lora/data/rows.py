@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 
-from goose_lora.data.formats import describe_dropped, take
+from goose_lora.data.formats import Taken, describe_dropped, take
 from goose_lora.data.labelled import BEST_FIRST, pair_words, parse_pairs
 from goose_lora.data.shapes import Reading, StageName
 from goose_lora.embedded import resolve
@@ -66,6 +66,16 @@ class DataArguments:
         },
     )
 
+    leave_out: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Parts of messages to leave out where a chat template would lose them: a role (developer), a"
+                " key (reasoning_content), or think for thoughts inside the text."
+            )
+        },
+    )
+
     def __post_init__(self) -> None:
         self.pairs = pair_words(self.pairs)
         parse_pairs(self.pairs or [BEST_FIRST])
@@ -80,7 +90,7 @@ class DataArguments:
     @property
     def reading(self) -> Reading:
         """How rows are read."""
-        return Reading(tuple(self.pairs or ()), self.as_chat)
+        return Reading(tuple(self.pairs or ()), self.as_chat, tuple(self.leave_out or ()))
 
     def train(self, stage: StageName) -> "RowSet":
         """Read the rows to train on, as ``stage`` takes them."""
@@ -93,8 +103,8 @@ class DataArguments:
         return self._read(self.eval_dataset_name, self.eval_dataset_split, stage)
 
     def _read(self, name: str, split: str, stage: StageName) -> "RowSet":
-        rows = load_rows(name, split, self.max_rows, self.column_mapping, stage=stage, reading=self.reading)
-        return RowSet(name, split, rows)
+        taken = take_rows(name, split, self.max_rows, self.column_mapping, stage, self.reading)
+        return RowSet(name, split, taken.rows, tuple(taken.numbers))
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class RowSet:
     name: str
     split: str | None
     rows: Dataset
+    numbers: tuple[int, ...] | None = None  # of the rows, in the file
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -170,6 +181,8 @@ def load_rows(
             unknown split, no rows, a column to rename that is not there; with ``stage``, what
             ``take`` raises.
     """
+    if stage is not None:
+        return take_rows(name, split, max_rows, column_mapping, stage, reading).rows
     # Read, cut and rename
     name = resolve(name)
     rows = _read(name, split)
@@ -177,10 +190,24 @@ def load_rows(
         rows = rows.select(range(min(max_rows, len(rows))))
     if len(rows) == 0:
         raise UserError(f"{name}: no rows.")
-    rows = rename_columns(rows, parse_column_mapping(column_mapping or []), name)
-    if stage is None:
-        return rows
-    # As the stage takes them
+    return rename_columns(rows, parse_column_mapping(column_mapping or []), name)
+
+
+def take_rows(
+    name: str,
+    split: str,
+    max_rows: int | None,
+    column_mapping: Sequence[str] | None,
+    stage: StageName,
+    reading: Reading | None = None,
+) -> Taken:
+    """Read rows as a stage takes them, and tell in a warning what is left out and ignored.
+
+    Raises:
+        UserError: as ``load_rows``.
+    """
+    rows = load_rows(name, split, max_rows, column_mapping)
+    name = resolve(name)
     taken = take(rows, stage, name, reading)
     left_out = sum(map(len, taken.dropped.values()))
     if left_out:
@@ -189,7 +216,7 @@ def load_rows(
         )
     if taken.ignored:
         logger.warning("%s: read as %s; ignored: %s", name, taken.title, ", ".join(taken.ignored))
-    return taken.rows
+    return taken
 
 
 def rename_columns(rows: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:

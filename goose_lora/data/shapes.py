@@ -56,10 +56,11 @@ class LeftOut(Exception):
 
 
 class Reading(NamedTuple):
-    """How a user says that rows are to be read: the settings ``pairs`` and ``as_chat``."""
+    """How a user says that rows are to be read: ``pairs``, ``as_chat`` and ``leave_out``."""
 
     pairs: tuple[str, ...] = ()
     as_chat: bool | None = None
+    leave_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """Rows to token ids: prompts, texts and chat messages, and their padding."""
 
+import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,13 +13,18 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.data.messages import Content
+from goose_lora.data.messages import Content, Message
 from goose_lora.data.rows import (
     require_columns,
 )
 from goose_lora.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys under which templates look for them
+MARKS = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|eot_id|user|assistant)\|>|<start_of_turn>|<end_of_turn>"
+)
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -44,38 +52,118 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **how: Any
         ) from error
 
 
-def check_chat(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    """Return whether rows for fine-tuning are chat messages.
+def chat_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row has for the chat template besides messages: tools and keywords."""
+    tools = row.get("tools")
+    return ({"tools": tools} if tools else {}) | dict(row.get("chat_template_kwargs") or {})
 
-    If so, each goes through the chat template once, before the model loads.
+
+def render_whole(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, asks: bool = False, **options: Any
+) -> list[int]:
+    """Tokenize messages by the chat template; ``asks``: up to where a reply begins.
 
     Raises:
-        ValueError: there is no template, or it refuses a row.
+        UserError: the template refuses them, or leaves out something that they say: eight of the
+            sixteen templates that TRL knows drop a developer's message, thirteen thoughts.
     """
-    # What fine-tuning reads, in the order in which the template gets it
-    columns = [column for column in ("messages", "prompt", "completion") if column in rows.column_names]
-    if not columns or isinstance(rows[0][columns[0]], str):
-        return False
-    require_chat_template(tokenizer, name)
-    for number, row in enumerate(rows, 1):
-        try:
-            cells: dict[str, Any] = dict(row)  # type: ignore[arg-type]
-            messages = [message for column in columns for message in cells[column]]
-            apply_template(tokenizer, messages, tokenize=False)
-        except ValueError as error:
-            raise UserError(f"{name}: row {number}: {error}") from error
-    return True
+    text = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=asks, **options)
+    lost = _left_out(messages, text)
+    # A developer's message is a system message to templates that are older than the role
+    if lost is not None and lost[1] == "developer":
+        older = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages]
+        text = apply_template(tokenizer, older, tokenize=False, add_generation_prompt=asks, **options)
+        lost = _left_out(older, text)
+        if lost is None:
+            _tell_once("the chat template has no role developer: such messages are read as system")
+    if lost is not None:
+        place, what, missing = lost
+        raise UserError(
+            f"the chat template leaves out {what} of message {place}: {missing[:60]!r}. Use a template that"
+            f" writes it (chat_template.jinja beside the tokenizer), or leave it out of the rows: leave_out:"
+            f" [{what}]."
+        )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+@cache
+def _tell_once(text: str) -> None:
+    logger.warning(text)
+
+
+def _left_out(messages: Sequence[Message], text: str) -> tuple[int, str, str] | None:
+    """Return the number of the first message that is not whole in ``text``, and what it lacks.
+
+    Thoughts inside the content of earlier turns are dropped by design, and told by ``data`` alone.
+    """
+    for place, message in enumerate(messages, 1):
+        last = place == len(messages)
+        # What the turn says, its thoughts apart
+        thought, _, content = _said(message).rpartition("</think>")
+        parts = [(message["role"], content)]
+        if last and thought:
+            parts.append(("think", thought.replace("<think>", "")))
+        parts += [(key, message[key]) for key in THOUGHTS if isinstance(message.get(key), str)]
+        # Calls: names, and what is said to them
+        for call in message.get("tool_calls") or []:
+            parts += [("tool_calls", leaf) for leaf in _leaves(call["function"])]
+        for what, said in parts:
+            if said.strip() and not _stands_in(said.strip(), text):
+                return place, what, said.strip()
+    return None
+
+
+def _said(message: Message) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def _leaves(value: Any) -> list[str]:
+    """Return the texts and names in a call of a tool."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() if key != "description" for leaf in _leaves(inner)]
+    if isinstance(value, list):
+        return [leaf for inner in value for leaf in _leaves(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+def _stands_in(said: str, text: str) -> bool:
+    """Return whether ``said`` is in ``text``, as it is or as a JSON string writes it."""
+    written = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
+    return any(form in text for form in written)
+
+
+def foreign_markers(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return marks of chat templates in a text that are no tokens of this tokenizer."""
+    added: Any = tokenizer
+    known = added.get_added_vocab()
+    return [mark for mark in MARKS.findall(text) if mark not in known]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, ends: bool) -> list[int]:
+    """Tokenize a text as TRL does, with BOS once and, where it ``ends``, EOS once.
+
+    A text that a template has been through has both already.
+    """
+    end = str(tokenizer.eos_token or "")
+    closed = bool(end) and text.rstrip().endswith(end)
+    whole = text + end if ends and not closed else text
+    encoded: Any = tokenizer(whole)["input_ids"]
+    ids = list(encoded)
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def begins_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # type: ignore[index]
 
 
-def prompt_ids(prompt: Content, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: Content, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
     """Tokenize a prompt, up to where the reply begins.
 
     A text begins with BOS where the tokenizer begins texts so, as in SFT and the reward model, but
-    never with two, and has no other special token. Messages go through the chat template, once.
+    never with two, and has no other special token. Messages go through the chat template, once,
+    with ``options`` such as tools.
     """
     if isinstance(prompt, str):
         # A text, with one BOS where texts begin so
@@ -83,17 +171,35 @@ def prompt_ids(prompt: Content, tokenizer: PreTrainedTokenizerBase) -> list[int]
         ids: Any = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return [bos, *ids] if ids and ids[0] != bos and begins_texts_with_bos(tokenizer) else ids
     encoded: Any = apply_template(
-        tokenizer, prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        tokenizer, prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options
     )
     return encoded["input_ids"]
 
 
+def row_prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenize the prompt of a row as PPO sees it, with the row's tools and template keywords.
+
+    Raises:
+        UserError: the template leaves something out.
+    """
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt_ids(prompt, tokenizer)
+    return render_whole(prompt, tokenizer, asks=True, **chat_options(row))
+
+
 def tokenize_prompts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_prompt_tokens: int
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    max_prompt_tokens: int,
+    numbers: Sequence[int] | None = None,
 ) -> Dataset:
     """Tokenize rows with a ``prompt``: text, or a list of chat messages.
 
-    The rows get ``input_ids``; other columns are kept for reward functions.
+    The rows get ``input_ids``; other columns are kept for reward functions. ``numbers`` are those
+    of the rows in their file.
 
     Prompts that are empty or longer than ``max_prompt_tokens`` are left out, and counted in a
     warning.
@@ -108,12 +214,14 @@ def tokenize_prompts(
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            return {"input_ids": prompt_ids(row["prompt"], tokenizer)}
+            return {"input_ids": row_prompt_ids(row, tokenizer)}
         except ValueError as error:
-            raise UserError(f"{name}: row {index + 1} of those that are left: {error}") from error
+            number = f"{index + 1} of those that are left" if numbers is None else numbers[index]
+            raise UserError(f"{name}: row {number}: {error}") from error
 
     # Tokens beside the columns, then those that fit
-    encoded: Any = rows.map(encode, with_indices=True, desc=f"Tokenizing {name}")
+    # (not from a cache: a template may write the day)
+    encoded: Any = rows.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
     kept = encoded.filter(lambda row: 0 < len(row["input_ids"]) <= max_prompt_tokens)
     if len(kept) < len(encoded):
         left_out = len(encoded) - len(kept)

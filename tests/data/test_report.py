@@ -245,15 +245,15 @@ def test_texts_for_sft_are_cut_and_shown_so(folder, tmp_path):
     assert "1 of 2 rows cut at max_length=3" in report and report.endswith("No row is left out.")
 
 
-def test_texts_that_have_a_bos_already_are_pointed_out(folder, tmp_path):
-    warning = "text begins with <s>, and the tokenizer adds another. Take it out."
-    report = describe(
-        tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "<s> ba"}, {"text": "ba"}]), tokenizer=folder
-    )
-    assert f"1 row: {warning}\n" in report and "  text  <s> <s> ba </s>\n" in report
-    assert warning not in describe(
-        tiny.write_rows(tmp_path / "other.jsonl", [{"text": "ba"}]), tokenizer=folder
-    )
+def test_texts_that_have_a_bos_already_have_it_once(folder, tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "<s> ba </s>"}, {"text": "ba"}])
+    assert describe(path, tokenizer=folder).count("  text  <s> ba </s>\n") == 2
+
+
+def test_marks_of_another_template_are_pointed_out(folder, tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"text": "<|im_start|> ba"}, {"text": "ba"}])
+    report = describe(path, tokenizer=folder)
+    assert "1 row: text has <|im_start|>, which are no tokens of this tokenizer but plain text." in report
 
 
 def test_spaces_line_breaks_and_control_characters_can_be_seen(tmp_path):

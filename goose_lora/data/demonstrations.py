@@ -1,0 +1,272 @@
+"""Demonstrations as tokens: what fine-tuning learns from, and what it only reads.
+
+The tokens are those of ``trl.SFTTrainer``. What TRL passes over is refused, left out or told: text
+that a template drops, a cut that takes the reply, turns that are not to be learned.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from goose_lora.data.messages import Cell
+from goose_lora.data.tokenization import (
+    chat_options,
+    foreign_markers,
+    render_whole,
+    require_chat_template,
+    text_ids,
+)
+from goose_lora.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NOT_LEARNED = -100  # in labels, as transformers' loss reads them
+
+
+class Learning(NamedTuple):
+    """Which tokens fine-tuning learns: the settings of ``trl.SFTConfig`` that say it."""
+
+    max_length: int | None = 1024
+    keep_end: bool = False
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+
+    @classmethod
+    def of(cls, config: Cell) -> "Learning":
+        """Return what a ``trl.SFTConfig`` says; packing cuts by itself."""
+        return cls(
+            None if config.packing else config.max_length,
+            config.truncation_mode == "keep_end",
+            config.completion_only_loss,
+            config.assistant_only_loss,
+        )
+
+
+class Demonstration(NamedTuple):
+    """Tokens of a row, which of them are learned, and where the reply begins.
+
+    ``said`` is true where a reply stands: of a text, everywhere. ``whole`` is the length before it
+    was cut.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    said: list[bool]
+    whole: int
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether something of a reply is left to learn."""
+        return any(learned and said for learned, said in zip(self.learned, self.said, strict=True))
+
+
+def demonstration(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, learning: Learning
+) -> Demonstration:
+    """Tokenize a row of text, of prompt and completion, or of messages.
+
+    Raises:
+        UserError: the template refuses the messages or leaves something out, or
+            ``assistant_only_loss`` asks for what cannot be known.
+    """
+    # Tokens, and where replies are in them
+    only_replies = learning.completion_only_loss
+    if "text" in row:
+        ids = text_ids(tokenizer, row["text"], ends=True)
+        said = [True] * len(ids)
+        learned = said
+    elif "messages" in row:
+        ids, said, learned = _conversation(row, tokenizer, learning.assistant_only_loss)
+    else:
+        ids, said = _prompt_and_reply(row, tokenizer)
+        learned = said if only_replies in (None, True) else [True] * len(ids)
+    if learning.assistant_only_loss and "messages" not in row:
+        if isinstance(row.get("prompt"), str) or "text" in row:
+            raise UserError(
+                "assistant_only_loss is for chat messages, and these rows are text. Leave it out, or read"
+                " them as messages: as_chat: true."
+            )
+        learned = [both and one for both, one in zip(learned, said, strict=True)]
+    # The cut
+    kept = slice(None)
+    if learning.max_length is not None and len(ids) > learning.max_length:
+        kept = slice(-learning.max_length, None) if learning.keep_end else slice(learning.max_length)
+    return Demonstration(ids[kept], learned[kept], said[kept], len(ids))
+
+
+def tokenize_demonstrations(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    learning: Learning,
+    numbers: Sequence[int] | None = None,
+) -> Dataset:
+    """Tokenize rows for fine-tuning, as ``input_ids`` and ``labels``.
+
+    Rows of which nothing of a reply is left to learn are left out. They and those that are cut are
+    counted in a warning. ``numbers`` are those of the rows in their file.
+
+    Raises:
+        UserError: a row that ``demonstration`` refuses (with its number), or no row left.
+    """
+    # Chat needs a template, which is told before a row is looked at
+    columns = rows.column_names
+    if "messages" in columns or ("prompt" in columns and not isinstance(rows[0]["prompt"], str)):
+        require_chat_template(tokenizer, name)
+    made, cut, lost, foreign = [], 0, [], 0
+    for place, row in enumerate(rows):
+        number = place + 1 if numbers is None else numbers[place]
+        try:
+            tokens = demonstration(dict(row), tokenizer, learning)  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"{name}: row {number}: {error}") from error
+        foreign += "text" in columns and bool(foreign_markers(row["text"], tokenizer))  # type: ignore[index,call-overload]
+        if not tokens.has_reply:
+            lost.append(number)
+            continue
+        cut += len(tokens.ids) < tokens.whole
+        labels = [
+            token if learned else NOT_LEARNED
+            for token, learned in zip(tokens.ids, tokens.learned, strict=True)
+        ]
+        made.append({"input_ids": tokens.ids, "labels": labels})
+
+    # What a reader of the loss would not see
+    if lost:
+        logger.warning(
+            "%s: %d of %d rows left out: nothing of the reply is left to learn at max_length=%s (rows %s)",
+            *(name, len(lost), len(rows), learning.max_length, ", ".join(map(str, lost[:3]))),
+        )
+    if cut:
+        logger.warning("%s: %d of %d rows cut at max_length=%s", name, cut, len(rows), learning.max_length)
+    if foreign:
+        logger.warning(
+            "%s: %d rows hold marks of a chat template, such as <|im_start|>, that are no tokens of this"
+            " tokenizer; they are read as plain text",
+            name,
+            foreign,
+        )
+    if not made:
+        raise UserError(
+            f"{name}: no row has anything of its reply left to learn at max_length={learning.max_length}."
+            " Raise max_length, or set truncation_mode: keep_end."
+        )
+    ids = List(Value("int64"))
+    return Dataset.from_list(made, features=Features({"input_ids": ids, "labels": ids}))
+
+
+def _prompt_and_reply(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """Return the tokens of both together; the reply begins where they differ from the prompt's."""
+    prompt, reply = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        alone = text_ids(tokenizer, prompt, ends=False)
+        ids = text_ids(tokenizer, prompt + reply, ends=True)
+    else:
+        options = chat_options(row)
+        alone = render_whole(prompt, tokenizer, asks=True, **options)
+        ids = render_whole([*prompt, *reply], tokenizer, **options)
+    start = _common(alone, ids)
+    said = [place >= start for place in range(len(ids))]
+    return ids, [one and other for one, other in zip(said, _weights(row, ids, tokenizer), strict=True)]
+
+
+def _conversation(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, only_assistant: bool
+) -> tuple[list[int], list[bool], list[bool]]:
+    """Return the tokens of a conversation, where the assistant speaks, and what is learned."""
+    messages, options = row["messages"], chat_options(row)
+    ids = render_whole(messages, tokenizer, **options)
+    said = _turns(messages, tokenizer, ids, options)
+    learned = [True] * len(ids)
+    if only_assistant:
+        ids, learned = _marked(messages, tokenizer, options)
+        said = learned
+    return (
+        ids,
+        said,
+        [one and other for one, other in zip(learned, _weights(row, ids, tokenizer), strict=True)],
+    )
+
+
+def _turns(
+    messages: Cell, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], options: Mapping[str, Any]
+) -> list[bool]:
+    """Return where replies stand: from the beginning of the first turn of the assistant.
+
+    Without such a turn, everywhere.
+    """
+    first = next((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), None)
+    if not first:
+        return [True] * len(ids)
+    try:
+        before = render_whole(messages[:first], tokenizer, asks=True, **options)
+    except UserError:
+        return [True] * len(ids)  # a template that takes whole conversations alone
+    start = _common(before, ids)
+    return [place >= start for place in range(len(ids))]
+
+
+def _marked(
+    messages: Cell, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> tuple[list[int], list[bool]]:
+    """Return tokens and the assistant's among them, by the marks of TRL's training template."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    template = None
+    if "generation" not in str(tokenizer.chat_template):
+        try:
+            template = get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise UserError(
+                f"assistant_only_loss: {' '.join(str(error).split())} Leave it out, or give a template with"
+                " {% generation %} marks: chat_template_path."
+            ) from error
+    encoded: Any = tokenizer.apply_chat_template(
+        messages,
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **options,
+    )
+    return list(encoded["input_ids"]), [bool(bit) for bit in encoded["assistant_masks"]]
+
+
+def _weights(row: Mapping[str, Any], ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Return where turns stand that OpenAI's ``weight`` leaves to be learned: all but those of 0.
+
+    Raises:
+        UserError: another weight than 0 or 1, or a template under which a turn has no place.
+    """
+    replies = row["messages"] if "messages" in row else row["completion"]
+    learned = [True] * len(ids)
+    if isinstance(replies, str) or not any("weight" in turn for turn in replies):
+        return learned
+    turns = replies if "messages" in row else [*row["prompt"], *replies]
+    options = chat_options(row)
+    for place, turn in enumerate(turns):
+        if turn.get("weight", 1) not in (0, 1):
+            raise UserError(f"message {place + 1} has the weight {turn['weight']}; 0 and 1 are known.")
+        if turn.get("weight", 1) == 1:
+            continue
+        # From where the turn is asked for, to where the next begins
+        before = render_whole(turns[:place], tokenizer, asks=True, **options)
+        until = render_whole(turns[: place + 1], tokenizer, **options)
+        if _common(before, ids) < len(before) or _common(until, ids) < len(until):
+            raise UserError(
+                f"message {place + 1} has the weight 0, and under this chat template its tokens cannot be"
+                " told from others. Leave the turn out of the rows."
+            )
+        learned[len(before) : len(until)] = [False] * (len(until) - len(before))
+    return learned
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    shortest = min(len(first), len(second))
+    return next((place for place in range(shortest) if first[place] != second[place]), shortest)

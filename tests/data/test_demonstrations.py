@@ -1,0 +1,180 @@
+"""What reaches the model: tokens against TRL's own, and nothing lost on the way."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import trl
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from goose_lora.data.demonstrations import Learning, demonstration, tokenize_demonstrations
+from goose_lora.data.formats import take
+from goose_lora.data.preferences import encode_reply
+from goose_lora.data.report import row_parts
+from goose_lora.data.rows import load_rows
+from goose_lora.data.shapes import Reading
+from goose_lora.data.tokenization import render_whole, text_ids, tokenize_prompts
+
+USER = {"role": "user", "content": "ba be"}
+GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad bi"}
+TALK = [USER, GOOD, {"role": "user", "content": "bo"}, BAD]
+MARKED = (
+    "{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }} {{ eos_token }}{% endgeneration %}{% else %}"
+    "{{ m['content'] }} {{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} <assistant>{% endif %}"
+)
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+def marked():
+    tokenizer = tiny.chat_tokenizer()
+    tokenizer.chat_template = MARKED
+    return tokenizer
+
+
+def trl_tokens(rows, tokenizer, tmp_path, **settings):
+    model = tiny.base()
+    model.resize_token_embeddings(len(tokenizer))
+    config = SFTConfig(str(tmp_path), use_cpu=True, report_to="none", bf16=False, **settings)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset], config
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"completion_only_loss": False},
+        {"max_length": 7},
+        {"max_length": 7, "truncation_mode": "keep_end"},
+    ],
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "ba be good"},
+        {"prompt": "ba be", "completion": " good"},
+        {"prompt": [USER], "completion": [GOOD]},
+        {"messages": TALK},
+    ],
+)
+def test_tokens_and_labels_are_those_of_trl(row, settings, tmp_path):
+    tokenizer, rows = tiny.chat_tokenizer(), Dataset.from_list([row])
+    wanted, config = trl_tokens(rows, tokenizer, tmp_path, **settings)
+    made = tokenize_demonstrations(rows, tokenizer, name="x", learning=Learning.of(config))
+    assert [(row["input_ids"], row["labels"]) for row in made] == wanted
+
+
+def test_the_assistants_turns_alone_are_those_of_trl(tmp_path):
+    rows = Dataset.from_list([{"messages": TALK}])
+    wanted, config = trl_tokens(rows, marked(), tmp_path, assistant_only_loss=True)
+    made = tokenize_demonstrations(rows, marked(), name="x", learning=Learning.of(config))
+    assert [(row["input_ids"], row["labels"]) for row in made] == wanted
+    # and goose-lora data shows which they are
+    taken = take(rows, "sft", "x")
+    parts = row_parts(taken.rows[0], taken, "sft", marked(), learning=Learning(assistant_only_loss=True))
+    assert [part.text for part in parts if part.label == "learned"] == ["good </s>", "bad bi </s>"]
+
+
+def test_a_cut_never_takes_the_reply(caplog):
+    long = {"messages": [{"role": "user", "content": "ba " * 30}, GOOD]}
+    rows = Dataset.from_list([long, {"messages": [USER, GOOD]}])
+    made = tokenize_demonstrations(
+        rows, tiny.chat_tokenizer(), name="x", learning=Learning(20), numbers=[4, 9]
+    )
+    assert len(made) == 1
+    assert (
+        "1 of 2 rows left out: nothing of the reply is left to learn at max_length=20 (rows 4)" in caplog.text
+    )
+    with pytest.raises(
+        ValueError, match=r"no row has anything of its reply left .* truncation_mode: keep_end"
+    ):
+        tokenize_demonstrations(rows.select([0]), tiny.chat_tokenizer(), name="x", learning=Learning(20))
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned():
+    tokenizer = tiny.chat_tokenizer()
+    row = {"messages": [USER, {**GOOD, "weight": 0}, TALK[2], {**BAD, "weight": 1}]}
+    tokens = demonstration(row, tokenizer, Learning())
+    masked = [token for token, learned in zip(tokens.ids, tokens.learned, strict=True) if not learned]
+    assert tokenizer.decode(masked) == "good </s>"
+    assert tokens.ids == demonstration({"messages": TALK}, tokenizer, Learning()).ids
+
+
+@pytest.mark.parametrize("text", ["ba be", "<s> ba be", "ba be </s>", "<s> ba be </s>\n"])
+def test_a_text_has_bos_once_and_eos_once(text):
+    tokenizer = tiny.tokenizer()
+    assert text_ids(tokenizer, text, ends=True) == [tiny.BOS, 4, 5, tiny.EOS]
+    assert encode_reply(tokenizer, None, text, append_eos=True) == [tiny.BOS, 4, 5, tiny.EOS]
+
+
+def with_template(name):
+    tokenizer = tiny.chat_tokenizer()
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    return tokenizer
+
+
+CALLING = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "fff", "arguments": {"x": "XXX"}}}],
+}
+THINKING = {**GOOD, "reasoning_content": "SSS"}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "what"),
+    [
+        ("llama3_2", [USER, THINKING], "reasoning_content of message 2: 'SSS'"),
+        ("qwen2_5", [USER, THINKING], "reasoning_content of message 2: 'SSS'"),
+        ("phi3", [USER, CALLING, {"role": "tool", "content": "SSS"}, GOOD], "tool_calls of message 2"),
+        ("llama3", [USER, CALLING, {"role": "tool", "content": "bi"}, GOOD], "tool_calls of message 2"),
+        ("deepseekv3", [USER, {**GOOD, "content": "<think>\nSSS\n</think>\n\nbi"}], "think of message 2"),
+    ],
+)
+def test_what_a_template_drops_is_refused_with_the_setting_that_leaves_it_out(template, messages, what):
+    with pytest.raises(ValueError, match=f"leaves out {what}.* leave_out: \\["):
+        render_whole(messages, with_template(template))
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen2_5"])
+def test_a_developers_message_is_read_as_system_where_the_template_has_no_such_role(template):
+    tokenizer = with_template(template)
+    system, developer = ({"role": role, "content": "SSS"} for role in ("system", "developer"))
+    assert render_whole([developer, USER, GOOD], tokenizer) == render_whole([system, USER, GOOD], tokenizer)
+
+
+def test_what_a_template_keeps_passes():
+    tokenizer = with_template("qwen3")
+    messages = [USER, THINKING]
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert render_whole(messages, tokenizer) == ids
+
+
+def test_parts_that_are_left_out_are_in_no_row(tmp_path):
+    rows = [{"messages": [{"role": "developer", "content": "bo"}, USER, THINKING]}]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    reading = Reading(leave_out=("reasoning_content", "developer"))
+    assert list(load_rows(path, stage="sft", reading=reading)) == [{"messages": [USER, GOOD]}]
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "d", "parameters": {"type": "object"}},
+}
+
+
+@pytest.mark.parametrize("extra", [{"tools": [TOOL]}, {"chat_template_kwargs": {"enable_thinking": False}}])
+def test_tools_and_keywords_reach_the_template_in_ppo(extra):
+    tokenizer = with_template("qwen3")
+    taken = take(Dataset.from_list([{"prompt": [USER], **extra}]), "ppo", "x")
+    (row,) = tokenize_prompts(taken.rows, tokenizer, name="x", max_prompt_tokens=900)
+    keywords = {"tools": extra["tools"]} if "tools" in extra else extra["chat_template_kwargs"]
+    wanted = tokenizer.apply_chat_template(
+        [USER], add_generation_prompt=True, tokenize=True, return_dict=True, **keywords
+    )
+    assert row["input_ids"] == wanted["input_ids"]
+    plain = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert row["input_ids"] != plain["input_ids"]
