@@ -1,11 +1,14 @@
 """RLHF on one small machine: SFT, reward model and PPO as LoRA adapters on one shared base."""
 
 import importlib
+import importlib.metadata
 import os
 
 # Before torch is loaded, whose OpenMP reads it then: on a CPU that other work shares, threads that
 # spin while they wait for each other take ten times as long as threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+__version__ = importlib.metadata.version("goose-lora")
 
 # Loaded when first used, so that `import goose_lora.functional` needs torch alone.
 _HOMES = {
@@ -14,6 +17,8 @@ _HOMES = {
     "load_base": "models.loading",
     "load_tokenizer": "models.loading",
     "lora_config": "models.loading",
+    "push": "sharing.hub",
+    "run": "cli.notebook",
     "PPOConfig": "ppo.config",
     "PPOTrainer": "ppo.trainer",
     "Agent": "instruct",

@@ -69,7 +69,7 @@ class Interview:
                     )
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> PPOTrainer:
     """Train a policy over conversations of several turns."""
     config, model, data, game = cli.parse(
         PPOConfig, ModelArguments, DataArguments, InterviewArguments, args=args
@@ -119,6 +119,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"rollout {rollout + 1}: ratings of a conversation {ratings:.3f}, KL {kl:.2f}", flush=True)
     trainer.finish()
     stage.finish(trainer, parents={"policy": policy}, figures=figures)
+    return trainer
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class RoleArguments:
         check_weights(self.reward_weights, self.reward_function)
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> PPOTrainer:
     """Train a policy by PPO."""
     config, model, data, roles = cli.parse(PPOConfig, ModelArguments, DataArguments, RoleArguments, args=args)
     stage = cli.Stage.begin("ppo", config, model, data, roles, command=args)
@@ -132,6 +132,7 @@ def main(args: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=stage.checkpoint)
     stage.finish(trainer, parents={"policy": policy, "reward": reward})
+    return trainer
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def is_ranked(row_set: RowSet) -> bool:
     return "completions" in row_set.rows.column_names
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> RewardTrainer:
     """Train a reward model, and judge it on pairs that it has not seen."""
     config, model, data = cli.parse(RewardConfig, ModelArguments, RewardArguments, args=args)
     stage = cli.Stage.begin("reward", config, model, data, command=args)
@@ -180,6 +180,7 @@ def main(args: list[str] | None = None) -> None:
         figures={"loss": result.training_loss, "steps": trainer.state.global_step},
         data=noted,
     )
+    return trainer
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Trainer(Resumable, SFTTrainer):
     stage = "sft"
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> SFTTrainer:
     """Train an adapter on demonstrations."""
     config, model, data = cli.parse(SFTConfig, ModelArguments, DataArguments, args=args)
     stage = cli.Stage.begin("sft", config, model, data, command=args)
@@ -45,6 +45,7 @@ def main(args: list[str] | None = None) -> None:
     result = trainer.train(resume_from_checkpoint=stage.checkpoint)
     trainer.save_model()
     stage.finish(trainer, figures={"loss": result.training_loss, "steps": trainer.state.global_step})
+    return trainer
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import (
@@ -55,6 +56,7 @@ IMPOSSIBLE_BYTES = ("ÿ", "<0xFF>")
 
 def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer, left-padding, with a pad token that no text uses."""
+    args = replace(args, model_name_or_path=resolve(args.model_name_or_path))
     require_name(args.model_name_or_path)
     with reading("the tokenizer", args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -131,6 +133,7 @@ def _load(
         )
     if args.attn_implementation:
         kwargs["attn_implementation"] = args.attn_implementation
+    args = replace(args, model_name_or_path=resolve(args.model_name_or_path))
     require_model(args.model_name_or_path)
     model = read_weights(
         auto_class, args.model_name_or_path, args, place, revision=args.model_revision, **kwargs

@@ -1,14 +1,16 @@
 """Which prompts a rollout answers, and which pretraining texts a microbatch reads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from goose_lora.data.tokenization import left_pad
+from goose_lora.data.formats import take
+from goose_lora.data.tokenization import left_pad, tokenize_prompts
 from goose_lora.errors import UserError
 
 
@@ -18,6 +20,51 @@ class PromptBatch(TypedDict):
     input_ids: Int[Tensor, "B P"]
     attention_mask: Int[Tensor, "B P"]
     columns: dict[str, list]
+
+
+GivenPrompt = str | Sequence[Mapping[str, Any]]  # text, or chat messages
+GivenPrompts = Dataset | Sequence[GivenPrompt | Mapping[str, Any]]
+
+
+def prompt_rows(
+    prompts: GivenPrompts, tokenizer: PreTrainedTokenizerBase, *, name: str, max_prompt_tokens: int
+) -> Dataset:
+    """Return prompts as rows with ``input_ids``, which are left as they are where they have them.
+
+    Args:
+        prompts: texts, lists of chat messages, or rows as ``recipes/ppo.py`` takes them: with
+            ``prompt``, ``messages`` or pairs. Other columns go to reward functions.
+        name: what errors call them.
+
+    Raises:
+        UserError: no prompts, another kind of thing, or what ``data.tokenize_prompts`` refuses.
+    """
+    if isinstance(prompts, Dataset):
+        rows = prompts
+    else:
+        listed = list(prompts)
+        if all(isinstance(prompt, Mapping) for prompt in listed):
+            rows = Dataset.from_list([dict(row) for row in listed if isinstance(row, Mapping)])
+        elif all(isinstance(prompt, str) for prompt in listed) or all(map(_is_chat, listed)):
+            rows = Dataset.from_list([{"prompt": prompt} for prompt in listed])
+        else:
+            kinds = sorted({type(prompt).__name__ for prompt in listed})
+            raise UserError(
+                f"{name} has {', '.join(kinds)}: give texts alone, lists of chat messages alone, or rows with"
+                " a prompt."
+            )
+    if len(rows) == 0:
+        raise UserError(f"{name}: no prompts.")
+    if "input_ids" in rows.column_names:
+        return rows
+    taken = take(rows, "ppo", name)
+    return tokenize_prompts(taken.rows, tokenizer, name=name, max_prompt_tokens=max_prompt_tokens)
+
+
+def _is_chat(prompt: object) -> bool:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        return False
+    return all(isinstance(message, Mapping) for message in prompt)
 
 
 class PromptCollator:

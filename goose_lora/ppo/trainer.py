@@ -46,7 +46,15 @@ from goose_lora.ppo.own_loop import (
     unscored,
 )
 from goose_lora.ppo.processes import gathered
-from goose_lora.ppo.sampler import PretrainingTexts, PromptBatch, PromptCollator, RolloutBatches, repeated
+from goose_lora.ppo.sampler import (
+    GivenPrompts,
+    PretrainingTexts,
+    PromptBatch,
+    PromptCollator,
+    RolloutBatches,
+    prompt_rows,
+    repeated,
+)
 from goose_lora.ppo.schedules import by_settings
 from goose_lora.ppo.trl_names import TRAINER_ARGUMENTS, answers_trl
 from goose_lora.ppo.update import Updater
@@ -69,16 +77,17 @@ class PPOTrainer(Resumable, Trainer):
         model: the shared base, with a critic where ``advantage_estimator`` is gae, and with a
             reward adapter unless ``reward_function`` is given.
         args: settings.
-        train_dataset: rows with ``input_ids``, from ``data.tokenize_prompts``; further columns go
-            to the reward function. None for a loop of one's own by ``generate`` and ``step``.
+        train_dataset: prompts: texts, lists of chat messages, or rows as the recipe takes them,
+            tokenized here; or rows with ``input_ids``, from ``data.tokenize_prompts``. Further
+            columns go to the reward function. None for a loop of one's own by ``generate`` and
+            ``step``.
         processing_class: the base's tokenizer.
         reward_function: scores in place of the reward adapter; or several in a list, ``"adapter"``
             among them where it has a part. See RewardMix.
         reward_weights: one to each of them; 1 if not given.
         ptx_dataset: rows with ``input_ids`` of pretraining text, from ``data.tokenize_texts``, for
             ``ptx_coef``.
-        eval_dataset (by keyword, as in Trainer): held-out prompts like ``train_dataset``, for
-            ``eval_strategy``.
+        eval_dataset: held-out prompts like ``train_dataset``, for ``eval_strategy``.
 
     Attributes:
         collector: generates replies, and asks the roles about them.
@@ -101,9 +110,10 @@ class PPOTrainer(Resumable, Trainer):
         self,
         model: SharedBase,
         args: PPOConfig,
-        train_dataset: Dataset | None,
+        train_dataset: GivenPrompts | None,
         processing_class: PreTrainedTokenizerBase,
         *,
+        eval_dataset: GivenPrompts | None = None,
         reward_function: RewardSource | Sequence[RewardSource] | None = None,
         reward_weights: Sequence[float] | None = None,
         ptx_dataset: Dataset | None = None,
@@ -128,12 +138,25 @@ class PPOTrainer(Resumable, Trainer):
                 " ptx_dataset_name too"
             )
 
+        if processing_class.pad_token_id is None:
+            raise UserError(
+                "the tokenizer has no pad token. Load it with goose_lora.load_tokenizer, or set"
+                " tokenizer.pad_token to a token that is not its end-of-text token."
+            )
+
         # 2. The library's trainer, and what is called back by it.
         self.has_prompts = train_dataset is not None
-        if train_dataset is None:
-            train_dataset = _unread_rows(args, processing_class)
+        rows = partial(prompt_rows, tokenizer=processing_class, max_prompt_tokens=args.max_prompt_tokens)
+        train_rows = _unread_rows(args, processing_class)
+        if train_dataset is not None:
+            train_rows = rows(train_dataset, name="train_dataset")
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=None if eval_dataset is None else rows(eval_dataset, name="eval_dataset"),
+            processing_class=processing_class,
+            **kwargs,
         )
         self.rollout_state = RolloutState(
             make_kl_control(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)

@@ -182,10 +182,13 @@ def recorded_command(recipe: str, words: Sequence[str] | None) -> str:
 
     It is made of ``words``, or of what the process was started with.
     """
+    asked = os.environ.get(STARTED_BY, "")
+    if asked.endswith(")"):
+        return asked  # a call from Python, whose words are a file that is gone
     kept, started = list(words or []), [f"recipes/{recipe}.py"]
     if words is None:
         kept = sys.argv[1:]
-        started = shlex.split(os.environ.get(STARTED_BY, "")) or started
+        started = shlex.split(asked) or started
     return redacted(shlex.join([*started, *without_secrets(kept)]))
 
 

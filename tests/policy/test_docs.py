@@ -79,7 +79,7 @@ def run(words, known, monkeypatch):
         script(arguments[0], arguments[1:], known, monkeypatch)
     elif program == "pip":
         extra = re.fullmatch(r"goose-lora\[(\w+)\]", arguments[-1])
-        assert arguments[-1] in ("goose-lora", "vllm") or (
+        assert arguments[-1] in ("goose-lora", "vllm", ".") or (
             extra and re.search(rf"^{extra[1]} = \[", read(ROOT / "pyproject.toml"), re.MULTILINE)
         )
     else:

@@ -1,0 +1,101 @@
+"""A stage as one call, for notebooks: ``goose_lora.run("ppo", "consumer_gpu/ppo", seed=3)``."""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from goose_lora.cli.parser import read_config
+from goose_lora.cli.recipes import RECIPES, configuration, recipes_folder
+from goose_lora.errors import UserError
+from goose_lora.files import read_json
+from goose_lora.reporting.run_files import lineage_of
+from goose_lora.training.signals import STARTED_BY
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage has left.
+
+    Attributes:
+        folder: its ``output_dir``.
+        figures: the last ones, as in ``stage.json``.
+        trainer: what has trained; None after ``evaluate``.
+    """
+
+    folder: Path
+    figures: dict[str, Any]
+    trainer: Any = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files at the root of ``folder``, by name."""
+        return sorted(path for path in self.folder.iterdir() if path.is_file())
+
+
+def run(stage: str, config: Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> StageResult:
+    """Run a recipe in this process, and return what it has left.
+
+    It is what ``goose-lora STAGE --config CONFIG --override value`` runs, on one process. Errors
+    are raised; nothing ends the process.
+
+    Args:
+        stage: sft, reward, ppo, own-loop or evaluate.
+        config: settings, a YAML file of them, or the name of a packaged one: ``demo_cpu/ppo``.
+        overrides: settings that win over those of ``config``.
+
+    Raises:
+        UserError: no such stage or configuration, or whatever the recipe refuses.
+    """
+    if stage not in RECIPES:
+        raise UserError(f"{stage!r} is no stage. There are {', '.join(RECIPES)}.")
+    settings: dict[Any, Any] = {}
+    if isinstance(config, Mapping):
+        settings = dict(config)
+    elif config is not None:
+        settings = read_config(configuration(str(config)))
+    settings |= overrides
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    if not settings.get("output_dir"):
+        raise UserError("output_dir is missing: name the folder for the results.")
+
+    # As a file, since a value of YAML keeps its type and a word of the command line does not.
+    recipe = _load(RECIPES[stage][0])
+    before = os.environ.get(STARTED_BY)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{stage}.yaml"
+        path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+        os.environ[STARTED_BY] = f"goose_lora.run({stage!r}, ...)"
+        try:
+            trainer = recipe.main(["--config", str(path)])
+        finally:
+            os.environ.pop(STARTED_BY)
+            if before is not None:
+                os.environ[STARTED_BY] = before
+    results = Path(settings["output_dir"])
+    return StageResult(results, _figures(results), trainer)
+
+
+def _load(script: str) -> ModuleType:
+    """Import a recipe from its file, anew each time: it is no module of the package."""
+    path = recipes_folder() / script
+    spec = importlib.util.spec_from_file_location(f"goose_lora_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """Return the figures of a stage: those of its lineage, or of an evaluation."""
+    if (folder / "evaluation.json").is_file():
+        return dict(read_json(folder / "evaluation.json")["figures"])
+    return dict(lineage_of(folder).get("figures", {}))

@@ -1,0 +1,91 @@
+"""``goose_lora.run``: stages as calls, which return what they have left and raise what is wrong."""
+
+import os
+
+import pytest
+import tiny
+from peft import PeftModel
+
+import goose_lora
+from goose_lora.errors import UserError
+from goose_lora.files import read_json
+
+
+def even(completions, **columns):
+    """A reward that needs nothing: the share of even words."""
+    return [float(len(text) % 2) for text in completions]
+
+
+@pytest.fixture
+def settings(tiny_base):
+    return {
+        "model_name_or_path": tiny_base,
+        "quantization": "none",
+        "dtype": "float32",
+        "lora_r": 3,
+        "use_cpu": True,
+        "report_to": "none",
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+
+
+def test_a_chain_is_two_calls(settings, tmp_path):
+    texts = tiny.write_rows(tmp_path / "texts.jsonl", tiny.texts(16))
+    prompts = tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompts(16))
+    sft = goose_lora.run("sft", settings, dataset_name=texts, output_dir=tmp_path / "sft", max_steps=2)
+    assert sft.figures["steps"] == 2 == sft.trainer.state.global_step
+    assert sft.folder / "adapter_model.safetensors" in sft.files
+    ppo = goose_lora.run(
+        "ppo",
+        settings,
+        dataset_name=prompts,
+        output_dir=tmp_path / "ppo",
+        policy_adapter=sft.folder,
+        reward_function=f"{__file__}:even",
+        num_rollouts=1,
+        response_length=4,
+        score_calibration_prompts=8,
+    )
+    assert "objective/score" in ppo.figures
+    assert isinstance(ppo.trainer.model, PeftModel)
+    noted = read_json(tmp_path / "ppo" / "goose_lora.json")
+    assert noted["command"].startswith("goose_lora.run(") and "yaml" not in noted["command"]
+    assert "GOOSE_LORA_COMMAND" not in os.environ
+
+
+def test_a_packaged_configuration_and_overrides(settings, tmp_path):
+    texts = tiny.write_rows(tmp_path / "texts.jsonl", tiny.texts(16))
+    done = goose_lora.run(
+        "sft",
+        "demo_cpu/sft",
+        **(settings | {"lora_layers": "all"}),
+        dataset_name=texts,
+        output_dir=tmp_path / "sft",
+        max_steps=1,
+    )
+    assert done.trainer.args.learning_rate == 5e-4, "the configuration's"
+    assert done.trainer.args.max_steps == 1, "the override"
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "said"),
+    [
+        ("dpo", {}, "'dpo' is no stage. There are sft, reward, ppo, own-loop, evaluate"),
+        ("ppo", {}, "output_dir is missing"),
+        ("ppo", {"config": "nowhere/ppo", "output_dir": "x"}, "no such file, nor a configuration"),
+        ("ppo", {"output_dir": "x", "kl_coeff": 0.1}, "unknown setting 'kl_coeff'. Did you mean kl_coef"),
+    ],
+)
+def test_what_is_wrong_is_raised(stage, given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        goose_lora.run(stage, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_version_is_the_packages():
+    assert goose_lora.__version__.count(".") == 2

@@ -1,0 +1,64 @@
+"""PPOTrainer tokenizes prompts itself: texts, chat messages, or rows with a prompt."""
+
+import pytest
+import tiny
+from datasets import Dataset
+from tiny_runs import config, even_share, fresh
+
+from goose_lora.data.tokenization import tokenize_prompts
+from goose_lora.errors import UserError
+from goose_lora.ppo.trainer import PPOTrainer
+
+TEXTS = [row["prompt"] for row in tiny.prompts(64)]
+CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
+
+
+def made(folder, prompts, tokenizer=None, **more):
+    return PPOTrainer(
+        fresh(), config(folder), prompts, tokenizer or tiny.tokenizer(), reward_function=even_share, **more
+    )
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [TEXTS, tuple(TEXTS), [{"prompt": text} for text in TEXTS], Dataset.from_dict({"prompt": TEXTS})],
+    ids=["texts", "tuple", "rows", "dataset"],
+)
+def test_texts_become_the_recipes_tokens(prompts, tmp_path):
+    rows = Dataset.from_dict({"prompt": TEXTS})
+    want = tokenize_prompts(rows, tiny.tokenizer(), name="x", max_prompt_tokens=512)["input_ids"]
+    trainer = made(tmp_path, prompts, eval_dataset=prompts)
+    assert list(trainer.train_dataset["input_ids"]) == list(want) == list(trainer.eval_dataset["input_ids"])
+
+
+def test_messages_go_through_the_chat_template(tmp_path):
+    tokenizer = tiny.chat_tokenizer()
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    want = [tokenizer.apply_chat_template(chat, **how)["input_ids"] for chat in CHATS]
+    assert list(made(tmp_path, CHATS, tokenizer).train_dataset["input_ids"]) == want
+
+
+def test_columns_go_to_the_reward_function(tmp_path):
+    rows = [{"prompt": text, "target": place} for place, text in enumerate(TEXTS)]
+    assert made(tmp_path, rows).train_dataset["target"][5] == 5
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], "train_dataset: no prompts"),
+        ([1, 2], "train_dataset has int: give texts alone"),
+        ([TEXTS[0], CHATS[0]], "train_dataset has list, str: give texts alone"),
+        ([{"question": "x"}], "train_dataset: has the columns question"),
+    ],
+)
+def test_other_things_are_refused(prompts, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        made(tmp_path, prompts)
+
+
+def test_a_tokenizer_without_a_pad_token_is_refused(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(UserError, match=r"no pad token. Load it with goose_lora.load_tokenizer"):
+        made(tmp_path, TEXTS, tokenizer)
