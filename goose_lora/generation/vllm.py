@@ -114,7 +114,9 @@ class VLLMEngine:
         # vLLM reads a model from a folder.
         with _random_numbers_kept(), tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
             # No adapter is called so: what is written is the base as it computes here.
-            DenseCopy(shared).merge_role("base").save_pretrained(folder)
+            copied = DenseCopy(shared)
+            copied.require_same("base")
+            copied.merge_role("base").save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             self._give_back()
             self.llm = vllm.LLM(

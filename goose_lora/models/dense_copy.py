@@ -13,12 +13,16 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.errors import UserError
+from goose_lora.models import role_checks, role_outputs
 from goose_lora.models.role_outputs import output_head
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
@@ -33,11 +37,18 @@ class DenseCopy:
     """A transformers model that takes the weights of one role after another.
 
     It is in the base's dtype; what is merged, in ``dtype``.
+
+    Raises:
+        UserError: the adapters are of a kind that is not a sum of two matrices.
     """
 
     def __init__(self, shared: SharedBase, dtype: torch.dtype | None = None):
         self.shared = shared
         core = shared.core
+        # Only what is known to be a sum of two matrices can be merged
+        odd = unmergeable(shared)
+        if odd:
+            raise UserError(f"a merged copy of the weights takes plain LoRA only, and here is {odd}.")
         # An empty model of the same class, without quantization
         config = copy.deepcopy(core.config)
         if hasattr(config, "quantization_config"):
@@ -94,6 +105,29 @@ class DenseCopy:
             merged.copy_(weight)
         return self.model
 
+    @torch.no_grad()
+    def gap(self, role: Role) -> tuple[float, float]:
+        """Merge ``role`` and compare a few log-probabilities with the role's own forward.
+
+        Returns:
+            The mean difference in nats, and what rounding allows.
+        """
+        with self.shared.role(role, generating=True) as core:
+            wanted = role_checks.own_answer(core)
+        with role_outputs.autocast(self.shared.core):
+            logits = self.merge_role(role)(input_ids=wanted.ids, use_cache=False).logits[0]
+        gap = (logits.to(wanted.logits.dtype).log_softmax(-1) - wanted.logits.log_softmax(-1)).abs().mean()
+        return gap.item(), role_checks.tolerance(wanted.logits)
+
+    def require_same(self, role: Role) -> None:
+        """Raise UserError unless the merged copy of ``role`` says what the role says."""
+        gap, allowed = self.gap(role)
+        if not gap <= allowed:
+            raise UserError(
+                f"the merged copy of {type(self.shared.core).__name__} is {gap:.3g} nats a token away from"
+                f" the role {role} (allowed {allowed:.2g}), another model. Use the adapter on its base."
+            )
+
 
 def takes_dense_copy(wanted: RolloutWeights, *, need: float, free: float) -> bool:
     """Return whether rollouts take a dense copy of ``need`` bytes where ``free`` bytes are free.
@@ -107,24 +141,18 @@ def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | N
     """Make a dense copy if ``wanted`` is ``dense``, or ``auto`` and memory allows it.
 
     Raises:
-        ValueError: ``dense``, but the adapters are of a kind that is not a sum of two matrices.
+        ValueError: ``dense``, but the adapters are of a kind that is not a sum of two matrices, or
+            the copy does not say what the policy says.
     """
     if wanted == "shared":
         return None
     # Only a sum of two matrices can be merged
-    odd = sorted(
-        {
-            type(layer).__name__
-            for layer in shared.modules()
-            if isinstance(layer, LoraLayer) and layer.lora_variant
-        }
-    )
+    odd = unmergeable(shared)
+    if odd and wanted == "dense":
+        raise UserError(
+            f"rollout_weights: dense merges plain LoRA only, and here is {odd}. Use rollout_weights: shared."
+        )
     if odd:
-        if wanted == "dense":
-            raise UserError(
-                f"rollout_weights: dense merges plain LoRA only, and {odd[0]} here is a variant of it. Use"
-                " rollout_weights: shared."
-            )
         return None
     # Only what fits is made
     need, free = dense_bytes(shared), free_bytes(shared.device)
@@ -135,7 +163,36 @@ def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | N
             free / 1e9,
         )
         return None
-    return DenseCopy(shared)
+    # And only one that says what the role says is used
+    copied = DenseCopy(shared)
+    gap, allowed = copied.gap("policy")
+    if gap <= allowed:
+        return copied
+    name = type(shared.core).__name__
+    if wanted == "dense":
+        raise UserError(
+            f"rollout_weights: dense: the merged copy of {name} is {gap:.3g} nats a token away from the"
+            f" policy (allowed {allowed:.2g}). Use rollout_weights: shared."
+        )
+    logger.warning("rollouts use the shared weights: a merged copy of %s is not the same model", name)
+    return None
+
+
+def unmergeable(shared: SharedBase) -> str | None:
+    """Return the name of a part of the adapters that no merged copy can hold; None without any."""
+    for name, module in shared.named_modules():
+        if isinstance(module, LoraLayer):
+            if module.lora_variant:
+                return f"{type(next(iter(module.lora_variant.values()))).__name__} on {name}"
+            if isinstance(module, ParamWrapper):
+                return f"LoRA on the parameter {module.parameter_name} of {name} (target_parameters)"
+            if any(module.lora_bias.values()):
+                return f"lora_bias on {name}"
+        # Whole modules and tokens that an adapter replaces; heads are no part of a copy
+        replaced = isinstance(module, AuxiliaryTrainingWrapper) and not name.endswith(".score")
+        if replaced or isinstance(module, TrainableTokensLayer):
+            return f"{name} as an adapter's own ({type(module).__name__})"
+    return None
 
 
 def dense_bytes(shared: SharedBase) -> int:

@@ -1,5 +1,7 @@
 """What is read of a model's last hidden states: log-probabilities, KL, and scalars of a head."""
 
+import inspect
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from goose_lora.functional import last_counted, token_kl, token_logprobs
+from goose_lora.functional.own_head import own_token_kl, own_token_logprobs
+from goose_lora.models.trunk import patched_forward
 
 
 class PolicyAndValue(NamedTuple):
@@ -39,16 +43,56 @@ def decode(
     core: PreTrainedModel, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]
 ) -> Float[Tensor, "B L H"]:
     """Return the last hidden states. Padding may stand on either side."""
-    # GPT-2's learned positions count padding unless told otherwise (TRL#6800).
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    # GPT-2's learned positions count padding unless told otherwise (TRL#6800). Models that take no
+    # positions, such as BLOOM and Mamba, read them from the mask.
+    positions: dict[str, Tensor] = {}
+    if "position_ids" in inspect.signature(core.base_model.forward).parameters:
+        positions["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with autocast(core):
         output = core.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             use_cache=False,
+            **positions,
         )
     return output.last_hidden_state
+
+
+class _States:
+    """What a model's body returns, of which its head reads the last states alone."""
+
+    def __init__(self, hidden: Tensor):
+        self.last_hidden_state = hidden
+        self.asked = False
+
+    def instead_of_body(self, *args: object, **kwargs: object) -> "_States":
+        self.asked = True
+        return self
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None  # no cache, no attentions, no router
+
+
+def own_logits(core: PreTrainedModel, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+    """Return the logits that the model itself makes of last hidden states.
+
+    Its forward runs with its body left out.
+
+    Raises:
+        RuntimeError: the forward does not call the body that transformers names.
+    """
+    # OPT's forward calls the decoder inside its body
+    bodies = list({id(body): body for body in (core.base_model, core.get_decoder())}.values())
+    states = _States(hidden[None].to(output_head(core).weight.dtype))
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    with patched_forward(bodies, [states.instead_of_body] * len(bodies)):
+        logits = core(input_ids=ids, use_cache=False).logits[0]
+    if not states.asked:
+        raise RuntimeError("its head cannot be asked without its body")
+    return logits
 
 
 def response_logprobs(
@@ -59,22 +103,35 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     entropy_gradient: bool = False,
+    own_head: bool = False,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Return log-probabilities of the last T tokens, and entropies (nats).
 
-    Both are zero outside ``response_mask``; only positions inside it meet the LM head.
+    Both are zero outside ``response_mask``; only positions inside it meet the LM head. With
+    ``own_head`` the logits are those of ``own_logits``.
     """
     # Selected before the product: of a long prompt no position meets the head
-    head, tokens = output_head(core), response_mask.shape[1]
-    logprobs, entropies = token_logprobs(
-        before_response(hidden, response_mask)[response_mask],
-        input_ids[:, -tokens:][response_mask],
-        head.weight,
-        head.bias,
-        temperature=temperature,
-        softcap=final_softcap(core),
-        entropy_gradient=entropy_gradient,
-    )
+    states = before_response(hidden, response_mask)[response_mask]
+    ids = input_ids[:, -response_mask.shape[1] :][response_mask]
+    if own_head:
+        logprobs, entropies = own_token_logprobs(
+            states,
+            ids,
+            partial(own_logits, core),
+            temperature=temperature,
+            entropy_gradient=entropy_gradient,
+        )
+    else:
+        head = output_head(core)
+        logprobs, entropies = token_logprobs(
+            states,
+            ids,
+            head.weight,
+            head.bias,
+            temperature=temperature,
+            softcap=final_softcap(core),
+            entropy_gradient=entropy_gradient,
+        )
     return _spread(logprobs, response_mask), _spread(entropies, response_mask)
 
 
@@ -85,20 +142,26 @@ def response_kl(
     response_mask: Bool[Tensor, "B T"],
     *,
     temperature: float = 1.0,
+    own_head: bool = False,
 ) -> Float[Tensor, "B T"]:
     """Return KL(policy || reference) of each next token over the whole vocabulary (nats).
 
-    It is zero outside ``response_mask``, and its gradient goes to ``hidden``.
+    It is zero outside ``response_mask``, and its gradient goes to ``hidden``. ``own_head`` is that
+    of ``response_logprobs``.
     """
-    head = output_head(core)
-    kl = token_kl(
-        hidden[response_mask],
-        ref_hidden[response_mask],
-        head.weight,
-        head.bias,
-        temperature=temperature,
-        softcap=final_softcap(core),
-    )
+    states, of_reference = hidden[response_mask], ref_hidden[response_mask]
+    if own_head:
+        kl = own_token_kl(states, of_reference, partial(own_logits, core), temperature=temperature)
+    else:
+        head = output_head(core)
+        kl = token_kl(
+            states,
+            of_reference,
+            head.weight,
+            head.bias,
+            temperature=temperature,
+            softcap=final_softcap(core),
+        )
     return _spread(kl, response_mask)
 
 

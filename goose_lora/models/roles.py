@@ -1,5 +1,6 @@
 """The roles that one base plays, the adapter that stands for each, and which of them a run has."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,9 @@ _CRITIC_STARTS: dict[Critic | None, list[CriticInit]] = {
     "reward_features": ["reward", "zero"],
     None: ["zero"],
 }
+
+# PEFT keeps an adapter's tensors in containers by its name. A base has modules called value, too.
+_ADAPTERS_OWN = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.(?P<adapter>[^.]+)\.")
 
 
 @dataclass(frozen=True)
@@ -154,5 +158,14 @@ def _critic_start(critic: Critic | None, critic_init: CriticInit | None, *, has_
 
 def belongs_to(name: str, *adapters: str) -> bool:
     """Return whether the parameter ``name`` is one of these adapters', heads included."""
-    # An embedding's adapter ends in its name: lora_embedding_A.default.
-    return any(f".{adapter}." in f"{name}." for adapter in adapters)
+    match = _ADAPTERS_OWN.search(f"{name}.")
+    return match is not None and match["adapter"] in adapters
+
+
+def of_another(name: str, adapter: str, other: str) -> str:
+    """Return what the parameter ``name`` of ``adapter`` is called in ``other``."""
+    match = _ADAPTERS_OWN.search(f"{name}.")
+    if match is None or match["adapter"] != adapter:
+        raise ValueError(f"{name} is no parameter of the adapter {adapter}")
+    start, end = match.span("adapter")
+    return name[:start] + other + name[end:]

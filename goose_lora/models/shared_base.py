@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from goose_lora.errors import UserError
-from goose_lora.models import adapters, role_outputs
+from goose_lora.models import adapters, role_checks, role_outputs
 from goose_lora.models.folders import AdapterFolder, write_lineage
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
-from goose_lora.models.roles import ADAPTERS, Critic, CriticInit, Reference, Role, RolePlan, belongs_to
+from goose_lora.models.roles import (
+    ADAPTERS,
+    Critic,
+    CriticInit,
+    Reference,
+    Role,
+    RolePlan,
+    belongs_to,
+    of_another,
+)
 from goose_lora.models.trunk import (
     above,
     below,
@@ -47,6 +56,8 @@ class SharedBase(PeftModel):
     reward_reads_eos: bool  # whether the reward model was trained to read the end-of-text token
     head_bias: dict[Role, float]  # subtracted from a head's output, in units of the raw score
     trained_from: dict[Role, int]  # the lowest layer in which an adapter trains, by its role
+    own_head: bool = False  # whether logits come from the model's own head, with all that it does
+    reuse_layers: bool = True  # whether a pass can be resumed in the middle of this model
     _role: Role | None  # None until the roles are there
     _columns: int | None = None  # last columns that are read; None for all
     _layers: tuple[nn.ModuleList] | None = None
@@ -97,7 +108,8 @@ class SharedBase(PeftModel):
         Raises:
             UserError: an adapter for another base, or without the head it needs; a critic that
                 cannot start as ``critic_init`` says; ``reward_features`` without a reward adapter;
-                ``train_layers`` that the model or the adapters do not have.
+                ``train_layers`` that the model or the adapters do not have; a role that differs
+                from the model that it stands for, on a few tokens.
         """
         # What is asked for, and the adapters as they lie on the disk.
         start = None if isinstance(policy, LoraConfig) else AdapterFolder.of("policy", policy)
@@ -122,6 +134,7 @@ class SharedBase(PeftModel):
             fresh = copy.deepcopy(cast(LoraConfig, policy))
             config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
         adapters.switch_off_dropout(base)
+        bare = role_checks.own_answer(base.eval())
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
         self.role_plan, self._role = plan, None
         if start is not None:
@@ -153,7 +166,9 @@ class SharedBase(PeftModel):
         }
         self._switch_to("policy")
         self.set_trainable(("policy", "value"))
-        return self.eval()
+        self.eval()
+        role_checks.check_against_model(self, bare)
+        return self
 
     def _add_role(self, role: Role, config: LoraConfig) -> None:
         cast(PeftModel, self).add_adapter(ADAPTERS[role], copy.deepcopy(config))
@@ -167,7 +182,9 @@ class SharedBase(PeftModel):
         elif plan.critic_init == "zero" and value is not None:
             config = value
         config = copy.deepcopy(config)
-        config.modules_to_save = ["score"]
+        # A copy has whole modules where its source has them, such as embeddings
+        whole = config.modules_to_save or []
+        config.modules_to_save = ["score"] if plan.critic_init == "zero" else sorted({*whole, "score"})
         config.lora_dropout = 0.0
         self._add_role("value", config)
         if plan.critic_init != "zero":
@@ -226,13 +243,21 @@ class SharedBase(PeftModel):
         adapters.load_weights(self, role, AdapterFolder.of(role, folder))
 
     def _copy_role(self, source: Role, target: Role) -> None:
-        # By name: the adapters of two roles differ in nothing else
+        # One parameter for each of the other's, but for the head: the policy has none to copy
         parameters = dict(self.role_parameters(source))
         with torch.no_grad():
             for name, parameter in self.role_parameters(target):
-                twin = parameters.get(name.replace(f".{ADAPTERS[target]}.", f".{ADAPTERS[source]}."))
-                if twin is not None:  # the policy has no head to copy
+                twin = parameters.get(of_another(name, ADAPTERS[target], ADAPTERS[source]))
+                if twin is not None:
                     parameter.copy_(twin)
+                elif parameter is not self._head_of(target):
+                    raise UserError(
+                        f"{name}: the role {target} cannot copy this from the role {source}, which has none."
+                        " Use adapters of plain LoRA."
+                    )
+
+    def _head_of(self, role: Role) -> Tensor | None:
+        return self.score_head(role).weight if role in ("value", "reward") else None
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
@@ -242,9 +267,7 @@ class SharedBase(PeftModel):
         """
         policy = dict(self.role_parameters("policy"))
         for name, parameter in self.role_parameters("ema"):
-            parameter.lerp_(
-                policy[name.replace(f".{ADAPTERS['ema']}.", f".{ADAPTERS['policy']}.")], 1 - decay
-            )
+            parameter.lerp_(policy[of_another(name, ADAPTERS["ema"], ADAPTERS["policy"])], 1 - decay)
 
     def role_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of a role's adapter, its head included."""
@@ -422,6 +445,8 @@ class SharedBase(PeftModel):
 
     def trunk_depth(self, role: Role = "policy") -> int:
         """Return the number of lowest layers whose output ``role`` can take from a trunk."""
+        if not self.reuse_layers:
+            return 0
         leader = role if role in self.trained_from else self._leader(role)
         return 0 if leader is None else self.trained_from[leader]
 
@@ -440,6 +465,8 @@ class SharedBase(PeftModel):
 
     def _leader(self, role: Role) -> Role | None:
         """Find the role that trains whose trunk serves ``role``: itself, policy or critic."""
+        if not self.reuse_layers:
+            return None
         depth = self.trained_from.get(role)
         own = self._adapter(role)
         for other, common in self.trained_from.items():
@@ -505,11 +532,16 @@ class SharedBase(PeftModel):
         before, self._columns = self._columns, columns
         try:
             if self._by_position is None:
-                self._by_position = by_position(self.layers[-1])
+                self.spare_last_layer(True)
+            assert self._by_position is not None
             with only_last_columns(self._by_position, columns):
                 yield
         finally:
             self._columns = before
+
+    def spare_last_layer(self, on: bool) -> None:
+        """Let the last layer leave out columns that nobody reads, or compute all of them."""
+        self._by_position = by_position(self.layers[-1]) if on else ()
 
     def autocast(self) -> torch.autocast:
         """Compute in the base's dtype with fp32 adapters; see ``role_outputs.autocast``."""
@@ -542,6 +574,7 @@ class SharedBase(PeftModel):
             response_mask,
             temperature=temperature,
             entropy_gradient=entropy_gradient,
+            own_head=self.own_head,
         )
 
     def exact_kl(
@@ -553,7 +586,14 @@ class SharedBase(PeftModel):
         temperature: float = 1.0,
     ) -> Float[Tensor, "B T"]:
         """Return KL(policy || reference) of each next token over the whole vocabulary (nats)."""
-        return role_outputs.response_kl(self.core, hidden, ref_hidden, response_mask, temperature=temperature)
+        return role_outputs.response_kl(
+            self.core,
+            hidden,
+            ref_hidden,
+            response_mask,
+            temperature=temperature,
+            own_head=self.own_head,
+        )
 
     def values(
         self, hidden: Float[Tensor, "B L H"], response_mask: Bool[Tensor, "B T"]

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from goose_lora.errors import UserError
-from goose_lora.models.roles import belongs_to
+from goose_lora.models.roles import belongs_to, of_another
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -71,7 +73,7 @@ def lowest_layer(layers: nn.ModuleList, adapter: str) -> int:
     It is the number of layers if it changes none of them.
     """
     for index, layer in enumerate(layers):
-        if any(f".{adapter}." in f"{name}." for name, _ in layer.named_parameters()):
+        if any(belongs_to(f"layer.{name}", adapter) for name, _ in layer.named_parameters()):
             return index
     return len(layers)
 
@@ -180,7 +182,9 @@ def trained_from(model: nn.Module, layers: nn.ModuleList, adapter: str, train_la
         return lowest_layer(layers, adapter) if all(id(parameter) in inside for parameter in adapted) else 0
     # Layers that were asked for, of which the adapter must have one
     if not any(
-        belongs_to(name, adapter) for layer in layers[lowest:] for name, _ in layer.named_parameters()
+        belongs_to(f"layer.{name}", adapter)
+        for layer in layers[lowest:]
+        for name, _ in layer.named_parameters()
     ):
         raise UserError(
             f"train_layers={train_layers!r}: the adapter has nothing in these layers, so nothing trains."
@@ -208,29 +212,47 @@ def same_below(
 
     Compared are ``layers[:depth]`` and everything outside the layers.
     """
-    # All adapted modules but those of the upper layers
+    if one == other:
+        return True
+    # All that adapters change but the upper layers, and the heads, which read what comes out
     above = {id(module) for layer in layers[depth:] for module in layer.modules()}
-    lower = (
-        module for module in model.modules() if isinstance(module, LoraLayer) and id(module) not in above
+    lower = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and id(module) not in above
+    ]
+    return all(
+        _alike(_effect(module, one), _effect(module, other))
+        for name, module in lower
+        if name.rpartition(".")[2] != "score"
     )
-    return one == other or all(_alike(_effect(module, one), _effect(module, other)) for module in lower)
 
 
 def _effect(module: Any, adapter: str | None) -> dict[str, Tensor]:
-    """Return what ``adapter`` adds to a layer, by names of its factors.
+    """Return what ``adapter`` adds to a module, by names of its tensors.
 
     Nothing where it has none there, or its product is 0.
     """
     if adapter is None:
         return {}
-    # The factors by their names within the layer
-    factors = {name: p for name, p in module.named_parameters() if belongs_to(name, adapter)}
+    # All its tensors by their names within the module, whatever holds them
+    factors = {
+        of_another(f"module.{name}", adapter, "adapter"): p
+        for name, p in (*module.named_parameters(), *module.named_buffers())
+        if belongs_to(f"module.{name}", adapter)
+    }
+    indices = getattr(getattr(module, "token_adapter", module), "token_indices", {}).get(adapter)
+    if indices is not None:
+        factors["token_indices"] = torch.tensor(indices)
+    if not factors or not isinstance(module, LoraLayer):
+        return factors
     # A variant such as DoRA has more, and changes the layer even where the product is 0
-    plain = len(factors) == 2
-    if not factors or (plain and any(not factor.any() for factor in factors.values())):
+    plain = len(factors) == 2 and adapter not in module.lora_variant
+    if plain and any(not factor.any() for factor in factors.values()):
         return {}
     scaling = torch.tensor(float(module.scaling[adapter]), dtype=torch.float64)
-    return {name.replace(f".{adapter}", ""): p for name, p in factors.items()} | {"scaling": scaling}
+    variant = module.lora_variant.get(adapter)
+    return factors | {"scaling": scaling, f"as {type(variant).__name__}": scaling}
 
 
 def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

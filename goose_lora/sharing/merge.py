@@ -236,7 +236,9 @@ def write_dense(shared: SharedBase, dtype: torch.dtype, folder: Path) -> None:
     """
     # What the copy did not dequantize is shared with the base, and is cast to a tensor of its own.
     # A tensor that two modules share is cast once
-    model = DenseCopy(shared, dtype).merge_role("policy")
+    copied = DenseCopy(shared, dtype)
+    copied.require_same("policy")
+    model = copied.merge_role("policy")
     cast_once: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

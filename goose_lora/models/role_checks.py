@@ -1,0 +1,337 @@
+"""Check on a few tokens, when roles are put on a base, that each role is the model it stands for.
+
+Both sides of a later comparison could share a mistake. So here the other side is the model's own
+forward, of one row without padding, through PEFT's modules.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from goose_lora.errors import UserError
+from goose_lora.files import brief
+from goose_lora.models import role_outputs
+from goose_lora.models.roles import Role
+
+logger = logging.getLogger(__name__)
+
+TOKENS, PADDING, NEW_TOKENS = 7, 2, 3
+# Nats a token on average, besides the rounding of logits, of two sums taken in another order
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+ROUNDED = 0.1  # of bf16 and fp16
+
+
+class RolesOnBase(Protocol):
+    """What is asked of a ``SharedBase``, which imports this module."""
+
+    own_head: bool
+    reuse_layers: bool
+    head_bias: dict[Role, float]
+    trained_from: dict[Role, int]
+
+    @property
+    def core(self) -> PreTrainedModel: ...
+    def has(self, role: Role) -> bool: ...
+    def role(self, role: Role, *, generating: bool = False) -> AbstractContextManager[object]: ...
+    def score_head(self, role: Role) -> nn.Linear: ...
+    def spare_last_layer(self, on: bool) -> None: ...
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def trunks(
+        self, input_ids: Tensor, attention_mask: Tensor, roles: Sequence[Role]
+    ) -> Mapping[Role, Tensor | None]: ...
+    def hidden(
+        self,
+        role: Role,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        trunk: Tensor | None = None,
+        columns: int | None = None,
+    ) -> Tensor: ...
+    def logprobs(self, hidden: Tensor, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class OwnAnswer(NamedTuple):
+    """What a model's own forward says of one row without padding."""
+
+    ids: Int[Tensor, "1 N"]
+    logits: Float[Tensor, "N V"]
+
+
+def own_answer(core: PreTrainedModel) -> OwnAnswer:
+    """Return what ``core`` says, as it is now, of a few tokens.
+
+    Raises:
+        UserError: it cannot be asked.
+    """
+    # Tokens from all over the vocabulary, and no padding among them
+    weight = cast(nn.Embedding, core.get_input_embeddings()).weight
+    words, device = len(weight), role_outputs.output_head(core).weight.device
+    pad = core.config.get_text_config().pad_token_id
+    ids = [(3 + index * (words // TOKENS + 1)) % words for index in range(TOKENS)]
+    ids = [(token + 1) % words if token == pad else token for token in ids]
+    row = torch.tensor([ids], device=device)
+    with _of_the_model(core), torch.no_grad(), role_outputs.autocast(core):
+        logits = core(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0]
+    return OwnAnswer(row, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+@torch.no_grad()
+def check_against_model(shared: RolesOnBase, bare: OwnAnswer) -> None:
+    """Compare each role with the model's own forward, and switch off what it cannot do exactly.
+
+    Args:
+        bare: what the base said before any adapter came.
+
+    Raises:
+        UserError: a role is not the model that it stands for.
+    """
+    # The head first: all log-probabilities go through it.
+    core, allowed = shared.core, tolerance(bare.logits)
+    _require_plain_head(shared)
+    shared.own_head = needs_own_head(core)
+
+    # Roles that have log-probabilities, and the base, which no adapter may have touched.
+    candidates: tuple[Role, ...] = ("base", "policy", "reference", "ema")
+    for role in candidates:
+        if role != "base" and not shared.has(role):
+            continue
+        with shared.role(role):
+            own = own_answer(core)
+        if role == "base":
+            _refuse(core, "the base with its adapters off", "it was before", _gap(own, bare), allowed)
+        _compare(shared, role, own, tolerance(own.logits))
+    if shared.has("reward"):
+        _compare_scores(shared, bare)
+
+    _compare_generated(shared, bare)
+
+    # Short cuts that are exact in most models, and can be left out.
+    _probe_last_columns(shared, bare)
+    _probe_trunk(shared, bare)
+
+
+def tolerance(logits: Float[Tensor, "N V"]) -> float:
+    """Return the mean difference of log-probabilities that rounding explains, in nats."""
+    # Logits arrive in fp32; how they were rounded is seen in their last bits
+    rounded = bool((logits == logits.bfloat16()).all() or (logits == logits.half()).all())
+    if not rounded:
+        return TOLERANCE.get(logits.dtype, ROUNDED)
+    return ROUNDED + 2 * torch.finfo(torch.bfloat16).eps * logits.abs().max().item()
+
+
+def needs_own_head(core: PreTrainedModel) -> bool:
+    """Return whether logits are something else than product, bias and softcap of the head.
+
+    Raises:
+        UserError: the model's head cannot be asked without its body.
+    """
+    head = role_outputs.output_head(core)
+    # Small and large states: a bound shows at large ones
+    features = head.weight.shape[1]
+    waves = torch.arange(3 * features, device=head.weight.device).reshape(3, features)
+    sizes = torch.tensor([[0.1], [1.0], [10.0]], device=head.weight.device)
+    states = ((waves * 0.7).sin() * sizes).to(head.weight.dtype)
+    with _of_the_model(core), role_outputs.autocast(core):
+        own = role_outputs.own_logits(core, states).float()
+    ours = F.linear(states, head.weight, head.bias).float()
+    softcap = role_outputs.final_softcap(core)
+    if softcap:
+        ours = softcap * (ours / softcap).tanh()
+    # Of each size by itself: a product rounds in proportion
+    rounding = 8 * torch.finfo(head.weight.dtype).eps * own.abs().amax(-1)
+    return not bool(((own - ours).abs().amax(-1) <= rounding).all())
+
+
+def _require_plain_head(shared: RolesOnBase) -> None:
+    """Refuse an adapter on the head, which log-probabilities would leave out."""
+    head = shared.core.get_output_embeddings()
+    if isinstance(head, nn.Linear) and not any(True for _ in head.children()):
+        return
+    raise UserError(
+        f"{type(shared.core).__name__}: the language-model head is a {type(head).__name__}, and roles share"
+        " one plain linear head. Leave the head out of the adapters (target_modules, modules_to_save), or"
+        " merge the adapter into the base first."
+    )
+
+
+def _compare(shared: RolesOnBase, role: Role, own: OwnAnswer, allowed: float) -> None:
+    """Compare a role's log-probabilities and entropies, of a padded row, with its own logits."""
+    ids, mask = _padded(own.ids)
+    counted = torch.ones_like(own.ids[:, 1:], dtype=torch.bool)
+    with _of_the_model(shared.core):
+        hidden = shared.hidden(role, ids, mask)
+        logprobs, entropies = shared.logprobs(hidden, ids, counted)
+    log_p = own.logits[:-1].log_softmax(-1)
+    wanted = log_p.gather(-1, own.ids[0, 1:, None]).squeeze(-1)
+    of_entropy = (entropies[0] + torch.linalg.vecdot(log_p.exp(), log_p)).abs().mean()
+    gap = max((logprobs[0] - wanted).abs().mean().item(), of_entropy.item())
+    _refuse(shared.core, f"the role {role}", "its own logits, without padding, are", gap, allowed)
+
+
+def _compare_generated(shared: RolesOnBase, bare: OwnAnswer) -> None:
+    """Compare what the policy generates after padding, from its cache, with its own logits."""
+    core, (ids, mask) = shared.core, _padded(bare.ids)
+    greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=int(ids[0, 0]))
+    with _of_the_model(core), shared.role("policy", generating=True), role_outputs.autocast(core):
+        out = core.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=greedy,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert not isinstance(out, Tensor) and out.logits is not None
+        row = out.sequences[:, PADDING:]
+        wanted = core(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0]
+    steps = torch.cat(out.logits).to(bare.logits.dtype)
+    wanted = wanted[TOKENS - 1 : TOKENS - 1 + len(steps)].to(steps.dtype)
+    gap = (steps.log_softmax(-1) - wanted.log_softmax(-1)).abs().mean().item()
+    _refuse(core, "what it generates from its cache", "its own logits are", gap, tolerance(bare.logits))
+
+
+def _compare_scores(shared: RolesOnBase, bare: OwnAnswer) -> None:
+    """Compare a score with that of the sequence classifier that RewardTrainer trains."""
+    core, head = shared.core, shared.score_head("reward")
+    kinds = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    kind = cast(type[PreTrainedModel] | None, kinds.get(type(core.config), None))
+    if kind is None:
+        raise UserError(
+            f"{type(core).__name__}: transformers has no sequence classifier of this model, so no reward"
+            " adapter can have been trained on it. Use reward_function."
+        )
+    # The classifier's forward, around the base's body and the role's head
+    config = copy.deepcopy(core.config)
+    config.num_labels = 1
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    with init_empty_weights():
+        judge = kind(config)
+    setattr(judge, judge.base_model_prefix, core.base_model)
+    judge.score = _Head(head)
+    ids, mask = _padded(bare.ids)
+    with _of_the_model(core), shared.role("reward"), role_outputs.autocast(core):
+        wanted = judge.eval()(input_ids=bare.ids, use_cache=False).logits.reshape(-1)
+    with _of_the_model(core):
+        score = shared.scores(ids, mask) + shared.head_bias["reward"]
+    gap = (score - wanted).abs().max().item()
+    size = max(1.0, wanted.abs().max().item())
+    _refuse(core, "the score", "that of its sequence classifier is", gap, tolerance(bare.logits) * size)
+
+
+class _Head(nn.Module):
+    """The score head in fp32, as it is everywhere here."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.inner = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return role_outputs.head_output(self.inner, hidden, 0.0)[..., None]
+
+
+def _probe_last_columns(shared: RolesOnBase, bare: OwnAnswer) -> None:
+    """Let the last layer compute all columns where leaving some out changes the others."""
+    ids, mask = _padded(bare.ids)
+    columns = TOKENS // 2
+    try:
+        whole = shared.hidden("policy", ids, mask)[:, -columns:]
+        gap = _relative(shared.hidden("policy", ids, mask, None, columns)[:, -columns:], whole)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        _pass_on_memory(error)
+        gap = float("inf")
+    if not gap <= _same(whole):
+        shared.spare_last_layer(False)
+        logger.info("%s: its last layer computes all columns.", type(shared.core).__name__)
+
+
+def _probe_trunk(shared: RolesOnBase, bare: OwnAnswer) -> None:
+    """Run whole passes where one that is resumed from a trunk gives other states."""
+    if not any(shared.trained_from.values()):
+        return
+    ids, mask = _padded(bare.ids)
+    roles: tuple[Role, ...] = ("policy", "value", "reward", "reference", "ema", "base")
+    present: list[Role] = [role for role in roles if role in ("reference", "base") or shared.has(role)]
+    worst = 0.0
+    try:
+        for role, trunk in shared.trunks(ids, mask, present).items():
+            if trunk is not None:
+                _require_tensor(trunk)
+                whole = shared.hidden(role, ids, mask)[mask.bool()]
+                gap = _relative(shared.hidden(role, ids, mask, trunk)[mask.bool()], whole)
+                worst = max(worst, gap / _same(whole)) if gap == gap else float("inf")
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        _pass_on_memory(error)
+        worst = float("inf")
+    if worst > 1:
+        shared.reuse_layers = False
+        logger.warning(
+            "%s: passes cannot be resumed in the middle of this model, so the layers below what trains run"
+            " each time: slower, and as exact.",
+            type(shared.core).__name__,
+        )
+
+
+def _require_tensor(trunk: object) -> None:
+    """Raise TypeError where a layer gives a tuple, of which only states could be kept."""
+    if not isinstance(trunk, Tensor) or trunk.dim() != 3:
+        raise TypeError(f"a layer gives {type(trunk).__name__}")
+
+
+def _padded(ids: Int[Tensor, "1 N"]) -> tuple[Int[Tensor, "1 L"], Int[Tensor, "1 L"]]:
+    """Return the row with padding on the left, and its mask."""
+    mask = F.pad(torch.ones_like(ids), (PADDING, 0))
+    return F.pad(ids, (PADDING, 0), value=int(ids[0, 0])), mask
+
+
+def _gap(one: OwnAnswer, other: OwnAnswer) -> float:
+    return (one.logits.log_softmax(-1) - other.logits.log_softmax(-1)).abs().mean().item()
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    return ((one - other).abs().max() / other.abs().max().clamp(min=1e-9)).item()
+
+
+def _same(states: Tensor) -> float:
+    """Return the relative difference that another order of sums explains."""
+    return 1000 * torch.finfo(states.dtype).eps if states.dtype != torch.bfloat16 else 0.05
+
+
+def _refuse(core: PreTrainedModel, what: str, wanted: str, gap: float, allowed: float) -> None:
+    if not gap <= allowed:
+        raise UserError(
+            f"{type(core).__name__}: {what} is not what {wanted}: {gap:.3g} apart on a few tokens (allowed"
+            f" {allowed:.2g}). Training it here would train another model. Use another base, or adapters of"
+            " plain LoRA."
+        )
+
+
+def _pass_on_memory(error: Exception) -> None:
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+
+
+@contextmanager
+def _of_the_model(core: PreTrainedModel) -> Iterator[None]:
+    """Name the model where its code cannot do what is asked of it."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, (UserError, torch.OutOfMemoryError)):
+            raise
+        raise UserError(
+            f"{type(core).__name__}: its forward cannot be asked for log-probabilities of a row"
+            f" ({type(error).__name__}: {brief(error)}). Use another base."
+        ) from error
