@@ -10,6 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from torch import nn
 
 from goose_lora.errors import UserError
+from goose_lora.models.adapter_kinds import as_plain, plain_config
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.roles import ADAPTERS, Role, belongs_to
 
@@ -29,6 +30,7 @@ def load_weights(model: PeftModel, role: Role, folder: AdapterFolder) -> None:
             f" it cannot be a {role} model. Train it with recipes/reward.py, or with trl.RewardTrainer and"
             " LoraConfig(task_type='SEQ_CLS')."
         )
+    weights = as_plain(weights, folder, model, ADAPTERS[role])
     # PEFT loads what it knows by name, and says what was missing or left over
     try:
         result = set_peft_model_state_dict(model, weights, adapter_name=ADAPTERS[role])
@@ -48,8 +50,8 @@ def load_weights(model: PeftModel, role: Role, folder: AdapterFolder) -> None:
 
 
 def config_without_dropout(adapter: AdapterFolder) -> LoraConfig:
-    """Return PEFT's configuration of a saved adapter, its dropout set to 0."""
-    return without_lora_dropout(adapter.lora_config(), str(adapter))
+    """Return PEFT's configuration of a saved adapter as plain LoRA, its dropout set to 0."""
+    return without_lora_dropout(plain_config(adapter), str(adapter))
 
 
 def without_lora_dropout(config: LoraConfig, name: str) -> LoraConfig:

@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from goose_lora.errors import UserError
+from goose_lora.models.adapter_kinds import kept_base, known_tensor, require_known
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.base_files import require_whole
 from goose_lora.models.folders import AdapterFolder, by_name, reading, require_model, saved_template
 from goose_lora.models.loading import lora_config
 
@@ -46,6 +48,7 @@ def check_fit(
     """
     require_model(args.model_name_or_path)
     core = meta_model(args, trust_remote_code=trust_remote_code)
+    require_whole(args, trust_remote_code=trust_remote_code)
     # Do the texts fit into its context?
     context = core.config.get_text_config().to_dict().get(
         "max_position_embeddings"
@@ -107,6 +110,8 @@ def _check_adapter(adapter: AdapterFolder, base: str, core: PreTrainedModel) -> 
             f" {len(shapes)}), so it cannot be a reward model. Train it with recipes/reward.py, or with"
             " trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
         )
+    require_known(adapter)
+    _require_shared_parts(adapter, core)
     # Tensor by tensor; an adapter without any fits nothing
     wrong = [problem for name, shape in shapes.items() if (problem := _problem(name, shape, modules, core))]
     if wrong or not shapes:
@@ -114,6 +119,35 @@ def _check_adapter(adapter: AdapterFolder, base: str, core: PreTrainedModel) -> 
         raise UserError(
             f"{adapter.setting}: {adapter} does not fit {base}: {len(wrong)} of {len(shapes)} tensors do"
             f" not{first}. Use an adapter that was trained on this base model."
+        )
+
+
+def _require_shared_parts(adapter: AdapterFolder, core: Any) -> None:
+    """Refuse an adapter that changes the head, or tokens of a tied one: roles share one head."""
+    modules = {id(module): name for name, module in core.named_modules()}
+    head = modules[id(core.get_output_embeddings())]
+    tied = bool(core.config.get_text_config().tie_word_embeddings)
+    kept = [str(name) for name in adapter.config.get("modules_to_save") or []]
+    inner = [name.removeprefix("base_model.model.") for name in adapter.shapes]
+    changes = any(name.startswith(f"{head}.") and not kept_base(name) for name in inner)
+    where = f"{adapter.setting}: {adapter}"
+    way_out = (
+        "Train one without it, or merge the adapter into the base with PEFT's merge_and_unload, save that,"
+        " and use it as model_name_or_path."
+    )
+    if changes or head.rpartition(".")[2] in kept:
+        raise UserError(
+            f"{where} changes the language-model head ({head}), and roles share that of the base. {way_out}"
+        )
+    if tied and adapter.config.get("trainable_token_indices"):
+        raise UserError(
+            f"{where} has trainable_token_indices, and the base's head is tied to its embeddings: both would"
+            f" change. {way_out}"
+        )
+    if tied and any("embed" in name for name in kept):
+        raise UserError(
+            f"{where} has embeddings of its own (modules_to_save), and the base's head is tied to its"
+            f" embeddings. {way_out}"
         )
 
 
@@ -128,7 +162,7 @@ def _problem(name: str, shape: list[int], modules: Mapping[str, nn.Module], core
         )
     for part, place in ((".lora_A.weight", 0), (".lora_B.weight", 1)):
         if inner.endswith(part):
-            module = modules.get(inner.removesuffix(part))
+            module = modules.get(inner.removesuffix(part).replace(".base_layer", ""))
             if module is None:
                 return f"{name}, a module that the base does not have"
             width = _width(module)
@@ -138,6 +172,14 @@ def _problem(name: str, shape: list[int], modules: Mapping[str, nn.Module], core
                 if width is None or found == width[place]
                 else f"{name} of shape {shape}, where the base has {width[place]} features"
             )
+    if known_tensor(name):
+        return None
+    # A parameter that the adapter has instead of the base's
+    whole = dict(core.named_parameters()).get(inner.replace(".base_layer", ""))
+    if whole is None:
+        return f"{name}, a tensor that neither LoRA nor the base has"
+    if list(whole.shape) != shape:
+        return f"{name} of shape {shape}, where the base has {list(whole.shape)}"
     return None
 
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.base_files import require_loaded, require_whole
 from goose_lora.models.folders import (
     reading,
     require_model,
@@ -135,9 +136,20 @@ def _load(
         kwargs["attn_implementation"] = args.attn_implementation
     args = replace(args, model_name_or_path=resolve(args.model_name_or_path))
     require_model(args.model_name_or_path)
-    model = read_weights(
-        auto_class, args.model_name_or_path, args, place, revision=args.model_revision, **kwargs
+    require_whole(args, trust_remote_code=kwargs.get("trust_remote_code", False))
+    loaded: Any = read_weights(
+        auto_class,
+        args.model_name_or_path,
+        args,
+        place,
+        revision=args.model_revision,
+        output_loading_info=True,
+        **kwargs,
     )
+    model, found = loaded
+    # A classifier's head is fresh; what is on the Hub is looked at only now
+    classifier = auto_class is AutoModelForSequenceClassification
+    require_loaded(args.model_name_or_path, found, without="score.weight" if classifier else None)
     keep_4bit_trainable_on_cpu(model)
     keep_8bit_alike_on_cpu(model)
     model.requires_grad_(False)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from goose_lora.errors import UserError
 from goose_lora.models import adapters, role_checks, role_outputs
+from goose_lora.models.adapter_kinds import require_harmless_start
 from goose_lora.models.folders import AdapterFolder, write_lineage
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
 from goose_lora.models.roles import (
@@ -132,6 +133,7 @@ class SharedBase(PeftModel):
             config = adapters.config_without_dropout(start)
         else:
             fresh = copy.deepcopy(cast(LoraConfig, policy))
+            require_harmless_start(fresh)
             config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
         adapters.switch_off_dropout(base)
         bare = role_checks.own_answer(base.eval())
@@ -180,6 +182,7 @@ class SharedBase(PeftModel):
         if plan.critic != "adapter":
             config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
         elif plan.critic_init == "zero" and value is not None:
+            require_harmless_start(value)
             config = value
         config = copy.deepcopy(config)
         # A copy has whole modules where its source has them, such as embeddings
