@@ -65,6 +65,14 @@ def meaning(column: str) -> str | None:
     return next((what for pattern, what in MEANINGS if re.fullmatch(pattern, name)), None)
 
 
+def is_text(column: str) -> bool:
+    """Return whether a column with this name holds what people or models write."""
+    name = plain_name(column)
+    replies = [side for pair in CHOSEN for side in pair]
+    known = (*ASKED, *SYSTEMS, *INPUTS, *HISTORIES, *REPLIES, *CONVERSATIONS_NAMES, *replies, "text")
+    return name in known or re.fullmatch(r"(response|output|answer|text)_?[a-z0-9]", name) is not None
+
+
 def says_nothing(value: object) -> bool:
     """Return whether a cell is missing, empty or not a number."""
     if isinstance(value, float):
@@ -72,6 +80,6 @@ def says_nothing(value: object) -> bool:
     return value is None or value in ("", [], {}, "[]", "{}")
 
 
-def set_aside(column: str) -> str:
+def setting_aside(column: str) -> str:
     """Return the setting that leaves a column out."""
     return f"column_mapping: [{column}=unused_{plain_name(column)}]"

@@ -201,6 +201,7 @@ def _turns(
 
     Without such a turn, everywhere.
     """
+    # The first turn of the assistant begins where the prompt before it ends
     first = next((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), None)
     if not first:
         return [True] * len(ids)
@@ -218,6 +219,7 @@ def _marked(
     """Return tokens and the assistant's among them, by the marks of TRL's training template."""
     from trl.chat_template_utils import get_training_chat_template
 
+    # The tokenizer's own template, if it has the marks
     template = None
     if "generation" not in str(tokenizer.chat_template):
         try:
@@ -244,6 +246,7 @@ def _weights(row: Mapping[str, Any], ids: Sequence[int], tokenizer: PreTrainedTo
     Raises:
         UserError: another weight than 0 or 1, or a template under which a turn has no place.
     """
+    # Most rows have none
     replies = row["messages"] if "messages" in row else row["completion"]
     learned = [True] * len(ids)
     if isinstance(replies, str) or not any("weight" in turn for turn in replies):

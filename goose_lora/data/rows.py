@@ -9,20 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import constants
+from datasets import Dataset
 
+from goose_lora.data.columns import is_text
 from goose_lora.data.formats import Taken, describe_dropped, take
 from goose_lora.data.labelled import BEST_FIRST, pair_words, parse_pairs
 from goose_lora.data.shapes import Reading, StageName
+from goose_lora.data.sources import HubPlace, numbers_again, read_rows
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
-from goose_lora.files import brief
 
 logger = logging.getLogger(__name__)
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -31,10 +28,20 @@ class DataArguments:
 
     dataset_name: str = field(
         metadata={
-            "help": "A .jsonl, .json, .parquet or .csv file, a Hub dataset, or embedded/NAME for the demo's."
+            "help": (
+                "A file (.jsonl, .json, .parquet, .csv, .tsv, .txt, also packed), a folder or glob of them, a"
+                " Hub dataset, or embedded/NAME for the demo's."
+            )
         }
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset that has several, such as main."}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder inside a Hub dataset."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."}
+    )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as dataset_name."})
     eval_dataset_split: str = field(
         default="test", metadata={"help": "Split of a Hub dataset to evaluate on."}
@@ -88,6 +95,11 @@ class DataArguments:
             raise UserError(f"max_rows={self.max_rows}: must be 1 or more, or null for all rows.")
 
     @property
+    def place(self) -> HubPlace:
+        """Which part of a Hub dataset is read."""
+        return HubPlace(self.dataset_config, self.data_dir, self.dataset_revision)
+
+    @property
     def reading(self) -> Reading:
         """How rows are read."""
         return Reading(tuple(self.pairs or ()), self.as_chat, tuple(self.leave_out or ()))
@@ -103,7 +115,7 @@ class DataArguments:
         return self._read(self.eval_dataset_name, self.eval_dataset_split, stage)
 
     def _read(self, name: str, split: str, stage: StageName) -> "RowSet":
-        taken = take_rows(name, split, self.max_rows, self.column_mapping, stage, self.reading)
+        taken = take_rows(name, split, self.max_rows, self.column_mapping, stage, self.reading, self.place)
         return RowSet(name, split, taken.rows, tuple(taken.numbers))
 
 
@@ -170,6 +182,7 @@ def load_rows(
     *,
     stage: StageName | None = None,
     reading: Reading | None = None,
+    place: HubPlace | None = None,
 ) -> Dataset:
     """Read the rows of a file, of a Hub dataset or of the demo (embedded/NAME), columns renamed.
 
@@ -182,15 +195,18 @@ def load_rows(
             ``take`` raises.
     """
     if stage is not None:
-        return take_rows(name, split, max_rows, column_mapping, stage, reading).rows
+        return take_rows(name, split, max_rows, column_mapping, stage, reading, place).rows
     # Read, cut and rename
     name = resolve(name)
-    rows = _read(name, split)
+    mapping = parse_column_mapping(column_mapping or [])
+    rows = read_rows(name, split, place)
+    if Path(name.split("?")[0].removesuffix(".gz")).suffix.lower() in (".csv", ".tsv"):
+        rows = numbers_again(rows, {**dict.fromkeys(c for c in rows.column_names if is_text(c)), **mapping})
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))
     if len(rows) == 0:
         raise UserError(f"{name}: no rows.")
-    return rename_columns(rows, parse_column_mapping(column_mapping or []), name)
+    return rename_columns(rows, mapping, name)
 
 
 def take_rows(
@@ -200,13 +216,15 @@ def take_rows(
     column_mapping: Sequence[str] | None,
     stage: StageName,
     reading: Reading | None = None,
+    place: HubPlace | None = None,
 ) -> Taken:
     """Read rows as a stage takes them, and tell in a warning what is left out and ignored.
 
     Raises:
         UserError: as ``load_rows``.
     """
-    rows = load_rows(name, split, max_rows, column_mapping)
+    # Read, then seen through the eyes of the stage
+    rows = load_rows(name, split, max_rows, column_mapping, place=place)
     name = resolve(name)
     taken = take(rows, stage, name, reading)
     left_out = sum(map(len, taken.dropped.values()))
@@ -238,103 +256,6 @@ def rename_columns(rows: Dataset, mapping: Mapping[str, str], name: str) -> Data
                 f"{name}: column_mapping {source}={target}: there is a column {target} already. {way_out}"
             )
     return rows.rename_columns(dict(mapping)) if mapping else rows
-
-
-def _read(name: str, split: str) -> Dataset:
-    suffix = Path(name).suffix.lower()
-    # A file by its ending, which must be there and be whole
-    if suffix in READERS:
-        if not Path(name).is_file():
-            raise UserError(f"{name}: no such file. Check the path.")
-        if Path(name).stat().st_size == 0:
-            raise UserError(f"{name}: the file is empty. Write rows into it, or give another.")
-        if suffix != ".parquet":
-            _check_encoding(Path(name))
-        try:
-            rows = load_dataset(READERS[suffix], data_files=name, split="train")
-        except (DatasetGenerationError, ValueError) as error:
-            broken = _broken_json(Path(name)) if READERS[suffix] == "json" else None
-            if "corresponds to no data" in str(error):
-                broken = "no rows. Was it written to its end?"
-            raise UserError(
-                f"{name}: {broken or f'{brief(error.__cause__ or error)}. Mend the file, or write it again.'}"
-            ) from error
-    elif Path(name).exists():
-        raise UserError(
-            f"{name}: cannot read this kind of file. Use {', '.join(READERS)} or the name of a Hub dataset."
-        )
-    else:
-        try:
-            rows = load_dataset(name, split=split)
-        except Exception as error:  # what httpx, fsspec, pyarrow and pandas raise, passed on
-            way_out = (
-                "Unset HF_HUB_OFFLINE"
-                if constants.HF_HUB_OFFLINE
-                else "Check the name, dataset_split and the network"
-            )
-            raise UserError(
-                f"{name}: no file here, and not to be had from the Hub: {brief(error)}. {way_out}, or give a"
-                " file."
-            ) from error
-    # Several splits are a folder of rows, not rows
-    if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
-        raise UserError(f"{name}: expected one split of rows; name it with dataset_split.")
-    return rows
-
-
-def _check_encoding(path: Path) -> None:
-    """Raise UserError, naming the line, unless a file of text is UTF-8.
-
-    The reader of JSON would notice only when the row is used.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                place = (
-                    f"line {number} is not UTF-8, at byte {error.start + 1} of it (0x{line[error.start]:02x})"
-                )
-                raise UserError(f"{path}: {place}. Save the file as UTF-8.") from error
-
-
-def _broken_json(path: Path) -> str | None:
-    """Find the first line that is not JSON; None if all are.
-
-    The file is one list, or one object per line.
-    """
-    text = path.read_text(encoding="utf-8-sig")
-    # One list
-    if text.lstrip().startswith("["):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            return f"line {error.lineno} is not JSON: {error.msg} at character {error.colno}."
-        except RecursionError:
-            return "the JSON is nested too deep."
-        return None
-    # One object per line; empty lines are allowed
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            return (
-                f"line {number} is not JSON: {error.msg} at character {error.colno}. Each line must be one"
-                " object."
-            )
-        except RecursionError:
-            return (
-                f"line {number} is JSON nested too deep. Each line must be one object, with text or a list of"
-                " messages."
-            )
-        if not isinstance(row, dict):
-            return (
-                f"line {number} is a JSON {type(row).__name__}; each line must be one object, with columns as"
-                " keys."
-            )
-    return None
 
 
 def require_columns(rows: Dataset, name: str, *alternatives: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from goose_lora.data import columns as names
 from goose_lora.data import labelled
-from goose_lora.data.columns import first_of, meaning, plain_name, says_nothing, set_aside
+from goose_lora.data.columns import first_of, meaning, plain_name, says_nothing, setting_aside
 from goose_lora.data.labelled import BEST_FIRST, Pairs, cell, ranks_from, winner_of
 from goose_lora.data.messages import (
     ASKING_ROLES,
@@ -135,7 +135,7 @@ class Asking:
         elif about:
             raise UserError(
                 f"{self.input} stands beside a prompt of messages. Put it into them, or"
-                f" {set_aside(str(self.input))}."
+                f" {setting_aside(str(self.input))}."
             )
         return with_system([*history, *asked], system)
 
@@ -316,7 +316,7 @@ def leftover(shape: Shape, row: Row, stage: StageName) -> str | None:
             continue
         return (
             f"the column {column} is {what} ({str(value)[:40]}), and rows read as {shape.title} do not use"
-            f" it. {set_aside(column)} leaves it out, if that is right."
+            f" it. {setting_aside(column)} leaves it out, if that is right."
         )
     return None
 
@@ -514,6 +514,9 @@ def _pair(row: Row, better: str, worse: str, asking: Asking) -> Cells:
     # The prompt beside them, or inside both
     prompt = asking.of(row)
     extras = asking.extras(row)
+    alone = isinstance(chosen, str) or chosen[0]["role"] == "assistant"
+    if prompt is None and asking.prompt is not None and alone:
+        raise LeftOut(f"{asking.prompt} is missing")
     if isinstance(chosen, list):
         assert isinstance(rejected, list)
         prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, asking.prompt, asking.instead)

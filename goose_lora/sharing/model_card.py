@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from goose_lora.data.rows import READERS
+from goose_lora.data.sources import READERS
 from goose_lora.files import read_json, read_jsonl, write_json
 from goose_lora.models.folders import read_lineage
 from goose_lora.ownership import claim

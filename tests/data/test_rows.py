@@ -3,10 +3,12 @@
 import json
 import logging
 
+import pyarrow
 import pytest
 import tiny
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
+from goose_lora.data import sources
 from goose_lora.data.rows import DataArguments, load_rows, require_columns
 from goose_lora.data.tokenization import left_pad, tokenize_prompts, tokenize_texts
 from goose_lora.ppo.sampler import RolloutBatches
@@ -18,6 +20,77 @@ def test_every_file_kind_gives_the_same_rows(kind, tmp_path):
     path = str(tmp_path / f"rows.{kind}")
     {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(kind, rows.to_json)(path)
     assert list(load_rows(path)) == tiny.prompts(3)
+
+
+SAID = [{"prompt": "ba", "completion": "7"}, {"prompt": "be, bi", "completion": "NA"}]
+
+
+def packed(path, text, compression):
+    with pyarrow.output_stream(str(path), compression=compression) as file:
+        file.write(text.encode())
+
+
+def in_parts(folder):
+    folder.mkdir()
+    for place, row in enumerate(SAID):
+        tiny.write_rows(folder / f"train-{place}.jsonl", [row])
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in SAID)
+KINDS = {
+    "a.jsonl.gz": lambda path: packed(path, LINES, "gzip"),
+    "a.jsonl.zst": lambda path: packed(path, LINES, "zstd"),
+    "a.ndjson": lambda path: path.write_text(LINES),
+    "a.tsv": lambda path: path.write_text("prompt\tcompletion\nba\t7\nbe, bi\tNA\n"),
+    "a.csv": lambda path: path.write_text('prompt,completion\nba,7\n"be, bi",NA\n'),
+    "semicolon.csv": lambda path: path.write_text("\ufeffprompt;completion\nba;7\nbe, bi;NA\n"),
+    "wrapped.json": lambda path: path.write_text(json.dumps({"version": 1, "data": SAID})),
+    "columns.json": lambda path: path.write_text(
+        json.dumps({name: [row[name] for row in SAID] for name in ("prompt", "completion")})
+    ),
+    "parts": in_parts,
+    "disk": lambda path: Dataset.from_list(SAID).save_to_disk(path),
+    "splits": lambda path: DatasetDict(train=Dataset.from_list(SAID)).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_and_folders_of_all_kinds_give_the_same_rows(kind, tmp_path):
+    KINDS[kind](tmp_path / kind)
+    assert list(load_rows(str(tmp_path / kind))) == SAID
+
+
+def test_a_glob_is_all_its_files_and_a_tilde_is_home(tmp_path, monkeypatch):
+    in_parts(tmp_path / "parts")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(load_rows("~/parts/*.jsonl")) == SAID
+
+
+def test_numbers_of_a_csv_that_no_one_says_stay_numbers(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer,score\n12,7,0.5\n13,8,\n")
+    assert list(load_rows(str(tmp_path / "a.csv"))) == [
+        {"prompt": "12", "answer": "7", "score": 0.5},
+        {"prompt": "13", "answer": "8", "score": None},
+    ]
+
+
+def test_a_hub_dataset_of_several_configurations_says_how_to_name_one(monkeypatch):
+    asked = []
+
+    def load(name, config=None, **place):
+        asked.append((name, config, place))
+        if config is None:
+            raise ValueError("Config name is missing. Please pick one among ['main', 'socratic']")
+        return Dataset.from_list(SAID)
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    with pytest.raises(
+        ValueError, match=r"org/two: has several configurations: .*main.* dataset_config: NAME"
+    ):
+        load_rows("org/two")
+    arguments = DataArguments("org/two", dataset_config="main", data_dir="d", dataset_revision="v1")
+    assert len(arguments.train("sft")) == 2
+    assert asked[-1] == ("org/two", "main", {"split": "train", "data_dir": "d", "revision": "v1"})
 
 
 def test_max_rows_takes_the_first_ones(tmp_path):

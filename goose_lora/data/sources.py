@@ -1,0 +1,329 @@
+"""Where rows come from: files of all kinds, compressed or in parts, folders, and the Hub.
+
+The libraries read them (datasets, pandas, pyarrow); this module says which of them, and what is
+wrong in words of the file.
+"""
+
+import csv
+import glob
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas
+import pyarrow
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants
+
+from goose_lora.errors import UserError
+from goose_lora.files import brief
+
+READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".ndjson": "json",
+    ".tsv": "csv",
+    ".txt": "text",
+}
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SEPARATORS = ",;\t|"
+WRAPPERS = ("data", "rows", "examples", "train")  # keys under which a JSON object has its rows
+
+
+class HubPlace(NamedTuple):
+    """Which part of a Hub dataset: configuration, folder and revision."""
+
+    config: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
+
+
+def read_rows(name: str, split: str, place: HubPlace | None = None) -> Dataset:
+    """Read rows from a file, a glob, a folder or the Hub.
+
+    Raises:
+        UserError: none are there, or they cannot be read; it says where and what to do.
+    """
+    # In the order of what a name can be: a folder, an address, a glob, a file, the Hub
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(path, split)
+    if "://" in name:
+        return _files([name], _kind(name), name)
+    if any(letter in name for letter in "*?["):
+        return _parts(sorted(glob.glob(str(path))), name)
+    if _suffix(path) in READERS:
+        if not path.is_file():
+            raise UserError(f"{name}: no such file. Check the path.")
+        return _file(path, name)
+    if path.exists():
+        raise UserError(
+            f"{name}: cannot read this kind of file. Use {', '.join(READERS)}, also with"
+            f" {', '.join(COMPRESSED)}, a folder of them or the name of a Hub dataset."
+        )
+    return _from_hub(name, split, place or HubPlace())
+
+
+def _suffix(path: Path) -> str:
+    """Return the ending that says the kind, without that of the compression."""
+    # rows.jsonl.gz is a file of lines
+    ending = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if ending in COMPRESSED else ending
+
+
+def _kind(name: str) -> str:
+    # An address may end in a query
+    suffix = _suffix(Path(name.split("?")[0]))
+    if suffix not in READERS:
+        raise UserError(f"{name}: cannot read this kind of file. Use {', '.join(READERS)}.")
+    return READERS[suffix]
+
+
+def _folder(path: Path, split: str) -> Dataset:
+    """Read what ``save_to_disk`` wrote, or a folder of parts of one kind."""
+    # Both are written by save_to_disk: one split, or several
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        rows = load_from_disk(str(path))
+        if not isinstance(rows, DatasetDict):
+            return rows
+        if split not in rows:
+            raise UserError(
+                f"{path}: no split {split}. There are {', '.join(map(str, rows))}: dataset_split:"
+                f" {next(iter(rows))}."
+            )
+        return rows[split]
+    # Hidden files and notes beside the parts are none of them
+    parts = [str(part) for part in sorted(path.iterdir()) if _suffix(part) in READERS]
+    if not parts:
+        raise UserError(
+            f"{path}: cannot read this kind of file. Use {', '.join(READERS)}, a folder of them, or one that"
+            " save_to_disk wrote."
+        )
+    return _parts(parts, str(path))
+
+
+def _parts(parts: Sequence[str], name: str) -> Dataset:
+    if not parts:
+        raise UserError(f"{name}: no such file. Check the path.")
+    # Parts of one kind have one reader
+    kinds = {_kind(part) for part in parts}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{name}: files of several kinds: {', '.join(Path(part).name for part in parts[:5])}. Name those"
+            f" that belong together: dataset_name: {Path(parts[0]).parent}/*{Path(parts[0]).suffix}."
+        )
+    # One part alone is read as the file that it is
+    if len(parts) == 1 or any(Path(part).suffix.lower() in COMPRESSED for part in parts):
+        return concatenate_datasets([_file(Path(part), part) for part in parts])
+    return _files(list(parts), kinds.pop(), name)
+
+
+def _file(path: Path, name: str) -> Dataset:
+    if path.stat().st_size == 0:
+        raise UserError(f"{name}: the file is empty. Write rows into it, or give another.")
+    # A file as it is
+    compression = COMPRESSED.get(path.suffix.lower())
+    if compression is None:
+        return _files([str(path)], _kind(str(path)), name)
+    # Arrow unpacks all three; datasets would ask for a package for one
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / path.stem
+        try:
+            with pyarrow.input_stream(str(path), compression=compression) as packed, open(whole, "wb") as out:
+                shutil.copyfileobj(packed, out)
+        except OSError as error:
+            raise UserError(f"{name}: {brief(error)}. Is it whole? Pack it again.") from error
+        return _files([str(whole)], _kind(str(whole)), name, keep=True)
+
+
+def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dataset:
+    """Read files of one kind; ``keep``: into memory, since the files go away."""
+    # What is wrong with a file is told by its line, so it is looked at first
+    local = [Path(file) for file in files if "://" not in file]
+    for file in local if kind != "parquet" else []:
+        check_encoding(file, name if len(files) == 1 else str(file))
+    if kind == "json" and len(local) == 1 and (rows := _json_object(local[0])) is not None:
+        return rows
+    try:
+        if kind == "csv":
+            rows = concatenate_datasets([_table(file) for file in files])
+        else:
+            rows = load_dataset(kind, data_files=files, split="train", keep_in_memory=keep)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        broken = broken_json(local[0]) if kind == "json" and local else None
+        if "corresponds to no data" in str(error):
+            broken = "no rows. Was it written to its end?"
+        raise UserError(
+            f"{name}: {broken or f'{brief(error.__cause__ or error)}. Mend the file, or write it again.'}"
+        ) from error
+    assert isinstance(rows, Dataset)
+    return rows
+
+
+def _json_object(path: Path) -> Dataset | None:
+    """Return the rows of a file that is one JSON object; None for a list or for lines.
+
+    The object holds a list of rows, or a list to each column, as pandas writes it.
+    """
+    # Lines are read by the library; a list is too
+    if path.suffix.lower() != ".json":
+        return None
+    with open(path, encoding="utf-8-sig") as file:
+        if not file.read(100).lstrip().startswith("{"):
+            return None
+        file.seek(0)
+        try:
+            held = json.load(file)
+        except (ValueError, RecursionError):
+            return None  # several objects, or broken: the reader of lines says which
+    # The rows under a key, as exports of web services have them
+    rows = next((held[key] for key in WRAPPERS if isinstance(held.get(key), list)), None)
+    if rows and all(isinstance(row, dict) for row in rows):
+        return Dataset.from_list(rows, on_mixed_types="use_json")
+    # A list to each column, all of one length
+    lists = [value for value in held.values() if isinstance(value, list)]
+    if lists and len(lists) == len(held) and len({len(value) for value in lists}) == 1:
+        columns = list(held)
+        return Dataset.from_list(
+            [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)],
+            on_mixed_types="use_json",
+        )
+    return None
+
+
+def _table(file: str) -> Dataset:
+    """Read a csv file as text: words such as NA stay words, and numbers that are replies too."""
+    separator = "," if "://" in file else _separator(Path(file))
+    # datasets reads with pandas as well, but has no setting for text
+    cells = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    if not isinstance(cells.index, pandas.RangeIndex):
+        raise ValueError("rows have more cells than the header has columns")
+    if not len(cells):
+        raise ValueError("corresponds to no data")
+    return Dataset.from_dict({str(column): cells[column].tolist() for column in cells.columns})
+
+
+def _separator(path: Path) -> str:
+    """Return what separates the columns of a csv file: what its header has most of."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    # The header has no commas inside texts
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+    found = {sep: len(next(csv.reader([header], delimiter=sep), [])) for sep in SEPARATORS}
+    return max(SEPARATORS, key=lambda sep: (found[sep], -SEPARATORS.index(sep)))
+
+
+def numbers_again(rows: Dataset, text: Mapping[str, object]) -> Dataset:
+    """Return rows of csv with columns of numbers as such, but for columns that are ``text``."""
+    # Ids, scores and labels; a column of any text stays text
+    for column in rows.column_names:
+        cells = [cell for cell in rows[column] if cell != ""]
+        if column in text or not cells or not all(_is_number(cell) for cell in cells):
+            continue
+        kind = "int64" if all(str(cell).lstrip("+-").isdigit() for cell in cells) else "float64"
+        number = int if kind == "int64" else float
+        filled = [None if cell == "" else number(cell) for cell in rows[column]]
+        replaced = Dataset.from_dict({column: filled}, features=Features({column: Value(kind)}))
+        order = rows.column_names
+        rows = concatenate_datasets([rows.remove_columns(column), replaced], axis=1).select_columns(order)
+    return rows
+
+
+def _is_number(cell: object) -> bool:
+    try:
+        return str(float(str(cell))) not in ("nan", "inf", "-inf")
+    except ValueError:
+        return False
+
+
+def _from_hub(name: str, split: str, place: HubPlace) -> Dataset:
+    try:
+        rows = load_dataset(name, place.config, split=split, data_dir=place.data_dir, revision=place.revision)
+    except Exception as error:  # what httpx, fsspec, pyarrow and pandas raise, passed on
+        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+            raise UserError(
+                f"{name}: has several configurations: {brief(error)}. Name one: dataset_config: NAME."
+            ) from error
+        way_out = (
+            "Unset HF_HUB_OFFLINE"
+            if constants.HF_HUB_OFFLINE
+            else "Check the name, dataset_split and the network"
+        )
+        raise UserError(
+            f"{name}: no file here, and not to be had from the Hub: {brief(error)}. {way_out}, or give a"
+            " file."
+        ) from error
+    # Several splits are a folder of rows, not rows
+    if not isinstance(rows, Dataset):
+        raise UserError(f"{name}: expected one split of rows; name it with dataset_split.")
+    return rows
+
+
+def check_encoding(path: Path, name: str) -> None:
+    """Raise UserError, naming the line, unless a file of text is UTF-8.
+
+    The reader of JSON would notice only when the row is used.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = (
+                    f"line {number} is not UTF-8, at byte {error.start + 1} of it (0x{line[error.start]:02x})"
+                )
+                raise UserError(f"{name}: {place}. Save the file as UTF-8.") from error
+
+
+def broken_json(path: Path) -> str | None:
+    """Find the first line that is not JSON; None if all are.
+
+    The file is one list, or one object per line.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    # One list
+    if text.lstrip().startswith("["):
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            return f"line {error.lineno} is not JSON: {error.msg} at character {error.colno}."
+        except RecursionError:
+            return "the JSON is nested too deep."
+        return None
+    # One object per line; empty lines are allowed
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            return (
+                f"line {number} is not JSON: {error.msg} at character {error.colno}. Each line must be one"
+                " object."
+            )
+        except RecursionError:
+            return (
+                f"line {number} is JSON nested too deep. Each line must be one object, with text or a list of"
+                " messages."
+            )
+        if not isinstance(row, dict):
+            return (
+                f"line {number} is a JSON {type(row).__name__}; each line must be one object, with columns as"
+                " keys."
+            )
+    return None
