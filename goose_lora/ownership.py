@@ -75,6 +75,7 @@ def written(folder: str | Path) -> Written:
     path = Path(folder) / WRITTEN
     if not path.is_file():
         return _of_older_version(path.parent)
+    # A file that anyone may have changed: what it names is deleted later
     content = read_json(path)
     files, stage, start = content.get("files"), content.get("stage"), content.get("start")
     sound = isinstance(files, list) and all(isinstance(name, str) and _is_below(name) for name in files)
@@ -102,6 +103,7 @@ def claim(folder: str | Path, *names: str) -> None:
 
     What stands there under one of them and is nobody's is kept under another name.
     """
+    # Noted before it is written: whoever is killed in between has claimed too much, not too little
     folder, found = Path(folder), written(folder)
     for name in names:
         _clear(folder, name, found.files)
@@ -115,12 +117,12 @@ def _clear(folder: Path, name: str, own: Sequence[str]) -> None:
     # On the way to it: a file, or a link to a folder that may be anyone's
     for parent in reversed(Path(name).parents[:-1]):
         if (folder / parent).is_symlink() or (folder / parent).is_file():
-            set_aside(folder / parent)
+            keep_aside(folder / parent)
     path = folder / name
     is_folder = name in (_UNFINISHED, _REPLACED) or name.startswith("checkpoint-")
     fits = not path.is_symlink() and path.is_dir() == is_folder
     if os.path.lexists(path) and (name not in own or not fits):
-        set_aside(path)
+        keep_aside(path)
 
 
 def release_claim(folder: str | Path, *names: str) -> None:
@@ -130,7 +132,7 @@ def release_claim(folder: str | Path, *names: str) -> None:
         _note(folder, found._replace(files=tuple(set(found.files) - set(names))))
 
 
-def set_aside(path: Path) -> None:
+def keep_aside(path: Path) -> None:
     """Rename what stands in the way, and say so. Its content stays as it is."""
     kept = path.with_name(f"{path.name}.kept")
     number = 2
@@ -146,6 +148,7 @@ def begin(folder: str | Path, stage: str, *, after: int = 0) -> int:
 
     Each run there, one that is resumed too, has a number above all before it and above ``after``.
     """
+    # A counter in the folder, and no clock, tells which of two runs came later
     found = written(folder)
     start = max(found.start, after) + 1
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -163,12 +166,14 @@ def check_place(folder: str | Path, stage: str) -> None:
     folder = Path(folder)
     found = written(folder)
     way_out = "Give another output_dir, or move that away."
+    # Another stage's result is somebody's work, though a run has written it
     if found.stage not in (None, stage):
         there = [name for name in found.files if (folder / name).exists()][:3]
         raise UserError(
             f"output_dir: {folder} has a run of the stage {found.stage} ({', '.join(there)} ...), which this"
             f" one would replace. {way_out}"
         )
+    # What stands under the name of a result, or as a file where a role's folder goes
     foreign = [name for name in RESULTS[stage] if os.path.lexists(folder / name) and name not in found.files]
     needed = {name.partition("/")[0] for name in RESULTS[stage] if "/" in name}
     foreign += [
@@ -244,6 +249,7 @@ def refuse_inputs_inside(folder: str | Path, inputs: Mapping[str, Sequence[str]]
     Raises:
         UserError: there is one.
     """
+    # The folder by its name and by what it is
     folder = Path(folder)
     places = {Path(os.path.abspath(folder)), folder.resolve()}
     for setting, values in inputs.items():
@@ -285,6 +291,7 @@ def hold(folder: str | Path) -> None:
     if path in _held:
         return
     path.mkdir(parents=True, exist_ok=True)
+    # The system's lock ends with its process, on whichever host; the note beside it is for people
     lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
     before = _holder(path)
     try:

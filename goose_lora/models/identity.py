@@ -75,6 +75,7 @@ def _folder(name: str, revision: str | None) -> Path | None:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers loads: others may hold the same weights again."""
+    # The index comes first, as it does for transformers
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -101,6 +102,7 @@ def same_base(one: BaseName, other: BaseName) -> bool:
 
 def _names(base: BaseName) -> set[str]:
     """Return the names that mean this base: as given, the folder that it is, and its Hub id."""
+    # A trailing slash and a link change nothing of what it is
     given = base.name.rstrip("/\\") or base.name
     found = {given, *([base.hub_id] if base.hub_id else [])}
     if Path(given).exists():

@@ -142,6 +142,10 @@ def _checked_state(saved: object) -> dict[str, Any]:
         numbers = value if isinstance(value, list) and count > 1 else [value]
         sound = len(numbers) == count and all(is_number(x) for x in numbers)
         may_be_unset = value is None and name != "evaluations_without_gain"
+        # The last of a scale is a standard deviation, of moments a variance, the only one a count
+        if sound and name != "best_objective":
+            signed = [*numbers[-1:], *(numbers[:1] if name == "score_moments" else [])]
+            sound = all(cast(float, number) >= 0 for number in signed)
         if not sound and not may_be_unset:
             raise UserError(
                 f"the checkpoint is damaged: {name} is {value!r} in its trainer_state.json. Go on from"

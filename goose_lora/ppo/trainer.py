@@ -205,6 +205,10 @@ class PPOTrainer(Resumable, Trainer):
         """The name of the stage in checkpoints and lineage."""
         return "ppo" if self.has_prompts else "own_loop"
 
+    def made_of(self) -> dict[str, str]:
+        """Overridden: what scores the replies, with its weight, belongs to the run too."""
+        return {**super().made_of(), **self.collector.reward.made_of()}
+
     @property
     def steps_between_resumable(self) -> int:  # type: ignore[override]
         """Optimizer steps of a rollout: only between rollouts can a run go on exactly."""

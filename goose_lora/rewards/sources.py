@@ -1,6 +1,7 @@
 """Sources of reward: the reward adapter and Python functions, weighted and added."""
 
 import asyncio
+import hashlib
 import inspect
 import signal
 import sys
@@ -64,6 +65,17 @@ class RewardMix:
     def needs_adapter(self) -> bool:
         return "adapter" in self.sources
 
+    def made_of(self) -> dict[str, str]:
+        """Return, by name of source, its weight and a hash of its code as far as Python has it."""
+        found = {}
+        for name, source, weight in zip(self.names, self.sources, self.weights, strict=True):
+            code = "adapter"
+            if source != "adapter":
+                code = _code_of(source)
+            digest = hashlib.sha256(code.encode()).hexdigest()[:12]
+            found[f"reward {name}"] = f"{digest} with weight {weight:g}"
+        return {"rewards": ", ".join(sorted(self.names)), **found}
+
     def __call__(self, by_adapter: Float[Tensor, " B"] | None, **replies: Any) -> "Scores":
         """Ask all sources; return what they say, weighted and added.
 
@@ -108,6 +120,17 @@ class RewardMix:
             )
         weights = torch.tensor(self.weights, device=device)[:, None]
         return Scores((weights * scores).nansum(0), dict(zip(self.names, scores, strict=True)), by_token)
+
+
+def _code_of(source: Any) -> str:
+    """Return the text of a function, or of an object's class; its name where there is no text."""
+    plain = inspect.unwrap(source) if callable(source) else source
+    if not inspect.isroutine(plain):
+        plain = type(plain)
+    try:
+        return inspect.getsource(plain)
+    except (OSError, TypeError):
+        return str(getattr(plain, "__qualname__", type(plain).__name__))
 
 
 class Scores(NamedTuple):

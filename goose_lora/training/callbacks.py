@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _Row = dict[str, Any]  # a line of metrics.jsonl or samples.jsonl
 
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
 
 def _readable(path: Path) -> list[_Row]:
@@ -63,21 +63,23 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder, step = Path(args.output_dir or "."), state.global_step
-        claim(folder, METRICS, SAMPLES)
+        claim(folder, METRICS_FILE, SAMPLES_FILE)
         # The summary of a run that was stopped is not the run's
         logged = [row for row in state.log_history if "train_runtime" not in row and step]
         metrics = [{"step": row["step"], **row} for row in logged]
-        there = _readable(folder / METRICS) if step else []
-        _replace(folder / METRICS, metrics)
+        there = _readable(folder / METRICS_FILE) if step else []
+        _replace(folder / METRICS_FILE, metrics)
         if there and not metrics:
-            logger.warning("%s: the checkpoint's log is empty, so it begins anew.", folder / METRICS)
+            logger.warning("%s: the checkpoint's log is empty, so it begins anew.", folder / METRICS_FILE)
 
         # Samples of a rollout bear the step that it begins at, and are written again
-        samples = _readable(folder / SAMPLES) if step else []
+        samples = _readable(folder / SAMPLES_FILE) if step else []
         for row in samples:
             if not isinstance(row.get("step"), int):
-                raise UserError(f"{folder / SAMPLES}: a line has no step. Delete that line: {str(row)[:80]}")
-        _replace(folder / SAMPLES, [row for row in samples if row["step"] < step])
+                raise UserError(
+                    f"{folder / SAMPLES_FILE}: a line has no step. Delete that line: {str(row)[:80]}"
+                )
+        _replace(folder / SAMPLES_FILE, [row for row in samples if row["step"] < step])
 
     def on_log(
         self,

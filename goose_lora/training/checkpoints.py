@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from goose_lora.errors import FailedWriteError, UserError
 from goose_lora.files import file_sha256, first_line, free_room, sync, sync_all
-from goose_lora.ownership import claim, release_claim, set_aside, written
+from goose_lora.ownership import claim, keep_aside, release_claim, written
+from goose_lora.training import checkpoint_parts
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +99,16 @@ def why_incomplete(folder: str | Path) -> str | None:
         )
     try:
         manifest = read(folder)
-        form, files = manifest["format"], dict(manifest["files"])
-    except (ValueError, KeyError, TypeError):
+        form, files = manifest["format"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"its {MANIFEST} cannot be read"
+    if not isinstance(files, dict):
+        return f"its {MANIFEST} is damaged: files is no object"
     if form != FORMAT:
         return f"it has format {form}, and this version reads format {FORMAT}"
+    wrong = _wrong_manifest(folder, manifest)
+    if wrong is not None:
+        return f"its {MANIFEST} is damaged: {wrong}"
 
     # Sizes first: a file that was cut off need not be read to be refused
     for name, (size, checksum) in files.items():
@@ -113,6 +119,43 @@ def why_incomplete(folder: str | Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes of {size}"
         if file_sha256(path) != checksum:
             return f"{name} is damaged: its checksum is not the saved one"
+    return checkpoint_parts.why_unusable(folder, manifest)
+
+
+# Types of what a manifest says, where it does.
+_TYPES = {
+    "stage": str,
+    "step": int,
+    "start": int,
+    "world_size": int,
+    "rows": int,
+    "base": dict,
+    "adapters": dict,
+    "settings": dict,
+    "made_of": dict,
+}
+
+
+def _wrong_manifest(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Return what in a manifest cannot be, None if all can."""
+    # Each value has its type, and numbers count something
+    for name, kind in _TYPES.items():
+        value = manifest.get(name, kind())
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"{name} is {value!r}"
+        if kind is int and value < 0:
+            return f"{name} is {value}"
+    # Names stay inside: they are read and deleted
+    for name, entry in manifest["files"].items():
+        kinds = [type(value) for value in entry] if isinstance(entry, list) else []
+        if kinds != [int, str] or Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"files has {name}: {entry!r}"
+    for name, facts in manifest.get("adapters", {}).items():
+        if not isinstance(facts, dict) or Path(name).name != name:
+            return f"adapters has {name}: {facts!r}"
+    named = FOLDER_NAME.fullmatch(folder.name)
+    if named and "step" in manifest and manifest["step"] != int(named[1]):
+        return f"it says step {manifest['step']}"
     return None
 
 
@@ -243,7 +286,7 @@ def discard(folder: str | Path) -> None:
         for path in sorted(folder.rglob("*"), reverse=True):  # what is inside a folder comes first
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-        set_aside(folder)
+        keep_aside(folder)
     shutil.rmtree(folder, ignore_errors=True)
     release_claim(folder.parent, folder.name)
 
@@ -300,9 +343,10 @@ def _order(folder: Path) -> tuple[int, int]:
 
 
 def _refuse_another_run(folder: Path, saved: Facts, facts: Facts, rules: SettingRules) -> None:
-    # The run itself, and the rows that it goes through
+    # The run itself, the rows that it goes through, and what else it is made of
     identity = {name: value for name, value in facts.items() if name in ("stage", "world_size", "rows")}
     differing = _differences(saved, identity)
+    differing |= _differences(saved.get("made_of", {}), facts.get("made_of", {}))
 
     # Its adapters: all of them, or, before the model is there, the one that trains
     there, here = saved.get("adapters", {}), facts.get("adapters")
@@ -313,7 +357,13 @@ def _refuse_another_run(folder: Path, saved: Facts, facts: Facts, rules: Setting
             differing[f"{what} of the adapter {name}"] = pair
 
     # The base under them, and the settings that continuation depends on
-    for what, pair in _differences(saved.get("base", {}), facts.get("base", {})).items():
+    base, own_base = dict(saved.get("base", {})), dict(facts.get("base", {}))
+    if base.get("content") and own_base.get("content"):
+        # A base that was moved or is named otherwise is the same
+        base.pop("name", None)
+    else:
+        base.pop("content", None)
+    for what, pair in _differences(base, own_base).items():
         differing[f"base {what}"] = pair
     settings = _differences(saved.get("settings", {}), facts.get("settings", {}))
     must_match = (*MUST_MATCH, *rules.must_match)

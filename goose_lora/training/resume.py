@@ -3,8 +3,10 @@
 Whole checkpoints, exact continuation, a stop on request, and steps that cannot be made.
 """
 
+import hashlib
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -26,11 +28,12 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from goose_lora import files, ownership
-from goose_lora.errors import LostProcessError
+from goose_lora.errors import LostProcessError, UserError
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.folders import AdapterFolder
+from goose_lora.models.folders import ADAPTER_WEIGHTS, AdapterFolder, tensor_shapes
+from goose_lora.models.identity import base_content
 from goose_lora.training import checkpoints
-from goose_lora.training.callbacks import METRICS, SAMPLES, FiniteSteps
+from goose_lora.training.callbacks import METRICS_FILE, SAMPLES_FILE, FiniteSteps
 from goose_lora.training.checkpoints import Facts, SettingRules
 from goose_lora.training.signals import Stopped, StopSignals
 
@@ -79,6 +82,7 @@ def starting_point(
         "world_size": args.world_size,
         "base": {
             "name": Path(model.model_name_or_path).name,
+            "content": base_content(model.model_name_or_path, model.model_revision),
             "quantization": model.quantization,
             "dtype": model.dtype,
         },
@@ -112,6 +116,7 @@ class Resumable(_Trainer):
     resume_rules = SettingRules()  # those of its own settings that must match
     steps_between_resumable: int = 1  # optimizer steps from one place that a run can go on from to the next
     saving: Path | None = None  # the checkpoint that is being written
+    _made_of: dict[str, str] | None = None
     start_number: int = 0  # of the run among those in its folder
     beside: Callable[[Path], None] | None = None  # writes what belongs to the result into its folder
 
@@ -146,6 +151,9 @@ class Resumable(_Trainer):
             says=says,
         )
 
+        if folder is not None:
+            self._check_tensors(Path(folder))
+
         # What ends it from outside is told in the user's words
         keeper = CheckpointKeeper(self)
         try:
@@ -159,6 +167,12 @@ class Resumable(_Trainer):
                 ) from error
             if self.saving is not None and self.args.should_save and isinstance(error, files.WRITE_ERRORS):
                 raise checkpoints.unsaved(self.saving, error) from error
+            # What was checked may still not fit the libraries that read it
+            if folder is not None and _LOADING & set(_functions_of(error)):
+                raise UserError(
+                    f"resume_from_checkpoint: {folder} cannot be loaded ({type(error).__name__}:"
+                    f" {files.brief(error)}). Give another checkpoint, or start anew."
+                ) from error
             if "DataLoader worker" in str(error):
                 raise LostProcessError(
                     f"a process that loads data died, often for lack of memory: {str(error).splitlines()[0]}"
@@ -172,9 +186,42 @@ class Resumable(_Trainer):
             self.load_best(Path(best))
         return cast(TrainOutput, result)
 
+    def made_of(self) -> dict[str, str]:
+        """Return hashes, by what they are of, that a run which resumes this one must have alike."""
+        # Once a run: each checkpoint notes it, and rows may be many
+        if self._made_of is None:
+            rows, tokenizer = self.train_dataset, cast(Any, self.processing_class)
+            self._made_of = {}
+            if isinstance(rows, Dataset):
+                self._made_of["rows' content"] = _rows_sha256(rows)
+            template = getattr(tokenizer, "chat_template", None)
+            text = json.dumps(template, sort_keys=True)
+            self._made_of["chat template"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self._made_of
+
+    def _check_tensors(self, checkpoint: Path) -> None:
+        """Raise UserError unless the checkpoint's adapters have the tensors that the model has."""
+        # PEFT passes over what a file lacks, and the run would go on with fresh weights
+        model = cast(PeftModel, self.accelerator.unwrap_model(self.model))
+        for name in cast(dict[str, Any], model.peft_config):
+            place = checkpoint if name == "default" else checkpoint / name
+            there = tensor_shapes(place / ADAPTER_WEIGHTS)
+            state = get_peft_model_state_dict(model, adapter_name=name)
+            here = {key: list(tensor.shape) for key, tensor in state.items()}
+            # Names and shapes, both ways
+            wrong = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+            if wrong:
+                key = wrong[0]
+                saved, own = there.get(key, "missing"), here.get(key, "missing")
+                raise UserError(
+                    f"resume_from_checkpoint: {place / ADAPTER_WEIGHTS} does not fit the adapter {name}:"
+                    f" {key} is {saved} there and {own} here. Give another checkpoint, or start anew."
+                )
+
     @contextmanager
     def _writing_alone(self, resumed: str | None) -> Iterator[None]:
         """Hold ``output_dir``, and number the run: its checkpoints are in order by that."""
+        # One process of a run writes; a recipe holds the folder from its first line on
         if not self.is_world_process_zero():
             yield
             return
@@ -234,6 +281,7 @@ def facts(trainer: Resumable) -> Facts:
     model = cast(PeftModel, trainer.accelerator.unwrap_model(trainer.model))
     base = cast(PreTrainedModel, model.get_base_model())
     kinds = {_QUANTIZED[kind] for module in base.modules() if (kind := type(module).__name__) in _QUANTIZED}
+    # All adapters, whatever their role
     adapters = {
         name: {
             "r": config.r,
@@ -251,12 +299,38 @@ def facts(trainer: Resumable) -> Facts:
         "rows": len(cast(Dataset, trainer.train_dataset)),
         "base": {
             "name": Path(str(base.config.name_or_path)).name,
+            "content": base_content(str(base.config.name_or_path)),
             "quantization": min(kinds, default="none"),
             "dtype": str(cast(nn.Embedding, base.get_input_embeddings()).weight.dtype).removeprefix("torch."),
         },
         "adapters": adapters,
+        "made_of": trainer.made_of(),
         "settings": settings(trainer.args),
     }
+
+
+# Functions of Trainer in which a checkpoint's files are read.
+_LOADING = {
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_rng_state",
+    "_load_scaler",
+    "_load_callback_state",
+    "load_from_json",
+}
+
+
+def _functions_of(error: BaseException) -> list[str]:
+    """Return the names of the functions that an error has passed through."""
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _rows_sha256(rows: Dataset) -> str:
+    """Return the beginning of a hash of all that rows hold, in their order."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format(None).iter(batch_size=1000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:12]
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -314,7 +388,7 @@ class CheckpointKeeper(TrainerCallback):
             # Settings that stand in checkpoint.json; nothing is ever unpickled
             (folder / TRAINING_ARGUMENTS_PICKLE).unlink(missing_ok=True)
             # What a resumed run reads of the steps so far outlives a power failure too
-            for log in (METRICS, SAMPLES):
+            for log in (METRICS_FILE, SAMPLES_FILE):
                 path = folder.parent / log
                 if path.is_file():
                     files.sync(path)

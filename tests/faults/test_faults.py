@@ -466,7 +466,8 @@ def test_the_hooks_that_are_overridden_are_public_and_have_trainers_signatures()
     own = {name for name, value in vars(resume.Resumable).items() if inspect.isfunction(value)} & set(
         dir(Trainer)
     )
-    assert own - {"__init__"} == hooks
+    # The cards of Trainer and of TRL have other arguments: it takes any, and writes none
+    assert own - {"__init__", "create_model_card"} == hooks
     for name in hooks:
         mine, theirs = (
             list(inspect.signature(getattr(owner, name)).parameters) for owner in (resume.Resumable, Trainer)

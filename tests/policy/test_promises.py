@@ -128,7 +128,7 @@ def read(path):
 def keys(value, path=""):
     """Return the path of each key but for what others fill. Rows of a list count together."""
     found = {path}
-    if isinstance(value, dict) and value and not path.endswith(("versions", "lineage", "files")):
+    if isinstance(value, dict) and value and not path.endswith(("versions", "lineage", "files", "made_of")):
         own = [name for name in value if path != "settings" or name not in THEIRS]
         found = {key for name in own for key in keys(value[name], f"{path}.{name}".lstrip("."))}
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):

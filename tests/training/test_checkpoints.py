@@ -5,13 +5,20 @@ import ast
 import json
 import logging
 import os
+import random
+import re
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers.trainer
+from safetensors.torch import save_file
+from transformers.trainer_pt_utils import safe_globals
 
 from goose_lora import ownership
 from goose_lora.ppo.config import RESUME_RULES
@@ -39,14 +46,170 @@ FACTS |= {
 
 
 def folder_of(output, step, *, whole=True, **facts):
+    """A checkpoint with all parts that a run needs to go on."""
     ownership.claim(output, f"checkpoint-{step}")
     folder = output / f"checkpoint-{step}"
     (folder / "value").mkdir(parents=True)
-    (folder / "adapter_model.safetensors").write_bytes(b"policy" * 9)
-    (folder / "value" / "adapter_model.safetensors").write_bytes(b"critic" * 7)
+    for place in (folder, folder / "value"):
+        save_file({"lora": torch.ones(3)}, place / "adapter_model.safetensors")
+        (place / "adapter_config.json").write_text("{}")
+    state = {"global_step": step, "epoch": 0.5, "log_history": [{"step": step}], "stateful_callbacks": {}}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    moments = {"step": torch.tensor(1.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    torch.save({"state": {0: moments}, "param_groups": [{"params": [0]}]}, folder / "optimizer.pt")
+    torch.save({"last_epoch": step}, folder / "scheduler.pt")
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(states, folder / "rng_state.pth")
     if whole:
         checkpoints.seal(folder, FACTS | {"step": step} | facts)
     return folder
+
+
+def change_last_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def json_with(name, **changes):
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | changes))
+
+    return change
+
+
+def torch_with(name, edit):
+    def change(folder):
+        with safe_globals():
+            content = torch.load(folder / name, weights_only=True)
+        edit(content)
+        torch.save(content, folder / name)
+
+    return change
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def file_for_a_folder(folder):
+    shutil.rmtree(folder / "value")
+    (folder / "value").write_text("")
+
+
+NAN = float("nan")
+# Sealed again after the change, so that no checksum tells of it.
+TAMPERED = {
+    "no optimizer": (gone("optimizer.pt"), "optimizer.pt is missing"),
+    "no schedule": (gone("scheduler.pt"), "scheduler.pt is missing"),
+    "no random state": (gone("rng_state.pth"), "rng_state.pth is missing"),
+    "no state": (gone("trainer_state.json"), "trainer_state.json is missing"),
+    "no policy": (gone("adapter_model.safetensors"), "adapter_model.safetensors is missing"),
+    "no configuration": (gone("adapter_config.json"), "adapter_config.json is missing"),
+    "no critic": (lambda f: shutil.rmtree(f / "value"), "value/adapter_config.json is missing"),
+    "a file for the critic": (file_for_a_folder, "value/adapter_config.json is missing"),
+    "a pickle": (written("pytorch_model.bin", b"x"), "it has pytorch_model.bin, which no run writes"),
+    "weights": (
+        written("value/pytorch_model.bin", b"x"),
+        "it has value/pytorch_model.bin, which no run writes",
+    ),
+    "another step": (json_with("trainer_state.json", global_step=10**12), "is of step 1000000000000"),
+    "a negative step": (json_with("trainer_state.json", global_step=-1), "is of step -1"),
+    "a step of text": (json_with("trainer_state.json", global_step="8"), "is of step '8'"),
+    "no log": (json_with("trainer_state.json", log_history={}), "log_history is no list of rows"),
+    "a later row": (json_with("trainer_state.json", log_history=[{"step": 9}]), "of no step up to 8"),
+    "an epoch": (json_with("trainer_state.json", epoch=NAN), "epoch is nan"),
+    "callbacks": (json_with("trainer_state.json", stateful_callbacks=[1]), "stateful_callbacks is no object"),
+    "an unknown key": (json_with("trainer_state.json", own=1), "has own, which Trainer does not know"),
+    "a state that is no JSON": (written("trainer_state.json", b"{"), "not JSON that can be read"),
+    "an optimizer of zeros": (written("optimizer.pt", b"\0" * 99), "holds no state of an optimizer"),
+    "no groups": (torch_with("optimizer.pt", lambda s: s.pop("param_groups")), "holds no groups"),
+    "NaN": (
+        torch_with("optimizer.pt", lambda s: s["state"][0]["exp_avg"].fill_(NAN)),
+        "exp_avg of parameter 0 is not finite",
+    ),
+    "a variance": (
+        torch_with("optimizer.pt", lambda s: s["state"][0]["exp_avg_sq"].fill_(-1)),
+        "the variance of parameter 0 is negative",
+    ),
+    "more steps": (
+        torch_with("optimizer.pt", lambda s: s["state"][0]["step"].fill_(1e9)),
+        "has made 1e+09 steps of 8",
+    ),
+    "a schedule": (torch_with("scheduler.pt", lambda s: s.update(last_epoch="x")), "no state of a schedule"),
+    "random state": (torch_with("rng_state.pth", lambda s: s.pop("cpu")), "rng_state.pth holds no random"),
+    "a list for a state": (written("trainer_state.json", b"[]"), "expected an object"),
+    "weights of zeros": (
+        written("adapter_model.safetensors", b"\0" * 99),
+        "adapter_model.safetensors cannot",
+    ),
+    "weights of NaN": (
+        lambda f: save_file({"lora": torch.full((3,), NAN)}, f / "value" / "adapter_model.safetensors"),
+        "value/adapter_model.safetensors: lora is not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_sealed_checkpoint_without_sound_parts_is_refused_by_name_and_passed_by(name, tmp_path, said):
+    whole, broken = folder_of(tmp_path, 4), folder_of(tmp_path, 8)
+    change, why = TAMPERED[name]
+    change(broken)
+    (broken / "checkpoint.json").unlink()
+    checkpoints.seal(broken, FACTS | {"step": 8})
+    with pytest.raises(ValueError, match=re.escape(why)) as error:
+        checkpoints.choose(str(broken), tmp_path, FACTS)
+    assert "\n" not in str(error.value) and "Give another" in str(error.value)
+    assert checkpoints.choose("latest", tmp_path, FACTS) == str(whole)
+    assert "checkpoint-8 is passed by: " in said.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": []},
+        {"files": {"optimizer.pt": 3}},
+        {"files": {"../outside": [1, "a"]}},
+        {"files": {"/etc/passwd": [1, "a"]}},
+        {"stage": 3},
+        {"step": "8"},
+        {"step": True},
+        {"step": 12},
+        {"world_size": None},
+        {"base": "tiny"},
+        {"adapters": ["default"]},
+        {"adapters": {"../x": {}}},
+        {"adapters": {"default": 3}},
+        {"settings": []},
+        {"made_of": "x"},
+        {"start": -1},
+    ],
+)
+def test_a_manifest_of_wrong_types_is_refused(changes, tmp_path):
+    broken = folder_of(tmp_path, 8)
+    json_with("checkpoint.json", **changes)(broken)
+    with pytest.raises(ValueError, match=r"its checkpoint\.json (is damaged|cannot be read)"):
+        checkpoints.choose(str(broken), tmp_path, FACTS)
+
+
+def test_a_base_is_compared_by_its_content_and_else_by_its_name(tmp_path):
+    folder = folder_of(tmp_path, 4, base={"name": "tiny", "content": "a"})
+    for base in ({"name": "moved", "content": "a"}, {"name": "tiny", "content": None}, {"name": "tiny"}):
+        assert checkpoints.choose(str(folder), tmp_path, FACTS | {"base": base})
+    for base in ({"name": "tiny", "content": "b"}, {"name": "other", "content": None}):
+        with pytest.raises(ValueError, match=r"base (content|name) is"):
+            checkpoints.choose(str(folder), tmp_path, FACTS | {"base": base})
+
+
+def test_what_a_run_is_made_of_must_be_alike(tmp_path):
+    folder = folder_of(tmp_path, 4, made_of={"rows' content": "1", "rewards": "length"})
+    assert checkpoints.choose(str(folder), tmp_path, FACTS | {"made_of": {"rows' content": "1"}})
+    with pytest.raises(ValueError, match="rewards is length there and other here"):
+        checkpoints.choose(str(folder), tmp_path, FACTS | {"made_of": {"rewards": "other"}})
 
 
 @pytest.fixture
@@ -68,10 +231,10 @@ def said(caplog):
         ),
         (
             lambda folder: os.truncate(folder / "adapter_model.safetensors", 20),
-            "adapter_model.safetensors has 20 bytes of 54",
+            "adapter_model.safetensors has 20 bytes of",
         ),
         (
-            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"policx" * 9),
+            lambda folder: change_last_byte(folder / "adapter_model.safetensors"),
             "adapter_model.safetensors is damaged",
         ),
         (lambda folder: os.truncate(folder / "checkpoint.json", 30), "checkpoint.json cannot be read"),
@@ -285,9 +448,9 @@ def test_a_manifest_is_renamed_into_place_after_all_files_are_on_the_disk(tmp_pa
     assert order[at + 1 :] == ["checkpoint-4", tmp_path.name] and names == {
         ".checkpoint.json": "checkpoint.json"
     }
-    assert json.loads((folder / "checkpoint.json").read_text())["files"].keys() == {
-        "adapter_model.safetensors",
-        "value/adapter_model.safetensors",
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert json.loads((folder / "checkpoint.json").read_text())["files"].keys() == written - {
+        "checkpoint.json"
     }
 
 
