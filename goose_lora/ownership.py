@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -250,10 +251,12 @@ def refuse_inputs_inside(folder: str | Path, inputs: Mapping[str, Sequence[str]]
         UserError: there is one.
     """
     # The folder by its name and by what it is
+    _require_encodable("output_dir", str(folder))
     folder = Path(folder)
     places = {Path(os.path.abspath(folder)), folder.resolve()}
     for setting, values in inputs.items():
         for value in values:
+            _require_encodable(setting, value)
             path = Path(value)
             # By its name and by what it points to: a link may lead in or out
             ways = (Path(os.path.abspath(path)), path.resolve()) if value and path.exists() else ()
@@ -264,6 +267,17 @@ def refuse_inputs_inside(folder: str | Path, inputs: Mapping[str, Sequence[str]]
                     f"{setting}: {value} {where} output_dir, {folder}, where this run writes, so that it may"
                     " lose what it reads. Give another output_dir, beside its inputs."
                 )
+
+
+def _require_encodable(setting: str, value: str) -> None:
+    """Raise UserError for a name that the system cannot be asked for: a locale of ASCII."""
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{setting}: {value!a} cannot be a path here, since Python takes paths to be"
+            f" {sys.getfilesystemencoding()} on this system. Set PYTHONUTF8=1, or a locale of UTF-8."
+        ) from None
 
 
 def _same_folder(path: Path, folder: Path) -> bool:

@@ -46,6 +46,22 @@ def test_what_a_console_cannot_show_is_replaced_and_the_command_goes_on(console,
     assert b"error: " in done.stderr and b": give another." in done.stderr
 
 
+def test_a_path_that_the_locale_cannot_name_is_told_with_the_way_out(tmp_path):
+    code = """
+from goose_lora import ownership
+for setting in ("output_dir", "dataset_name"):
+    names = {"output_dir": "x", "dataset_name": "y", setting: "Ergebnisse 你好"}
+    try:
+        ownership.refuse_inputs_inside(names["output_dir"], {"dataset_name": [names["dataset_name"]]})
+    except ValueError as error:
+        print(error)
+"""
+    done = run(code, tmp_path, **CONSOLES["POSIX"])
+    lines = done.stdout.decode().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["output_dir", "dataset_name"], done.stderr
+    assert all("Set PYTHONUTF8=1" in line for line in lines)
+
+
 @pytest.mark.parametrize("console", ["cp1252", "POSIX"])
 def test_rows_are_shown_on_any_console(console, tmp_path):
     rows = '{"prompt": "ba 你好 \U0001f9a2 \\u2028 ≤"}\n' * 3
