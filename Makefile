@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-gpu lint types docs mutants matrix parity vllm bench clean
+.PHONY: install demo test test-gpu lint types docs mutants matrix architectures parity vllm bench clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,10 @@ docs: $(INSTALLED)
 # All 480 cells of docs/reliability.md, in five minutes of one CPU thread; the suite runs 120 of them.
 matrix: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/end_to_end/test_matrix.py --full
+
+# Every decoder-only class of transformers on a tiny model; writes the table of docs/models.md.
+architectures: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/architectures.py
 
 mutants: $(INSTALLED)
 	$(BIN)/python tests/policy/mutants.py
