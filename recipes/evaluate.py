@@ -25,9 +25,11 @@ from goose_lora.models import (
     RolloutWeights,
     SharedBase,
     check_fit,
+    ends_text,
     load_base,
-    load_tokenizer,
     make_dense_copy,
+    reply_ends,
+    tokenizer_of,
 )
 from goose_lora.ownership import RESULTS, begin_in, claim
 from goose_lora.reporting import refresh_report, write_stage
@@ -90,6 +92,11 @@ class EvaluationArguments:
                 f"temperature={self.temperature}, best_of={self.best_of}: must not be negative; 0 is for"
                 " greedy replies, and for none."
             )
+        if self.best_of and self.temperature == 0:
+            raise UserError(
+                f"best_of={self.best_of}, temperature=0: greedy replies are all alike. Set a temperature"
+                " above 0, or leave best_of out."
+            )
 
 
 @dataclass
@@ -122,15 +129,17 @@ class Answers:
             response_tokens=self.config.response_length,
             temperature=self.config.temperature or 1.0,
             do_sample=self.config.temperature > 0,
-            eos_token_ids=[self.tokenizer.eos_token_id, *(self.config.stop_token_ids or [])],
+            eos_token_ids=reply_ends(self.tokenizer, self.config.stop_token_ids),
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
-    def best_of(self, first: Replies, name: str) -> Replies:
-        """Take the best of several replies of the reference, of which ``first`` has one each."""
-        more = range(1, self.config.best_of)
-        others = [self.of("reference", f"{name} {i + 1}", seed=self.config.seed + i) for i in more]
-        return best_of([first, *others])
+    def best_of(self, name: str) -> Replies:
+        """Take the best of several replies of the reference.
+
+        Other seeds: the reply that it is compared with must not be one of them.
+        """
+        tries = range(1, self.config.best_of + 1)
+        return best_of([self.of("reference", f"{name} {i}", seed=self.config.seed + i) for i in tries])
 
 
 def show(replies: dict[str, Replies], texts: list[str], figures: dict, against: str) -> None:
@@ -163,7 +172,8 @@ def main(args: list[str] | None = None) -> None:
     judge = import_function(config.judge) if config.judge else None
     rows: Dataset = data.train("ppo").rows
     rows = rows.select(range(min(config.num_prompts, len(rows))))
-    tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+    tokenizer = tokenizer_of(policy.path, args=model, trust_remote_code=config.trust_remote_code)
+    print(ends_text(tokenizer, config.stop_token_ids), flush=True)
     prompts = tokenize_prompts(
         rows, tokenizer, name=data.dataset_name, max_prompt_tokens=config.max_prompt_tokens
     )
@@ -191,7 +201,7 @@ def main(args: list[str] | None = None) -> None:
         against = "base"
     replies = {name: answers.of(role, name, seed=config.seed) for name, role in roles.items()}
     if config.best_of:
-        replies[f"{against} best of {config.best_of}"] = answers.best_of(replies[against], against)
+        replies[f"{against} best of {config.best_of}"] = answers.best_of(against)
     texts = tokenizer.batch_decode(ids)
     if judge is not None:
         judge_all(replies, texts, judge)

@@ -35,6 +35,7 @@ from goose_lora.errors import UserError
 from goose_lora.files import append_line, import_function
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.endings import reply_ends
 from goose_lora.models.loading import load_base, load_tokenizer, lora_config
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ownership import begin_in, claim
@@ -122,7 +123,7 @@ def roll_out(shared, tokenizer, rows, settings):
     generation = generation_config(
         response_tokens=settings.response_length,
         temperature=settings.temperature,
-        eos_token_ids=[tokenizer.eos_token_id],
+        eos_token_ids=reply_ends(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     return sample(shared, ids, mask, generation)
@@ -142,7 +143,7 @@ def score(shared, tokenizer, rollout, rows, function):
     if function is None:
         ids, attention, read = rollout.input_ids, rollout.attention_mask, rollout.response_tokens + 1
         hidden = shared.hidden("reward", ids, attention, columns=read)  # of the last columns only
-        return shared.read_scores(hidden, attention, rollout.ends_with_token(tokenizer.eos_token_id))
+        return shared.read_scores(hidden, attention, rollout.ends_with_token(reply_ends(tokenizer)))
     replies = rollout.response_ids()
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "input_ids"}
     prompts, texts = columns.pop("prompt"), tokenizer.batch_decode(replies, skip_special_tokens=True)

@@ -22,6 +22,7 @@ from goose_lora.generation.stopping import StopStrings
 from goose_lora.models.arguments import ModelArguments, arguments_of
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dense_copy import make_dense_copy
+from goose_lora.models.endings import reply_ends
 from goose_lora.models.folders import ADAPTER_CONFIG, AdapterFolder, local_folder, read_lineage
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.roles import ADAPTERS, Role
@@ -158,7 +159,7 @@ def inspect_run(run: str | Path, *, base: str | None = None) -> RunInfo:
         roles = {"base": "base", "sft": "reference", "ppo": "policy"}
 
     # Chats need a template, to be asked as the run was trained
-    tokenizer = tokenizer_of(folder, arguments)
+    tokenizer = tokenizer_of(folder, args=arguments)
     trained_on_chat = any(row.get("chat") for row in lineage.get("data", []))
     return RunInfo(
         folder=folder,
@@ -256,7 +257,7 @@ class PolicySession:
             response_tokens=max_new_tokens or info.response_tokens,
             temperature=temperature or 1.0,
             do_sample=temperature > 0,
-            eos_token_ids=[self.tokenizer.eos_token_id, *(info.settings.get("stop_token_ids") or [])],
+            eos_token_ids=reply_ends(self.tokenizer, info.settings.get("stop_token_ids")),
             pad_token_id=self.tokenizer.pad_token_id,
         )
         # A page has several tabs, and each asks in a thread of its own
@@ -307,7 +308,7 @@ class PolicySession:
             )
             scores: Sequence[float | None] = [None] * count
             if self.shared.has("reward"):
-                closed = rollout.ends_with_token(self.tokenizer.eos_token_id)
+                closed = rollout.ends_with_token(cast(list[int], self.sampling.eos_token_id))
                 scores = self.shared.scores(rollout.input_ids, rollout.attention_mask, None, closed).tolist()
 
         # Text that continues a prompt keeps the space before its first word

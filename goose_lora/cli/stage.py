@@ -25,8 +25,9 @@ from goose_lora.generation.vllm import require_vllm
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dense_copy import free_bytes
+from goose_lora.models.endings import ends_text
 from goose_lora.models.folders import AdapterFolder
-from goose_lora.models.loading import load_base, load_reward_base, load_tokenizer
+from goose_lora.models.loading import change_ends, load_base, load_reward_base, tokenizer_of
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.ownership import begin_in, claim, release
 from goose_lora.planning.memory import plan_run
@@ -35,6 +36,7 @@ from goose_lora.ppo.sampler import RolloutBatches
 from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.reporting import html_report
 from goose_lora.reporting.diagnosis import diagnose, diagnosis_text
+from goose_lora.reporting.observing import only_looks
 from goose_lora.reporting.plots import plot_curves
 from goose_lora.reporting.run_files import write_stage
 from goose_lora.sharing import hub, lineage, model_card
@@ -179,9 +181,26 @@ class Stage:
         return row_set.rows
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the base's tokenizer, once."""
+        """Load the tokenizer, once, and tell at which tokens replies end.
+
+        It is the one that the policy's or the reward model's stage saved, else the base's; with
+        ``chat_template_path`` and ``eos_token`` where the settings have them.
+
+        Raises:
+            UserError: these two cannot be used.
+        """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.model, trust_remote_code=self._trusts_code)
+            # What the stage before was trained with comes before what the base ships
+            parents = [self.adapter("policy_adapter"), self.adapter("reward_adapter")]
+            self._tokenizer = tokenizer_of(
+                *(parent.path for parent in parents if parent),
+                args=self.model,
+                trust_remote_code=self._trusts_code,
+            )
+            own = vars(self.config)
+            change_ends(self._tokenizer, own.get("chat_template_path"), own.get("eos_token"))
+            if self.config.process_index == 0:
+                print(ends_text(self._tokenizer, own.get("stop_token_ids")), flush=True)
         return self._tokenizer
 
     def prompts(
@@ -308,7 +327,11 @@ class Stage:
     @property
     def trainer_config(self) -> Any:
         """The settings for the trainer, whose own uploads are off: this class uploads."""
-        return hub.without_trainers_push(self.config)
+        config: Any = hub.without_trainers_push(self.config)
+        # ``tokenizer`` has put the template on it; TRL would add a folder's tokens to the base
+        if vars(config).get("chat_template_path"):
+            config.chat_template_path = None
+        return config
 
     @property
     def _trusts_code(self) -> bool:
@@ -401,9 +424,11 @@ class Stage:
             **facts,
         )
         # For readers: a card, and a page of a PPO run
-        model_card.write_card(folder)
+        with only_looks("README.md"):
+            model_card.write_card(folder)
         if self.name in OF_PPO:
-            html_report.write_report(folder)
+            with only_looks("report.html"):
+                html_report.write_report(folder)
         # Last, what says that all is there; and only what is whole is uploaded
         write_stage(str(folder), self.name, everything, history)
         hub.push_result(self.config, self.model)
@@ -413,8 +438,14 @@ class Stage:
 def _read_metrics(folder: Path) -> tuple[dict[str, float], list[str], str]:
     """Draw the curves of a PPO run; return its figures, its findings and its diagnosis as text."""
     metrics = read_jsonl(folder / "metrics.jsonl")
-    plot_curves(metrics, str(folder / "curves.png"))
+    # Weights are saved by now, and what only shows them must not cost their lineage
+    findings: list[str] = []
+    text = ""
+    with only_looks("curves.png"):
+        plot_curves(metrics, str(folder / "curves.png"))
+    with only_looks("the diagnosis"):
+        text = diagnosis_text(metrics)
+        findings = [str(finding) for finding in diagnose(metrics) if finding.level != "ok"]
     # Rows of held-out prompts have no score of a rollout
-    last = next(row for row in reversed(metrics) if "objective/score" in row)
-    findings = [str(finding) for finding in diagnose(metrics) if finding.level != "ok"]
-    return {name: last[name] for name in FIGURES}, findings, diagnosis_text(metrics)
+    last = next((row for row in reversed(metrics) if "objective/score" in row), {})
+    return {name: last[name] for name in FIGURES if name in last}, findings, text

@@ -15,6 +15,7 @@ from goose_lora.data.formats import ranks_of
 from goose_lora.data.rows import require_columns
 from goose_lora.data.tokenization import chat_options, render_whole, require_chat_template, text_ids
 from goose_lora.errors import UserError
+from goose_lora.models.endings import reply_ends
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def encode_reply(
         return text_ids(tokenizer, f"{prompt or ''}{reply}", ends=append_eos)
     # Messages: cut after the end token of the last turn, if that is where the reply ends
     messages: list[Any] = [*(prompt or []), *reply]
-    ids, eos = render_whole(messages, tokenizer, **template), tokenizer.eos_token_id
-    end = len(ids) - ids[::-1].index(eos) if eos in ids else len(ids)
+    ids, ends = render_whole(messages, tokenizer, **template), reply_ends(tokenizer)
+    end = max((place + 1 for place, token in enumerate(ids) if token in ends), default=len(ids))
     said, rest = messages[-1]["content"], str(tokenizer.decode(ids[end:])).strip()
     reply_follows = rest and (not said or said in rest)  # the end token closes an earlier turn
     return ids if reply_follows else ids[:end]

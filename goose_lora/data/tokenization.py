@@ -31,7 +31,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None
     if not tokenizer.chat_template:
         raise UserError(
             f"{name}: the rows are chat messages, but the tokenizer has no chat template. Use a chat model,"
-            " or text."
+            " or text; or give SFT and reward model a template (chat_template_path), which PPO takes over."
         )
 
 

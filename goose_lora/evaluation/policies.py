@@ -1,8 +1,9 @@
 """Replies of base, SFT and PPO to the same held-out prompts, and what can be said of them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def answer(
     torch.manual_seed(seed)
     if dense is not None:
         dense.merge_role(role)
-    replies = Replies()
+    replies, ends = Replies(), cast(list[int], config.eos_token_id)
     core: Any = shared.get_base_model()
     device = core.get_output_embeddings().weight.device
     for start in tqdm(range(0, len(prompts), batch_size), desc=label or role):
@@ -84,22 +85,25 @@ def answer(
         replies.ended += rollout.ended.tolist()
         if shared.has("reward"):
             replies.scores += shared.scores(
-                ids, mask, trunks["reward"], rollout.ends_with_token(tokenizer.eos_token_id)
+                ids, mask, trunks["reward"], rollout.ends_with_token(ends)
             ).tolist()
     return replies
 
 
 def best_of(tries: Sequence[Replies]) -> Replies:
-    """Return for each prompt the reply with the highest score.
+    """Return for each prompt the reply with the highest score, of tries by the reference.
 
-    That is what the reward model alone can pick: the yardstick for PPO.
+    That is what the reward model alone can pick: the yardstick for PPO. Picking one of N moves the
+    distribution: its KL to the reference is at most log N - (N - 1) / N (Stiennon et al. 2020,
+    arXiv:2009.01325, appendix G.3), which is what stands as each reply's KL.
     """
-    best = Replies()
+    best, bound = Replies(), math.log(len(tries)) - (len(tries) - 1) / len(tries)
     for row in range(len(tries[0].texts)):
         # A tie goes to the first try, which is a reply like any other
         chosen = max(tries, key=lambda replies: replies.scores[row])
-        for name in ("texts", "scores", "kl", "lengths", "ended"):
+        for name in ("texts", "scores", "lengths", "ended"):
             getattr(best, name).append(getattr(chosen, name)[row])
+        best.kl.append(bound)
     return best
 
 

@@ -65,11 +65,12 @@ class Rollout:
         """Counted tokens of each reply."""
         return self.response_mask.sum(-1)
 
-    def ends_with_token(self, token_id: SpecialTokenId) -> Bool[Tensor, " B"]:
-        """Return whether each reply's last counted token is ``token_id``."""
+    def ends_with_token(self, token_ids: Sequence[int]) -> Bool[Tensor, " B"]:
+        """Return whether each reply's last counted token is one of ``token_ids``."""
         # Its column in the reply, then in the sequence.
         last = last_counted(self.response_mask.long()) + self.prompt_tokens
-        return self.input_ids.gather(1, last[:, None]).squeeze(1) == cast(int, token_id)
+        token = self.input_ids.gather(1, last[:, None]).squeeze(1)
+        return torch.isin(token, torch.tensor(list(token_ids), device=token.device))
 
     def response_ids(self) -> list[list[int]]:
         """Return the token ids of each reply, padding left out."""

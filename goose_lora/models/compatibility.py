@@ -75,9 +75,9 @@ def check_fit(
         saved, ours = saved_template(adapter.path), tokenizer.chat_template
         if chat and saved is not None and ours is not None and _stripped(saved) != _stripped(ours):
             raise UserError(
-                f"{adapter.setting}: {adapter} was trained with another chat template than that of"
-                f" {args.model_name_or_path}. Train it with the base's template, or give the base a tokenizer"
-                " with the adapter's (chat_template.jinja)."
+                f"{adapter.setting}: {adapter} was trained with another chat template than this run uses,"
+                " which is that of the policy's adapter where it saved one, else the base's. Train both with"
+                " one template (chat_template_path)."
             )
 
 

@@ -30,7 +30,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 LINEAGE = "goose_lora.json"
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<folder>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
-_READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_config.json")
+_READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -23,6 +23,7 @@ from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.base_files import require_loaded, require_whole
+from goose_lora.models.endings import note_ends, reply_ends, shipped_ends
 from goose_lora.models.folders import (
     reading,
     require_model,
@@ -55,31 +56,51 @@ SPARE_TOKENS = (
 IMPOSSIBLE_BYTES = ("ÿ", "<0xFF>")
 
 
-def load_tokenizer(args: ModelArguments, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer, left-padding, with a pad token that no text uses."""
+def load_tokenizer(
+    args: ModelArguments, folder: Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer, left-padding, with a pad token that no text uses.
+
+    It knows the ends of a reply that the base ships (``reply_ends``).
+
+    Args:
+        folder: what a stage saved, whose tokenizer takes the place of the base's.
+    """
     args = replace(args, model_name_or_path=resolve(args.model_name_or_path))
-    require_name(args.model_name_or_path)
-    with reading("the tokenizer", args.model_name_or_path):
+    name, revision = args.model_name_or_path, args.model_revision
+    require_name(name)
+    if folder is not None:
+        name, revision = str(folder), None
+    with reading("the tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision,
+            name,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             padding_side="left",
         )
     # Without an end, no reply ends
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"{args.model_name_or_path}: the tokenizer has no EOS token, so replies cannot end. Set one in"
+            f"{name}: the tokenizer has no EOS token, so replies cannot end. Set one in"
             " its tokenizer_config.json."
         )
-    # With EOS as padding, masks made from ids would hide the end of a reply
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    # A stage may change EOS and template; what the base ends replies with stays an end
+    _note_shipped(tokenizer, args)
+    # With an end as padding, masks made from ids would hide the end of a reply
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in reply_ends(tokenizer):
         tokenizer.pad_token = spare_token(tokenizer)
     return tokenizer
 
 
+def _note_shipped(tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> None:
+    with reading("the generation settings", args.model_name_or_path):
+        ends = shipped_ends(args.model_name_or_path, args.model_revision)
+    note_ends(tokenizer, ends, "generation_config")
+    note_ends(tokenizer, [cast(int, tokenizer.eos_token_id)], "tokenizer")
+
+
 def spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a token that can serve as padding: not EOS, nor one that text contains.
+    """Return a token that can serve as padding: no end of a reply, nor one that text contains.
 
     It is in the vocabulary: no embedding is added.
 
@@ -89,9 +110,9 @@ def spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ValueError: the vocabulary has no such token.
     """
-    vocabulary = tokenizer.get_vocab()
+    vocabulary, ends = tokenizer.get_vocab(), reply_ends(tokenizer)
     for token in (*SPARE_TOKENS, *IMPOSSIBLE_BYTES):
-        if token in vocabulary and vocabulary[token] not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token in vocabulary and vocabulary[token] not in (*ends, tokenizer.bos_token_id):
             return token
     raise UserError(
         "The tokenizer has no pad token other than its EOS, and no unused token was found. Set pad_token in"
@@ -156,8 +177,15 @@ def _load(
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # Sampling filters that a model ships with would make sampled and computed log-probabilities
     # differ.
-    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model.generation_config = GenerationConfig(**tokens)
+    _note_shipped(tokenizer, args)
+    ends: Any = reply_ends(tokenizer)
+    if len(ends) == 1:
+        (ends,) = ends
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return model.eval()
 
 
@@ -229,13 +257,59 @@ def adapters_to_fp32(model: nn.Module | None) -> None:
             parameter.data = parameter.data.float()
 
 
-def tokenizer_of(folder: Path, args: ModelArguments) -> PreTrainedTokenizerBase:
-    """Load a run's own tokenizer, where it saved one.
+def tokenizer_of(
+    *folders: Path, args: ModelArguments, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the first of a run's ``folders`` saved, or the base's.
 
-    Otherwise it is the base's with the run's chat template.
+    The latter gets the chat template of the first of them that has one.
     """
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return load_tokenizer(replace(args, model_name_or_path=str(folder), model_revision=None))
-    tokenizer = load_tokenizer(args)
-    tokenizer.chat_template = saved_template(folder) or tokenizer.chat_template
-    return tokenizer
+    for folder in folders:
+        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return load_tokenizer(args, folder, trust_remote_code=trust_remote_code)
+        if template := saved_template(folder):
+            tokenizer = load_tokenizer(args, trust_remote_code=trust_remote_code)
+            tokenizer.chat_template = template
+            return tokenizer
+    return load_tokenizer(args, trust_remote_code=trust_remote_code)
+
+
+def change_ends(tokenizer: PreTrainedTokenizerBase, template_path: str | None, eos_token: str | None) -> None:
+    """Give a tokenizer the chat template of TRL's ``chat_template_path``, and an ``eos_token``.
+
+    A folder's template comes with its EOS, as in TRL; but no token is added to the base, whose
+    embeddings are shared.
+
+    Raises:
+        UserError: there is no template there, or a token that the base does not have.
+    """
+    ends = eos_token
+    if template_path is not None:
+        path = Path(template_path)
+        if path.is_file():
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        else:
+            require_name(template_path)
+            with reading("the tokenizer", template_path):
+                source = AutoTokenizer.from_pretrained(template_path)
+            if not source.chat_template:
+                raise UserError(
+                    f"chat_template_path: the tokenizer of {template_path} has no chat template. Give a file"
+                    " (.jinja), or a tokenizer that has one."
+                )
+            _require_tokens(
+                tokenizer, "chat_template_path", [str(t) for t in source.added_tokens_decoder.values()]
+            )
+            tokenizer.chat_template, ends = source.get_chat_template(), eos_token or str(source.eos_token)
+    if ends is not None:
+        _require_tokens(tokenizer, "eos_token", [ends])
+        tokenizer.eos_token = ends
+
+
+def _require_tokens(tokenizer: PreTrainedTokenizerBase, setting: str, tokens: list[str]) -> None:
+    missing = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if missing:
+        raise UserError(
+            f"{setting}: the base's tokenizer has no token {', '.join(missing[:5])}, and the shared base gets"
+            " no new ones. Use tokens that it has; a template alone can be given as a .jinja file."
+        )

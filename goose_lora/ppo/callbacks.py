@@ -24,6 +24,7 @@ from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.kl_control import AdaptiveKL, FixedKL
 from goose_lora.reporting.diagnosis import diagnose
 from goose_lora.reporting.findings import Finding
+from goose_lora.reporting.observing import only_looks
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +196,9 @@ class Diagnosis(TrainerCallback):
         It was warned of already, so that only what is new is said.
         """
         self.logged = sum("objective/score" in row for row in state.log_history)
-        if state.is_world_process_zero and self.logged:
-            self.said = {name: finding.level for name, finding in _findings(state).items()}
+        with only_looks("the diagnosis of the run so far"):
+            if state.is_world_process_zero and self.logged:
+                self.said = {name: finding.level for name, finding in _findings(state).items()}
 
     def on_log(
         self,
@@ -215,8 +217,13 @@ class Diagnosis(TrainerCallback):
         every = 1 + self.logged // self.OFTEN
         if self.logged % every:
             return
+        with only_looks("the diagnosis"):
+            self._look(cast(PPOConfig, args), state, every)
+
+    def _look(self, args: PPOConfig, state: TrainerState, every: int) -> None:
+        """Warn of what is new, and say what is gone."""
         findings = _findings(state)
-        if state.global_step <= cast(PPOConfig, args).critic_warmup_steps:
+        if state.global_step <= args.critic_warmup_steps:
             findings.pop("learning rate", None)  # the policy's is 0 on purpose
 
         # What is new, or worse than it was: once that it is wrong is said, that is enough.

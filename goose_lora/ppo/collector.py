@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -295,10 +295,14 @@ class RolloutCollector:
         device = rollout.input_ids.device
         return Scores(total.to(device), by_source, _moved(by_token, device))
 
+    @property
+    def _ends(self) -> list[int]:
+        return cast(list[int], self.generation.eos_token_id)
+
     def _groups(self, rollout: Rollout) -> Iterator[_Group]:
         """Yield the rollout in groups of ``batch_size`` replies."""
         size = self.batch_size
-        ids, ended = rollout.input_ids.split(size), rollout.ends_with_token(self.tokenizer.eos_token_id)
+        ids, ended = rollout.input_ids.split(size), rollout.ends_with_token(self._ends)
         trunks: Sequence[Tensor | None] = [None] * len(ids)
         if rollout.trunk is not None:
             trunks = rollout.trunk.split(size)

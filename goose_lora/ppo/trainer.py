@@ -23,6 +23,7 @@ from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.vllm import VLLMEngine
+from goose_lora.models.endings import reply_ends
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
@@ -630,7 +631,7 @@ def _collector(
     generation = generation_config(
         response_tokens=args.response_length,
         temperature=args.temperature,
-        eos_token_ids=[tokenizer.eos_token_id, *(args.stop_token_ids or [])],
+        eos_token_ids=reply_ends(tokenizer, args.stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
     engine = None

@@ -16,10 +16,12 @@ from goose_lora.reporting.findings import (
     change,
     column,
     ends,
+    finite,
     recent,
     rollouts_in,
     rollouts_of,
 )
+from goose_lora.reporting.observing import only_looks
 from goose_lora.reporting.reply_checks import REPLY_CHECKS
 
 # Both in nats per token. Arithmetic stays below them: a bf16 copy of an nf4 base samples 0.05 away
@@ -40,7 +42,10 @@ def diagnose(metrics: Rows) -> list[Finding]:
             " metrics.jsonl."
         )
     order: dict[Level, int] = {"wrong": 0, "look": 1, "ok": 2}
-    found = [finding for check in CHECKS for finding in check(metrics)]
+    found: list[Finding] = []
+    for check in CHECKS:
+        with only_looks(f"the diagnosis of {check.__name__.strip('_')}"):
+            found += check(metrics)
     return sorted(found, key=lambda finding: order[finding.level])
 
 
@@ -64,9 +69,7 @@ def diagnosis_text(metrics: Rows) -> str:
 def _numbers(rows: Rows) -> Iterator[Finding]:
     numbers = {(name, value) for row in rows for name, value in row.items() if isinstance(value, float)}
     # A source of reward that says nothing on a reply logs NaN
-    broken = sorted(
-        {name for name, value in numbers if not abs(value) < inf and not name.startswith("reward/")}
-    )
+    broken = sorted({name for name, value in numbers if not finite(value) and not name.startswith("reward/")})
     if broken:
         yield Finding(
             "wrong",
@@ -179,7 +182,10 @@ def _reference(rows: Rows) -> Iterator[Finding]:
     logged = [
         row
         for row in rows
-        if all(abs(row.get(name, inf)) < inf for name in ("objective/kl", "objective/kl_k3", "step"))
+        if all(finite(row.get(name)) for name in ("objective/kl", "objective/kl_k3", "step"))
+        and row["objective/kl_k3"] >= 0
+        and finite(row.get("rollout/response_tokens"))
+        and row["rollout/response_tokens"] > 0
     ]
     if len(logged) < 2:
         return
@@ -191,7 +197,7 @@ def _reference(rows: Rows) -> Iterator[Finding]:
     updates = sorted(
         (row["step"], row["policy/kl_from_rollout"])
         for row in rows
-        if "step" in row and "policy/kl_from_rollout" in row
+        if finite(row.get("step")) and finite(row.get("policy/kl_from_rollout"))
     )
     moves = [
         _movement(updates, row["step"], after["step"]) for row, after in pairwise([*logged, {"step": inf}])
@@ -271,7 +277,7 @@ def _learning_rate(rows: Rows) -> Iterator[Finding]:
     yield Finding("ok", "learning rate", f"{values[0]:.2g} to {values[-1]:.2g}, {moves}")
 
     # k3 is 0 while the policy is its reference, and no longer once an update has moved it
-    logged = [row for row in rows if "objective/kl_k3" in row and "learning_rate" in row]
+    logged = [row for row in rows if finite(row.get("objective/kl_k3")) and finite(row.get("learning_rate"))]
     after_updates = [
         row["objective/kl_k3"] for before, row in pairwise(logged) if before["learning_rate"] > 0
     ]
@@ -296,6 +302,14 @@ def _gradient(rows: Rows) -> Iterator[Finding]:
             "its norm is 0 in all of the run: nothing reaches the adapters. Look at advantages, skipped and"
             " reward.",
         )
+    elif usual == 0:
+        # A reward that is rare: there was nothing to learn from in most rollouts
+        share = sum(value == 0 for value in values) / len(values)
+        text = (
+            f"its norm is 0 in {share:.0%} of the logs: most rollouts taught nothing. Look at how many"
+            " replies score at all, and at num_generations."
+        )
+        yield Finding("look", "gradient", text)
     elif len(values) >= TREND and last > 10 * usual:
         text = (
             f"its norm is {last:.2g}, {last / usual:.0f} times its median: training is coming apart. Lower"

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import inf
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +10,7 @@ Level = Literal["ok", "look", "wrong"]
 Rows = Sequence[Mapping[str, Any]]
 
 TREND = 5  # logged rollouts that a verdict on a trend waits for
+LARGEST = 1e100  # the square of more is no number
 CLEAR = 2.5  # standard errors: the size of a change that is not noise
 
 
@@ -33,14 +33,20 @@ def rollouts_of(rows: Rows) -> Rows:
     return [row for row in rows if "objective/score" in row]
 
 
+def finite(value: object) -> bool:
+    """Return whether a logged value is a number that one can count with."""
+    return isinstance(value, (int, float)) and abs(value) < LARGEST
+
+
 def rollouts_in(row: Mapping[str, Any]) -> float:
     """Return the number of rollouts whose mean a row is."""
-    return row.get("rollout/count", 1)
+    count = row.get("rollout/count", 1)
+    return count if finite(count) else 1
 
 
 def column(rows: Rows, name: str) -> list[float]:
     """Return the finite values of a metric, in the order in which they were logged."""
-    return [float(row[name]) for row in rows if name in row and abs(row[name]) < inf]
+    return [float(row[name]) for row in rows if finite(row.get(name))]
 
 
 # ---- Ends and their change ----

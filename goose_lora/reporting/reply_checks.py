@@ -11,6 +11,8 @@ from goose_lora.reporting.findings import CLEAR, TREND, Finding, Rows, change, c
 
 def _score(rows: Rows) -> Iterator[Finding]:
     values = column(rows, "objective/score")
+    if not values:
+        return
     first, last = ends(values)
     # A fall is clear early; that nothing rises is known only after twice as many rollouts
     falls, stands = change(values) < -CLEAR, len(values) >= 2 * TREND and last <= first
@@ -82,7 +84,16 @@ def _endings(rows: Rows) -> Iterator[Finding]:
     if not values:
         return
     first, last = ends(values)
-    if len(values) >= TREND and last < 0.05:
+    if last == 0:
+        text = "no reply ended by itself"
+        if first > 0:
+            text = f"{first:.0%} to 0%: no reply ends by itself any more"
+        text += (
+            ". See at which tokens replies end (printed at the start) and what SFT was trained to end with;"
+            " set stop_token_ids, or raise response_length."
+        )
+        yield Finding("wrong", "endings", text)
+    elif len(values) >= TREND and last < 0.05:
         # Did they end at the start of the run?
         reason = "replies do not end by themselves"
         if first > 0.2:

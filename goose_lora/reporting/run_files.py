@@ -79,6 +79,7 @@ class Lineage(_Facts):
     base: BaseRecord
     sha256: str | None  # of the adapter's weights; None for merged ones
     chat_template_sha256: str | None
+    reply_ends: dict[str, int]  # the tokens that end a reply
     parents: dict[str, ParentRecord]  # by role
     command: str | None
     settings: dict[str, Any]  # those that are not defaults

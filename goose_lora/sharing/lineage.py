@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goose_lora.files import file_sha256, read_json
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.endings import ends_with_sources
 from goose_lora.models.folders import ADAPTER_WEIGHTS, by_name, read_lineage, write_lineage
 from goose_lora.models.identity import HUB_SNAPSHOT, base_content
 from goose_lora.models.roles import ADAPTERS
@@ -80,6 +81,7 @@ def record(
         "base": _base_record(model),
         "sha256": _weights_sha256(folder),
         "chat_template_sha256": template_sha256(template),
+        "reply_ends": _reply_ends(tokenizer, settings),
         "parents": {role: _parent_record(parent) for role, parent in given.items()},
         "command": command,
         "settings": changed_settings(model, *settings),
@@ -93,6 +95,17 @@ def record(
     write_lineage(folder, **(before | lineage | facts))
     _record_roles(folder, lineage)
     return {**lineage, **facts}
+
+
+def _reply_ends(
+    tokenizer: PreTrainedTokenizerBase | None, settings: Sequence["DataclassInstance"]
+) -> dict[str, int]:
+    """Return the tokens at which the stage ended replies, or was trained to end them."""
+    if tokenizer is None:
+        return {}
+    stops = [vars(instance).get("stop_token_ids") for instance in settings]
+    also = [number for numbers in stops for number in numbers or []]
+    return {end.token: end.id for end in ends_with_sources(tokenizer, also)}
 
 
 def _record_roles(folder: Path, lineage: Lineage) -> None:
@@ -109,7 +122,10 @@ def _record_roles(folder: Path, lineage: Lineage) -> None:
         if parent:
             own = dict(parent["lineage"])
         else:
-            own = {key: lineage[key] for key in ("stage", "base", "chat_template_sha256", "versions")}
+            own = {
+                key: lineage[key]
+                for key in ("stage", "base", "chat_template_sha256", "reply_ends", "versions")
+            }
         write_lineage(folder / name, **(own | read_lineage(folder / name) | {"sha256": sha256}))
 
 

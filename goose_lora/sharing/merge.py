@@ -25,12 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from goose_lora.data.rows import fingerprint, load_rows
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
 from goose_lora.errors import UserError
-from goose_lora.files import read_jsonl, sync_all
+from goose_lora.files import read_json_object, read_jsonl, sync_all, write_json
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.arguments import ModelArguments, arguments_of
 from goose_lora.models.dense_copy import DenseCopy
-from goose_lora.models.folders import local_folder
+from goose_lora.models.endings import reply_ends
+from goose_lora.models.folders import local_folder, read_lineage
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, quantization_config
 from goose_lora.models.shared_base import SharedBase
@@ -72,7 +73,7 @@ def merge(
     folder, out = local_folder(run), Path(out)
     args = arguments_of(_check(folder, out, dtype, quantized), base)
     require_free(folder)
-    tokenizer = tokenizer_of(folder, args)
+    tokenizer = tokenizer_of(folder, args=args)
     prompt_ids, data = _prompts(folder, prompts, tokenizer)
 
     # The adapter's model replies, and the merged one is compared with it on these replies
@@ -88,7 +89,7 @@ def merge(
             quantized=quantized,
         )
         tokenizer.save_pretrained(work)
-        _copy_generation_config(args, work)
+        _write_generation_config(args, work, _ends(folder, tokenizer))
     figures |= {"prompts": len(prompt_ids), "tokens": int(rollout.response_mask.sum())}
 
     # What goes beside the weights
@@ -191,7 +192,7 @@ def _replies(shared: SharedBase, tokenizer: PreTrainedTokenizerBase, prompt_ids:
     sampling = generation_config(
         response_tokens=KL_REPLY_TOKENS,
         temperature=1.0,
-        eos_token_ids=[tokenizer.eos_token_id],
+        eos_token_ids=reply_ends(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     return sample(shared, ids, mask, sampling)
@@ -298,14 +299,22 @@ def _reply_logprobs(model: Callable[..., Any], ids: Tensor, tokens: int) -> Floa
     return logits[0, -tokens - 1 : -1].float().log_softmax(-1)
 
 
-def _copy_generation_config(args: ModelArguments, out: Path) -> None:
-    """Copy the base's own file as it ships: what this project loads has no sampling filters."""
+def _ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens at which the run ended its replies."""
+    return reply_ends(tokenizer, read_lineage(folder).get("settings", {}).get("stop_token_ids"))
+
+
+def _write_generation_config(args: ModelArguments, out: Path, ends: list[int]) -> None:
+    """Write the base's own file as it ships, with ``ends``.
+
+    What this project loads has no sampling filters.
+    """
     name = "generation_config.json"
     shipped = Path(args.model_name_or_path) / name
     if not Path(args.model_name_or_path).exists():
         try:
             shipped = Path(hf_hub_download(args.model_name_or_path, name, revision=args.model_revision))
-        except OSError:  # the base has none
-            return
+        except OSError:  # the base has none: what save_pretrained wrote is there
+            shipped = out / name
     if shipped.is_file():
-        shutil.copyfile(shipped, out / name)
+        write_json(out / name, read_json_object(shipped) | {"eos_token_id": ends})

@@ -293,7 +293,7 @@ CASES = [
         "messages that the template refuses, PPO",
         "ppo",
         _both(
-            edited("base", "chat_template.jinja", REFUSING),
+            edited("sft", "chat_template.jinja", REFUSING),
             rows({"prompt": _messages(("system", "a"), ("user", "b"))}),
         ),
         ("row 1", "no system messages here", "Change the rows"),

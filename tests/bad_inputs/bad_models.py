@@ -110,7 +110,7 @@ OTHER_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {%
 
 
 def _other_template(folder):
-    edited("sft", "chat_template.jinja", OTHER_TEMPLATE)(folder)
+    edited("reward", "chat_template.jinja", OTHER_TEMPLATE)(folder)
     rows = [{"prompt": [{"role": "user", "content": "ba be"}]}] * 4
     return {"dataset_name": tiny.write_rows(folder / "chat.jsonl", rows)}
 
@@ -368,7 +368,7 @@ CASES = [
         "another chat template",
         "ppo",
         _other_template,
-        ("was trained with another chat template", "Train it with the base's template"),
+        ("was trained with another chat template", "Train both with one template"),
     ),
     # Rewards
     Case(

@@ -11,6 +11,8 @@ import pytest
 import tiny
 import tiny_runs as ppo_runs
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from goose_lora.files import read_jsonl, write_jsonl
@@ -18,7 +20,7 @@ from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
 from goose_lora.ppo.callbacks import Diagnosis
 from goose_lora.ppo.trainer import PPOTrainer
-from goose_lora.reporting.diagnosis import diagnose, diagnosis_text
+from goose_lora.reporting.diagnosis import CHECKS, diagnose, diagnosis_text
 
 # ---- Hand-made rows: what a real run is too slow or too noisy to show ----
 
@@ -555,3 +557,67 @@ def test_the_command_prints_the_verdicts_and_refuses_what_is_no_run(tmp_path):
     assert lines[-1] == "read 20 rollouts, steps 4 to 80: 0 wrong, 1 to look at"
     done = subprocess.run([*doctor, str(tmp_path / "no")], capture_output=True, text=True)
     assert done.returncode == 2 and "no such file. Give the output_dir of a run" in done.stderr
+
+
+# ---- Whatever is logged, a diagnosis says something ----
+
+LOGGED = st.one_of(
+    st.sampled_from([0, 0.0, -1.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"), None, "text"]),
+    st.floats(-10, 10),
+)
+COLUMNS = sorted({*healthy()[0], "rollout/count", "reward/judge", "eval_score", "policy/not_finite"})
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.dictionaries(st.sampled_from(COLUMNS), LOGGED, max_size=12), min_size=1, max_size=14))
+def test_no_row_that_can_be_logged_breaks_a_check(rows):
+    rows[0]["objective/score"] = 1.0
+    for check in CHECKS:
+        assert all(str(finding) for finding in check(rows))
+
+
+def test_a_gradient_that_is_mostly_0_is_looked_at_and_divides_nothing():
+    findings = bad(healthy(grad_norm=lambda t: 0.5 * (t > 0.8)))
+    assert "0 in 80% of the logs" in findings["gradient"]
+
+
+def test_replies_that_never_end_are_wrong():
+    rows = healthy(**{"rollout/eos_rate": lambda t: 0.0})
+    (finding,) = [finding for finding in diagnose(rows) if finding.name == "endings"]
+    assert finding.level == "wrong" and "no reply ended by itself" in finding.text
+
+
+def test_a_check_that_fails_ends_neither_the_diagnosis_nor_the_run(tmp_path, monkeypatch, caplog):
+    def broken(rows):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("goose_lora.reporting.diagnosis.CHECKS", [broken, *CHECKS])
+    trainer = ppo_runs.trainer(tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps
+    assert "the diagnosis of broken failed" in caplog.text and "ZeroDivisionError" in caplog.text
+    assert {finding.name for finding in diagnose(healthy())} == NAMES
+
+
+def test_a_sparse_reward_without_kl_trains_on_after_its_first_score(tmp_path):
+    calls = []
+
+    def sparse(completion_ids, **columns):
+        calls.append(0)
+        return [float(len(calls) > 7 and row % 2) for row in range(len(completion_ids))]
+
+    trainer = ppo_runs.trainer(
+        tmp_path,
+        shared=ppo_runs.fresh(critic=None),
+        reward=sparse,
+        advantage_estimator="grpo",
+        num_generations=4,
+        kl_coef=0.0,
+        score_normalization="none",
+        num_rollouts=11,
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        gradient_accumulation_steps=1,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 11
