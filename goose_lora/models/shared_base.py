@@ -460,10 +460,14 @@ class SharedBase(PeftModel):
     def capture_depth(self, *, merged: bool) -> int:
         """Return the number of lowest layers to note while the policy generates; 0 for none.
 
-        They are those of its trunk, unless merging the adapter changes their weights.
+        They are those of its trunk, unless merging the adapter changes their weights, or a merged
+        copy computes otherwise: int8 layers round what they read to int8 too, dense ones do not.
         """
         depth = self.trunk_depth("policy")
-        adapted = merged and not same_below(self, self.layers, depth, ADAPTERS["policy"], None)
+        adapted = False
+        if merged:
+            rounds = any(type(module).__name__ == "Linear8bitLt" for module in self.layers.modules())
+            adapted = rounds or not same_below(self, self.layers, depth, ADAPTERS["policy"], None)
         return captured_depth(depth, merged=merged, adapted_below=adapted)
 
     def _leader(self, role: Role) -> Role | None:

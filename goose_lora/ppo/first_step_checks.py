@@ -44,8 +44,12 @@ class FirstStepChecks:
         *,
         step: int,
     ) -> None:
-        """Check in the first rollout that the policy is its reference."""
-        if step == 0:
+        """Check in the first rollout that the policy is its reference.
+
+        It need not be where the reference is an adapter in a folder, such as the SFT adapter in a
+        second round of PPO.
+        """
+        if step == 0 and self.shared.role_plan.reference != "folder":
             check_reference(logprobs - ref_logprobs, mask, tolerance=self.tolerance(KL_TOLERANCE))
 
     def ratio(

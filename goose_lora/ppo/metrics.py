@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+
+from goose_lora.ppo.processes import averaged
 
 Totals = dict[str, Tensor | float]
 
@@ -79,8 +82,18 @@ class RunMetrics:
         # Of the update: sums whose parts make up one optimizer step each.
         update = {name: torch.as_tensor(total, device=device) / steps for name, total in self._totals.items()}
         # Each process has as many rollouts and steps, so that a mean of means is the mean.
-        means = self.accelerator.reduce(rollout | update, reduction="mean")
+        means = averaged(self.accelerator, self._in_one_order(rollout | update))
         self._rollouts.clear()
         self._totals.clear()
         self.microbatches = 0
-        return {name: value.item() for name, value in means.items()}
+        return means
+
+    def _in_one_order(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the figures in an order that does not depend on the process.
+
+        What another process has and this one has not seen counts 0 here, as a sum of nothing.
+        """
+        names = list(figures)
+        if self.accelerator.num_processes > 1:
+            names = sorted(set(gather_object(names)))
+        return {name: figures.get(name, torch.zeros(())) for name in names}

@@ -30,7 +30,7 @@ from goose_lora.ppo.sampler import PretrainingTexts
 
 logger = logging.getLogger(__name__)
 
-Gradients = dict[str, Tensor | None]
+Gradients = dict[str, Tensor]
 
 
 class Updater:
@@ -137,20 +137,24 @@ class Updater:
             parts = split_by_tokens(microbatch, self._max_tokens)
         while parts:
             part = parts.pop(0)
-            gradients, totals = self._gradients(), self.metrics.of_updates()
+            alone = len(part) == 1 or self.accelerator.num_processes > 1
+            gradients: Gradients = {}
+            totals = self.metrics.of_updates()
+            if not alone:
+                gradients = self._set_aside()
             try:
                 # Only the last part's backward has to meet the other processes.
                 with self._unsynchronised(model, more=bool(parts)):
                     loss = loss + one_pass(part)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                alone = len(part) == 1 or self.accelerator.num_processes > 1
                 if alone or not should_reduce_batch_size(error):
                     raise
                 # What half a pass has left is taken back, and the part is tried again in two.
-                self._restore(gradients)
+                self._drop_gradients()
                 self.metrics.restore(totals)
                 parts = [*split_in_two(part), *parts]
                 self._go_on_with_half(part.padded_tokens)
+            self._add(gradients)
         return loss
 
     def loss(self, model: nn.Module, microbatch: Microbatch, *, step: int) -> Tensor:
@@ -168,19 +172,20 @@ class Updater:
             self.checks.ratio(output.logprobs, old, mask, step=step)
             self._note_gap(output.logprobs, old, mask)
 
-        # A part whose ratio has left all bounds moves nothing.
-        if args.ratio_threshold is not None:
-            skipped = leaves_bounds(output, microbatch, args.ratio_threshold)
-            counted = microbatch.share * skipped.float() / args.gradient_accumulation_steps
-            self.metrics.add_update({"policy/skipped": counted})
-            if skipped:
-                return _zero(output)
-
         values = output.values
         if values is not None:
             values = self.experience.values(values)
         loss, stats = total_loss(output, microbatch, values, args, kl_coef=self.experience.kl_coef)
-        self.metrics.add_update({name: value.detach() for name, value in stats.items()})
+        stats = {name: value.detach() for name, value in stats.items()}
+
+        # A part whose ratio has left all bounds moves nothing, and adds 0 to each figure: on
+        # another process it may stay within them, and the figures of both are averaged.
+        if args.ratio_threshold is not None:
+            skipped = leaves_bounds(output, microbatch, args.ratio_threshold)
+            if skipped:
+                loss, stats = _zero(output), {name: torch.zeros_like(value) for name, value in stats.items()}
+            stats["policy/skipped"] = microbatch.share * skipped.float() / args.gradient_accumulation_steps
+        self.metrics.add_update(stats)
         return loss
 
     def _note_gap(
@@ -220,18 +225,28 @@ class Updater:
             ptx=texts,
         )
 
-    def _gradients(self) -> Gradients:
-        """Return copies of the gradients so far, by name."""
-        copies: Gradients = {}
-        for name, parameter in self.shared.named_parameters():
-            if parameter.requires_grad:
-                gradient = parameter.grad
-                copies[name] = None if gradient is None else gradient.clone()
-        return copies
+    def _set_aside(self) -> Gradients:
+        """Take the gradients so far off their parameters, so that a pass that fails spoils none.
 
-    def _restore(self, gradients: Gradients) -> None:
+        Nothing is copied: ``_add`` puts them back on top of what the pass has left.
+        """
+        aside: Gradients = {}
         for name, parameter in self.shared.named_parameters():
-            parameter.grad = gradients.get(name)
+            if parameter.grad is not None:
+                aside[name], parameter.grad = parameter.grad, None
+        return aside
+
+    def _add(self, gradients: Gradients) -> None:
+        if not gradients:
+            return
+        for name, parameter in self.shared.named_parameters():
+            before = gradients.get(name)
+            if before is not None:
+                parameter.grad = before if parameter.grad is None else parameter.grad.add_(before)
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.shared.parameters():
+            parameter.grad = None
 
     def _unsynchronised(self, model: nn.Module, *, more: bool) -> AbstractContextManager:
         """Return the context of a backward pass, after which ``more`` of the microbatch follow."""

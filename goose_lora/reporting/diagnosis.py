@@ -208,7 +208,8 @@ def _reference(rows: Rows) -> Iterator[Finding]:
     if from_the_start and away[0] > 0.1 + moves[0] * (rollouts_in(logged[0]) - 1):
         text = (
             f"the first rollout is {away[0] ** 2:.2g} nats a token from it already: it is not what the policy"
-            " started from. A policy that starts from an SFT adapter needs a frozen copy of it."
+            " started from. A policy that starts from an SFT adapter needs a frozen copy of it. (A second"
+            " round of PPO against the first's reference is meant so.)"
         )
         yield Finding("wrong", "reference", text)
         return

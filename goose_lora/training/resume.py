@@ -25,7 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from goose_lora import files, ownership
 from goose_lora.errors import LostProcessError, UserError
@@ -155,7 +155,7 @@ class Resumable(_Trainer):
             self._check_tensors(Path(folder))
 
         # What ends it from outside is told in the user's words
-        keeper = CheckpointKeeper(self)
+        keeper = CheckpointKeeper(self, resumes=folder is not None)
         try:
             with self._writing_alone(folder), keeper.takes_over(), self.stop.handled():
                 result = super().train(folder, trial, ignore_keys_for_eval)
@@ -339,8 +339,9 @@ class CheckpointKeeper(TrainerCallback):
     Old ones go when a new one is whole; a run stops where it can go on exactly.
     """
 
-    def __init__(self, trainer: Resumable):
+    def __init__(self, trainer: Resumable, *, resumes: bool):
         self.trainer = trainer
+        self.resumes = resumes
         self.every = trainer.steps_between_resumable
         self.limit: int | None = None
         self.stopped_by = 0
@@ -353,22 +354,38 @@ class CheckpointKeeper(TrainerCallback):
         """
         args = self.trainer.args
         self.limit, args.save_total_limit = args.save_total_limit, None
+        # A run that goes on has evaluated at its start: once more would count for early stopping
+        self.eval_on_start = args.eval_on_start
+        args.eval_on_start = args.eval_on_start and not self.resumes
         for callback in (self, self.trainer.finite):
             self.trainer.add_callback(callback)
         self.trainer.saving = None
         try:
             yield
         finally:
-            args.save_total_limit = self.limit
+            args.save_total_limit, args.eval_on_start = self.limit, self.eval_on_start
             for callback in (self, self.trainer.finite):
                 self.trainer.remove_callback(callback)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the settings back that only the start of the run reads: checkpoints note them."""
+        args.eval_on_start = self.eval_on_start
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and stop if a process was asked to; all stop at the same step."""
-        if state.global_step % self.every:
-            return
+        """Save and stop if a process was asked to; all stop at the same step.
+
+        Whatever saves also logs: a run that goes on from there has forgotten what came before.
+        """
+        if state.global_step % self.every == 0:
+            self._stop_if_asked(args, control)
+        saves_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        control.should_log = control.should_log or control.should_save or saves_best
+
+    def _stop_if_asked(self, args: TrainingArguments, control: TrainerControl) -> None:
         asked = self.trainer.stop.asked
         if args.world_size > 1:
             anywhere = torch.tensor(asked, device=args.device)

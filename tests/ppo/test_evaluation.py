@@ -289,3 +289,15 @@ def test_state_that_decides_is_in_the_checkpoint(tmp_path):
         "RolloutState"
     ]["attributes"]
     assert saved["best_objective"] == 2.0 and saved["evaluations_without_gain"] == 1
+
+
+def test_a_resumed_run_does_not_evaluate_its_start_again(tmp_path):
+    settings = {"eval_on_start": True, "early_stopping_patience": 3, "save_total_limit": None}
+    straight = judged(tmp_path / "straight", 3.0, 2.0, 1.0, 0.5, 9.0, **settings)
+    straight.train()
+    resumed = judged(tmp_path / "resumed", 0.5, 9.0, 9.0, 9.0, 9.0, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-8"))
+    assert straight.state.global_step == resumed.state.global_step == 12
+    assert_same_weights(straight.shared, resumed.shared)
+    assert [row["step"] for row in evaluated(tmp_path / "resumed")] == [12]
+    assert resumed.args.eval_on_start, "checkpoints note the setting as it was given"

@@ -3,6 +3,7 @@ nothing depends on how work is cut."""
 
 import inspect
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -569,3 +570,30 @@ def test_ppo_ptx_needs_both_a_weight_and_text(tmp_path):
         ValueError, match=r"ptx_coef=0.5: PPO-ptx needs a weight above 0 and pretraining text"
     ):
         trainer(tmp_path, ptx_coef=0.5)
+
+
+def test_a_second_round_starts_from_the_first_and_is_held_to_the_sft_adapter(tmp_path):
+    for name, seed in (("sft", 1), ("first_round", 2)):
+        made = SharedBase.build(tiny.base(), tiny.lora(tiny.base()))
+        tiny.randomise(made, std=0.05, seed=seed)
+        made.save_pretrained(tmp_path / name)
+    shared = SharedBase.build(
+        tiny.base(), tmp_path / "first_round", reference=tmp_path / "sft", critic="adapter"
+    )
+    trainer(tmp_path / "run", shared=shared, num_rollouts=1).train()
+    assert logged(tmp_path / "run")[0]["objective/kl_k3"] > 1e-3
+
+
+def test_what_is_saved_is_logged_and_a_resumed_run_logs_the_same(tmp_path):
+    # A log every second rollout, a checkpoint after the first: nothing of it may be lost
+    settings = {"num_rollouts": 3, "logging_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    settings["save_total_limit"] = None
+    straight = trainer(tmp_path / "straight", **settings)
+    straight.train()
+    resumed = trainer(tmp_path / "resumed", **settings)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-4"))
+    whole = logged(tmp_path / "straight")
+    assert [row["step"] for row in whole] == [4, 8, 12]
+    assert [row["rollout/count"] for row in whole] == [1, 1, 1]
+    assert logged(tmp_path / "resumed") == whole[1:]

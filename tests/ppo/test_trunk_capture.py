@@ -9,6 +9,7 @@ import torch
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.models.dense_copy import DenseCopy
+from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.collector import RolloutCollector
 from goose_lora.rewards.sources import RewardMix
@@ -134,3 +135,11 @@ def test_training_from_what_was_noted_is_training(tmp_path, monkeypatch):
     for name, parameter in ends[0].items():
         # Adam's first steps magnify rounding
         torch.testing.assert_close(parameter, ends[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("quantization", "noted"), [("int8", False), ("nf4", True)])
+def test_a_dense_copy_of_int8_layers_notes_no_trunk(quantization, noted, tmp_path):
+    args = tiny.arguments(tiny.save_base(tmp_path), quantization=quantization)
+    shared = tiny.shared(load_base(args, load_tokenizer(args)), layers="top-2")
+    assert bool(shared.capture_depth(merged=True)) == noted
+    assert shared.capture_depth(merged=False) > 0

@@ -140,3 +140,30 @@ def test_the_graph_of_a_rollout_in_several_groups_is_refused(tmp_path):
     run.collector.batch_size = 2
     with pytest.raises(ValueError, match="3 replies are more than one group of 2"):
         run.collector.evaluate(rollout, keep_graph=True)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_no_microbatch_copies_the_gradients_of_those_before_it(accumulation, tmp_path, monkeypatch):
+    clones = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, **how: clones.append(x.shape) or clone(x, **how))
+    run = trainer(
+        tmp_path,
+        num_rollouts=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        num_mini_batches=1,
+        num_ppo_epochs=1,
+    )
+    learn, counted = run.updater.learn, []
+
+    def counting(*args):
+        before = len(clones)
+        loss = learn(*args)
+        counted.append(len(clones) - before)
+        return loss
+
+    run.updater.learn = counting
+    run.train()
+    trained = len(trained_parameters(run.shared))
+    assert len(counted) == accumulation and max(counted) < trained, counted
