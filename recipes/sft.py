@@ -26,7 +26,7 @@ def main(args: list[str] | None = None) -> SFTTrainer:
     stage = cli.Stage.begin("sft", config, model, data, command=args)
 
     # 1. Everything that can be known before a weight is read.
-    rows = stage.demonstrations(config.chat_template_path, Learning.of(config))
+    rows = stage.demonstrations(Learning.of(config))
     tokenizer = stage.tokenizer()
     stage.check_fit(tokenizer)
 

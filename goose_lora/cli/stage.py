@@ -157,23 +157,13 @@ class Stage:
             )
         return self._adapters.get(setting)
 
-    def demonstrations(self, chat_template_path: str | None, learning: Learning) -> Dataset:
-        """Read and tokenize the rows of fine-tuning.
-
-        A template in a folder or on the Hub comes with tokens of its own, which TRL adds to the
-        model: such rows are returned as they are read, for TRL to tokenize.
-        """
+    def demonstrations(self, learning: Learning) -> Dataset:
+        """Read and tokenize the rows of fine-tuning."""
         # Rows first: a broken file is told before the tokenizer is looked for.
         row_set = self.data.train("sft")
         rows = self._noted(row_set)
-        tokenizer = self.tokenizer()
-        if chat_template_path is not None:
-            path = Path(chat_template_path)
-            if path.suffix not in (".jinja", ".j2") or not path.is_file():
-                return rows
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
         return tokenize_demonstrations(
-            rows, tokenizer, name=row_set.name, learning=learning, numbers=row_set.numbers
+            rows, self.tokenizer(), name=row_set.name, learning=learning, numbers=row_set.numbers
         )
 
     def _noted(self, row_set: RowSet) -> Dataset:
