@@ -9,10 +9,11 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from goose_lora.errors import UserError
@@ -162,9 +163,9 @@ def as_plain(
     for name in [name for name in weights if name.endswith(".lora_A.weight")]:
         place = name.removesuffix(".lora_A.weight")
         twin = f"{place}.lora_B.weight"
-        module: Any = core.get_submodule(place.removeprefix("base_model.model."))
+        module = cast(LoraLayer, core.get_submodule(place.removeprefix("base_model.model.")))
         inner = module.get_base_layer()
-        if not torch.is_floating_point(inner.weight):
+        if not torch.is_floating_point(cast(Tensor, inner.weight)):
             raise UserError(
                 f"{adapter.setting}: {adapter} was trained from init_lora_weights={start!r}, and its start"
                 " cannot be found again in a quantized base. Set quantization: none, or save the adapter with"
@@ -179,9 +180,10 @@ def as_plain(
             init_lora_weights=start,
             fan_in_fan_out=config.fan_in_fan_out,
         )
-        holder: Any = inject_adapter_in_model(alone, nn.ModuleDict({"only": copy.deepcopy(inner)}))
+        holder = inject_adapter_in_model(alone, nn.ModuleDict({"only": copy.deepcopy(inner)}))
+        started = cast(LoraLayer, holder.get_submodule("only"))
         factor_a, factor_b = (
-            part["default"].weight.detach() for part in (holder["only"].lora_A, holder["only"].lora_B)
+            cast(nn.Linear, part["default"]).weight.detach() for part in (started.lora_A, started.lora_B)
         )
         plain[name] = torch.cat([weights[name], factor_a.to(weights[name])])
         plain[twin] = torch.cat([weights[twin], -factor_b.to(weights[twin])], dim=1)

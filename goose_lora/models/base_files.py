@@ -67,7 +67,7 @@ def require_whole(args: ModelArguments, *, trust_remote_code: bool = False) -> N
     require_loaded(name, found)
 
 
-def require_loaded(name: str, found: Mapping[str, Any], *, without: str | None = None) -> None:
+def require_loaded(name: str, found: Mapping[str, set], *, without: str | None = None) -> None:
     """Raise UserError where transformers has filled in tensors that the files lack.
 
     Args:
@@ -93,7 +93,7 @@ def require_loaded(name: str, found: Mapping[str, Any], *, without: str | None =
 
 
 def _require_quantization(args: ModelArguments, config: PretrainedConfig) -> None:
-    saved: Any = getattr(config, "quantization_config", None)
+    saved = getattr(config, "quantization_config", None)
     if saved is None:
         return
     # Of bitsandbytes' own forms, those that the settings can name
