@@ -33,6 +33,7 @@ from goose_lora.models import (
 )
 from goose_lora.ownership import RESULTS, begin_in, claim
 from goose_lora.reporting import refresh_report, write_stage
+from goose_lora.rewards import RewardMix
 from goose_lora.sharing import add_evaluation
 from goose_lora.terminal import side_by_side, table
 from goose_lora.training import require_at_least_one, require_one_process
@@ -169,7 +170,7 @@ def main(args: list[str] | None = None) -> None:
             ("reward_adapter", config.reward_adapter),
         )
     )
-    judge = import_function(config.judge) if config.judge else None
+    judge = RewardMix([import_function(config.judge)]) if config.judge else None
     rows: Dataset = data.train("ppo").rows
     rows = rows.select(range(min(config.num_prompts, len(rows))))
     tokenizer = tokenizer_of(policy.path, args=model, trust_remote_code=config.trust_remote_code)
@@ -178,6 +179,8 @@ def main(args: list[str] | None = None) -> None:
         rows, tokenizer, name=data.dataset_name, max_prompt_tokens=config.max_prompt_tokens
     )
     ids = list(prompts["input_ids"])
+    if judge is not None:
+        judge.check(prompts[0]["prompt"])
     check_fit(
         model,
         tokenizer,
@@ -204,7 +207,7 @@ def main(args: list[str] | None = None) -> None:
         replies[f"{against} best of {config.best_of}"] = answers.best_of(against)
     texts = tokenizer.batch_decode(ids)
     if judge is not None:
-        judge_all(replies, texts, judge)
+        judge_all(replies, texts, judge.numbers)
     figures = summary(replies, against=against)
     evaluation = {
         "prompts": len(texts),

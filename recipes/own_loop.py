@@ -18,6 +18,7 @@ from goose_lora.errors import UserError
 from goose_lora.files import import_function
 from goose_lora.models import ModelArguments, SharedBase, lora_config
 from goose_lora.ppo import PPOConfig, PPOTrainer
+from goose_lora.rewards import RewardMix
 
 
 @dataclass
@@ -81,11 +82,12 @@ def main(args: list[str] | None = None) -> PPOTrainer:
     stage = cli.Stage.begin("own_loop", config, model, data, game, command=args)
 
     # 1. Everything that can be known before a weight is read.
-    rate = import_function(game.rating)
+    rate = RewardMix([import_function(game.rating)], timeout=config.reward_timeout)
     policy = stage.adapter("policy_adapter")
     plan = config.role_plan(has_policy=policy is not None, has_reward=False)
     prompts = stage.prompts(held_out=False)
     tokenizer = stage.tokenizer()
+    rate.check("")
     stage.check_fit(tokenizer, policy, tokens=prompts.longest + config.response_length)
 
     # 2. One base in memory. Policy, critic and reference are adapters on it.
@@ -108,7 +110,7 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         first = (rollout * config.world_size + config.process_index) * count
         chosen = [ids[(first + row) % len(ids)] for row in range(count)]
         interview = Interview(chosen, tokenizer)
-        interview.play(trainer, game.questions, rate)
+        interview.play(trainer, game.questions, rate.numbers)
         figures = trainer.step(
             chosen,
             interview.written,

@@ -17,7 +17,7 @@ from goose_lora.data import DataArguments
 from goose_lora.evaluation import require_verdict
 from goose_lora.models import ModelArguments, SharedBase, lora_config
 from goose_lora.ppo import PPOConfig, PPOTrainer
-from goose_lora.rewards import ClassifierReward, check_weights, reward_sources
+from goose_lora.rewards import ClassifierReward, check_sources, check_weights, reward_sources
 from goose_lora.training import require_at_least_one
 
 
@@ -86,9 +86,8 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         pretraining_length=roles.ptx_max_length,
     )
     tokenizer = stage.tokenizer()
-    classifiers = [source for source in sources if isinstance(source, ClassifierReward)]
-    for classifier in classifiers:
-        classifier.check(prompts.example)
+    reply = tokenizer.encode("ok", add_special_tokens=False)
+    check_sources(sources, prompts.train[0], reply, timeout=config.reward_timeout)
     stage.check_fit(
         tokenizer,
         policy,
@@ -106,6 +105,7 @@ def main(args: list[str] | None = None) -> PPOTrainer:
 
     # 2. One base in memory. Policy, critic, reward model and reference are adapters on it.
     base = stage.base(tokenizer)
+    classifiers = [source for source in sources if isinstance(source, ClassifierReward)]
     for classifier in classifiers:
         own = replace(stage.model, quantization=roles.reward_model_quantization)
         classifier.load(own, config.device)

@@ -1,6 +1,6 @@
 """From a rollout and its scores to what the update needs: rewards, advantages, and figures."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,8 +123,8 @@ class ExperienceMaker:
         """Return the critic's output in the units of normalised scores."""
         return self.scale.normalise(values) if self.values_are_scores else values
 
-    def learn_scale(self, raw: Float[Tensor, " B"]) -> None:
-        """Take ``raw``, scores on this process, into the scale.
+    def learn_scale(self, raw: Float[Tensor, " B"], sources: Sequence[str] = ("adapter",)) -> None:
+        """Take ``raw``, scores of ``sources`` on this process, into the scale.
 
         It is learned once and for all from the reference's replies, or from all replies so far.
         """
@@ -133,7 +133,7 @@ class ExperienceMaker:
             return
         everywhere = gathered(self.accelerator, raw)
         if how == "reference":
-            self.state.score_scale = tuple(score_scale(everywhere))
+            self.state.score_scale = tuple(score_scale(everywhere, sources))
             return
 
         # The moments of all scores so far and of these together, in float64 on the host.
@@ -157,7 +157,7 @@ class ExperienceMaker:
         args, mask = self.args, rollout.response_mask
 
         # 1. Scores: in the units of the scale, clipped, and less what is taken off them.
-        self.learn_scale(scores.total)
+        self.learn_scale(scores.total, list(scores.by_source))
         normalised = self.scale.normalise(scores.total)
         shaped = F.shaped_scores(
             normalised,

@@ -493,7 +493,8 @@ class PPOTrainer(Resumable, Trainer):
         """Learn the scale of scores from the untrained policy, which is the reference."""
         if self.args.score_normalization != "reference":
             return
-        self.experience.learn_scale(self._scores_of_the_reference(self.train_dataset))
+        scores = self._scores_of_the_reference(self.train_dataset)
+        self.experience.learn_scale(scores, self.collector.reward.names)
         logger.info("scores of the reference: mean %.3f, standard deviation %.3f", *self.experience.scale)
 
     def _scores_of_the_reference(self, rows: Dataset) -> Float[Tensor, " N"]:
@@ -517,7 +518,7 @@ class PPOTrainer(Resumable, Trainer):
         with own_random_numbers(self.accelerator, self.args.seed):
             scores = self._scores_of_the_reference(self.train_dataset if self.has_prompts else rows)
             everywhere = gathered(self.accelerator, scores)
-        return score_scale(everywhere)
+        return score_scale(everywhere, self.collector.reward.names)
 
     # ---- A loop of the user's own ----
 

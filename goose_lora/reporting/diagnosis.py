@@ -335,7 +335,10 @@ def _advantages(rows: Rows) -> Iterator[Finding]:
     if spread < 1e-3 or alike:
         reason = "replies to a prompt score alike"
         if alike:
-            reason = f"every rollout scores {scores[-1]:.3g}"
+            reason = f"every rollout scores {scores[-1]:.3g}: what scores is constant"
+            constant = _constant_sources(rows)
+            if constant:
+                reason += f" ({', '.join(constant)})"
         text = (
             f"a standard deviation of {spread:.2g}, and {reason}: there is nothing to learn from. Look at"
             " what scores, and at its prompts."
@@ -351,6 +354,13 @@ def _advantages(rows: Rows) -> Iterator[Finding]:
         yield Finding(
             "ok", "advantages", f"standard deviation {spread:.2g}, the largest {outlier:.1f} of them"
         )
+
+
+def _constant_sources(rows: Rows) -> list[str]:
+    """Return the sources of reward, where there are several, whose mean is always the same."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("reward/"))
+    said = {name.removeprefix("reward/"): column(rows, name) for name in names}
+    return [name for name, means in said.items() if max(means) - min(means) < 1e-6]
 
 
 def _clipping(rows: Rows) -> Iterator[Finding]:

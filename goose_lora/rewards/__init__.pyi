@@ -1,6 +1,7 @@
 """The public names of goose_lora.rewards."""
 
 from .classifier import ClassifierReward as ClassifierReward
+from .classifier import check_sources as check_sources
 from .classifier import check_weights as check_weights
 from .classifier import reward_sources as reward_sources
 from .ranking_trainer import RankedRewardTrainer as RankedRewardTrainer

@@ -1,6 +1,6 @@
 """A reward model of any other origin: a sequence classifier with its own tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from goose_lora.files import import_function
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import reading, require_model
 from goose_lora.models.loading import read_weights, spare_token
+from goose_lora.rewards.sources import RewardMix, RewardSource
 
 PREFIX = "model:"
 
@@ -162,3 +163,31 @@ def reward_sources(
         models[name] if name in models else name if name == "adapter" else import_function(name)
         for name in listed
     ]
+
+
+def check_sources(
+    sources: Sequence[RewardSource],
+    row: Mapping[str, Any],
+    completion_ids: Sequence[int],
+    *,
+    timeout: float | None = None,
+) -> None:
+    """Ask all sources about one reply to a row of prompts, before any weights load.
+
+    Python functions are called; a classifier is compared with the prompt.
+
+    Args:
+        row: a row of prompts, as PPO gives its columns to functions.
+        completion_ids: tokens of the reply "ok".
+        timeout: seconds that the functions may take together.
+
+    Raises:
+        UserError: one cannot be called, raised an error, or did not give a number.
+    """
+    classifiers = [source for source in sources if isinstance(source, ClassifierReward)]
+    for classifier in classifiers:
+        classifier.check(row["prompt"])
+    functions = [source for source in sources if source not in classifiers and source != "adapter"]
+    if functions:
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "input_ids")}
+        RewardMix(functions, timeout=timeout).check(row["prompt"], columns, completion_ids)

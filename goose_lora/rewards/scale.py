@@ -1,5 +1,6 @@
 """Shifting, scaling and clipping of scores before they become rewards."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,19 +20,26 @@ class ScoreScale(NamedTuple):
         return (raw - self.mean) / self.std
 
 
-def score_scale(raw: Float[Tensor, " N"]) -> ScoreScale:
+def score_scale(raw: Float[Tensor, " N"], sources: Sequence[str] = ("adapter",)) -> ScoreScale:
     """Return the scale on which ``raw`` has mean 0 and standard deviation 1.
 
     On it kl_coef means the same for every reward model.
+
+    Args:
+        sources: names of what scores, for the error.
 
     Raises:
         UserError: fewer than two scores, or scores that do not differ: no policy can be told from
             another by them.
     """
     if len(raw) < 2 or not torch.isfinite(raw).all() or raw.std() < 1e-6:
+        whose, look = "the reward model", "the reward model's verdict"
+        if list(sources) != ["adapter"]:
+            whose = look = f"what scores ({', '.join(sources)})"
+        constant = "" if len(raw) < 2 or raw.max() > raw.min() else ", all the same"
         raise UserError(
-            f"the reward model's scores cannot be normalised: {len(raw)} replies of the reference score"
-            f" {raw.mean():.4g} with a standard deviation of {raw.std():.2g}. Look at the reward model's"
-            " verdict, or set score_normalization: none."
+            f"the scores of {whose} cannot be normalised: {len(raw)} replies of the reference score"
+            f" {raw.mean():.4g} with a standard deviation of {raw.std():.2g}{constant}. Look at {look}, or"
+            " set score_normalization: none."
         )
     return ScoreScale(raw.mean().item(), raw.std().item())

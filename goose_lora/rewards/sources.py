@@ -3,21 +3,27 @@
 import asyncio
 import hashlib
 import inspect
+import logging
+import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from goose_lora.errors import TimeLimitError, UserError
+
+logger = logging.getLogger(__name__)
+_LONGEST = 200  # characters of a stranger's words in an error
 
 RewardFunction = Callable[..., Any]
 RewardSource = RewardFunction | Literal["adapter"]
@@ -76,7 +82,42 @@ class RewardMix:
             found[f"reward {name}"] = f"{digest} with weight {weight:g}"
         return {"rewards": ", ".join(sorted(self.names)), **found}
 
-    def __call__(self, by_adapter: Float[Tensor, " B"] | None, **replies: Any) -> "Scores":
+    def numbers(self, *, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+        """Return one number a reply, from functions that are given prompts and texts alone."""
+        return self(None, prompts=prompts, completions=completions).total.tolist()
+
+    def check(
+        self,
+        prompt: Any,
+        columns: Mapping[str, Any] | None = None,
+        completion_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Call each Python function on one reply, before anything loads.
+
+        Args:
+            prompt: a prompt as the functions will get it.
+            columns: the other columns of its row, where they are given any.
+            completion_ids: tokens of the reply, whose text is "ok", where they are given them.
+
+        Raises:
+            UserError: as a call does.
+        """
+        replies = {name: [value] for name, value in (columns or {}).items()}
+        replies |= {"prompts": [prompt], "completions": ["ok"]}
+        if completion_ids is not None:
+            replies["completion_ids"] = [list(completion_ids)]
+        functions = self._functions()
+        with _time_limit(self.timeout if functions else None, f"the reward function {', '.join(functions)}"):
+            said = _ask_all(functions, replies)
+        for name, answer in zip(functions, said, strict=True):
+            _read_answer(answer, [len(completion_ids or "ok")], name)
+
+    def _functions(self) -> dict[str, RewardFunction]:
+        """Return the Python functions by name."""
+        named = zip(self.names, self.sources, strict=True)
+        return {name: source for name, source in named if source != "adapter"}
+
+    def __call__(self, by_adapter: Float[Tensor, " B"] | None, /, **replies: Any) -> "Scores":
         """Ask all sources; return what they say, weighted and added.
 
         Args:
@@ -90,12 +131,10 @@ class RewardMix:
             TimeLimitError: the functions took longer than ``timeout``.
         """
         # Ask: the functions together, under one limit of time
-        ids = replies["completion_ids"]
-        functions = {
-            name: source for name, source in zip(self.names, self.sources, strict=True) if source != "adapter"
-        }
+        lengths = [len(reply) for reply in replies.get("completion_ids", replies["completions"])]
+        functions = self._functions()
         with _time_limit(self.timeout if functions else None, f"the reward function {', '.join(functions)}"):
-            said = asyncio.run(_ask_all(functions, replies))
+            said = _ask_all(functions, replies)
         # Read: one column of scores a source, in the order of the sources
         answers = iter(said)
         device = torch.device("cpu") if by_adapter is None else by_adapter.device
@@ -104,7 +143,7 @@ class RewardMix:
             if source == "adapter":
                 columns.append(by_adapter)
                 continue
-            scores, tokens = _read_answer(next(answers), [len(reply) for reply in ids], name)
+            scores, tokens = _read_answer(next(answers), lengths, name)
             columns.append(scores.to(device))
             if tokens is not None:
                 by_token = weight * tokens.to(device) + (0.0 if by_token is None else by_token)
@@ -115,7 +154,7 @@ class RewardMix:
         silent = scores.isnan().all(0)
         if silent.any():
             raise UserError(
-                f"no source of reward said anything of {int(silent.sum())} of {len(ids)} replies: each"
+                f"no source of reward said anything of {int(silent.sum())} of {len(lengths)} replies: each"
                 " returned None there."
             )
         weights = torch.tensor(self.weights, device=device)[:, None]
@@ -146,36 +185,108 @@ class Scores(NamedTuple):
     by_token: Float[Tensor, " N"] | None = None
 
 
-async def _ask_all(functions: dict[str, Any], replies: dict[str, Any]) -> list[Any]:
-    # Plain functions answer here; what async ones wait for, they wait for together
+def _ask_all(functions: Mapping[str, RewardFunction], replies: Mapping[str, Any]) -> list[Any]:
+    """Return what the functions say.
+
+    Plain functions answer one after the other; what async ones wait for, they wait for together.
+    """
     answers = []
     for name, function in functions.items():
-        with _named(name):
-            answer = function(**replies)
-        answers.append(_awaited(name, answer) if inspect.isawaitable(answer) else answer)
-    waiting = [answer for answer in answers if inspect.isawaitable(answer)]
-    done = iter(await asyncio.gather(*waiting))
-    return [next(done) if inspect.isawaitable(answer) else answer for answer in answers]
+        with _named(name), _same_folder(name):
+            # Lists of its own: what it does to them concerns nobody else
+            own = {key: list(values) for key, values in replies.items()}
+            if "completion_ids" in own:
+                own["completion_ids"] = [list(ids) for ids in own["completion_ids"]]
+            _require_call(name, function, own)
+            answers.append(function(**own))
+    if any(map(inspect.isawaitable, answers)):
+        # Outside of it plain functions may have event loops of their own
+        answers = asyncio.run(_await_all(dict(zip(functions, answers, strict=True))))
+    return answers
 
 
-async def _awaited(name: str, answer: Awaitable[object]) -> object:
-    with _named(name):
-        return await answer
+async def _await_all(answers: Mapping[str, Any]) -> list[Any]:
+    async def awaited(name: str, answer: Any) -> Any:
+        if not inspect.isawaitable(answer):
+            return answer
+        with _named(name), _same_folder(name):
+            return await answer
+
+    return await asyncio.gather(*(awaited(name, answer) for name, answer in answers.items()))
+
+
+def _require_call(name: str, function: RewardFunction, replies: Mapping[str, Any]) -> None:
+    """Raise UserError unless a function can be called with these names."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some written in C have none
+        return
+    try:
+        signature.bind(**replies)
+        # A method's own first name is taken: a column of that name, self, cannot be given to it
+        method = inspect.getattr_static(type(function), "__call__", None)
+        if inspect.ismethod(function):
+            method = function.__func__
+        if inspect.isfunction(method):
+            inspect.signature(method).bind(None, **replies)
+    except TypeError as error:
+        raise UserError(
+            f"the reward function {name} cannot be called: {error}. It is given {', '.join(replies)} by"
+            f" name: def {name}(prompts, completions, **columns). A column of the rows can be renamed by"
+            " column_mapping."
+        ) from None
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Name the function, and the line where an error arose, in any error inside."""
+    """Name the function, and the line where an error arose, in any error inside.
+
+    Errors that are meant for the interpreter count too: a function may not end a run.
+    """
     try:
         yield
-    except TimeoutError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # Who waits for all may be cancelled itself, as by Ctrl-C
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}, line {place.lineno}"
         raise UserError(
-            f"the reward function {name} raised {type(error).__name__} ({where}): {error}"
+            f"the reward function {name} raised {type(error).__name__} ({where}): {_shown(error)}"
         ) from error
+
+
+def _is_cancelled() -> bool:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs
+        return False
+    return task is not None and task.cancelling() > 0
+
+
+def _shown(value: object) -> str:
+    """Return a value of a stranger's in a few words, whatever its own words do."""
+    try:
+        text = str(value)
+    except Exception as error:
+        return f"a {type(value).__name__} whose text cannot be had ({type(error).__name__})"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+@contextmanager
+def _same_folder(name: str) -> Iterator[None]:
+    """Go back to the working directory, which names of files count from, and tell of it."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        if not Path.cwd().samefile(before):
+            os.chdir(before)
+            logger.warning(
+                "the reward function %s has left the working directory; it is %s again.", name, before
+            )
 
 
 @contextmanager
@@ -219,13 +330,12 @@ def _read_answer(
     Where it gave lists, also as one number a token.
     """
     # One answer a reply, whatever holds the answers
-    listed = (
-        answer.tolist()
-        if isinstance(answer, Tensor)
-        else list(answer)
-        if isinstance(answer, Sequence)
-        else None
-    )
+    listed = None
+    with _named(name):
+        if isinstance(answer, (Tensor, np.ndarray)) and answer.ndim:
+            listed = answer.tolist()
+        elif isinstance(answer, Sequence) and not isinstance(answer, (str, bytes, bytearray)):
+            listed = list(answer)
     if listed is None or len(listed) != len(lengths):
         what = type(answer).__name__ if listed is None else f"{len(listed)} numbers"
         raise UserError(
@@ -233,7 +343,7 @@ def _read_answer(
             " number (or None) a reply."
         )
     # Which replies have a number a token, and is there one for each?
-    listed = [item.tolist() if isinstance(item, Tensor) else item for item in listed]
+    listed = [item.tolist() if isinstance(item, (Tensor, np.ndarray)) else item for item in listed]
     tokens = [list(item) if isinstance(item, (list, tuple)) else None for item in listed]
     for row, (item, length) in enumerate(zip(tokens, lengths, strict=True)):
         if item is not None and len(item) != length:
@@ -265,17 +375,24 @@ def _numbers(listed: Sequence[Any], name: str, owners: Sequence[int]) -> Float[T
 
     ``owners`` tells which reply each number belongs to.
     """
-    try:
-        numbers = torch.tensor([float("nan") if number is None else float(number) for number in listed])
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"the reward function {name} returned something that is no number: {error}"
-        ) from error
+    floats = [float("nan")] * len(listed)
+    for index, number in enumerate(listed):
+        if number is None:
+            continue
+        try:
+            if isinstance(number, (str, bytes)):
+                raise TypeError("text")
+            floats[index] = float(number)
+        except Exception as error:  # a stranger's own __float__ may raise anything
+            why = "too large" if isinstance(error, OverflowError) else "no number"
+            what = f"something that is {why} for reply {owners[index]}: {_shown(number)}"
+            raise UserError(f"the reward function {name} returned {what}.") from error
+    numbers = torch.tensor(floats)
     broken = [
         index for index, number in enumerate(listed) if number is not None and not numbers[index].isfinite()
     ]
     if broken:
-        what = f"{listed[broken[0]]} for reply {owners[broken[0]]}"
+        what = f"{_shown(listed[broken[0]])} for reply {owners[broken[0]]}"
         raise UserError(
             f"the reward function {name} returned {what}, {len(broken)} of {len(listed)} not finite."
         )

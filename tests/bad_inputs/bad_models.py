@@ -3,7 +3,7 @@
 import json
 
 import tiny
-from bad_case import LEFT_OUT, Case, edited, file, json_edited, own_copy, path_to, without
+from bad_case import LEFT_OUT, Case, edited, json_edited, own_copy, path_to, rows, without
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -96,10 +96,60 @@ def _bin_adapter(folder_name):
     return change
 
 
-def _reward(content, name="reward"):
-    return lambda folder: (
-        file("own.py", content, "ignored")(folder) and {"reward_function": [f"{folder}/own.py:{name}"]}
-    )
+def _reward(content, setting="reward_function"):
+    """``setting`` names the function ``reward`` of a new file."""
+
+    def change(folder):
+        (folder / "own.py").write_text(content)
+        spec = f"{folder}/own.py:reward"
+        return {setting: [spec] if setting == "reward_function" else spec}
+
+    return change
+
+
+# What a function does when it is called on one reply: a name, its code, and words of the error.
+GIVEN = "def reward(prompts, completions, **columns): "
+STRANGERS = [
+    (
+        "takes other names",
+        "def reward(prompt, reply): return [1.0]",
+        ("cannot be called", "prompts, completions"),
+    ),
+    (
+        "takes one text",
+        "def reward(text): return 1.0",
+        ("cannot be called", "prompts, completions, **columns"),
+    ),
+    ("wants a column that is not there", GIVEN.replace("**", "answer, **") + "return [1.0]", ("'answer'",)),
+    ("is a class", "class reward: pass", ("cannot be called", "prompts, completions")),
+    ("leaves when called", "import sys\n" + GIVEN + "sys.exit(0)", ("raised SystemExit (own.py, line 2)",)),
+    ("is closed", GIVEN + "raise GeneratorExit", ("raised GeneratorExit (own.py, line 1)",)),
+    (
+        "is cancelled",
+        "import asyncio\nasync " + GIVEN + "raise asyncio.CancelledError",
+        ("raised CancelledError (own.py, line 2)",),
+    ),
+    (
+        "raises what cannot be shown",
+        "class Mute(Exception):\n  def __str__(self): raise OSError\n" + GIVEN + "raise Mute",
+        ("raised Mute (own.py, line 3)", "whose text cannot be had"),
+    ),
+    ("divides by zero", GIVEN + "return [1 / 0]", ("raised ZeroDivisionError (own.py, line 1)", "division")),
+    ("returns nothing", GIVEN + "pass", ("returned NoneType for 1 replies", "one number (or None) a reply")),
+    ("returns one number for all", GIVEN + "return 1.0", ("returned float for 1 replies", "one number")),
+    ("returns two for one", GIVEN + "return [1.0, 2.0]", ("returned 2 numbers for 1 replies", "one number")),
+    ("returns text", GIVEN + "return ['good']", ("no number for reply 0: good",)),
+    ("returns 10**400", GIVEN + "return [10**400]", ("too large for reply 0",)),
+    ("returns NaN", GIVEN + "return [float('nan')]", ("returned nan for reply 0",)),
+    ("returns infinity", GIVEN + "return [float('inf')]", ("returned inf for reply 0",)),
+    (
+        "looks for a file where it went",
+        "import os\n" + GIVEN + "os.chdir('/'); return [float(open('no.txt').read())]",
+        ("raised FileNotFoundError (own.py, line 2)", "no.txt"),
+    ),
+    ("returns more than tokens", GIVEN + "return [[1.0] * 9]", ("returned 9 numbers for the",)),
+]
+ONLY_OF_COLUMNS = ("wants a column that is not there", "returns more than tokens", "takes one text")
 
 
 def _classifier(folder):
@@ -427,6 +477,31 @@ CASES = [
         "ppo",
         _reward("reward = 3\n"),
         ("not callable but of type int", "Accepted"),
+    ),
+    *(
+        Case(f"a reward that {what}", "ppo", _reward(f"{code}\n"), ("the reward function reward", *says))
+        for what, code, says in STRANGERS
+    ),
+    *(
+        Case(f"a {setting} that {what}", recipe, _reward(f"{code}\n", setting), ("function reward", *says))
+        for setting, recipe in (("judge", "evaluate"), ("rating", "own_loop"))
+        for what, code, says in STRANGERS
+        if what not in ONLY_OF_COLUMNS
+    ),
+    Case(
+        "a reward that is a method, and a column self",
+        "ppo",
+        lambda folder: (
+            _reward(
+                "class Judge:\n  def reward(self, prompts, **rest): return [1.0]\nreward = Judge().reward\n"
+            )(folder)
+            | rows(*[{"prompt": "ba", "self": 1}] * 4)(folder)
+        ),
+        (
+            "the reward function reward cannot be called",
+            "multiple values for argument 'self'",
+            "column_mapping",
+        ),
     ),
     Case(
         "a judge that is not there",

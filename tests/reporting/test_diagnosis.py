@@ -621,3 +621,13 @@ def test_a_sparse_reward_without_kl_trains_on_after_its_first_score(tmp_path):
     )
     trainer.train()
     assert trainer.state.global_step == 11
+
+
+def test_a_constant_reward_is_said_to_be_one_with_the_name_of_its_source():
+    rows = healthy(
+        **{"objective/score": lambda t: 0.5, "reward/judge": lambda t: 0.5, "reward/adapter": lambda t: t}
+    )
+    (finding,) = (finding for finding in diagnose(rows) if finding.name == "advantages")
+    assert "every rollout scores 0.5: what scores is constant (judge): there is nothing to learn" in str(
+        finding
+    )
