@@ -79,6 +79,8 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         raise UserError(
             "num_rollouts: a loop of your own needs to know how long it is, for the learning rate's schedule."
         )
+    if config.ema_decay is not None:
+        raise UserError(f"ema_decay={config.ema_decay}: this loop keeps no average. Leave it out.")
     stage = cli.Stage.begin("own_loop", config, model, data, game, command=args)
 
     # 1. Everything that can be known before a weight is read.

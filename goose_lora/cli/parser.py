@@ -108,7 +108,7 @@ def parse_with(parser: Any, words: Sequence[str], config: Mapping[str, Any]) -> 
     unknown = parser.set_defaults_with_config(**{name: config[name] for name in config if name != "env"})
     try:
         *instances, more = parser.parse_args_into_dataclasses(args=list(words), return_remaining_strings=True)
-    except (ValueError, OSError, ImportError, argparse.ArgumentError) as error:
+    except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError) as error:
         raise UserError(_nearest_choice(str(error))) from error
     return (*instances, [*unknown, *more])
 
@@ -122,6 +122,7 @@ def check_settings(settings: "DataclassInstance") -> None:
     """
     from transformers import TrainingArguments
 
+    from goose_lora.training.late_settings import check_late_settings
     from goose_lora.training.validation import (
         check_finite,
         check_no_secrets,
@@ -135,6 +136,7 @@ def check_settings(settings: "DataclassInstance") -> None:
     check_no_secrets(settings)
     if isinstance(settings, TrainingArguments):
         check_training(settings)
+        check_late_settings(settings)
         token_to_environment(settings)
     if vars(settings).get("output_dir") is not None:
         require_output_folder(vars(settings)["output_dir"])
@@ -153,8 +155,11 @@ def _spare_word(word: str, words: Sequence[str], types: Sequence[type]) -> NoRet
     """Raise UserError for a word that argparse has left over: one behind another one's value."""
     before = words[: words.index(word)] if word in words else []
     option = next((other for other in reversed(before) if other.startswith("--")), None)
-    if word.startswith("--") or option is None:
+    if word.startswith("--"):
         _unknown(word, types)
+    if option is None:
+        name = re.split("[=:\\s]", word.lstrip("-"))[0]
+        raise UserError(f"{name!r} belongs to no setting, which begins with two dashes: --setting value.")
     shown = "another word" if is_secret(option) else repr(word)
     raise UserError(f"{option}: {shown} behind its value belongs to no setting. Put text in quotes.")
 

@@ -187,11 +187,29 @@ class Stage:
                 args=self.model,
                 trust_remote_code=self._trusts_code,
             )
+            self._check_tokens(self._tokenizer)
             own = vars(self.config)
             change_ends(self._tokenizer, own.get("chat_template_path"), own.get("eos_token"))
             if self.config.process_index == 0:
                 print(ends_text(self._tokenizer, own.get("stop_token_ids")), flush=True)
         return self._tokenizer
+
+    def _check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError for a token among the settings that the tokenizer does not have."""
+        settings, known = vars(self.config), tokenizer.get_vocab()
+        for name in ("pad_token", "eos_token"):
+            token = settings.get(name)
+            if token is not None and token not in known:
+                raise UserError(
+                    f"{name}={token!r}: the tokenizer of {self.model.model_name_or_path} has no such token."
+                    " Use one that it has, or leave it out."
+                )
+        for token in settings.get("stop_token_ids") or []:
+            if not 0 <= token < len(tokenizer):
+                raise UserError(
+                    f"stop_token_ids: {token} is no token of {self.model.model_name_or_path}, which has"
+                    f" {len(tokenizer)}. Give numbers from 0 to {len(tokenizer) - 1}."
+                )
 
     def prompts(
         self,

@@ -10,6 +10,8 @@ from goose_lora.errors import UserError
 from goose_lora.models.folders import require_name
 from goose_lora.models.trunk import top_layers
 
+_LARGEST_RANK = 2**16
+
 
 @dataclass
 class ModelArguments:
@@ -67,10 +69,14 @@ class ModelArguments:
                 f"lora_r={self.lora_r}, lora_alpha={self.lora_alpha}: both must be positive, for example 16"
                 " and 32."
             )
+        if self.lora_r > _LARGEST_RANK:
+            raise UserError(f"lora_r={self.lora_r}: no base has matrices of so many columns; 16 is usual.")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout={self.lora_dropout}: must be at least 0 and below 1.")
         if isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]
+        if not self.lora_target_modules:
+            raise UserError("lora_target_modules=[]: nothing would be trained. Write all-linear.")
         top_layers(self.lora_layers, 10**6)
 
     @property

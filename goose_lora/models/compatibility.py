@@ -48,6 +48,12 @@ def check_fit(
     """
     require_model(args.model_name_or_path)
     core = meta_model(args, trust_remote_code=trust_remote_code)
+    layers = core.config.get_text_config().num_hidden_layers
+    if layers < 1:
+        raise UserError(
+            f"{args.model_name_or_path}: its config.json has {layers} layers (num_hidden_layers): there"
+            " is nothing to adapt. Copy it again."
+        )
     require_whole(args, trust_remote_code=trust_remote_code)
     # Do the texts fit into its context?
     context = core.config.get_text_config().to_dict().get(
@@ -220,6 +226,9 @@ def meta_model(
         reading("its configuration", name, "Check attn_implementation and the config.json"),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=args.torch_dtype, trust_remote_code=trust_remote_code, **how
-        )
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=args.torch_dtype, trust_remote_code=trust_remote_code, **how
+            )
+        except ImportError as error:  # a package for the attention that is asked for
+            raise UserError(f"attn_implementation: {str(error).splitlines()[0]} Use sdpa.") from error

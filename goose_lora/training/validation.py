@@ -32,6 +32,9 @@ _NOT_NEGATIVE = (
     "warmup_steps",
     "dataloader_num_workers",
     "seed",
+    "neftune_noise_alpha",
+    "center_rewards_coefficient",
+    "label_smoothing_factor",
 )
 _ABOVE_ZERO = (
     "num_train_epochs",
@@ -41,8 +44,12 @@ _ABOVE_ZERO = (
     "adam_epsilon",
     "max_length",
     "save_total_limit",
+    "dataset_num_proc",
+    "ddp_timeout",
 )
 _LARGEST_SEED = 2**32 - 1  # numpy's
+_LARGEST_COUNT = 2**53
+_LARGEST, _SMALLEST = 3.4e38, 1e-37  # of float32, with a margin
 
 _short = reprlib.Repr()  # aliases make a few lines of YAML a value without end
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring = 2, 4, 4, 60
@@ -127,12 +134,25 @@ def _words(hint: object) -> str:
 
 
 def check_finite(settings: "DataclassInstance") -> None:
-    """Raise UserError, naming the setting, if a number among ``settings`` is NaN or infinite."""
+    """Raise UserError, naming the setting, if a number among ``settings`` is none.
+
+    It is NaN, infinite, or would be infinite or 0 in float32.
+    """
     for field in fields(settings):
         value = getattr(settings, field.name)
         for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{field.name}={number}: must be a finite number.")
+            if field.name == "seed" and not 0 <= number <= _LARGEST_SEED:
+                raise UserError(f"seed={number}: must not be negative, and at most {_LARGEST_SEED}.")
+            # Counts end in 64 bits, and numbers of float32 are 0 or infinite beyond these
+            if isinstance(number, int) and abs(number) > _LARGEST_COUNT:
+                raise UserError(f"{field.name}={_short.repr(number)}: is too large for anything.")
+            if abs(number) > _LARGEST or 0 < abs(number) < _SMALLEST:
+                size = "large" if abs(number) > 1 else "small"
+                raise UserError(f"{field.name}={number}: is too {size} for the arithmetic of float32.")
 
 
 def check_training(args: TrainingArguments) -> None:
@@ -147,11 +167,17 @@ def check_training(args: TrainingArguments) -> None:
     values = vars(args)
     require_at_least_one(args, *_AT_LEAST_ONE)
     for name in _NOT_NEGATIVE:
-        _require(name, values[name], values[name] is None or values[name] >= 0, "must not be negative")
+        value = values.get(name)
+        _require(name, value, value is None or value >= 0, "must not be negative")
     for name in _ABOVE_ZERO:
         value = values.get(name)
         _require(name, value, value is None or value > 0, "must be above 0")
-    _require("seed", args.seed, args.seed <= _LARGEST_SEED, f"must be at most {_LARGEST_SEED}")
+    for name in ("seed", "data_seed"):
+        seed = values[name]
+        fits = seed is None or 0 <= seed <= _LARGEST_SEED
+        _require(name, seed, fits, f"must be at least 0 and at most {_LARGEST_SEED}")
+    length = values.get("max_length")
+    _require("max_length", length, length is None or length > 1, "one token has nothing to predict")
     _require(
         "max_steps",
         args.max_steps,
@@ -177,6 +203,8 @@ def require_output_folder(name: str) -> None:
 
     It is not made yet.
     """
+    if not name.strip() or "\0" in name:
+        raise UserError(f"output_dir={name!r}: results need a folder. Give its name.")
     # The nearest folder that exists is what must let us write
     path = Path(name).absolute()
     nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))

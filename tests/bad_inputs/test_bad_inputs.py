@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import bad_data
+import bad_late
 import bad_models
 import bad_places
 import bad_settings
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES: list[Case] = [
     *bad_settings.CASES,
     *bad_data.CASES,
+    *bad_late.CASES,
     *bad_models.CASES,
     *bad_places.CASES,
     *bad_web.CASES,
