@@ -155,7 +155,7 @@ CASES = [
         "a.yaml",
         "--config",
         "x.yaml",
-        says=("--config stands twice", "Give one file"),
+        says=("--config stands twice",),
     ),
     # A base whose config.json says what cannot be
     config_of_base("no layers", ("has 0 layers (num_hidden_layers)", "Copy it again"), num_hidden_layers=0),
