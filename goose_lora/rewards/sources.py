@@ -13,9 +13,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,6 +26,15 @@ _LONGEST = 200  # characters of a stranger's words in an error
 
 RewardFunction = Callable[..., Any]
 RewardSource = RewardFunction | Literal["adapter"]
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """What torch and numpy have in common."""
+
+    ndim: int
+
+    def tolist(self) -> Any: ...
 
 
 class RewardMix:
@@ -332,7 +340,7 @@ def _read_answer(
     # One answer a reply, whatever holds the answers
     listed = None
     with _named(name):
-        if isinstance(answer, (Tensor, np.ndarray)) and answer.ndim:
+        if isinstance(answer, _Array) and answer.ndim:
             listed = answer.tolist()
         elif isinstance(answer, Sequence) and not isinstance(answer, (str, bytes, bytearray)):
             listed = list(answer)
@@ -343,7 +351,7 @@ def _read_answer(
             " number (or None) a reply."
         )
     # Which replies have a number a token, and is there one for each?
-    listed = [item.tolist() if isinstance(item, (Tensor, np.ndarray)) else item for item in listed]
+    listed = [item.tolist() if isinstance(item, _Array) else item for item in listed]
     tokens = [list(item) if isinstance(item, (list, tuple)) else None for item in listed]
     for row, (item, length) in enumerate(zip(tokens, lengths, strict=True)):
         if item is not None and len(item) != length:
