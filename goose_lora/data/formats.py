@@ -220,7 +220,7 @@ class _Reader:
         else:
             alone = self.numbers
         if alone:
-            self.dropped["its prompt has no good and bad reply both"] = alone
+            self.dropped["its prompt has no good and bad reply both, which SFT does not need"] = alone
         self.made, self.numbers = lists, list(range(1, len(lists) + 1))
 
     def _reason(self, number: int, made: Cells) -> str | None:

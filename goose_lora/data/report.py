@@ -3,6 +3,7 @@
 No model is loaded.
 """
 
+import json
 import math
 import shutil
 import textwrap
@@ -135,7 +136,29 @@ def describe(
     lines += _length_lines(parts, "tokens" if encoder else "words")
     if stage == "sft" and max_length is not None:
         lines.append(f"{len(too_long):,} of {_count(len(parts), 'row')} cut at max_length={max_length}")
-    return "\n".join([*lines, "", *_dropped_lines(dropped, len(rows))])
+    lines += ["", *_dropped_lines(dropped, len(rows))]
+    return "\n".join([*lines, *_settings_lines(dataset, stage, column_mapping, how)])
+
+
+def _settings_lines(
+    dataset: str, stage: StageName, column_mapping: Sequence[str] | None, how: Reading
+) -> list[str]:
+    """Return the YAML lines that make a recipe read rows so; none where the name is enough."""
+    # Only what was given here: a preset that the columns fit needs no line
+    given = {
+        "column_mapping": column_mapping,
+        "pairs": how.pairs,
+        "as_chat": how.as_chat,
+        "leave_out": how.leave_out,
+    }
+    lines = [
+        f"  {name}: {json.dumps(list(value) if isinstance(value, Sequence) else value)}"
+        for name, value in given.items()
+        if value is not None and value != ()
+    ]
+    if not lines:
+        return []
+    return ["", f"settings of recipes/{stage}.py:", f"  dataset_name: {dataset}", *lines]
 
 
 def _all_parts(
@@ -310,10 +333,13 @@ def _main_stage(rows: Dataset, name: str, how: Reading) -> StageName:
     refused: list[str] = []
     for stage in MEANT_FOR:
         try:
-            if looks_like(rows, stage, how) is not None:
-                return stage
+            shape = looks_like(rows, stage, how)
         except UserError as error:
             refused.append(str(error))
+            continue
+        # KTO's rows are lists for the reward model only where a prompt has both kinds
+        if shape is not None and "label" not in shape.form:
+            return stage
     # What is known and not understood says more than a list of columns
     if refused:
         raise UserError(f"{name}: {refused[0]}")

@@ -4,11 +4,13 @@ import re
 
 import pytest
 import tiny
+import yaml
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from goose_lora.data.formats import take
 from goose_lora.data.report import describe, row_parts
+from goose_lora.data.rows import DataArguments
 from goose_lora.data.tokenization import tokenize_prompts
 
 ASKED = [{"role": "user", "content": "ba be"}]
@@ -289,6 +291,17 @@ def test_columns_are_renamed_first(folder, tmp_path):
     path = tiny.write_rows(tmp_path / "rows.jsonl", [{"question": "ba", "answer": " be"}])
     report = describe(path, tokenizer=folder, column_mapping=["question=prompt", "answer=completion"])
     assert "  prompt  <s> ba\n  reply   be </s>\n" in report
+
+
+def test_the_settings_that_read_rows_so_are_written_as_yaml(tmp_path):
+    row = {"ask": "ba", "one": " be", "two": " bi", "vote": 2}
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [row])
+    pairs = ["a=one", "b=two", "winner=vote", "a_wins=1", "b_wins=2"]
+    report = describe(path, stage="reward", column_mapping=["ask=prompt"], pairs=pairs)
+    written = yaml.safe_load(report.split("settings of recipes/reward.py:\n")[1])
+    assert written == {"dataset_name": path, "column_mapping": ["ask=prompt"], "pairs": pairs}
+    (read,) = DataArguments(**written).train("reward").rows
+    assert read["chosen"] == [{"role": "assistant", "content": "bi"}]
 
 
 def test_messages_need_a_chat_template(tmp_path):

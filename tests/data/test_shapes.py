@@ -448,7 +448,7 @@ def test_thumbs_are_lists_for_the_reward_model_where_a_prompt_has_both(tmp_path,
     path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
     (read,) = load_rows(path, stage="reward")
     assert read == {"prompt": Q, "completions": [f" {GOOD}", f" {BAD}"], "ranks": [1, 2]}
-    assert "its prompt has no good and bad reply both (row 2)" in caplog.text
+    assert "its prompt has no good and bad reply both, which SFT does not need (row 2)" in caplog.text
 
 
 @pytest.mark.parametrize("winner", ["tie", "tie (bothbad)"])
