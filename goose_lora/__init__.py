@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import os
+import sys
 
 # Before torch is loaded, whose OpenMP reads it then: on a CPU that other work shares, threads that
 # spin while they wait for each other take ten times as long as threads that sleep.
@@ -34,14 +35,33 @@ def __dir__() -> list[str]:
     return [*globals(), *_HOMES]
 
 
-def __getattr__(name: str) -> object:
+def _missing(name: str) -> str:
+    """Return what is said of a name that is not here: what it is, where it is TRL's."""
     from goose_lora.ppo.trl_names import IMPORTS
 
     if name in IMPORTS:
-        # ImportError, since "from goose_lora import" drops the text of an AttributeError.
-        raise ImportError(
-            f"goose_lora has no {name}: it is TRL's, and here it is {IMPORTS[name]} (docs/migration.md)"
-        )
+        return f"goose_lora has no {name}: it is TRL's, and here it is {IMPORTS[name]} (docs/migration.md)"
+    return f"module 'goose_lora' has no attribute {name!r}; it has {', '.join(_HOMES)}"
+
+
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
-        raise AttributeError(f"module 'goose_lora' has no attribute {name!r}; it has {', '.join(_HOMES)}")
+        raise AttributeError(_missing(name))
     return getattr(importlib.import_module(f"goose_lora.{_HOMES[name]}"), name)
+
+
+class _NamesOfTRL:
+    """Answers ``from goose_lora import X``, which drops the text of an AttributeError.
+
+    Python looks for a module of that name next, and an ImportError of a finder has its say.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        package, _, inner = name.rpartition(".")
+        # What begins with a capital letter is no module
+        if package == __name__ and (inner[:1].isupper() or "TRL" in _missing(inner)):
+            raise ImportError(_missing(inner))
+
+
+sys.meta_path.append(_NamesOfTRL)

@@ -146,6 +146,17 @@ def test_a_name_that_was_imported_from_trl_is_answered(name):
     assert IMPORTS[name] in str(error.value)
 
 
+@pytest.mark.parametrize("name", [*IMPORTS, "Nothing", "nothing"])
+def test_to_ask_for_a_name_that_is_not_there_raises_nothing_but_attribute_error(name):
+    assert not hasattr(goose_lora, name)
+    assert getattr(goose_lora, name, None) is None
+
+
+def test_a_module_that_is_not_there_is_pythons_own_error():
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'goose_lora\.nothing'"):
+        importlib.import_module("goose_lora.nothing")
+
+
 def test_create_reference_model_and_the_two_classes_keep_their_names():
     assert (
         goose_lora.PPOConfig is PPOConfig
