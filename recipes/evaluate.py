@@ -9,6 +9,7 @@ about every reply; best_of shows what the reward model alone can pick from SFT.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from goose_lora import cli
 from goose_lora.data import DataArguments, tokenize_prompts
@@ -151,6 +152,34 @@ def show(replies: dict[str, Replies], texts: list[str], figures: dict, against: 
     print("\n" + side_by_side(texts, {name: given.texts for name, given in replies.items()}))
 
 
+def leave(
+    output_dir: str,
+    dataset: str,
+    policy: Path,
+    replies: dict[str, Replies],
+    texts: list[str],
+    figures: dict,
+    against: str,
+) -> None:
+    """Write figures and replies, and bring card and report of the policy up to date."""
+    evaluation = {
+        "prompts": len(texts),
+        "dataset": dataset,
+        "against": against,
+        "figures": figures,
+    }
+    every = [
+        {"prompt": text} | {name: given.texts[i] for name, given in replies.items()}
+        for i, text in enumerate(texts)
+    ]
+    claim(output_dir, *RESULTS["evaluate"])
+    write_json(f"{output_dir}/evaluation.json", evaluation)
+    write_jsonl(f"{output_dir}/replies.jsonl", every)
+    add_evaluation(policy, evaluation, every)
+    refresh_report(policy)
+    write_stage(output_dir, "evaluate", {"prompts": len(texts)})
+
+
 def main(args: list[str] | None = None) -> None:
     """Compare base, SFT and PPO."""
     config, model, data = cli.parse(EvaluationArguments, ModelArguments, DataArguments, args=args)
@@ -209,22 +238,7 @@ def main(args: list[str] | None = None) -> None:
     if judge is not None:
         judge_all(replies, texts, judge.numbers)
     figures = summary(replies, against=against)
-    evaluation = {
-        "prompts": len(texts),
-        "dataset": data.dataset_name,
-        "against": against,
-        "figures": figures,
-    }
-    every = [
-        {"prompt": text} | {name: given.texts[i] for name, given in replies.items()}
-        for i, text in enumerate(texts)
-    ]
-    claim(config.output_dir, *RESULTS["evaluate"])
-    write_json(f"{config.output_dir}/evaluation.json", evaluation)
-    write_jsonl(f"{config.output_dir}/replies.jsonl", every)
-    add_evaluation(policy.path, evaluation, every)
-    refresh_report(policy.path)
-    write_stage(config.output_dir, "evaluate", {"prompts": len(texts)})
+    leave(config.output_dir, data.dataset_name, policy.path, replies, texts, figures, against)
     show(replies, texts, figures, against)  # last: a console may fail, and the figures are saved
 
 

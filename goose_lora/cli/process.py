@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from goose_lora.errors import UserError
@@ -112,7 +113,9 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _show_without_secrets(kind: type[BaseException], error: BaseException, place: Any) -> None:
+def _show_without_secrets(
+    kind: type[BaseException], error: BaseException, place: TracebackType | None
+) -> None:
     """Print a traceback as Python does, secrets apart."""
     lines = traceback.format_exception(kind, error, place)
     print(printable(redacted("".join(lines)), keep="\n\t"), end="", file=sys.stderr)

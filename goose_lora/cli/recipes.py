@@ -74,6 +74,7 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
     Raises:
         UserError: no such configuration, or an option of the launcher without a value.
     """
+    # What is the launcher's, and the command that a stopped run will name
     launcher, settings = split_words(words)
     script = recipes_folder() / RECIPES[name][0]
     os.environ[STARTED_BY] = shlex.join(["goose-lora", name, *launcher])
@@ -131,9 +132,11 @@ def copy_recipes(target: Path) -> list[Path]:
     Raises:
         UserError: a file of that name is there already.
     """
+    # Scripts and configurations, and nothing that Python has left beside them
     source = recipes_folder()
     found = [path for path in sorted(source.rglob("*")) if path.suffix in (".py", ".yaml")]
     files = [target / path.relative_to(source) for path in found]
+    # All or nothing: no file of the user's is written over
     there = [path for path in files if path.exists()]
     if there:
         raise UserError(f"{there[0]} is there already. Give a new folder, or move it away.")

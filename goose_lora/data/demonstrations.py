@@ -117,6 +117,7 @@ def tokenize_demonstrations(
     columns = rows.column_names
     if "messages" in columns or ("prompt" in columns and not isinstance(rows[0]["prompt"], str)):
         require_chat_template(tokenizer, name)
+    # Row by row, what is left of each after the cut
     made, cut, lost, foreign = [], 0, [], 0
     for place, row in enumerate(rows):
         number = place + 1 if numbers is None else numbers[place]
@@ -150,6 +151,7 @@ def tokenize_demonstrations(
             name,
             foreign,
         )
+    # Something must be left to learn
     if not made:
         raise UserError(
             f"{name}: no row has anything of its reply left to learn at max_length={learning.max_length}."
@@ -163,6 +165,7 @@ def _prompt_and_reply(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of both together; the reply begins where they differ from the prompt's."""
+    # Together as one text, and the prompt alone beside it
     prompt, reply = row["prompt"], row["completion"]
     if isinstance(prompt, str):
         alone = text_ids(tokenizer, prompt, ends=False)
@@ -171,6 +174,7 @@ def _prompt_and_reply(
         options = chat_options(row)
         alone = render_whole(prompt, tokenizer, asks=True, **options)
         ids = render_whole([*prompt, *reply], tokenizer, **options)
+    # A token may span the end of the prompt and the start of the reply: it is the reply's
     start = _common(alone, ids)
     said = [place >= start for place in range(len(ids))]
     return ids, [one and other for one, other in zip(said, _weights(row, ids, tokenizer), strict=True)]
@@ -182,6 +186,7 @@ def _conversation(
     """Return the tokens of a conversation, where the assistant speaks, and what is learned."""
     messages, options = row["messages"], chat_options(row)
     ids = render_whole(messages, tokenizer, **options)
+    # By default everything is learned; TRL's masks leave the assistant's turns alone
     said = _turns(messages, tokenizer, ids, options)
     learned = [True] * len(ids)
     if only_assistant:
@@ -202,6 +207,7 @@ def _turns(
     Without such a turn, everywhere.
     """
     # The first turn of the assistant begins where the prompt before it ends
+    # Without a question before it there is no place where a reply begins
     first = next((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), None)
     if not first:
         return [True] * len(ids)
@@ -221,6 +227,7 @@ def _marked(
 
     # The tokenizer's own template, if it has the marks
     template = None
+    # TRL has templates with marks for the models that it knows
     if "generation" not in str(tokenizer.chat_template):
         try:
             template = get_training_chat_template(tokenizer)
@@ -247,6 +254,7 @@ def _weights(row: Mapping[str, Any], ids: Sequence[int], tokenizer: PreTrainedTo
         UserError: another weight than 0 or 1, or a template under which a turn has no place.
     """
     # Most rows have none
+    # Rows without weights are learned as they are
     replies = row["messages"] if "messages" in row else row["completion"]
     learned = [True] * len(ids)
     if isinstance(replies, str) or not any("weight" in turn for turn in replies):

@@ -130,6 +130,7 @@ def parse_pairs(words: Sequence[str]) -> Pairs | None:
     Raises:
         UserError: an unknown name or key, or one that is missing.
     """
+    # One word: a preset, or that lists stand best first
     if len(words) == 1 and "=" not in words[0]:
         if words[0] == BEST_FIRST:
             return None
@@ -146,6 +147,7 @@ def parse_pairs(words: Sequence[str]) -> Pairs | None:
                 " reply_2, winner: better, a_wins: 1, b_wins: 2, tie: 0}."
             )
         found[key].append(value)
+    # Two replies, and what says which is better
     missing = [key for key in ("a", "b", "a_wins", "b_wins") if not found[key]]
     if missing or any(len(found[key]) > 1 for key in ("a", "b", "winner", "margin")):
         raise UserError(
@@ -199,6 +201,7 @@ def winner_of(row: Mapping[str, Any], pairs: Pairs) -> str | None:
     """
     # Three columns of yes and no
     if not pairs.winner:
+        # The first that says yes
         for side, columns in (("a", pairs.a_wins), ("b", pairs.b_wins), ("tie", pairs.tie)):
             if any(_word(cell(row, column)) in ("1", "true") for column in columns):
                 return side
@@ -209,6 +212,7 @@ def winner_of(row: Mapping[str, Any], pairs: Pairs) -> str | None:
     sides = [_side(vote, pairs) for vote in votes if vote is not None and vote != ""]
     if not sides:
         return None
+    # A majority; as many for one as for the other is a tie
     ahead = sides.count("a") - sides.count("b")
     if ahead == 0:
         return "tie"
@@ -242,6 +246,7 @@ def ranks_from(scores: Sequence[Any], *, best: str) -> list[int]:
 
 def suggestion(a: str, b: str, others: Sequence[str], values: Sequence[Any]) -> str:
     """Return the setting that reads two replies whose judgement has no preset, to be filled in."""
+    # Two of the file's own values, for the user to put in the right order
     shown = [_word(value) for value in values[:2]]
     first, second = [*shown, "VALUE", "VALUE"][:2]
     winner = others[0] if others else "COLUMN"
@@ -260,6 +265,7 @@ def _side(vote: object, pairs: Pairs) -> str:
 
 
 def _is(vote: object, value: str) -> bool:
+    # A comparison of numbers, or one value
     if value[:1] in COMPARISONS:
         try:
             return COMPARISONS[value[0]](float(vote), float(value[1:]))  # type: ignore[arg-type]

@@ -226,6 +226,7 @@ def take_rows(
     # Read, then seen through the eyes of the stage
     rows = load_rows(name, split, max_rows, column_mapping, place=place)
     name = resolve(name)
+    # What is left out or ignored is told, however the stage goes on
     taken = take(rows, stage, name, reading)
     left_out = sum(map(len, taken.dropped.values()))
     if left_out:
@@ -243,6 +244,7 @@ def rename_columns(rows: Dataset, mapping: Mapping[str, str], name: str) -> Data
     Raises:
         ValueError: a column that is not there, or a new name that another column has.
     """
+    # Old names must be there, and new ones free
     found = rows.column_names
     for source, target in mapping.items():
         if source not in found:

@@ -185,6 +185,7 @@ def value_of(value: object, column: str) -> Content | None:
     Raises:
         UserError: messages that are not sound, or neither text nor messages.
     """
+    # JSON in a cell is read as what it is
     found = parsed(value)
     alone = isinstance(found, dict) and (is_messages([found]) or is_messages(found.get("messages")))
     if alone or is_messages(found) or (isinstance(value, list) and value):
@@ -192,6 +193,7 @@ def value_of(value: object, column: str) -> Content | None:
             return messages_of(found)
         except UserError as error:
             raise UserError(f"{column}: {error}") from error
+    # What is neither has no place in a prompt or a reply
     if value is not None and not isinstance(value, str | list):
         raise UserError(f"{column} is {type(value).__name__}; expected text or a list of chat messages.")
     if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
@@ -210,6 +212,7 @@ def with_system(messages: list[Message], system: str) -> list[Message]:
     """
     if not system:
         return messages
+    # The column may repeat the first message, and not contradict it
     if messages and messages[0]["role"] in ("system", "developer"):
         if said(messages[0]) != system:
             raise UserError(
@@ -309,6 +312,7 @@ def leftover(shape: Shape, row: Row, stage: StageName) -> str | None:
     """
     # Only cells that say something count: exports have many empty columns
     for column, value in row.items():
+        # Columns of the shape are used; of the others, those that mean something
         what = None if column in shape.uses or says_nothing(value) else meaning(column)
         if what is None or (stage == "ppo" and what not in ("a system message", "a part of the prompt")):
             continue
@@ -323,6 +327,7 @@ def leftover(shape: Shape, row: Row, stage: StageName) -> str | None:
 
 def _harmless(column: str, value: object, what: str, shape: Shape, stage: StageName) -> bool:
     """Return whether a meaning changes nothing for the stage in this company; it is told then."""
+    # A weight of 1 is no weight
     if what == "how much a row counts":
         return value in (1, 1.0, "1")
     if what == "a score or a rank":
@@ -398,6 +403,7 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
     asking = _asking(have, plain=plain, replies=(have.values[a], have.values[b]))
 
     def read(row: Row) -> Cells:
+        # A row without a judgement, or with a tie, teaches no preference
         winner = winner_of(row, found)
         if winner is None and stage == "reward":
             raise LeftOut("there is no judgement")
@@ -405,6 +411,7 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
             raise LeftOut("it is a tie, no preference")
         if plain_name(found.a) == "response_a" and isinstance(parsed(row[a]), list):
             row = _turns_of_the_arena(row, asking.prompt, a, b)
+        # The better one first
         better, worse = (b, a) if winner == "b" else (a, b)
         made = _pair(row, better, worse, asking)
         if found.margin:
@@ -473,6 +480,7 @@ def _pairs(have: Columns, stage: StageName) -> Shape | None:
 def _score_columns(have: Columns) -> list[tuple[str, str]]:
     found = []
     for what in SCORED:
+        # Both must be there: one score alone compares nothing
         for form in ("{side}_{what}", "{what}_{side}"):
             pair = [have.find((form.format(side=side, what=what),)) for side in ("chosen", "rejected")]
             if pair[0] is not None and pair[1] is not None:
@@ -485,6 +493,7 @@ def _check_scores(row: Row, chosen: str, rejected: str) -> None:
         better, worse = float(row[chosen]), float(row[rejected])
     except (TypeError, ValueError):
         return  # no scores in this row
+    # A tie is no preference, and the wrong order is a mistake in the file
     if better == worse:
         raise LeftOut(f"{chosen} and {rejected} are equal, a tie")
     if better < worse:

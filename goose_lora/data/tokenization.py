@@ -118,7 +118,7 @@ def _said(message: Message) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _leaves(value: Any) -> list[str]:
+def _leaves(value: object) -> list[str]:
     """Return the texts and names in a call of a tool."""
     if isinstance(value, dict):
         return [leaf for key, inner in value.items() if key != "description" for leaf in _leaves(inner)]

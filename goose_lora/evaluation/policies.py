@@ -16,6 +16,7 @@ from goose_lora.evaluation import statistics
 from goose_lora.generation.sampling import sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.models.dense_copy import DenseCopy
+from goose_lora.models.role_outputs import output_head
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
 
@@ -62,8 +63,7 @@ def answer(
     if dense is not None:
         dense.merge_role(role)
     replies, ends = Replies(), cast(list[int], config.eos_token_id)
-    core: Any = shared.get_base_model()
-    device = core.get_output_embeddings().weight.device
+    device = output_head(shared.core).weight.device
     for start in tqdm(range(0, len(prompts), batch_size), desc=label or role):
         # One group of replies
         ids, mask = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, device)

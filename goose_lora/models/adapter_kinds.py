@@ -95,6 +95,7 @@ def require_known(adapter: AdapterFolder) -> None:
             f"{where}: its configuration has {name}={value!r}, which a role on a shared base cannot be"
             f" exactly. {_WAY_OUT}"
         )
+    # How the training began, where that has changed the base
     start = config.get("init_lora_weights", True)
     if start not in (*_HARMLESS, *_SUBTRACTED):
         raise UserError(
@@ -185,6 +186,7 @@ def as_plain(
         factor_a, factor_b = (
             cast(nn.Linear, part["default"]).weight.detach() for part in (started.lora_A, started.lora_B)
         )
+        # The start with its sign turned, beside what was trained
         plain[name] = torch.cat([weights[name], factor_a.to(weights[name])])
         plain[twin] = torch.cat([weights[twin], -factor_b.to(weights[twin])], dim=1)
     return plain

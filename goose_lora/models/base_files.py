@@ -42,6 +42,7 @@ def require_whole(args: ModelArguments, *, trust_remote_code: bool = False) -> N
             name, revision=args.model_revision, trust_remote_code=trust_remote_code
         )
     _require_quantization(args, config)
+    # Of a name on the Hub there are no files to look at yet
     if not Path(name).is_dir():
         return
     # The model on the meta device, from tensors that have names and shapes alone
@@ -74,6 +75,7 @@ def require_loaded(name: str, found: Mapping[str, set], *, without: str | None =
         found: transformers' loading info.
         without: the end of the names that may be missing, as a fresh head is.
     """
+    # What is missing would be drawn at random; what is left over may be its other name
     missing = sorted(key for key in found["missing_keys"] if without is None or not key.endswith(without))
     unknown = sorted(found["unexpected_keys"])
     if missing:
@@ -120,6 +122,7 @@ def _headers(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
+                # A slice knows shape and dtype without its numbers
                 part = file.get_slice(name)
                 dtype = _DTYPES.get(part.get_dtype(), torch.float32)
                 yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")

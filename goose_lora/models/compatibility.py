@@ -21,7 +21,7 @@ from goose_lora.errors import UserError
 from goose_lora.models.adapter_kinds import kept_base, known_tensor, require_known
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.base_files import require_whole
-from goose_lora.models.folders import AdapterFolder, by_name, reading, require_model, saved_template
+from goose_lora.models.folders import AdapterFolder, Template, by_name, reading, require_model, saved_template
 from goose_lora.models.loading import lora_config
 
 
@@ -87,9 +87,10 @@ def check_fit(
             )
 
 
-def _stripped(template: Any) -> dict[str, str]:
+def _stripped(template: Template) -> dict[str, str]:
     """Return templates by name, without what stands around them; one alone is the default."""
-    named = {"default": template} if isinstance(template, str) else dict(by_name(template))
+    found = by_name(template)
+    named = found if isinstance(found, dict) else {"default": found}
     return {name: str(text).strip() for name, text in named.items()}
 
 

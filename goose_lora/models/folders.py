@@ -28,6 +28,7 @@ from goose_lora.models.identity import BaseName, same_base
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAGE = "goose_lora.json"
+Template = str | dict[str, str] | list[dict[str, str]] | None  # of chat: one, several by name, or none
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<folder>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 _READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json")
@@ -188,7 +189,7 @@ def tensor_shapes(
         raise UserError(f"{path} is damaged or cut short ({brief(error)}). {way_out}") from error
 
 
-def saved_template(folder: str | Path) -> str | dict[str, str] | list[dict[str, str]] | None:
+def saved_template(folder: str | Path) -> Template:
     """Return the chat template of the tokenizer in ``folder``, or several by name.
 
     None without a tokenizer or without a template.
@@ -203,7 +204,7 @@ def saved_template(folder: str | Path) -> str | dict[str, str] | list[dict[str, 
     return by_name({"default": found, **more} if more and isinstance(found, str) else found)
 
 
-def by_name(template: Any) -> Any:
+def by_name(template: Template) -> Template:
     """Return named templates as a dict, as a tokenizer has them: files may keep them as a list."""
     if not isinstance(template, list):
         return template

@@ -37,6 +37,7 @@ def base_content(name: str, revision: str | None = None) -> str | None:
     How they are spread over files has no say. None if the weights are not on this machine, or
     cannot be read; nothing is downloaded.
     """
+    # Only what is here can be compared by content
     folder = _folder(name, revision)
     if folder is None:
         return None
@@ -44,6 +45,7 @@ def base_content(name: str, revision: str | None = None) -> str | None:
     try:
         for path in _weight_files(folder):
             with open(path, "rb") as file:
+                # A safetensors file: the size of its head, the head, then the numbers
                 size = int.from_bytes(file.read(8), "little")
                 head = json.loads(file.read(size)) if size <= path.stat().st_size else {}
                 for tensor, facts in head.items():
@@ -91,11 +93,13 @@ def same_base(one: BaseName, other: BaseName) -> bool:
     Where the contents of both are known, they decide; else a name that both have; else, for a base
     that is not here any more, the last part of its path, since bases are moved about.
     """
+    # Content decides, where both sides have it
     contents = [each.content or base_content(each.name, each.revision) for each in (one, other)]
     if None not in contents:
         return contents[0] == contents[1]
     if _names(one) & _names(other):
         return True
+    # Nothing can be compared: the name without its place must do
     moved = any(_folder(each.name, each.revision) is None for each in (one, other))
     return moved and last_part(one) == last_part(other)
 
@@ -103,6 +107,7 @@ def same_base(one: BaseName, other: BaseName) -> bool:
 def _names(base: BaseName) -> set[str]:
     """Return the names that mean this base: as given, the folder that it is, and its Hub id."""
     # A trailing slash and a link change nothing of what it is
+    # With and without a slash, by link and by folder
     given = base.name.rstrip("/\\") or base.name
     found = {given, *([base.hub_id] if base.hub_id else [])}
     if Path(given).exists():

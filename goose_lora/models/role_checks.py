@@ -34,6 +34,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUNDED = 0.1  # of bf16 and fp16
 
 
+# A protocol, since SharedBase calls these checks: to import it here would be a circle.
 class RolesOnBase(Protocol):
     """What is asked of a ``SharedBase``, which imports this module."""
 
@@ -156,6 +157,7 @@ def needs_own_head(core: PreTrainedModel) -> bool:
 
 def _require_plain_head(shared: RolesOnBase) -> None:
     """Refuse an adapter on the head, which log-probabilities would leave out."""
+    # PEFT wraps a head that an adapter changes, which then has modules of its own
     head = shared.core.get_output_embeddings()
     if isinstance(head, nn.Linear) and not any(True for _ in head.children()):
         return
@@ -172,11 +174,13 @@ def _compare(shared: RolesOnBase, role: Role, own: OwnAnswer, allowed: float) ->
     Returns:
         The role's states of that row.
     """
+    # Ours with padding, theirs without: positions are part of what is compared
     ids, mask = _padded(own.ids)
     counted = torch.ones_like(own.ids[:, 1:], dtype=torch.bool)
     with _of_the_model(shared.core):
         hidden = shared.hidden(role, ids, mask)
         logprobs, entropies = shared.logprobs(hidden, ids, counted)
+    # Theirs, from whole logits
     log_p = own.logits[:-1].log_softmax(-1)
     wanted = log_p.gather(-1, own.ids[0, 1:, None]).squeeze(-1)
     of_entropy = (entropies[0] + torch.linalg.vecdot(log_p.exp(), log_p)).abs().mean()
@@ -207,6 +211,7 @@ def _compare_generated(shared: RolesOnBase, bare: OwnAnswer) -> OwnAnswer:
         assert not isinstance(out, Tensor) and out.logits is not None
         row = out.sequences[:, PADDING:]
         wanted = core(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0]
+    # One pass over the same tokens says what each step should have said
     steps = torch.cat(out.logits).to(bare.logits.dtype)
     wanted = wanted.to(steps.dtype)
     of_steps = wanted[TOKENS - 1 : TOKENS - 1 + len(steps)]
@@ -278,6 +283,7 @@ def _probe_trunk(shared: RolesOnBase, bare: OwnAnswer) -> None:
     if not any(shared.trained_from.values()):
         return
     ids, mask = _padded(bare.ids)
+    # Every role resumes from the trunk that it would be given in a rollout
     roles: tuple[Role, ...] = ("policy", "value", "reward", "reference", "ema", "base")
     present: list[Role] = [role for role in roles if role in ("reference", "base") or shared.has(role)]
     worst = 0.0
@@ -341,6 +347,7 @@ def _of_the_model(core: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        # Want of memory says nothing of the model
         if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
         raise UserError(

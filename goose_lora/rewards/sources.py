@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -34,7 +34,7 @@ class _Array(Protocol):
 
     ndim: int
 
-    def tolist(self) -> Any: ...
+    def tolist(self) -> list[Any]: ...
 
 
 class RewardMix:
@@ -96,7 +96,7 @@ class RewardMix:
 
     def check(
         self,
-        prompt: Any,
+        prompt: object,
         columns: Mapping[str, Any] | None = None,
         completion_ids: Sequence[int] | None = None,
     ) -> None:
@@ -169,7 +169,7 @@ class RewardMix:
         return Scores((weights * scores).nansum(0), dict(zip(self.names, scores, strict=True)), by_token)
 
 
-def _code_of(source: Any) -> str:
+def _code_of(source: object) -> str:
     """Return the text of a function, or of an object's class; its name where there is no text."""
     plain = inspect.unwrap(source) if callable(source) else source
     if not inspect.isroutine(plain):
@@ -214,7 +214,7 @@ def _ask_all(functions: Mapping[str, RewardFunction], replies: Mapping[str, Any]
 
 
 async def _await_all(answers: Mapping[str, Any]) -> list[Any]:
-    async def awaited(name: str, answer: Any) -> Any:
+    async def awaited(name: str, answer: Awaitable[object]) -> object:
         if not inspect.isawaitable(answer):
             return answer
         with _named(name), _same_folder(name):
