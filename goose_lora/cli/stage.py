@@ -157,14 +157,41 @@ class Stage:
             )
         return self._adapters.get(setting)
 
-    def demonstrations(self, learning: Learning) -> Dataset:
-        """Read and tokenize the rows of fine-tuning."""
+    def demonstrations(self) -> dict[str, Dataset]:
+        """Read and tokenize the rows of fine-tuning: ``train``, and ``eval`` where they are named.
+
+        Raises:
+            UserError: as the rows' reader, or settings that ask for held-out rows that nobody
+                names, or for another column of text.
+        """
+        # Settings that the rows must follow, as TRL's trainer would
+        column = vars(self.config)["dataset_text_field"]
+        if column != "text":
+            raise UserError(
+                f"dataset_text_field={column}: name the column with column_mapping: [{column}=text]."
+            )
+        if self.config.eval_strategy != "no" and self.data.eval_dataset_name is None:
+            strategy = IntervalStrategy(self.config.eval_strategy).value
+            raise UserError(
+                f"eval_strategy: {strategy} needs held-out rows: name them with eval_dataset_name."
+            )
+
         # Rows first: a broken file is told before the tokenizer is looked for.
-        row_set = self.data.train("sft")
-        rows = self._noted(row_set)
-        return tokenize_demonstrations(
-            rows, self.tokenizer(), name=row_set.name, learning=learning, numbers=row_set.numbers
-        )
+        found = {"train": self.data.train("sft")}
+        if (held_out := self.data.held_out("sft")) is not None:
+            found["eval"] = held_out
+        rows = {key: self._noted(row_set) for key, row_set in found.items()}
+        learning = Learning.of(self.config)
+        return {
+            key: tokenize_demonstrations(
+                rows[key],
+                self.tokenizer(),
+                name=row_set.name,
+                learning=learning,
+                numbers=row_set.numbers,
+            )
+            for key, row_set in found.items()
+        }
 
     def _noted(self, row_set: RowSet) -> Dataset:
         self._row_sets.append(row_set)

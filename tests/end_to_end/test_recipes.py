@@ -411,3 +411,26 @@ def test_what_bitsandbytes_says_of_its_kernels_when_it_is_imported_is_not_shown(
     )
     assert ended.returncode == 0 and "bitsandbytes says: ERROR" in ended.stdout, ended.stderr
     assert "kernels" not in ended.stderr
+
+
+def test_sft_evaluates_on_its_held_out_rows_and_asks_for_them_where_it_should(tmp_path):
+    base, rows = tiny.save_base(tmp_path / "base"), tiny.write_rows(tmp_path / "t.jsonl", tiny.texts(8))
+    settings = {
+        "model_name_or_path": base,
+        "quantization": "none",
+        "dtype": "float32",
+        "lora_r": 3,
+        "lora_alpha": 6,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "dataset_name": rows,
+        "output_dir": tmp_path / "sft",
+    }
+    with pytest.raises(ValueError, match=r"eval_strategy: steps needs held-out rows: .* eval_dataset_name"):
+        recipe("sft").main(options(**settings, eval_strategy="steps"))
+    recipe("sft").main(options(**settings, eval_dataset_name=rows))
+    assert any("eval_loss" in logged for logged in read_jsonl(tmp_path / "sft" / "metrics.jsonl"))
