@@ -9,8 +9,6 @@ import sys
 # spin while they wait for each other take ten times as long as threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__version__ = importlib.metadata.version("goose-lora")
-
 # Loaded when first used, so that `import goose_lora.functional` needs torch alone.
 _HOMES = {
     "SharedBase": "models.shared_base",
@@ -45,6 +43,11 @@ def _missing(name: str) -> str:
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        try:
+            return importlib.metadata.version("goose-lora")
+        except importlib.metadata.PackageNotFoundError:
+            return "0+not.installed"  # used from a folder
     if name not in _HOMES:
         raise AttributeError(_missing(name))
     return getattr(importlib.import_module(f"goose_lora.{_HOMES[name]}"), name)

@@ -11,7 +11,7 @@ from goose_lora.cli.process import command, quiet_libraries
 from goose_lora.cli.recipes import RECIPES, configurations, copy_recipes, run_recipe
 from goose_lora.cli.yaml_settings import read_config
 from goose_lora.errors import UserError
-from goose_lora.terminal import printable
+from goose_lora.terminal import printable, table
 
 # Each command is a pair: one function adds its options, the other runs it. What a command needs is
 # imported when it runs, so that --help is quick.
@@ -129,6 +129,33 @@ def _recipes(arguments: argparse.Namespace) -> None:
         raise UserError("recipes copy needs a folder: goose-lora recipes copy my_recipes.")
     files = copy_recipes(Path(arguments.folder))
     print(f"{len(files)} files in {arguments.folder}. Run: accelerate launch {files[0].parent}/ppo.py --help")
+
+
+def _add_env(commands: Subcommands) -> None:
+    commands.add_parser("env", help="print versions and devices, for a report of a bug")
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    import platform
+
+    import psutil
+    import torch
+
+    from goose_lora.models.quantization import cpu_multiplies_bf16
+    from goose_lora.sharing.lineage import versions
+
+    facts: dict[str, object] = {**versions()}
+    # The machine: what a figure or a shortage depends on
+    bf16 = "multiplies bfloat16" if cpu_multiplies_bf16() else "multiplies bfloat16 in software"
+    facts["system"] = platform.platform()
+    facts["CPU"] = f"{platform.machine()}, {torch.get_num_threads()} threads, {bf16}"
+    facts["memory"] = f"{psutil.virtual_memory().total / 1e9:.1f} GB"
+    facts["CUDA of torch"] = torch.version.cuda or "none"
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        size, capability = f"{card.total_memory / 1e9:.1f} GB", f"{card.major}.{card.minor}"
+        facts[f"GPU {index}"] = f"{card.name}, {size}, capability {capability}"
+    print(table([{"what": name, "found": found} for name, found in facts.items()], ["what", "found"]))
 
 
 # ---- Before a run ----
@@ -438,6 +465,7 @@ def _label(arguments: argparse.Namespace) -> None:
 ADDED = (
     _add_demo,
     _add_recipes,
+    _add_env,
     _add_doctor,
     _add_data,
     _add_plan,
@@ -451,6 +479,7 @@ ADDED = (
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": _demo,
     "recipes": _recipes,
+    "env": _env,
     "doctor": _doctor,
     "data": _data,
     "plan": _plan,

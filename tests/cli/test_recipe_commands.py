@@ -122,3 +122,23 @@ def test_a_stopped_run_names_the_command_that_continues_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/recipes/ppo.py", "--config", "a b.yaml"])
     want = ["goose-lora", "ppo", "--num_processes", "2", "--config", "a b.yaml"]
     assert shlex.split(continuing()) == [*want, "--resume_from_checkpoint", "latest"]
+
+
+def test_env_prints_what_a_report_needs(monkeypatch, capsys):
+    from goose_lora.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["goose-lora", "env"])
+    main()
+    shown = capsys.readouterr().out
+    for name in (
+        "python",
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "system",
+        "CPU",
+        "memory",
+        "CUDA of torch",
+    ):
+        assert name in shown
