@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 from goose_lora import cli
 from goose_lora.data.rows import load_rows
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
-from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.files import append_line, import_function
 from goose_lora.generation.sampling import generation_config, sample
@@ -88,10 +87,9 @@ class Settings(ModelArguments):
 # adapter, or the base with all adapters off.
 def load_roles(settings):
     """Return the shared base with its roles, the tokenizer and the tokenized prompts."""
-    settings.model_name_or_path = resolve(settings.model_name_or_path)
     tokenizer = load_tokenizer(settings)
     name, limit = settings.dataset_name, settings.max_prompt_tokens
-    rows = load_rows(resolve(name), stage="ppo")
+    rows = load_rows(name, stage="ppo")
     prompts = tokenize_prompts(rows, tokenizer, name=name, max_prompt_tokens=limit)
     base = load_base(settings, tokenizer)
     policy = settings.policy_adapter or lora_config(settings, base)
@@ -274,8 +272,7 @@ def main(args=None):
     torch.manual_seed(settings.seed)
     replies_per_step = settings.gradient_accumulation_steps * settings.per_device_train_batch_size
     batches = prompt_batches(prompts, settings.num_mini_batches * replies_per_step, settings.seed)
-    output = Path(settings.output_dir)
-    claim(output, "metrics.jsonl")
+    claim(output := Path(settings.output_dir), "metrics.jsonl")
     (output / "metrics.jsonl").unlink(missing_ok=True)
     for number, rows in enumerate(itertools.islice(batches, settings.num_rollouts), 1):
         rollout = roll_out(shared, tokenizer, rows, settings)

@@ -308,7 +308,7 @@ class PolicySession:
             )
             scores: Sequence[float | None] = [None] * count
             if self.shared.has("reward"):
-                closed = rollout.ends_with_token(cast(list[int], self.sampling.eos_token_id))
+                closed = rollout.ends_with_token(reply_ends(self.tokenizer))
                 scores = self.shared.scores(rollout.input_ids, rollout.attention_mask, None, closed).tolist()
 
         # Text that continues a prompt keeps the space before its first word

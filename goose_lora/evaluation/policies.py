@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from goose_lora.evaluation import statistics
 from goose_lora.generation.sampling import sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.models.dense_copy import DenseCopy
+from goose_lora.models.endings import reply_ends
 from goose_lora.models.role_outputs import output_head
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
@@ -62,7 +63,7 @@ def answer(
     torch.manual_seed(seed)
     if dense is not None:
         dense.merge_role(role)
-    replies, ends = Replies(), cast(list[int], config.eos_token_id)
+    replies, ends = Replies(), reply_ends(tokenizer)
     device = output_head(shared.core).weight.device
     for start in tqdm(range(0, len(prompts), batch_size), desc=label or role):
         # One group of replies

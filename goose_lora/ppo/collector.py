@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from goose_lora.generation.sampling import sample
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.dense_copy import RolloutWeights, free_bytes, make_dense_copy
+from goose_lora.models.endings import reply_ends
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read, output_head
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
@@ -295,14 +296,11 @@ class RolloutCollector:
         device = rollout.input_ids.device
         return Scores(total.to(device), by_source, _moved(by_token, device))
 
-    @property
-    def _ends(self) -> list[int]:
-        return cast(list[int], self.generation.eos_token_id)
-
     def _groups(self, rollout: Rollout) -> Iterator[_Group]:
         """Yield the rollout in groups of ``batch_size`` replies."""
         size = self.batch_size
-        ids, ended = rollout.input_ids.split(size), rollout.ends_with_token(self._ends)
+        # A reward model that reads no end skips those of text; a stop token is part of the reply.
+        ids, ended = rollout.input_ids.split(size), rollout.ends_with_token(reply_ends(self.tokenizer))
         trunks: Sequence[Tensor | None] = [None] * len(ids)
         if rollout.trunk is not None:
             trunks = rollout.trunk.split(size)

@@ -85,7 +85,6 @@ FROM_TRL = {
     "use_dora": "nothing: plain LoRA alone",
     # Data
     "query_dataset": "dataset_name",
-    "dataset_config": "dataset_name: save that configuration as .jsonl or .parquet and name the file",
     "dataset_train_split": "dataset_split",
     "dataset_test_split": "eval_dataset_split, with eval_dataset_name",
     "dataset_streaming": "nothing: prompts are read whole; max_rows takes the first of them",

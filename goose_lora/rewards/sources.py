@@ -139,7 +139,8 @@ class RewardMix:
             TimeLimitError: the functions took longer than ``timeout``.
         """
         # Ask: the functions together, under one limit of time
-        lengths = [len(reply) for reply in replies.get("completion_ids", replies["completions"])]
+        answered = "completion_ids" if "completion_ids" in replies else "completions"
+        lengths = [len(reply) for reply in replies[answered]]
         functions = self._functions()
         with _time_limit(self.timeout if functions else None, f"the reward function {', '.join(functions)}"):
             said = _ask_all(functions, replies)

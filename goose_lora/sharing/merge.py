@@ -238,7 +238,6 @@ def write_dense(shared: SharedBase, dtype: torch.dtype, folder: Path) -> None:
     # What the copy did not dequantize is shared with the base, and is cast to a tensor of its own.
     # A tensor that two modules share is cast once
     copied = DenseCopy(shared, dtype)
-    copied.require_same("policy")
     model = copied.merge_role("policy")
     cast_once: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -247,6 +246,7 @@ def write_dense(shared: SharedBase, dtype: torch.dtype, folder: Path) -> None:
                 key = id(parameter)
                 cast_once.setdefault(key, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
                 setattr(module, name, cast_once[key])
+    copied.require_same("policy")
     model.config.dtype = dtype
     model.save_pretrained(folder)
 

@@ -19,6 +19,13 @@ REFUSING = (
     "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 )
 
+
+def _empty_folder(folder):
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "a.png").write_bytes(b"")
+    return {"dataset_name": str(folder / "pictures")}
+
+
 CASES = [
     # Files
     Case(
@@ -28,10 +35,10 @@ CASES = [
         ("none.jsonl: no such file", "Check the path"),
     ),
     Case(
-        "a folder where a file should be",
+        "a folder without a file of rows",
         "sft",
-        path_to("dataset_name", "output"),
-        ("output: cannot read this kind of file", "Use .jsonl"),
+        _empty_folder,
+        ("pictures: cannot read this kind of file", "Use .jsonl", "a folder of them"),
     ),
     Case(
         "a file of another kind",

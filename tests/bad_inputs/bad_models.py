@@ -235,7 +235,7 @@ CASES = [
     ),
     Case(
         "a tokenizer that is not there",
-        "ppo",
+        "sft",
         without("base", "tokenizer.json", "tokenizer_config.json"),
         ("base", "tokenizer", "again"),
     ),
@@ -247,19 +247,19 @@ CASES = [
     ),
     Case(
         "a tokenizer without EOS",
-        "ppo",
+        "sft",
         _base(_no_eos),
         ("the tokenizer has no EOS token", "tokenizer_config.json"),
     ),
     Case(
         "a tokenizer without pad or a spare token",
-        "ppo",
+        "sft",
         _base(_no_pad),
         ("no unused token was found", "Set pad_token in its tokenizer_config.json"),
     ),
     Case(
         "a tokenizer larger than the model",
-        "ppo",
+        "sft",
         _base(_more_tokens),
         ("the tokenizer has 70 tokens and the model 61", "the model came with"),
     ),

@@ -151,7 +151,11 @@ def sizes(folder):
     }
     return (
         files
-        | {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        | {
+            path.name: path.stat().st_size
+            for path in folder.iterdir()
+            if path.is_file() and path.name[0] != "."
+        }
         | {"checkpoints": len(saved)}
     )
 

@@ -326,6 +326,7 @@ def test_an_answer_of_another_length_is_refused(files, tmp_path):
 
 MAY_IMPORT = {"cli", "data", "embedded", "errors", "files", "functional", "generation", "models"}
 MAY_IMPORT |= {"training.launch"}  # which refuses several processes
+MAY_IMPORT |= {"ownership", "sharing.export"}  # nothing of others in output_dir is lost
 
 
 def test_it_is_short_and_stands_on_models_mathematics_generation_and_data_alone():

@@ -302,7 +302,7 @@ def launched(tmp_path_factory, request):
             start = [*LAUNCH, "--main_process_port", str(free_port()), str(ROOT / "recipes" / f"{name}.py")]
             subprocess.run([*start, *command], check=True, timeout=240)
         else:
-            on_ranks(lambda rank, main=main, command=command: main(command) or {}, folder / f"of_{name}")
+            on_ranks(lambda rank, main=main, command=command: (main(command), {})[1], folder / f"of_{name}")
     return folder
 
 

