@@ -136,10 +136,7 @@ class SharedBase(PeftModel):
             require_harmless_start(fresh)
             config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
         adapters.switch_off_dropout(base)
-        # A base without numbers, as the memory planner's, says nothing that could be compared
-        bare = None
-        if role_outputs.output_head(base).weight.device.type != "meta":
-            bare = role_checks.own_answer(base.eval())
+        bare = role_checks.bare_answer(base.eval())
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
         self.role_plan, self._role = plan, None
         if start is not None:
@@ -172,8 +169,7 @@ class SharedBase(PeftModel):
         self._switch_to("policy")
         self.set_trainable(("policy", "value"))
         self.eval()
-        if bare is not None:
-            role_checks.check_against_model(self, bare)
+        role_checks.check_against_model(self, bare)
         return self
 
     def _add_role(self, role: Role, config: LoraConfig) -> None:
