@@ -22,24 +22,22 @@ FILES |= {f"recipes.{name}": path for name, path in RECIPES.items()}
 # which imports nothing. The order is from low to high: a line names lines above it only.
 MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
-    "redaction": set(),
     "terminal": set(),
     "functional": set(),
     "models": {"files", "functional"},
     "data": {"files", "terminal", "models"},
     "generation": {"functional", "models"},
-    "training": {"files", "redaction", "models"},
+    "training": {"files", "models"},
     "rewards": {"files", "functional", "models", "data"},
     "evaluation": {"files", "models", "data", "generation"},
     "reporting": {"files", "terminal", "models", "training"},
     "ppo": {"files", "functional", "models", "data", "generation", "training", "rewards", "reporting"},
     "planning": {"functional", "models", "ppo"},
-    "sharing": {"files", "redaction", "data", "models", "generation", "training", "reporting"},
+    "sharing": {"files", "data", "models", "generation", "training", "reporting"},
     "apps": {"files", "terminal", "data", "models", "generation", "ppo", "sharing"},
     "instruct": {"functional", "models", "generation"},
     "cli": {
         "files",
-        "redaction",
         "terminal",
         "models",
         "data",
@@ -52,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "apps",
     },
 }
-SAME_ROOM = {"embedded": "files", "ownership": "files", "demo": "cli"}
+SAME_ROOM = {"embedded": "files", "ownership": "files", "redaction": "files", "demo": "cli"}
 
 
 def tree(path):
