@@ -223,7 +223,7 @@ class ReferenceModel(nn.Module):
         )[0]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        """The weights it reads, detached. Overridden since the view registers none."""
+        """Yield the weights it reads, detached. Overridden since the view registers none."""
         shared = self.agent.shared
         # What roles add is not the reference's
         others = {name for role in ("policy", "value", "reward") for name, _ in shared.role_parameters(role)}
@@ -303,7 +303,7 @@ class Snapshot:
     returns: Float[Tensor, "B T"]
 
     def rows(self, chosen: Int[Tensor, " b"]) -> "Snapshot":
-        """Of some rows: a minibatch's."""
+        """Return those of some rows: a minibatch's."""
         return Snapshot(*(x[chosen] for x in vars(self).values()))
 
 

@@ -398,7 +398,7 @@ def _value_reason(value: Cell, column: str, kind: Kind, *, may_be_empty: bool = 
 
 
 def _ranked_reason(row: Row, kind: Kind) -> str | None:
-    """As ``reason_to_drop``, for the replies of a ranked list."""
+    """Return as ``reason_to_drop`` does, for the replies of a ranked list."""
     completions = row["completions"]
     if completions is None:
         return "completions are missing"

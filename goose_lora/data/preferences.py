@@ -93,7 +93,7 @@ def as_ranked(row: Mapping[str, Any], place: str) -> Ranked:
 def ranked_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, append_eos: bool
 ) -> list[Ranked]:
-    """All rows as ranked lists.
+    """Return all rows as ranked lists.
 
     Raises:
         ValueError: other columns, a row that is no ranked list, messages without a chat template or

@@ -76,7 +76,7 @@ def describe(
     leave_out: Sequence[str] | None = None,
     assistant_only_loss: bool = False,
 ) -> str:
-    """The report on ``dataset``, a file or Hub name, for a terminal.
+    """Return the report on ``dataset``, a file or Hub name, for a terminal.
 
     Args:
         stage: whose view; the one that the format is meant for if None.

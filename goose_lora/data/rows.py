@@ -155,7 +155,7 @@ def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
 
 
 def parse_column_mapping(pairs: Sequence[str]) -> dict[str, str]:
-    """``FROM=TO`` to old and new names.
+    """Return old and new names of pairs ``FROM=TO``.
 
     Raises:
         ValueError: another form, a column named twice, or two that would become one.
@@ -239,7 +239,7 @@ def take_rows(
 
 
 def rename_columns(rows: Dataset, mapping: Mapping[str, str], name: str) -> Dataset:
-    """``rows`` with columns renamed from the keys of ``mapping`` to its values.
+    """Return ``rows`` with columns renamed from the keys of ``mapping`` to its values.
 
     Raises:
         ValueError: a column that is not there, or a new name that another column has.

@@ -382,7 +382,7 @@ def _asking(have: Columns, *, plain: bool, replies: Sequence[object] = ()) -> As
 
 
 def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
-    """Two replies and a column that says which is better."""
+    """Look for two replies and a column that says which is better."""
     # The setting, or a preset that the columns fit
     words = list(have.reading.pairs)
     pairs = None if not words or words == [BEST_FIRST] else labelled.parse_pairs(words)
@@ -437,7 +437,7 @@ def _turns_of_the_arena(row: Row, prompt: str | None, a: str, b: str) -> Row:
 
 
 def _pairs(have: Columns, stage: StageName) -> Shape | None:
-    """Chosen and rejected, with a prompt beside or inside them."""
+    """Look for chosen and rejected, with a prompt beside or inside them."""
     sides = next((pair for pair in names.CHOSEN if have.has(*pair)), None)
     if sides is None:
         return None
@@ -604,7 +604,7 @@ def _reply(value: object, column: str) -> Content:
 
 
 def _lists(have: Columns, stage: StageName) -> Shape | None:
-    """A list of replies, with ranks or scores, beside or inside them."""
+    """Look for a list of replies, with ranks or scores beside or inside them."""
     column = next(
         (
             found
@@ -710,7 +710,7 @@ def _list_of_replies(value: object) -> tuple[list[Content], list[int] | None]:
 
 
 def _tldr(have: Columns, stage: StageName) -> Shape | None:
-    """OpenAI's summaries with a choice, in the words of TRL's TL;DR data."""
+    """Look for OpenAI's summaries with a choice; prompts are worded as TRL's TL;DR data."""
     if not have.has("info", "summaries", "choice"):
         return None
 
@@ -805,7 +805,7 @@ def _conversation_column(have: Columns) -> str | None:
 
 
 def _demonstrations(have: Columns, stage: StageName) -> Shape | None:
-    """What fine-tuning takes, and what has a prompt for PPO."""
+    """Look for what fine-tuning takes, and what has a prompt for PPO."""
     # A reply is text or messages, whatever its column is called
     reply = first_of(have.values, names.REPLIES)
     if reply is not None and not _may_be_reply(have.values[reply]) and reply != "completion":
@@ -937,7 +937,7 @@ def _prompts_of(shape: Shape) -> Shape:
 
 
 def _thumbs(have: Columns) -> Shape | None:
-    """KTO's rows for the reward model: a reply each, and whether it is good."""
+    """Look for KTO's rows for the reward model: a reply each, and whether it is good."""
     label = next((name for name in ("label", "thumbs_up", "thumb") if name in have.values), None)
     if label is None or _thumb(have.values[label]) is None:
         return None

@@ -36,7 +36,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **how: Any) -> Any:
-    """Messages through the tokenizer's chat template.
+    """Put messages through the tokenizer's chat template.
 
     Raises:
         ValueError: the template is broken, or refuses messages of this kind, as many do a system

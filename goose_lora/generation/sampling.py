@@ -142,7 +142,7 @@ def sample(
 def _capturing(
     model: PreTrainedModel, depth: int, columns: int, keep_on: torch.device | None
 ) -> Iterator[Capture | None]:
-    """Inside, the output of the ``depth`` lowest layers is noted; None where that is 0 layers."""
+    """Note the output of the ``depth`` lowest layers inside; yield None for 0 layers."""
     if depth == 0:
         yield None
         return
@@ -253,7 +253,7 @@ def _inverse_cdf(
 
 @contextmanager
 def _nothing_shipped(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model has no generation settings of its own."""
+    """Take the model's own generation settings away inside."""
     # What a configuration leaves unset, generate takes from the one that the model came with, and a
     # repetition penalty or a list of suppressed tokens from there makes the KL negative, without a
     # word.
@@ -266,7 +266,7 @@ def _nothing_shipped(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the language-model head gets whole rows."""
+    """Give the language-model head whole rows inside."""
     # After the prompt it gets a slice, for which torch's CPU matmul in bf16 copies the head's
     # weight once for every row: 3.6 GB and a third of the time of a rollout of 64 prompts on
     # SmolLM2-135M.

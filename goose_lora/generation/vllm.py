@@ -195,7 +195,7 @@ class VLLMEngine:
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
-        """Inside, vLLM's weights and cache are on the device; else the weights are on the host."""
+        """Keep vLLM's weights and cache on the device inside; else they are on the host."""
         self._give_back()
         if self._sleeps:
             self.llm.wake_up()
@@ -212,7 +212,7 @@ class VLLMEngine:
 
     @contextmanager
     def _policy(self) -> Iterator[object]:
-        """Inside, vLLM has the policy's adapter as it is now; yields its request for it."""
+        """Give vLLM the policy's adapter as it is now inside; yield its request for it."""
         # The name and the number were never used: vLLM keeps adapters by number, and what it has
         # read of a prompt by name.
         self._syncs += 1

@@ -198,7 +198,7 @@ def unmergeable(shared: SharedBase) -> str | None:
 
 
 def dense_bytes(shared: SharedBase) -> int:
-    """Bytes that a dense copy adds: the quantized and the adapted matrices in the compute dtype."""
+    """Return the bytes that a dense copy adds: quantized and adapted matrices, in its dtype."""
     core = shared.core
     # Each matrix once, be it quantized, adapted or both
     adapted = [module.get_base_layer() for module in core.modules() if isinstance(module, LoraLayer)]
@@ -213,7 +213,7 @@ def dense_bytes(shared: SharedBase) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had now on ``device``."""
+    """Return the memory that can be had now on ``device``."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 

@@ -134,7 +134,7 @@ def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs
 def load_reward_base(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
 ) -> PreTrainedModel:
-    """The same base as a sequence classifier with one output, for ``trl.RewardTrainer``."""
+    """Load the same base as a sequence classifier of one output, for ``trl.RewardTrainer``."""
     return _load(AutoModelForSequenceClassification, args, tokenizer, num_labels=1, **kwargs)
 
 

@@ -273,11 +273,11 @@ class SharedBase(PeftModel):
             parameter.lerp_(policy[of_another(name, ADAPTERS["ema"], ADAPTERS["policy"])], 1 - decay)
 
     def role_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of a role's adapter, its head included."""
+        """Yield names and parameters of a role's adapter, its head included."""
         return ((name, p) for name, p in self.named_parameters() if belongs_to(name, ADAPTERS[role]))
 
     def training_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of a role that train: those in ``train_layers``, and its head."""
+        """Yield names and parameters of a role that train: in ``train_layers``, and its head."""
         frozen = {
             id(p) for layer in self.layers[: self.trained_from.get(role, 0)] for p in layer.parameters()
         }
@@ -298,7 +298,7 @@ class SharedBase(PeftModel):
             parameter.requires_grad_(id(parameter) in training)
 
     def has(self, role: Role) -> bool:
-        """Whether an adapter of its own stands for ``role``."""
+        """Return whether an adapter of its own stands for ``role``."""
         return ADAPTERS.get(role) in self.peft_config
 
     # ---- Roles ----

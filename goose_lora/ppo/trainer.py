@@ -207,7 +207,7 @@ class PPOTrainer(Resumable, Trainer):
         return "ppo" if self.has_prompts else "own_loop"
 
     def made_of(self) -> dict[str, str]:
-        """Overridden: what scores the replies, with its weight, belongs to the run too."""
+        """Add what scores the replies, with its weight: it belongs to the run too."""
         return {**super().made_of(), **self.collector.reward.made_of()}
 
     @property

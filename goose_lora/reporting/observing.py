@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def only_looks(what: str) -> Iterator[None]:
-    """Inside, an error is told, and what comes after goes on."""
+    """Tell an error inside, and go on with what comes after."""
     try:
         yield
     except UserError as error:

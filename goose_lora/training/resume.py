@@ -130,7 +130,7 @@ class Resumable(_Trainer):
         trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Overridden to choose the checkpoint, and to say why a run has ended early.
+        """Train. Overridden to choose the checkpoint, and to say why a run has ended early.
 
         Raises:
             UserError: a checkpoint that cannot be resumed.
@@ -242,7 +242,7 @@ class Resumable(_Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
-        """Overridden so that a finished run that is resumed makes no further step.
+        """Return batches. Overridden so that a finished run that is resumed makes no step.
 
         Trainer makes one before it looks at ``max_steps``.
         """
@@ -252,10 +252,10 @@ class Resumable(_Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
-        """Overridden to write none: TRL's takes the place of any README.md at each checkpoint."""
+        """Write none. Overridden since TRL's takes the place of any README.md at checkpoints."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Overridden so that a checkpoint begins empty, and a result is there when it is whole."""
+        """Save. Overridden so that a checkpoint begins empty, and a result is whole or absent."""
         folder = Path(output_dir or self.args.output_dir or ".")
         if checkpoints.FOLDER_NAME.fullmatch(folder.name):
             self.saving = folder
@@ -348,7 +348,7 @@ class CheckpointKeeper(TrainerCallback):
 
     @contextmanager
     def takes_over(self) -> Iterator[None]:
-        """Inside, checkpoints are deleted here, not by Trainer.
+        """Delete checkpoints here, not by Trainer, inside.
 
         Trainer does it before the new one is on the disk.
         """

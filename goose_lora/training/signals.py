@@ -39,7 +39,7 @@ class StopSignals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Inside, the first signal is noted.
+        """Note the first signal inside.
 
         It does nothing inside itself, and in a thread other than the main one, which alone gets
         signals.
