@@ -67,6 +67,15 @@ def check_fit(
     # Has each token an embedding?
     vocabulary = cast(nn.Embedding, core.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocabulary:
+        # An adapter brings the tokenizer of its stage, which may have new tokens
+        for adapter in adapters:
+            if adapter is not None and (adapter.path / "tokenizer.json").is_file():
+                raise UserError(
+                    f"{adapter.setting}: {adapter} came with a tokenizer of {len(tokenizer)} tokens, and"
+                    f" {args.model_name_or_path} has {vocabulary}: it was trained on a resized vocabulary."
+                    " Merge it into the base that it was trained on, save that with its tokenizer, and use it"
+                    " as model_name_or_path."
+                )
         raise UserError(
             f"{args.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model"
             f" {vocabulary}. They do not belong together: use the tokenizer that the model came with."

@@ -168,3 +168,16 @@ def test_a_resized_vocabulary_is_refused_with_both_sizes(tmp_path):
     args = tiny.arguments(tiny.save_base(tmp_path / "base"))
     with pytest.raises(UserError, match=r"\[63, 33\], where the base has \[61, 33\]"):
         check_fit(args, tiny.tokenizer(), [AdapterFolder.open("policy_adapter", tmp_path / "sft")])
+
+
+def test_a_resized_vocabulary_is_named_as_the_adapters_not_as_a_fault_of_the_base(tiny_base, tmp_path):
+    shared = tiny.shared(tiny.base())
+    shared.save_pretrained(str(tmp_path / "sft"), selected_adapters=["default"])
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([f"<new{number}>" for number in range(tiny.VOCABULARY)])
+    tokenizer.save_pretrained(tmp_path / "sft")
+    adapter = AdapterFolder.open("policy_adapter", tmp_path / "sft")
+    with pytest.raises(
+        UserError, match=r"policy_adapter: .*sft came with a tokenizer of .*resized vocabulary"
+    ):
+        check_fit(tiny.arguments(tiny_base), tokenizer, [adapter])
