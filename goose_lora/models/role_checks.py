@@ -209,14 +209,18 @@ def _compare_generated(shared: RolesOnBase, bare: OwnAnswer) -> OwnAnswer:
         The policy's own answer, of the row before what it generates.
     """
     core, (ids, mask) = shared.core, _padded(bare.ids)
-    greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=int(ids[0, 0]))
+    greedy = GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=int(ids[0, 0]),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     with _of_the_model(core), shared.role("policy", generating=True), role_outputs.autocast(core):
         out = core.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
             generation_config=greedy,
-            output_logits=True,
-            return_dict_in_generate=True,
         )
         assert not isinstance(out, Tensor) and out.logits is not None
         row = out.sequences[:, PADDING:]
