@@ -1,7 +1,6 @@
 """A stage as one call, for notebooks: ``goose_lora.run("ppo", "consumer_gpu/ppo", seed=3)``."""
 
 import importlib.util
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -11,11 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+from accelerate.utils import patch_environment
 
 from goose_lora.cli.parser import read_config
 from goose_lora.cli.recipes import RECIPES, configuration, recipes_folder
 from goose_lora.errors import UserError
 from goose_lora.files import read_json
+from goose_lora.redaction import is_secret
 from goose_lora.reporting.run_files import lineage_of
 from goose_lora.training.signals import STARTED_BY
 
@@ -66,19 +67,16 @@ def run(stage: str, config: Mapping[str, Any] | str | Path | None = None, **over
     if not settings.get("output_dir"):
         raise UserError("output_dir is missing: name the folder for the results.")
 
-    # As a file, since a value of YAML keeps its type and a word of the command line does not.
+    # As a file, since a value of YAML keeps its type and a word of the command line does not;
+    # but for secrets, which no file gets.
     recipe = _load(RECIPES[stage][0])
-    before = os.environ.get(STARTED_BY)
-    with tempfile.TemporaryDirectory() as folder:
+    secrets = [name for name in settings if is_secret(name)]
+    words = [word for name in secrets for word in (f"--{name}", str(settings.pop(name)))]
+    started = {STARTED_BY: f"goose_lora.run({stage!r}, ...)"}
+    with tempfile.TemporaryDirectory() as folder, patch_environment(**started):
         path = Path(folder) / f"{stage}.yaml"
         path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
-        os.environ[STARTED_BY] = f"goose_lora.run({stage!r}, ...)"
-        try:
-            trainer = recipe.main(["--config", str(path)])
-        finally:
-            os.environ.pop(STARTED_BY)
-            if before is not None:
-                os.environ[STARTED_BY] = before
+        trainer = recipe.main(["--config", str(path), *words])
     results = Path(settings["output_dir"])
     return StageResult(results, _figures(results), trainer)
 

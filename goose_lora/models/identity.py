@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedModel
 
 # A folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT, and what lies below it.
 HUB_SNAPSHOT = re.compile(
     r"models--(?:(?P<owner>[^/\\]+?)--)?(?P<name>[^/\\]+)"
     r"[/\\]snapshots[/\\](?P<commit>[0-9a-f]+)(?P<rest>[/\\].*)?$"
 )
+_PLACE, _CONTENT = "_goose_lora_place", "_goose_lora_content"  # noted on a loaded model
 _SAMPLE = 256  # bytes of each tensor that are read: fine-tuned weights have the shapes of their base
 
 
@@ -60,6 +62,19 @@ def base_content(name: str, revision: str | None = None) -> str | None:
     if not tensors:
         return None
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
+
+
+def note_place(model: PreTrainedModel, name: str, revision: str | None) -> None:
+    """Note on a loaded model where it came from: transformers keeps its name, and no revision."""
+    vars(model)[_PLACE] = (name, revision)
+
+
+def content_of(model: PreTrainedModel) -> str | None:
+    """Return ``base_content`` of what a loaded model came from; it is computed once."""
+    noted = vars(model)
+    if _CONTENT not in noted:
+        noted[_CONTENT] = base_content(*noted.get(_PLACE, (str(model.config.name_or_path), None)))
+    return noted[_CONTENT]
 
 
 def _folder(name: str, revision: str | None) -> Path | None:

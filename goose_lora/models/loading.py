@@ -30,6 +30,7 @@ from goose_lora.models.folders import (
     require_name,
     saved_template,
 )
+from goose_lora.models.identity import note_place
 from goose_lora.models.quantization import (
     cpu_multiplies_bf16,
     keep_4bit_trainable_on_cpu,
@@ -168,6 +169,7 @@ def _load(
         **kwargs,
     )
     model, found = loaded
+    note_place(model, args.model_name_or_path, args.model_revision)
     # A classifier's head is fresh; what is on the Hub is looked at only now
     classifier = auto_class is AutoModelForSequenceClassification
     require_loaded(args.model_name_or_path, found, without="score.weight" if classifier else None)

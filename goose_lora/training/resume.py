@@ -31,7 +31,7 @@ from goose_lora import files, ownership
 from goose_lora.errors import LostProcessError, UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import ADAPTER_WEIGHTS, AdapterFolder, tensor_shapes
-from goose_lora.models.identity import base_content
+from goose_lora.models.identity import base_content, content_of
 from goose_lora.training import checkpoints
 from goose_lora.training.callbacks import METRICS_FILE, SAMPLES_FILE, FiniteSteps
 from goose_lora.training.checkpoints import Facts, SettingRules
@@ -299,7 +299,7 @@ def facts(trainer: Resumable) -> Facts:
         "rows": len(cast(Dataset, trainer.train_dataset)),
         "base": {
             "name": Path(str(base.config.name_or_path)).name,
-            "content": base_content(str(base.config.name_or_path)),
+            "content": content_of(base),
             "quantization": min(kinds, default="none"),
             "dtype": str(cast(nn.Embedding, base.get_input_embeddings()).weight.dtype).removeprefix("torch."),
         },

@@ -1,6 +1,8 @@
 """``goose_lora.run``: stages as calls, which return what they have left and raise what is wrong."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -85,6 +87,18 @@ def test_what_is_wrong_is_raised(stage, given, said, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
         goose_lora.run(stage, **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_secret_reaches_the_recipe_and_no_file(settings, tmp_path, monkeypatch):
+    seen = {}
+
+    def main(words):
+        seen["words"], seen["file"] = words, Path(words[1]).read_text()
+
+    monkeypatch.setattr("goose_lora.cli.notebook._load", lambda script: SimpleNamespace(main=main))
+    goose_lora.run("sft", settings, output_dir=tmp_path / "sft", hub_token="hf_planted", eos_token="</s>")
+    assert seen["words"][2:] == ["--hub_token", "hf_planted"]
+    assert "planted" not in seen["file"] and "eos_token: </s>" in seen["file"]
 
 
 def test_the_version_is_the_packages():

@@ -9,7 +9,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from goose_lora.models.folders import AdapterFolder, saved_template
-from goose_lora.models.identity import BaseName, base_content, same_base
+from goose_lora.models.identity import BaseName, base_content, content_of, same_base
+from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.sharing.lineage import template_sha256
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -93,3 +94,21 @@ def test_named_templates_are_the_same_as_a_list_as_a_dict_and_in_files(tmp_path)
     assert saved_template(tmp_path / "files") == tokenizer.chat_template
     as_list = [{"name": name, "template": text} for name, text in tokenizer.chat_template.items()]
     assert template_sha256(as_list) == template_sha256(tokenizer.chat_template)
+
+
+def test_the_content_of_a_loaded_base_is_that_of_its_revision(tmp_path, monkeypatch):
+    """transformers keeps the name of what it loads, and not its revision."""
+    repository = tmp_path / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for number, branch in enumerate(("main", "other"), 1):
+        commit = str(number) * 40
+        (repository / "refs" / branch).write_text(commit)
+        tiny.base(seed=number).save_pretrained(repository / "snapshots" / commit)
+        tiny.tokenizer().save_pretrained(repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    contents = {branch: base_content("org/tiny", branch) for branch in ("main", "other")}
+    assert None not in contents.values() and len(set(contents.values())) == 2
+    args = tiny.arguments("org/tiny", model_revision="other")
+    model = load_base(args, load_tokenizer(args), device=torch.device("cpu"))
+    assert content_of(model) == contents["other"]
