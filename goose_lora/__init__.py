@@ -62,8 +62,12 @@ class _NamesOfTRL:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         package, _, inner = name.rpartition(".")
+        if package != __name__:
+            return
+        from goose_lora.ppo.trl_names import IMPORTS
+
         # What begins with a capital letter is no module
-        if package == __name__ and (inner[:1].isupper() or "TRL" in _missing(inner)):
+        if inner[:1].isupper() or inner in IMPORTS:
             raise ImportError(_missing(inner))
 
 

@@ -37,16 +37,8 @@ def agent(shape: str = "llama", *, stirred: bool = True, critic: str = "shared",
     reference."""
     made = Agent(tiny.base(shape), policy=None, critic=critic, **settings)
     if stirred:
-        stir(made)
+        tiny.stir(made, std=0.05)
     return made
-
-
-def stir(made: Agent, *, std: float = 0.05, seed: int = 3) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
 
 
 def trainer_of(made: Agent, **settings: Any) -> RLHFTrainer:
@@ -277,7 +269,7 @@ def test_loss_is_ppo_from_its_definition(shape, critic):
         values(),
     )
     old = trainer.snapshot(**batch)
-    stir(made, std=0.02, seed=4)
+    tiny.stir(made, std=0.02, seed=4)
     new_logprobs, new_values = logprobs(made, "policy", batch), values()
 
     advantages, returns = [], []
@@ -325,7 +317,7 @@ def test_ratio_is_against_the_old_policy_and_not_the_reference():
     )
     trainer = trainer_of(made, kl_coef=0.0)
     old = trainer.snapshot(**batch)
-    stir(made, seed=4)
+    tiny.stir(made, seed=4)
     assert (
         trainer.compute_loss(**batch, old=old).item()
         == with_another_reference.compute_loss(**batch, old=old).item()
@@ -409,7 +401,7 @@ def test_minibatches_of_one_snapshot_add_up_to_the_whole():
     made, batch = agent(), replies(lengths=(6, 2, 4))
     trainer = trainer_of(made)
     old = trainer.snapshot(**batch)
-    stir(made, std=0.01, seed=4)
+    tiny.stir(made, std=0.01, seed=4)
     parts = []
     for rows in ([0], [1, 2]):
         minibatch = {name: x[rows] for name, x in batch.items()}

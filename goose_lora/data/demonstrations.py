@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.data.messages import Cell
+from goose_lora.data.messages import Cell, Content
 from goose_lora.data.tokenization import (
     chat_options,
     foreign_markers,
@@ -121,11 +121,12 @@ def tokenize_demonstrations(
     made, cut, lost, foreign = [], 0, [], 0
     for place, row in enumerate(rows):
         number = place + 1 if numbers is None else numbers[place]
+        cells: dict[str, Any] = dict(row)  # type: ignore[arg-type]
         try:
-            tokens = demonstration(dict(row), tokenizer, learning)  # type: ignore[arg-type]
+            tokens = demonstration(cells, tokenizer, learning)
         except UserError as error:
             raise UserError(f"{name}: row {number}: {error}") from error
-        foreign += "text" in columns and bool(foreign_markers(row["text"], tokenizer))  # type: ignore[index,call-overload]
+        foreign += "text" in columns and bool(foreign_markers(cells["text"], tokenizer))
         if not tokens.has_reply:
             lost.append(number)
             continue
@@ -161,21 +162,26 @@ def tokenize_demonstrations(
     return Dataset.from_list(made, features=Features({"input_ids": ids, "labels": ids}))
 
 
+def prompt_alone(row: Mapping[str, Any], prompt: Content, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a row's prompt without its reply."""
+    if isinstance(prompt, str):
+        return text_ids(tokenizer, prompt, ends=False)
+    return render_whole(prompt, tokenizer, asks=True, **chat_options(row))
+
+
 def _prompt_and_reply(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of both together; the reply begins where they differ from the prompt's."""
     # Together as one text, and the prompt alone beside it
     prompt, reply = row["prompt"], row["completion"]
+    alone = prompt_alone(row, prompt, tokenizer)
     if isinstance(prompt, str):
-        alone = text_ids(tokenizer, prompt, ends=False)
         ids = text_ids(tokenizer, prompt + reply, ends=True)
     else:
-        options = chat_options(row)
-        alone = render_whole(prompt, tokenizer, asks=True, **options)
-        ids = render_whole([*prompt, *reply], tokenizer, **options)
+        ids = render_whole([*prompt, *reply], tokenizer, **chat_options(row))
     # A token may span the end of the prompt and the start of the reply: it is the reply's
-    start = _common(alone, ids)
+    start = tokens_in_common(alone, ids)
     said = [place >= start for place in range(len(ids))]
     return ids, [one and other for one, other in zip(said, _weights(row, ids, tokenizer), strict=True)]
 
@@ -215,7 +221,7 @@ def _turns(
         before = render_whole(messages[:first], tokenizer, asks=True, **options)
     except UserError:
         return [True] * len(ids)  # a template that takes whole conversations alone
-    start = _common(before, ids)
+    start = tokens_in_common(before, ids)
     return [place >= start for place in range(len(ids))]
 
 
@@ -269,7 +275,7 @@ def _weights(row: Mapping[str, Any], ids: Sequence[int], tokenizer: PreTrainedTo
         # From where the turn is asked for, to where the next begins
         before = render_whole(turns[:place], tokenizer, asks=True, **options)
         until = render_whole(turns[: place + 1], tokenizer, **options)
-        if _common(before, ids) < len(before) or _common(until, ids) < len(until):
+        if tokens_in_common(before, ids) < len(before) or tokens_in_common(until, ids) < len(until):
             raise UserError(
                 f"message {place + 1} has the weight 0, and under this chat template its tokens cannot be"
                 " told from others. Leave the turn out of the rows."
@@ -278,6 +284,7 @@ def _weights(row: Mapping[str, Any], ids: Sequence[int], tokenizer: PreTrainedTo
     return learned
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def tokens_in_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
     shortest = min(len(first), len(second))
     return next((place for place in range(shortest) if first[place] != second[place]), shortest)

@@ -100,7 +100,7 @@ def ranked_rows(
             with ``append_eos`` false.
     """
     require_columns(rows, name, LIST, PAIR)
-    found = [as_ranked(row, f"{name}, row {index}") for index, row in enumerate(rows)]  # type: ignore[arg-type]
+    found = [as_ranked(dict(row), f"{name}, row {index}") for index, row in enumerate(rows)]
     if not isinstance(found[0].completions[0], str):
         _require_template(tokenizer, name, append_eos)
     return found

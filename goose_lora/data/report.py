@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from goose_lora.data.demonstrations import Learning, demonstration
+from goose_lora.data.demonstrations import Learning, demonstration, prompt_alone, tokens_in_common
 from goose_lora.data.formats import (
     CONVERSATIONS,
     FORMATS,
@@ -35,10 +35,8 @@ from goose_lora.data.shapes import Reading, Shape, StageName, conversation_promp
 from goose_lora.data.tokenization import (
     chat_options,
     foreign_markers,
-    render_whole,
     require_chat_template,
     row_prompt_ids,
-    text_ids,
 )
 from goose_lora.errors import UserError
 from goose_lora.models.folders import reading, require_name
@@ -217,7 +215,7 @@ def row_parts(
         for label, reply in replies.items()
     }
     # The reply begins where the two differ: a token may span both
-    start = min(_common(alone, whole) for whole in wholes.values())
+    start = min(tokens_in_common(alone, whole) for whole in wholes.values())
     end = cut if cut is not None else max(map(len, wholes.values()))
     parts = (
         [Part("prompt", _decode(alone[: min(start, end)], tokenizer), start, start)]
@@ -243,7 +241,7 @@ def _learned_parts(
     """
     tokens = demonstration(row, tokenizer, learning)
     (label,) = replies
-    start = 0 if prompt is None else min(_common(_alone(row, prompt, tokenizer), tokens.ids), len(tokens.ids))
+    start = tokens_in_common(_alone(row, prompt, tokenizer), tokens.ids)
     parts = []
     if prompt is not None:
         parts.append(Part("prompt", _decode(tokens.ids[:start], tokenizer), start, start))
@@ -263,11 +261,7 @@ def _learned_parts(
 
 def _alone(row: Mapping[str, Any], prompt: Content | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a prompt without its reply."""
-    if not prompt:
-        return []
-    if isinstance(prompt, str):
-        return text_ids(tokenizer, prompt, ends=False)
-    return render_whole(prompt, tokenizer, asks=True, **chat_options(row))
+    return prompt_alone(row, prompt, tokenizer) if prompt else []
 
 
 def _rows(taken: Taken) -> Iterator[Any]:
@@ -297,11 +291,6 @@ def _pieces(row: Mapping[str, Any], format: Format, stage: StageName) -> tuple[A
         else {"reply": "completion"}
     )
     return prompt or None, {label: row[column] for label, column in names.items()}
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    shortest = min(len(first), len(second))
-    return next((place for place in range(shortest) if first[place] != second[place]), shortest)
 
 
 def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -155,7 +155,8 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, ends: bool) -> li
 
 
 def begins_texts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # type: ignore[index]
+    empty: Any = tokenizer("")["input_ids"]
+    return tokenizer.bos_token_id is not None and empty[:1] == [tokenizer.bos_token_id]
 
 
 def prompt_ids(prompt: Content, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """What is read of a model's last hidden states: log-probabilities, KL, and scalars of a head."""
 
+import functools
 import inspect
-from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -46,7 +46,7 @@ def decode(
     # GPT-2's learned positions count padding unless told otherwise (TRL#6800). Models that take no
     # positions, such as BLOOM and Mamba, read them from the mask.
     positions: dict[str, Tensor] = {}
-    if "position_ids" in inspect.signature(core.base_model.forward).parameters:
+    if _takes_positions(type(core.base_model)):
         positions["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with autocast(core):
         output = core.base_model(
@@ -56,6 +56,11 @@ def decode(
             **positions,
         )
     return output.last_hidden_state
+
+
+@functools.cache
+def _takes_positions(kind: type[nn.Module]) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 class _States:
@@ -117,7 +122,7 @@ def response_logprobs(
         logprobs, entropies = own_token_logprobs(
             states,
             ids,
-            partial(own_logits, core),
+            functools.partial(own_logits, core),
             temperature=temperature,
             entropy_gradient=entropy_gradient,
         )
@@ -151,7 +156,7 @@ def response_kl(
     """
     states, of_reference = hidden[response_mask], ref_hidden[response_mask]
     if own_head:
-        kl = own_token_kl(states, of_reference, partial(own_logits, core), temperature=temperature)
+        kl = own_token_kl(states, of_reference, functools.partial(own_logits, core), temperature=temperature)
     else:
         head = output_head(core)
         kl = token_kl(

@@ -89,7 +89,8 @@ class RankedRewardTrainer(RewardTrainer):
                 "mean_reward": scores.float().mean(),
             }
             for name, value in seen.items():
-                self.seen[name].append(self.accelerator.reduce(value, reduction="mean").item())  # type: ignore[union-attr]
+                mean = cast(Tensor, self.accelerator.reduce(value, reduction="mean"))
+                self.seen[name].append(mean.item())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -91,7 +91,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Write a line."""
         if state.is_world_process_zero and logs:
-            append_line(Path(args.output_dir or ".") / "metrics.jsonl", {"step": state.global_step, **logs})
+            append_line(Path(args.output_dir or ".") / METRICS_FILE, {"step": state.global_step, **logs})
 
 
 SKIPPED_IN_A_ROW = 3

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 from datasets import Dataset
+from tiny import assistant, system, user
 
 from goose_lora.data.formats import (
     CONVERSATIONS,
@@ -20,19 +21,6 @@ from goose_lora.data.formats import (
 )
 from goose_lora.data.rows import load_rows
 from goose_lora.data.shapes import implicit_prompt
-
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
 
 ASKED = [user("ba")]
 TWO_TURNS = [system("bo"), user("ba"), assistant("be"), user("bi")]

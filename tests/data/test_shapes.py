@@ -10,24 +10,13 @@ import logging
 import pytest
 import tiny
 from datasets import Dataset, load_dataset
+from tiny import assistant, system, user
 
 from goose_lora.data.labelled import PRESETS
 from goose_lora.data.rows import DataArguments, load_rows
 from goose_lora.data.shapes import Reading
 
 Q, GOOD, BAD = "Who feeds it?", "The farmer.", "No one."
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 def asked(*before):

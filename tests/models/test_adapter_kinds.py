@@ -19,11 +19,7 @@ LINEAR = ["q_proj", "v_proj", "up_proj"]
 def saved(folder, base, **settings):
     config = LoraConfig(**{"r": 3, "target_modules": LINEAR, "task_type": "CAUSAL_LM"} | settings)
     peft = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    tiny.stir(peft, std=0.05)
     peft.save_pretrained(folder)
     return peft.eval()
 

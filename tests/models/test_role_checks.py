@@ -74,11 +74,7 @@ def close(got, want, tolerance=2e-5):
 def saved(folder, base, **settings):
     """A trained adapter of plain PEFT, and what its model says."""
     peft = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **settings))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    tiny.stir(peft, std=0.1)
     peft.save_pretrained(folder)
     return peft.eval()
 

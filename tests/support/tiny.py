@@ -159,6 +159,15 @@ def randomise(model: nn.Module, adapter: str = "default", *, std: float = 0.3, s
     assert changed, f"no adapter {adapter}"
 
 
+def stir(model: nn.Module, *, std: float = 0.05, seed: int = 3) -> None:
+    """Add normal numbers of ``std`` to all that trains, as a training would move it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+
+
 def shared(model: nn.Module, *, layers: str = "all", seed: int = 1, **roles: Any) -> SharedBase:
     """A shared base whose policy and critic, where it has them, are random: no view is that of the
     bare base."""
@@ -187,6 +196,18 @@ def batch(
 def response_mask(lengths: tuple[int, ...] = (5, 3, 4)) -> Tensor:
     """(B, T): rows of so many counted tokens, then padding."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def system(content: str) -> dict[str, str]:
+    return {"role": "system", "content": content}
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
 
 
 def prompts(count: int = 8) -> list[dict[str, str]]:
