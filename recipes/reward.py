@@ -5,7 +5,8 @@
 
 Rows: pairs (chosen and rejected, with margin where the data has one), or ranked lists (completions,
 best first, or with ranks, 1 the best and equal ones tied), of which all pairs of a prompt are
-learned in one batch element; with prompt, or whole. per_device_train_batch_size counts rows.
+learned in one batch element; with prompt, or whole. per_device_train_batch_size counts rows. With
+reward_adapter the training goes on from a saved reward model.
 References, if named, are scored after training: their mean is the bias that PPO subtracts, so that
 they score 0.
 
@@ -34,7 +35,7 @@ from goose_lora.evaluation import (
     show_verdict,
     write_verdict,
 )
-from goose_lora.models import ModelArguments, adapters_to_fp32, lora_config, write_lineage
+from goose_lora.models import AdapterFolder, ModelArguments, write_lineage
 from goose_lora.rewards import RankedRewardTrainer
 from goose_lora.training import Resumable
 
@@ -49,10 +50,17 @@ class ListTrainer(Resumable, RankedRewardTrainer):
     stage = "reward"
 
 
+OF_EACH, OF_ALL = ("loss",), ("accuracy", "margin")  # figures of held-out pairs that can say what is best
+
+
 @dataclass
 class RewardArguments(DataArguments):
     """The data, a second held-out set, and references."""
 
+    reward_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a reward model to train further; a fresh adapter and head if unset."},
+    )
     any_pairs_name: str | None = field(
         default=None, metadata={"help": "More held-out pairs, of another kind, for the verdict only."}
     )
@@ -94,6 +102,16 @@ class RewardArguments(DataArguments):
             require_pairs(row_set.rows, row_set.name, or_lists=ranked)
         return sets
 
+    def check_ending(self, adapter: AdapterFolder | None) -> None:
+        """Raise UserError where texts would end otherwise than those of ``adapter``."""
+        if adapter is None or adapter.lineage.get("append_eos", True) == self.append_eos:
+            return
+        before = str(not self.append_eos).lower()
+        raise UserError(
+            f"append_eos={self.append_eos}: {adapter} was trained with append_eos: {before}. Go on with"
+            f" append_eos: {before}."
+        )
+
     def used(self, row_set: RowSet) -> RowSet:
         """Return the rows without the columns that settings leave out."""
         if self.use_margin or "margin" not in row_set.rows.column_names:
@@ -106,12 +124,35 @@ def is_ranked(row_set: RowSet) -> bool:
     return "completions" in row_set.rows.column_names
 
 
+def best_by(config: RewardConfig, *, sets: int) -> RewardConfig:
+    """Return settings whose best checkpoint is that of the pairs of eval_dataset_name.
+
+    Trainer writes eval_eval_loss and eval_any_loss, and TRL's figures once for all held-out sets.
+
+    Raises:
+        UserError: a figure that is not written, or not of those pairs alone.
+    """
+    metric = (config.metric_for_best_model or "").removeprefix("eval_").removeprefix("eval_")
+    if not metric:
+        return config
+    known = OF_EACH if sets > 1 else (*OF_EACH, *OF_ALL)
+    if metric not in known:
+        raise UserError(
+            f"metric_for_best_model={config.metric_for_best_model}: use {' or '.join(known)} of the pairs of"
+            " eval_dataset_name."
+        )
+    prefix = "eval_eval_" if metric in OF_EACH else "eval_"
+    return replace(config, metric_for_best_model=f"{prefix}{metric}")
+
+
 def main(args: list[str] | None = None) -> RewardTrainer:
     """Train a reward model, and judge it on pairs that it has not seen."""
     config, model, data = cli.parse(RewardConfig, ModelArguments, RewardArguments, args=args)
     stage = cli.Stage.begin("reward", config, model, data, command=args)
 
     # 1. Everything that can be known before a weight is read.
+    start = stage.adapter("reward_adapter")  # None for a fresh adapter and head
+    data.check_ending(start)
     sets = data.row_sets()
     noted = [{"use": key} | row_set.fingerprint for key, row_set in sets.items()]
     ranked = is_ranked(sets["train"])
@@ -148,19 +189,20 @@ def main(args: list[str] | None = None) -> RewardTrainer:
         )
         for key, row_set in sets.items()
     }
-    stage.check_fit(tokenizer)
+    settings = best_by(stage.trainer_config, sets=len(held_out))
+    stage.check_fit(tokenizer, start, chat=True)
 
-    # 2. One base in memory, with an adapter and a score head in fp32.
+    # 2. One base in memory, with an adapter and a score head in fp32, fresh or saved.
     base = stage.reward_base(tokenizer)
     trainer = (ListTrainer if ranked else PairTrainer)(
         model=base,
-        args=stage.trainer_config,
+        args=settings,
         train_dataset=rows.pop("train"),
         eval_dataset=rows,
         processing_class=tokenizer,
-        peft_config=lora_config(stage.model, base, "SEQ_CLS", modules_to_save=["score"]),
+        peft_config=stage.lora(base, start),
     )
-    adapters_to_fp32(trainer.model)
+    stage.start_from(trainer, start)
 
     # 3. Train, judge, and leave the adapter with its verdict and its bias.
     result = trainer.train(resume_from_checkpoint=stage.checkpoint)
@@ -179,6 +221,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
         trainer,
         figures={"loss": result.training_loss, "steps": trainer.state.global_step},
         data=noted,
+        parents={"reward": start},
     )
     return trainer
 

@@ -3,15 +3,15 @@
     accelerate launch recipes/sft.py --config recipes/configs/demo_cpu/sft.yaml [--any_field value]
 
 Rows: text, messages, or prompt and completion (docs/data.md); those of eval_dataset_name are
-evaluated after training, or as eval_strategy says. Writes the adapter to output_dir, loadable with
-plain PEFT.
+evaluated after training, or as eval_strategy says. With policy_adapter the training goes on from a
+saved adapter. Writes the adapter to output_dir, loadable with plain PEFT.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from goose_lora import cli
 from goose_lora.data import DataArguments
-from goose_lora.models import ModelArguments, adapters_to_fp32, lora_config
+from goose_lora.models import ModelArguments
 from goose_lora.training import Resumable
 
 from trl import SFTConfig, SFTTrainer  # isort: skip  (after cli, which quiets what bitsandbytes says)
@@ -21,17 +21,30 @@ class Trainer(Resumable, SFTTrainer):
     stage = "sft"
 
 
+@dataclass
+class StartArguments:
+    """Where the adapter comes from."""
+
+    policy_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Folder of an adapter to train further, SFT's or PPO's; a fresh one if unset."},
+    )
+
+
 def main(args: list[str] | None = None) -> SFTTrainer:
     """Train an adapter on demonstrations."""
-    config, model, data = cli.parse(SFTConfig, ModelArguments, DataArguments, args=args)
-    stage = cli.Stage.begin("sft", config, model, data, command=args)
+    config, model, data, start = cli.parse(
+        SFTConfig, ModelArguments, DataArguments, StartArguments, args=args
+    )
+    stage = cli.Stage.begin("sft", config, model, data, start, command=args)
 
     # 1. Everything that can be known before a weight is read.
+    policy = stage.adapter("policy_adapter")  # None for a fresh adapter
     rows = stage.demonstrations()
     tokenizer = stage.tokenizer()
-    stage.check_fit(tokenizer)
+    stage.check_fit(tokenizer, policy, chat=True)
 
-    # 2. One base in memory, with a fresh adapter in fp32.
+    # 2. One base in memory, with a fresh or a saved adapter in fp32.
     base = stage.base(tokenizer)
     trainer = Trainer(
         model=base,
@@ -39,16 +52,20 @@ def main(args: list[str] | None = None) -> SFTTrainer:
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval"),
         processing_class=tokenizer,
-        peft_config=lora_config(stage.model, base),
+        peft_config=stage.lora(base, policy),
     )
-    adapters_to_fp32(trainer.model)
+    stage.start_from(trainer, policy)
 
     # 3. Train, and leave the adapter.
     result = trainer.train(resume_from_checkpoint=stage.checkpoint)
     if "eval" in rows and config.eval_strategy == "no":
         trainer.evaluate()
     trainer.save_model()
-    stage.finish(trainer, figures={"loss": result.training_loss, "steps": trainer.state.global_step})
+    stage.finish(
+        trainer,
+        figures={"loss": result.training_loss, "steps": trainer.state.global_step},
+        parents={"policy": policy},
+    )
     return trainer
 
 

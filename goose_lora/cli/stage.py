@@ -1,11 +1,13 @@
 """A stage of a run, from its settings to what it leaves behind."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from transformers import (
     IntervalStrategy,
     PreTrainedModel,
@@ -22,12 +24,21 @@ from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.files import read_jsonl
 from goose_lora.generation.vllm import require_vllm
+from goose_lora.models.adapter_kinds import plain_config
+from goose_lora.models.adapters import load_weights
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dense_copy import free_bytes
 from goose_lora.models.endings import ends_text
 from goose_lora.models.folders import AdapterFolder
-from goose_lora.models.loading import change_ends, load_base, load_reward_base, tokenizer_of
+from goose_lora.models.loading import (
+    adapters_to_fp32,
+    change_ends,
+    load_base,
+    load_reward_base,
+    lora_config,
+    tokenizer_of,
+)
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.ownership import begin_in, claim, release
 from goose_lora.planning.memory import plan_run
@@ -45,6 +56,8 @@ from goose_lora.training.checkpoints import SettingRules
 from goose_lora.training.cost import cost
 from goose_lora.training.launch import require_all_processes, require_ddp
 from goose_lora.training.resume import starting_point
+
+logger = logging.getLogger(__name__)
 
 OF_PPO = ("ppo", "own_loop")
 FIGURES = ("objective/score", "objective/kl", "rollout/eos_rate")  # of the last rollout, for card and lineage
@@ -130,7 +143,7 @@ class Stage:
             config,
             name,
             model,
-            stage.adapter("policy_adapter"),
+            stage.adapter("reward_adapter" if name == "reward" else "policy_adapter"),
             rules=RESUME_RULES if isinstance(config, PPOConfig) else SettingRules(),
         )
         # An upload that cannot succeed is told before the training, not after it
@@ -147,7 +160,8 @@ class Stage:
             UserError: no whole LoRA adapter there, or one for another base.
         """
         # Opened once: everything that asks later reads the same folder
-        named = next((vars(other)[setting] for other in self.others if setting in vars(other)), None)
+        settings = (self.data, *self.others)
+        named = next((vars(each)[setting] for each in settings if setting in vars(each)), None)
         if named is not None and setting not in self._adapters:
             self._adapters[setting] = AdapterFolder.open(
                 setting,
@@ -358,6 +372,38 @@ class Stage:
         return load_reward_base(
             self.model, tokenizer, device=self.config.device, trust_remote_code=self._trusts_code
         )
+
+    def lora(self, base: PreTrainedModel, start: AdapterFolder | None) -> LoraConfig:
+        """Return the configuration of the adapter that SFT or the reward model trains.
+
+        It is that of the adapter to go on from, else a fresh one's as the settings say.
+        """
+        task = "SEQ_CLS" if self.name == "reward" else "CAUSAL_LM"
+        if start is None:
+            return lora_config(
+                self.model, base, task, modules_to_save=["score"] if task == "SEQ_CLS" else None
+            )
+        # Its own rank and layers; the settings are for fresh adapters, which is told
+        config = plain_config(start)
+        config.task_type = task
+        given = {"lora_r": self.model.lora_r, "lora_alpha": self.model.lora_alpha}
+        own = {"lora_r": config.r, "lora_alpha": config.lora_alpha}
+        usual = {each.name: each.default for each in fields(ModelArguments)}
+        for name, value in given.items():
+            if value not in (own[name], usual[name]):
+                logger.warning(
+                    "%s=%s is for fresh adapters; %s goes on with %s", name, value, start, own[name]
+                )
+        return config
+
+    def start_from(self, trainer: Trainer, start: AdapterFolder | None) -> None:
+        """Put a trainer's adapter into fp32, and give it the weights to go on from.
+
+        TRL rounds adapters on a quantized base to bf16 as it is made, so saved weights come after.
+        """
+        adapters_to_fp32(trainer.model)
+        if start is not None:
+            load_weights(cast(PeftModel, trainer.model), "policy", start)
 
     @property
     def trainer_config(self) -> Any:

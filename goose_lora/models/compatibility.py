@@ -126,6 +126,11 @@ def _check_adapter(adapter: AdapterFolder, base: str, core: PreTrainedModel) -> 
             f" {len(shapes)}), so it cannot be a reward model. Train it with recipes/reward.py, or with"
             " trl.RewardTrainer and LoraConfig(task_type='SEQ_CLS')."
         )
+    if adapter.setting == "policy_adapter" and adapter.has_head:
+        raise UserError(
+            f"{adapter.setting}: {adapter} has a score head: it is a reward model or a critic. Give the"
+            " adapter of a policy, the output_dir of recipes/sft.py or recipes/ppo.py."
+        )
     require_known(adapter)
     _require_shared_parts(adapter, core)
     # Tensor by tensor; an adapter without any fits nothing

@@ -68,7 +68,7 @@ def test_a_required_setting_that_is_missing_is_named():
 @pytest.mark.parametrize(
     ("recipe", "types"),
     [
-        ("sft", "SFTConfig, ModelArguments, DataArguments"),
+        ("sft", "SFTConfig, ModelArguments, DataArguments, StartArguments"),
         ("reward", "RewardConfig, ModelArguments, RewardArguments"),
         ("ppo", "PPOConfig, ModelArguments, DataArguments, RoleArguments"),
         ("evaluate", "EvaluationArguments, ModelArguments, DataArguments"),

@@ -33,7 +33,7 @@ def settings_of(name):
     from trl import RewardConfig, SFTConfig
 
     return {
-        "sft": lambda: (SFTConfig, ModelArguments, DataArguments),
+        "sft": lambda: (SFTConfig, ModelArguments, DataArguments, recipe("sft").StartArguments),
         "reward": lambda: (RewardConfig, ModelArguments, recipe("reward").RewardArguments),
         "ppo": lambda: (PPOConfig, ModelArguments, DataArguments, recipe("ppo").RoleArguments),
         "own_loop": lambda: (PPOConfig, ModelArguments, DataArguments, recipe("own_loop").InterviewArguments),
