@@ -28,6 +28,7 @@ from goose_lora.models.adapter_kinds import plain_config
 from goose_lora.models.adapters import load_weights
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import check_fit
+from goose_lora.models.dates import template_date
 from goose_lora.models.dense_copy import free_bytes
 from goose_lora.models.endings import ends_text
 from goose_lora.models.folders import AdapterFolder
@@ -231,9 +232,21 @@ class Stage:
             self._check_tokens(self._tokenizer)
             own = vars(self.config)
             change_ends(self._tokenizer, own.get("chat_template_path"), own.get("eos_token"))
+            self._tell_other_days(self._tokenizer, *parents)
             if self.config.process_index == 0:
                 print(ends_text(self._tokenizer, own.get("stop_token_ids")), flush=True)
         return self._tokenizer
+
+    def _tell_other_days(self, tokenizer: PreTrainedTokenizerBase, *parents: AdapterFolder | None) -> None:
+        """Tell which adapter was trained under another day than the chat template writes here."""
+        day = template_date(tokenizer)
+        for parent in parents:
+            before = None if parent is None else parent.lineage.get("template_date")
+            if None not in (day, before) and before != day:
+                logger.warning(
+                    "%s was trained under a chat template that writes %s; this stage writes %s",
+                    *(parent, before, day),
+                )
 
     def _check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise UserError for a token among the settings that the tokenizer does not have."""

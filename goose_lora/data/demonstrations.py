@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goose_lora.data.messages import Cell, Content
 from goose_lora.data.tokenization import (
+    apply_template,
     chat_options,
     foreign_markers,
     render_whole,
@@ -242,7 +243,8 @@ def _marked(
                 f"assistant_only_loss: {' '.join(str(error).split())} Leave it out, or give a template with"
                 " {% generation %} marks: chat_template_path."
             ) from error
-    encoded: Any = tokenizer.apply_chat_template(
+    encoded: Any = apply_template(
+        tokenizer,
         messages,
         chat_template=template,
         tokenize=True,

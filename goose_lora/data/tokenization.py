@@ -18,6 +18,7 @@ from goose_lora.data.rows import (
     require_columns,
 )
 from goose_lora.errors import UserError
+from goose_lora.models.dates import with_day
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,14 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **how: Any) -> Any:
-    """Put messages through the tokenizer's chat template.
+    """Put messages through the tokenizer's chat template, which writes the day of the chain.
 
     Raises:
         ValueError: the template is broken, or refuses messages of this kind, as many do a system
             message or two turns of one role.
     """
     try:
+        how |= with_day(tokenizer, how.get("chat_template"), how.get("tools"))
         return tokenizer.apply_chat_template(messages, **how)
     except (TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -221,7 +223,7 @@ def tokenize_prompts(
             raise UserError(f"{name}: row {number}: {error}") from error
 
     # Tokens beside the columns, then those that fit
-    # (not from a cache: a template may write the day)
+    # (not from a cache: it does not know the day that the template writes)
     encoded: Any = rows.map(encode, with_indices=True, desc=f"Tokenizing {name}", load_from_cache_file=False)
     kept = encoded.filter(lambda row: 0 < len(row["input_ids"]) <= max_prompt_tokens)
     if len(kept) < len(encoded):

@@ -23,6 +23,7 @@ from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.base_files import require_loaded, require_whole
+from goose_lora.models.dates import note_date
 from goose_lora.models.endings import note_ends, reply_ends, shipped_ends
 from goose_lora.models.folders import (
     reading,
@@ -62,7 +63,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer, left-padding, with a pad token that no text uses.
 
-    It knows the ends of a reply that the base ships (``reply_ends``).
+    It knows the ends of a reply that the base ships (``reply_ends``), and the day that its chat
+    template writes (``template_date``).
 
     Args:
         folder: what a stage saved, whose tokenizer takes the place of the base's.
@@ -90,6 +92,7 @@ def load_tokenizer(
     # With an end as padding, masks made from ids would hide the end of a reply
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in reply_ends(tokenizer):
         tokenizer.pad_token = spare_token(tokenizer)
+    note_date(tokenizer)
     return tokenizer
 
 
@@ -272,6 +275,7 @@ def tokenizer_of(
         if template := saved_template(folder):
             tokenizer = load_tokenizer(args, trust_remote_code=trust_remote_code)
             tokenizer.chat_template = template
+            note_date(tokenizer)
             return tokenizer
     return load_tokenizer(args, trust_remote_code=trust_remote_code)
 
@@ -306,6 +310,7 @@ def change_ends(tokenizer: PreTrainedTokenizerBase, template_path: str | None, e
     if ends is not None:
         _require_tokens(tokenizer, "eos_token", [ends])
         tokenizer.eos_token = ends
+    note_date(tokenizer)
 
 
 def _require_tokens(tokenizer: PreTrainedTokenizerBase, setting: str, tokens: list[str]) -> None:

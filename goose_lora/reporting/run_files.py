@@ -70,6 +70,7 @@ class _Facts(TypedDict, total=False):
     append_eos: bool
     reward_bias: float
     hub_repo: str
+    template_date: str  # the day that the chat template writes, where it writes one
 
 
 class Lineage(_Facts):

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goose_lora.files import file_sha256, read_json
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.dates import template_date
 from goose_lora.models.endings import ends_with_sources
 from goose_lora.models.folders import ADAPTER_WEIGHTS, by_name, read_lineage, write_lineage
 from goose_lora.models.identity import HUB_SNAPSHOT, base_content
@@ -90,6 +91,8 @@ def record(
         "hardware": hardware(),
         "versions": versions(),
     }
+    if tokenizer is not None and (day := template_date(tokenizer)) is not None:
+        lineage["template_date"] = day
     # A reward model's folder has its bias and its ending already
     before = read_lineage(folder) if stage == "reward" else {}
     write_lineage(folder, **(before | lineage | facts))

@@ -211,3 +211,24 @@ def test_a_figure_of_no_held_out_set_alone_cannot_say_which_is_best(settings, tm
     changes = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
     with pytest.raises(ValueError, match=r"metric_for_best_model=accuracy: use loss of the pairs"):
         recipe("reward").main(options(**(settings | changes), **best, **data, any_pairs_name=rows))
+
+
+def test_the_lineage_says_which_day_the_template_writes_and_another_day_is_told(settings, tmp_path, caplog):
+    rows = tiny.write_rows(
+        tmp_path / "chat.jsonl", [{"messages": [tiny.user("ba"), tiny.assistant("good")]}] * 8
+    )
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%d') }} {% for m in messages %}{{ m['content'] }} {% endfor %}{{ eos_token }}"
+    )
+    changes = {"max_steps": 1, "lora_r": 3, "dataset_name": rows}
+    first, second = tmp_path / "first", tmp_path / "second"
+    recipe("sft").main(options(**(settings | changes), chat_template_path=template, output_dir=first))
+    lineage = read_json(first / "goose_lora.json")
+    assert lineage["template_date"] == read_json(first / "tokenizer_config.json")["template_date"]
+    # A day of its own is the next stage's too, and one that the tokenizer does not know is told
+    config = read_json(first / "tokenizer_config.json") | {"template_date": "2020-02-20"}
+    (first / "tokenizer_config.json").write_text(json.dumps(config))
+    recipe("sft").main(options(**(settings | changes), policy_adapter=first, output_dir=second))
+    assert read_json(second / "goose_lora.json")["template_date"] == "2020-02-20"
+    assert f"writes {lineage['template_date']}; this stage writes 2020-02-20" in caplog.text

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -121,6 +121,20 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
         " %}{% if add_generation_prompt %} <assistant>{% endif %}"
     )
     return chatty
+
+
+def letters(template: str | None = None, **tokens: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token a byte, whose texts can be read again to the letter; begins no text
+    with bos. ``tokens`` are special ones, such as eos_token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"} | tokens
+    vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(named.values()), *alphabet])}
+    inner = Tokenizer(models.BPE(vocabulary, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, padding_side="left", chat_template=template, **named
+    )
 
 
 def save_base(folder: str | Path, architecture: str = "llama", **changes: Any) -> str:
