@@ -151,11 +151,11 @@ def settings(folder: str | Path, **changes: Any) -> PPOConfig:
 # ---- Real steps ----
 
 
-def small_model(folder: Any, **changes: Any) -> Any:
+def small_model(folder: Any, architecture: str = "llama", **changes: Any) -> Any:
     """Write a small model and its tokenizer; return the tokenizer."""
     # Activations are most of its memory, as in a large one.
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **SMALL | changes)
+    config = AutoConfig.for_model(architecture, **SMALL | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer = words(config.vocab_size)
     tokenizer.save_pretrained(str(folder))

@@ -4,14 +4,17 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from goose_lora.cli.parser import parse_with, read_negative_numbers, settings_parser
 from goose_lora.cli.process import command, quiet_libraries
-from goose_lora.cli.recipes import RECIPES, configurations, copy_recipes, run_recipe
+from goose_lora.cli.recipes import RECIPES, configuration, configurations, copy_recipes, run_recipe
 from goose_lora.cli.yaml_settings import read_config
 from goose_lora.errors import UserError
 from goose_lora.terminal import printable, table
+
+if TYPE_CHECKING:
+    from goose_lora.planning.memory import Planner
 
 # Each command is a pair: one function adds its options, the other runs it. What a command needs is
 # imported when it runs, so that --help is quick.
@@ -230,10 +233,17 @@ def _add_plan(commands: Subcommands) -> None:
         "--config",
         required=True,
         metavar="FILE",
-        help="a configuration of recipes/ppo.py; prompts count as max_prompt_tokens long",
+        help="a configuration of recipes/ppo.py, or a packaged one's name; prompts count as"
+        " max_prompt_tokens long",
     )
     parser.add_argument(
         "--memory", metavar="SIZE", help="what there is, such as 24GB or 16GiB (default: what is free now)"
+    )
+    parser.add_argument(
+        "--fit", metavar="SIZE", help="change the configuration until it fits, and write it to a new file"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="of the configuration that fits (default: here, NAME_SIZE.yaml)"
     )
 
 
@@ -241,6 +251,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from goose_lora.embedded import resolve
     from goose_lora.models.arguments import ModelArguments
     from goose_lora.models.dense_copy import free_bytes
+    from goose_lora.planning import ways
     from goose_lora.planning.memory import PlannedRoles, plan_run, read_memory
     from goose_lora.planning.shapes import is_trained
     from goose_lora.ppo.config import PPOConfig
@@ -248,8 +259,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     # The settings of recipes/ppo.py, those that do not concern memory passed over.
     types = (PPOConfig, ModelArguments, PlannedRoles)
-    settings = read_config(arguments.config)
-    check_types(settings, types, where=f"{arguments.config}: ")
+    file = configuration(arguments.config)
+    settings = read_config(file)
+    check_types(settings, types, where=f"{file}: ")
     config, model, roles, _ = parse_with(settings_parser(types), [], settings)
     model.model_name_or_path = resolve(model.model_name_or_path)
     # A plan may be made before SFT and reward model are trained
@@ -261,7 +273,12 @@ def _plan(arguments: argparse.Namespace) -> None:
             )
 
     # What there is: as said, or free now.
-    memory = read_memory(arguments.memory) if arguments.memory else free_bytes(config.device)
+    if arguments.memory and arguments.fit:
+        raise UserError("--memory asks whether it fits, --fit changes it until it does. Give one of them.")
+    if arguments.fit:
+        memory = read_memory(arguments.fit, "--fit")
+    else:
+        memory = read_memory(arguments.memory) if arguments.memory else free_bytes(config.device)
     plan = plan_run(
         model,
         config,
@@ -272,6 +289,27 @@ def _plan(arguments: argparse.Namespace) -> None:
         device="cpu" if config.use_cpu else "cuda",
     )
     print(plan.report(memory))
+    if arguments.fit:
+        _write_fitting(plan, memory, Path(file), arguments)
+    elif (lack := plan.lack(memory)) is not None:
+        print(f"{lack} {ways.said(plan, memory)}")
+
+
+def _write_fitting(plan: "Planner", memory: int, file: Path, arguments: argparse.Namespace) -> None:
+    from goose_lora.files import writing
+    from goose_lora.planning import ways
+
+    text, done = ways.fitting(plan, memory, file.read_text(encoding="utf-8"), str(file))
+    if text is None:
+        print(done)
+        return
+    # No file of the user's is written over
+    out = Path(arguments.out or f"{file.stem}_{arguments.fit.replace(' ', '')}.yaml")
+    if out.exists():
+        raise UserError(f"{out} is there already. Give another --out, or move it away.")
+    with writing(out):
+        out.write_text(text, encoding="utf-8")
+    print(f"{out}: {done}.")
 
 
 # ---- What a run has left ----

@@ -29,7 +29,7 @@ from goose_lora.models.adapters import load_weights
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dates import template_date
-from goose_lora.models.dense_copy import free_bytes
+from goose_lora.models.dense_copy import RolloutWeights, free_bytes
 from goose_lora.models.endings import ends_text
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import (
@@ -42,6 +42,7 @@ from goose_lora.models.loading import (
 )
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.ownership import begin_in, claim, release
+from goose_lora.planning import ways
 from goose_lora.planning.memory import plan_run
 from goose_lora.ppo.config import RESUME_RULES, PPOConfig
 from goose_lora.ppo.sampler import RolloutBatches
@@ -108,6 +109,7 @@ class Stage:
     _adapters: dict[str, AdapterFolder] = field(default_factory=dict)
     _row_sets: list[RowSet] = field(default_factory=list)
     _tokenizer: PreTrainedTokenizerBase | None = None
+    _rollout_weights: RolloutWeights | None = None  # the plan's decision
 
     @classmethod
     def begin(
@@ -356,21 +358,29 @@ class Stage:
         config = self.config
         assert isinstance(config, PPOConfig)
         memory = free_bytes(config.device)
-        plan = plan_run(
-            self.model,
-            config,
-            policy=policy,
-            reward=reward,
-            prompt_tokens=prompt_tokens,
-            ptx_tokens=pretraining_length,
-            memory=memory,
-            device=config.device.type,
-        )
+        try:
+            plan = plan_run(
+                self.model,
+                config,
+                policy=policy,
+                reward=reward,
+                prompt_tokens=prompt_tokens,
+                ptx_tokens=pretraining_length,
+                memory=memory,
+                device=config.device.type,
+            )
+        except UserError as error:
+            if not force:
+                raise
+            print(f"{error} It is set.", flush=True)
+            return
         # All processes count alike; one of them tells
         if config.process_index == 0:
             print(plan.report(memory), flush=True)
         if not force:
-            plan.check(memory)
+            ways.check(plan, memory)
+        # The trainer sees what is free for a copy, and not what the run needs beside it
+        self._rollout_weights = plan.rollout_weights
 
     # ---- The base ----
 
@@ -425,6 +435,8 @@ class Stage:
         # ``tokenizer`` has put the template on it; TRL would add a folder's tokens to the base
         if vars(config).get("chat_template_path"):
             config.chat_template_path = None
+        if self._rollout_weights is not None:
+            config.rollout_weights = self._rollout_weights
         return config
 
     @property

@@ -3,3 +3,4 @@
 from .memory import Plan as Plan
 from .memory import Planner as Planner
 from .memory import plan_run as plan_run
+from .ways import ways_to_fit as ways_to_fit

@@ -45,6 +45,10 @@ class PassCosts:
         if feed_forward and feed_forward[0] in spared:
             inner *= read
 
+        # Experts keep the same of each token that they read, and the token and their answer to it.
+        if layer in model.layers_of_experts:
+            inner += model.experts_of_token * (model.expert_features + 2 * model.hidden)
+
         # Attention keeps queries, keys, values and its output, fp32 statistics of each head, and a
         # row of the mask; where it is not fused, the probabilities of each head twice.
         attention = 4 * model.queries * number + FP32 * model.heads

@@ -4,20 +4,23 @@ No weights are read: parameters are counted on the meta device (``shapes``), and
 besides follows from which tensors the forward keeps for the backward pass (``costs``).
 docs/memory.md has the list, and how far the plan is from measured peaks.
 
-Not counted: the allocator's fragmentation, workspaces of kernels, the CUDA context, and a
-classifier named as reward function.
+Not counted: the allocator's fragmentation, workspaces of kernels, and the CUDA context, for which
+a GPU is left a margin; and a classifier named as reward function. ``ways`` has what a run that does
+not fit can change.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
-from goose_lora.models.dense_copy import takes_dense_copy
+from goose_lora.models.dense_copy import RolloutWeights, takes_dense_copy
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.trunk import captured_depth
 from goose_lora.planning.costs import PassCosts
@@ -27,10 +30,9 @@ from goose_lora.ppo.memory_rules import scoring_keeps_graph, waits_on_host
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PARTS = ("base", "adapters", "optimizer", "dense copy", "vllm", "cache", "trunk", "activations", "logits")
-UNMEASURED = (
-    "Not counted: the allocator's fragmentation, workspaces of kernels, and the CUDA context; on an H100 15 %"
-    " and 0.6 GB. Leave them room."
-)
+UNMEASURED = "Not counted: the allocator's fragmentation, and workspaces of kernels"
+# What a GPU takes besides the tensors: measured on one H100 (docs/memory.md).
+MARGIN_SHARE, MARGIN_BYTES = 0.15, 6 * 10**8
 # The largest sizes that ``Planner.largest`` tries.
 MOST_ROWS, MOST_TOKENS = 4096, 32768
 
@@ -120,8 +122,8 @@ class Planner:
         memory: int | None = None,
         device: str = "cuda",
     ):
-        self.name = f"{args.model_name_or_path}, {args.quantization}, {args.dtype}"
-        self.config, self.ptx_tokens = config, ptx_tokens
+        self.core, self.args, self.config, self.ptx_tokens = core, args, config, ptx_tokens
+        self.policy, self.reward = policy, reward
         self.memory, self.device = memory, device
         self.model = read_model(core, args, device)
         self.roles = read_roles(core, self.model, args, config, policy, reward)
@@ -131,7 +133,7 @@ class Planner:
         self.free = math.inf
         if memory is not None:
             self.free = memory - self.model.base - self.roles.bytes
-        self.dense = self._dense_bytes()
+        self.dense = 0
         self.sizes = Sizes(
             rows=config.per_device_train_batch_size,
             rollout_rows=config.local_rollout_forward_batch_size,
@@ -139,6 +141,35 @@ class Planner:
             prompt_tokens=prompt_tokens or config.max_prompt_tokens,
             microbatches=config.gradient_accumulation_steps * config.num_mini_batches,
         )
+        # ``auto`` takes the dense copy only where the whole run then fits.
+        self.dense = self._dense_bytes()
+        if memory is not None and config.rollout_weights == "auto" and not self.fits(self.sizes, memory):
+            self.dense = 0
+
+    def changed(self, changes: Mapping[str, Any], *, memory: int | None = None) -> "Planner":
+        """Return the plan of the same run with other settings, those of the model among them."""
+        # Copies that are read here and run nowhere: made anew, transformers' settings would lose
+        # what they call by two names.
+        args, config = copy.copy(self.args), copy.copy(self.config)
+        for name, value in changes.items():
+            setattr(args if name in vars(args) else config, name, value)
+        return Planner(
+            self.core,
+            args,
+            config,
+            policy=self.policy,
+            reward=self.reward,
+            prompt_tokens=min(self.sizes.prompt_tokens, config.max_prompt_tokens),
+            ptx_tokens=self.ptx_tokens,
+            memory=self.memory if memory is None else memory,
+            device=self.device,
+        )
+
+    @property
+    def rollout_weights(self) -> RolloutWeights:
+        """The setting, where ``auto`` is ``shared`` if the run has no room for a dense copy."""
+        asked = self.config.rollout_weights
+        return "shared" if asked == "auto" and not self.dense else asked
 
     @property
     def _by_vllm(self) -> bool:
@@ -202,7 +233,7 @@ class Planner:
         if self._by_vllm:
             return {"vllm": self._vllm_bytes(sizes)}
         model = self.model
-        rows = min(sizes.rollout_rows, self._most_replies(sizes))
+        rows = min(sizes.rollout_rows, self.most_replies(sizes))
         one_layer = rows * sizes.length * self._cache_of_token
         cache = one_layer * model.layers
 
@@ -232,7 +263,7 @@ class Planner:
         adapted = policy.lowest_layer < policy.trained_from
         return captured_depth(policy.trained_from, merged=self.dense > 0, adapted_below=adapted) > 0
 
-    def _most_replies(self, sizes: Sizes) -> int:
+    def most_replies(self, sizes: Sizes) -> int:
         """Return how many replies are ever generated at a time.
 
         That is in a rollout, to learn the scale of scores, or in an evaluation.
@@ -333,9 +364,17 @@ class Planner:
 
     # ---- What fits ----
 
+    def needed(self, sizes: Sizes | None = None) -> int:
+        """Return the bytes that the run needs: its widest phase, and a GPU's margin."""
+        peak = self.plan(sizes).peak
+        # The host's memory has no context of a device, and its allocator gives back what is freed.
+        if self.device == "cpu":
+            return peak
+        return math.ceil(peak * (1 + MARGIN_SHARE)) + MARGIN_BYTES
+
     def fits(self, sizes: Sizes, memory: float) -> bool:
-        """Return whether the run takes no more than ``memory`` bytes at ``sizes``."""
-        return self.plan(sizes).peak <= memory
+        """Return whether the run needs no more than ``memory`` bytes at ``sizes``."""
+        return self.needed(sizes) <= memory
 
     def largest(self, memory: float) -> dict[str, int]:
         """Return the largest sizes that fit into ``memory`` bytes, by name of the setting.
@@ -346,14 +385,14 @@ class Planner:
         """
 
         def fitting(sizes: Sizes, name: str, limit: int) -> int:
-            return _largest(lambda number: self.fits(replace(sizes, **{name: number}), memory), limit)
+            return largest_number(lambda number: self.fits(replace(sizes, **{name: number}), memory), limit)
 
         # Groups of one row leave the most room for microbatches.
         rows = fitting(replace(self.sizes, rollout_rows=1), "rows", MOST_ROWS)
         beside = replace(self.sizes, rows=max(1, min(rows, self.sizes.rows)))
         return {
             "per_device_train_batch_size": rows,
-            "local_rollout_forward_batch_size": fitting(beside, "rollout_rows", self._most_replies(beside)),
+            "local_rollout_forward_batch_size": fitting(beside, "rollout_rows", self.most_replies(beside)),
             "response_length": fitting(self.sizes, "response_tokens", MOST_TOKENS),
         }
 
@@ -369,36 +408,46 @@ class Planner:
         ]
         if memory is not None:
             lines.append(
-                f"{plan.phase} takes most, {amount(plan.peak)} of {amount(memory)}. Largest that fits:"
-                f" {self._advice(memory)}."
+                f"{plan.phase} takes most, {self._need()} of {amount(memory)}. Largest that fits:"
+                f" {self.advice(memory)}."
             )
-        return "\n".join([*lines, UNMEASURED])
+        context = ""
+        if self.device != "cpu":
+            context = ", and the CUDA context; the margin is for them"
+        return "\n".join([*lines, f"{UNMEASURED}{context}."])
 
-    def _advice(self, memory: float) -> str:
+    @property
+    def name(self) -> str:
+        """The base and how it is kept."""
+        return f"{self.args.model_name_or_path}, {self.args.quantization}, {self.args.dtype}"
+
+    def _need(self) -> str:
+        """Return in words what the run needs."""
+        peak = self.plan().peak
+        if self.device == "cpu":
+            return amount(peak)
+        return (
+            f"{amount(self.needed())} ({amount(peak)}, and a margin of {MARGIN_SHARE:.0%} and"
+            f" {amount(MARGIN_BYTES)})"
+        )
+
+    def advice(self, memory: float) -> str:
         """Return the largest sizes in words."""
         # A size of 0 would not be a setting: not even one row or token fits.
         found = self.largest(memory).items()
         rows, group, tokens = (f"{name}={number}" if number else f"no {name}" for name, number in found)
         return f"{rows} and {group} at this response_length, or {tokens} at these batch sizes"
 
-    def check(self, memory: float) -> None:
-        """Refuse a run that needs more than ``memory`` bytes, and name the largest sizes that fit.
-
-        Raises:
-            UserError: the run does not fit.
-        """
-        plan = self.plan()
-        if plan.peak > memory:
-            lighter = ""
-            if self.dense:
-                lighter = " rollout_weights: shared goes without the dense copy."
-            raise UserError(
-                f"the run does not fit: {plan.phase} takes {amount(plan.peak)}, and {amount(memory)} are"
-                f" free. Largest that fits: {self._advice(memory)}.{lighter} --force True goes on anyway."
-            )
+    def lack(self, memory: float) -> str | None:
+        """Say what the run needs and what there is; None where it fits."""
+        if self.fits(self.sizes, memory):
+            return None
+        return (
+            f"the run does not fit: {self.plan().phase} takes {self._need()}, and {amount(memory)} are free."
+        )
 
 
-def _largest(fits: Callable[[int], bool], limit: int) -> int:
+def largest_number(fits: Callable[[int], bool], limit: int) -> int:
     """Return the largest number up to ``limit`` for which ``fits`` holds; 0 if for none.
 
     ``fits`` holds below any number for which it does.
@@ -459,7 +508,7 @@ def amount(number: float) -> str:
     return f"{number / 10**9:.2f} GB" if number >= 10**9 else f"{number / 10**6:.1f} MB"
 
 
-def read_memory(text: str) -> int:
+def read_memory(text: str, option: str = "--memory") -> int:
     """Return the bytes of a text such as 24GB, 16 GiB or 800MB.
 
     Raises:
@@ -472,5 +521,5 @@ def read_memory(text: str) -> int:
         return round(float(number) * UNITS[unit])
     except (ValueError, KeyError):
         raise UserError(
-            f"--memory {text}: write a number and one of KB, MB, GB, KiB, MiB and GiB, such as 24GB."
+            f"{option} {text}: write a number and one of KB, MB, GB, KiB, MiB and GiB, such as 24GB."
         ) from None

@@ -5,7 +5,9 @@ memory, and its parameters are counted there.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from peft import LoraConfig
@@ -14,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import lora_config
@@ -22,6 +25,9 @@ from goose_lora.models.trunk import decoder_layers, top_layers
 from goose_lora.ppo.config import PPOConfig
 
 FP32 = 4
+# What families call the number of experts that read a token, and a layer's experts.
+EXPERTS_OF_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+EXPERT = re.compile(r"expert|moe")
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class ModelShape:
     # PEFT casts the input of each bf16 linear to fp32, and autocast each back, one copy a linear.
     # Quantized layers go without, except on a CPU: PEFT 0.21 asks whether autocast is on for CUDA.
     casts: bool
+    # Mixture of experts: features inside one expert (gate, up and their product), experts that
+    # read a token, and layers. They are no linear layers: neither quantized nor adapted.
+    expert_features: int = 0
+    experts_of_token: int = 0
+    layers_of_experts: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -104,10 +115,11 @@ class ModelShape:
             return 0
         return max(linear.numbers for linear in self.linears) * self.compute
 
-    @property
+    @cached_property
     def wide(self) -> int:
         """Features of the widest point of a layer, inside the feed-forward part."""
-        return max(linear.inputs for linear in self.linears if not linear.in_attention)
+        own = max((linear.inputs for linear in self.linears if not linear.in_attention), default=0)
+        return max(own, self.expert_features * self.experts_of_token // 3)
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,22 @@ def read_model(core: PreTrainedModel, args: ModelArguments, device: str) -> Mode
     Args:
         core: the model, on any device.
         device: where it will run, cuda or cpu.
+
+    Raises:
+        UserError: a kind of model whose shapes are not those of a decoder of attention and linears.
     """
+    try:
+        return _model_shape(core, args, device)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"no memory plan of {args.model_name_or_path} ({type(core).__name__}): its shapes are not those"
+            f" of a decoder with attention and linear layers ({error}). --force True runs without a plan."
+        ) from error
+
+
+def _model_shape(core: PreTrainedModel, args: ModelArguments, device: str) -> ModelShape:
     layers, config = decoder_layers(core), core.config.get_text_config()
     linears = _linears(core, layers)
 
@@ -190,6 +217,8 @@ def read_model(core: PreTrainedModel, args: ModelArguments, device: str) -> Mode
     norms = [_norm_width(name, norm, hidden, queries, keys) for name, norm in layers[0].named_modules()]
 
     compute = args.torch_dtype.itemsize
+    features, number, with_experts = _experts(layers, hidden)
+    chosen = next((settings[name] for name in EXPERTS_OF_TOKEN if settings.get(name)), number)
     return ModelShape(
         linears=linears,
         other_parameters=total - sum(linear.numbers for linear in linears),
@@ -205,7 +234,26 @@ def read_model(core: PreTrainedModel, args: ModelArguments, device: str) -> Mode
         quantization=args.quantization,
         fused_attention=config._attn_implementation != "eager",
         casts=compute < FP32 and (args.quantization == "none" or device == "cpu"),
+        expert_features=features,
+        experts_of_token=min(chosen, number),
+        layers_of_experts=with_experts,
     )
+
+
+def _experts(layers: nn.ModuleList, hidden: int) -> tuple[int, int, tuple[int, ...]]:
+    """Return the features inside one expert, the number of experts, and the layers with some.
+
+    transformers keeps a projection of all experts of a layer in one parameter of three dimensions.
+    """
+    features = number = 0
+    found = []
+    for index, layer in enumerate(layers):
+        stacked = [p for name, p in layer.named_parameters() if p.dim() == 3 and EXPERT.search(name)]
+        if stacked:
+            # Gate, up and down: each has hidden times its inner features.
+            number, found = stacked[0].shape[0], [*found, index]
+            features = max(features, sum(p.numel() for p in stacked) // (number * hidden))
+    return features, number, tuple(found)
 
 
 def _linears(core: PreTrainedModel, layers: nn.ModuleList) -> tuple[LinearShape, ...]:

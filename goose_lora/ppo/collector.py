@@ -1,10 +1,12 @@
 """Replies to a batch of prompts, and one sweep over them for all that the roles have to say."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -21,6 +23,9 @@ from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.memory_rules import TrunkMemory, waits_on_host
 from goose_lora.rewards.sources import RewardMix, Scores
+
+logger = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 
 class RoleOutputs(NamedTuple):
@@ -59,6 +64,8 @@ class _Group(NamedTuple):
 
 class RolloutCollector:
     """Generates and evaluates in groups of ``batch_size`` replies, on one process.
+
+    Out of memory, groups are halved from then on.
 
     Args:
         reward: what scores the replies.
@@ -151,14 +158,45 @@ class RolloutCollector:
             )
 
         if len(input_ids) <= self.batch_size:
-            return reply_to(input_ids, attention_mask)
+            whole = self._unless_short(len(input_ids), reply_to, input_ids, attention_mask)
+            if whole is not None:
+                return whole
         # Like lengths together: less padding, and fewer steps that only one reply needs
         order = attention_mask.sum(-1).argsort(stable=True)
-        parts = []
-        for rows in order.split(self.batch_size):
+        parts, done = [], 0
+        while done < len(order):
+            rows = order[done : done + self.batch_size]
             longest = int(attention_mask[rows].sum(-1).max())
-            parts.append(reply_to(input_ids[rows, -longest:], attention_mask[rows, -longest:]))
+            part = self._unless_short(
+                len(rows), reply_to, input_ids[rows, -longest:], attention_mask[rows, -longest:]
+            )
+            if part is not None:
+                parts.append(part)
+                done += len(rows)
         return joined(parts, order, self.tokenizer.pad_token_id)
+
+    def _unless_short(
+        self, rows: int, make: Callable[..., Made], *inputs: Any, **options: Any
+    ) -> Made | None:
+        """Return what ``make`` makes of ``rows`` replies; None where memory is short for them.
+
+        Groups then have half as many replies, from now on, and the caller tries again.
+        """
+        try:
+            return make(*inputs, **options)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if rows == 1 or not should_reduce_batch_size(error):
+                raise
+        # After the except: the error's traceback held what the pass had made.
+        self.batch_size = (rows + 1) // 2
+        clear_device_cache(garbage_collection=True)
+        logger.warning(
+            "out of memory with a group of %d replies: going on with groups of %d. Set"
+            " local_rollout_forward_batch_size to that.",
+            rows,
+            self.batch_size,
+        )
+        return None
 
     def _stop(self, prompt_tokens: int) -> StopStrings | None:
         """Return a look-out for the stop texts, which serves one call."""
@@ -198,12 +236,27 @@ class RolloutCollector:
         # What the update needs is moved group by group to where it waits.
         score = score and self.reward.needs_adapter
         keep_on = self._keep_on(*rollout.input_ids.shape)
-        parts = [
-            self._evaluate_group(group, score=score, keep_graph=keep_graph, keep_on=keep_on)
-            for group in self._groups(rollout)
-        ]
-        seen = _together(parts)
+        seen = None
+        while seen is None:
+            seen = self._in_groups(rollout, score=score, keep_graph=keep_graph, keep_on=keep_on)
         return seen if rollout.trunk is None else seen._replace(trunk=rollout.trunk)
+
+    def _in_groups(
+        self, rollout: Rollout, *, score: bool, keep_graph: bool, keep_on: torch.device
+    ) -> RoleOutputs | None:
+        """Return what the roles say, a group at a time; None where memory is short for a group."""
+        parts = []
+        for group in self._groups(rollout):
+            options = {"score": score, "keep_graph": keep_graph, "keep_on": keep_on}
+            # A graph is the updater's, who has other parts of it to make smaller.
+            if keep_graph:
+                part = self._evaluate_group(group, **options)
+            else:
+                part = self._unless_short(len(group.ended), self._evaluate_group, group, **options)
+            if part is None:
+                return None
+            parts.append(part)
+        return _together(parts)
 
     def _evaluate_group(
         self, group: _Group, *, score: bool, keep_graph: bool, keep_on: torch.device
@@ -279,11 +332,8 @@ class RolloutCollector:
         The reward adapter's are computed unless ``evaluate`` has given them already.
         """
         if self.reward.needs_adapter and by_adapter is None:
-            parts = [
-                self.shared.scores(group.input_ids, group.attention_mask, ended=group.ended)
-                for group in self._groups(rollout)
-            ]
-            by_adapter = torch.cat(parts)
+            while by_adapter is None:
+                by_adapter = self._scores_of_groups(rollout)
         # What a reward function gets: texts and tokens of the replies, and the prompts' columns.
         ids = rollout.response_ids()
         replies = columns | {
@@ -295,6 +345,22 @@ class RolloutCollector:
         total, by_source, by_token = self.reward(by_adapter, **replies)
         device = rollout.input_ids.device
         return Scores(total.to(device), by_source, _moved(by_token, device))
+
+    def _scores_of_groups(self, rollout: Rollout) -> Float[Tensor, " B"] | None:
+        """Return the reward adapter's scores; None where memory is short for a group."""
+        parts = []
+        for group in self._groups(rollout):
+            part = self._unless_short(
+                len(group.ended),
+                self.shared.scores,
+                group.input_ids,
+                group.attention_mask,
+                ended=group.ended,
+            )
+            if part is None:
+                return None
+            parts.append(part)
+        return torch.cat(parts)
 
     def _groups(self, rollout: Rollout) -> Iterator[_Group]:
         """Yield the rollout in groups of ``batch_size`` replies."""

@@ -17,6 +17,7 @@ from goose_lora.models import loading
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.planning import ways
 from goose_lora.planning.memory import Planner, plan_run, read_memory
 from goose_lora.ppo.config import PPOConfig
 
@@ -127,19 +128,45 @@ def test_scoring_with_a_graph_never_takes_most():
 
 
 def test_each_largest_size_fits_and_one_more_does_not():
-    memory = 400 * 10**6
+    memory = 10**9
     largest = plan_of().largest(memory)
     assert all(number > 0 for number in largest.values())
     rows, _, tokens = largest.values()
-    assert plan_of(per_device_train_batch_size=rows, local_rollout_forward_batch_size=1).plan().peak <= memory
-    assert (
-        plan_of(per_device_train_batch_size=rows + 1, local_rollout_forward_batch_size=1).plan().peak > memory
+    assert plan_of(per_device_train_batch_size=rows, local_rollout_forward_batch_size=1).needed() <= memory
+    assert plan_of(per_device_train_batch_size=rows + 1, local_rollout_forward_batch_size=1).needed() > memory
+    assert plan_of(response_length=tokens).needed() <= memory < plan_of(response_length=tokens + 1).needed()
+
+
+def test_a_gpu_is_left_the_margin_that_was_measured_and_a_cpu_is_not():
+    plan = plan_of()
+    peak = plan.plan().peak
+    assert plan.needed() == pytest.approx(peak * 1.15 + 0.6e9, abs=1)
+    assert plan.lack(plan.needed()) is None and "a margin of 15%" in (plan.lack(plan.needed() - 1) or "")
+    host = Planner(plan.core, plan.args, plan.config, device="cpu")
+    assert host.needed() == host.plan().peak and host.lack(host.needed()) is None
+
+
+def test_auto_takes_the_dense_copy_only_where_the_whole_run_then_fits():
+    fixed = {"quantization": "nf4", "dtype": "bfloat16"}
+    model = ModelArguments("m", **fixed)
+    dense, shared = (
+        plan_of(model, rollout_weights=weights, gradient_checkpointing=True)
+        for weights in ("dense", "shared")
     )
-    assert (
-        plan_of(response_length=tokens).plan().peak
-        <= memory
-        < plan_of(response_length=tokens + 1).plan().peak
-    )
+    assert dense.dense > 0 and dense.needed() > shared.needed()
+
+    def auto(memory):
+        return plan_of(model, memory, rollout_weights="auto", gradient_checkpointing=True)
+
+    # Half of what is free holds the copy in each: what decides is the whole
+    for memory, taken in (
+        (dense.needed(), "auto"),
+        (dense.needed() - 1, "shared"),
+        (shared.needed(), "shared"),
+    ):
+        plan = auto(memory)
+        assert plan.dense * 2 <= plan.free and plan.rollout_weights == taken and plan.lack(memory) is None
+    assert auto(shared.needed() - 1).lack(shared.needed() - 1) is not None
 
 
 def test_checkpointing_and_adapters_in_fewer_layers_take_less():
@@ -213,29 +240,29 @@ def test_vllms_share_is_counted_while_it_generates_and_never_less_than_its_base_
 
 def test_a_refusal_names_the_largest_sizes_that_fit():
     plan = plan_of(per_device_train_batch_size=64)
-    memory = 200 * 10**6
+    memory = 800 * 10**6
     rows, group, _ = plan.largest(memory).values()
     with pytest.raises(ValueError) as refused:
-        plan.check(memory)
+        ways.check(plan, memory)
     message = str(refused.value)
     assert (
         "\n" not in message
         and message.startswith("the run does not fit: update takes ")
-        and "200.0 MB are free" in message
+        and "800.0 MB are free" in message
     )
     assert (
         f"per_device_train_batch_size={rows} and local_rollout_forward_batch_size={group} at this"
         " response_length" in message
     )
     assert message.endswith("--force True goes on anyway.")
-    plan.check(plan.plan().peak)
+    ways.check(plan, plan.needed())
 
 
 def test_where_not_even_one_row_fits_the_refusal_says_so():
     with pytest.raises(
         ValueError, match="no per_device_train_batch_size and no local_rollout_forward_batch_size"
     ):
-        plan_of().check(10**6)
+        ways.check(plan_of(), 10**6)
 
 
 def test_adapters_that_are_not_trained_yet_are_counted_as_the_settings_say(tmp_path):
