@@ -29,11 +29,13 @@ from typing import Any, NamedTuple
 import torch
 import torch._dynamo
 import transformers.masking_utils
+import trl.kernels.chunked_logprob
 from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,16 +46,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DynamicCache,
     PreTrainedTokenizerFast,
 )
+from trl.trainer.utils import add_fused_lm_head
 
 from goose_lora.functional import token_logprobs
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
-from goose_lora.models.loading import load_base, load_tokenizer, lora_config
+from goose_lora.models.loading import adapters_to_fp32, load_base, load_tokenizer, lora_config
 from goose_lora.models.role_outputs import before_response
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.planning.memory import Plan, Planner
+from goose_lora.planning.stages import Tuning, plan_evaluation, plan_tuning
 from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.trainer import PPOTrainer
 
@@ -358,22 +363,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def measured_fake(
-    shapes: Any, model: ModelArguments, config: PPOConfig, *, device: str = "cuda"
-) -> tuple[Plan, dict[str, int]]:
-    """Return the plan, and the peak bytes of scoring and update, with a policy and a critic.
-
-    PEFT behaves as on ``device``.
-    """
-    dtype, real = model.torch_dtype, torch.is_autocast_enabled
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).eval().requires_grad_(False)
-        if model.quantization == "nf4":
-            _quantize(base, dtype)
-        critic = config.role_plan(has_policy=False, has_reward=False).critic
-        start = "policy" if critic == "adapter" else None
-        shared = SharedBase.build(base, lora_config(model, base), critic=critic, critic_init=start)
-    masking = transformers.masking_utils
+@contextmanager
+def as_on(device: str) -> Iterator[LiveBytes]:
+    """Make tensors fake inside, and count them; PEFT behaves as on ``device``."""
+    masking, tiles, real = transformers.masking_utils, trl.kernels.chunked_logprob, torch.is_autocast_enabled
+    kernels = {name: getattr(tiles, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
     before = (SharedBase.logprobs, masking._ignore_causal_mask_sdpa)
     try:
         # Fake tensors have no values: which tokens count, and whether there is padding, cannot be
@@ -381,16 +375,153 @@ def measured_fake(
         SharedBase.logprobs = _logprobs_of_all  # type: ignore[method-assign]
         masking._ignore_causal_mask_sdpa = lambda *args, **kwargs: False
         if device == "cuda":
-            # PEFT's question, answered as with CUDA
+            # PEFT's question, answered as with CUDA; TRL's head works in place there
             torch.is_autocast_enabled = lambda *args: real(*args) if args else True
+            for name in kernels:
+                setattr(tiles, name, lambda *args, **kwargs: None)
         with FakeTensorMode(), LiveBytes() as live:
-            _to_fake(shared, dtype)
-            peaks = _fake_step(shared, config, live)
+            yield live
     finally:
         SharedBase.logprobs, masking._ignore_causal_mask_sdpa = before  # type: ignore[method-assign]
+        for name, kernel in kernels.items():
+            setattr(tiles, name, kernel)
         torch.is_autocast_enabled = real
+
+
+def measured_fake_tuning(
+    shapes: Any, model: ModelArguments, sizes: Tuning, *, device: str = "cuda"
+) -> tuple[Plan, int]:
+    """Return the plan of SFT or reward model, and the peak bytes of an update."""
+    auto = AutoModelForCausalLM if sizes.words else AutoModelForSequenceClassification
+    shapes.num_labels, shapes.pad_token_id = 1, 0
+    with torch.device("meta"):
+        base = auto.from_config(shapes, dtype=model.torch_dtype).requires_grad_(False)
+        _quantize(base, model.torch_dtype)
+        if sizes.words:
+            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        task = "CAUSAL_LM" if sizes.words else "SEQ_CLS"
+        adapted: Any = get_peft_model(base, lora_config(model, base, task))
+    with as_on(device) as live:
+        _to_fake(adapted, model.torch_dtype)
+        adapters_to_fp32(adapted)
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        held = [(torch.empty_like(p), torch.empty_like(p)) for p in trained]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        adapted.train()
+        if sizes.checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = torch.zeros(sizes.rows, sizes.tokens, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        live.peak = live.now
+        with torch.autocast("cpu", dtype=model.torch_dtype):
+            if sizes.words:
+                loss = adapted(**inputs, labels=ids, fused_lm_head=True).loss
+            else:
+                loss = adapted(**inputs).logits.sum()
+        loss.backward()
+        assert held
+    return plan_tuning(meta_model(model, config=shapes), model, sizes, device=device), live.peak
+
+
+def measured_fake_evaluation(
+    shapes: Any, model: ModelArguments, rows: int, prompt: int, reply: int, *, device: str = "cuda"
+) -> tuple[Plan, dict[str, int]]:
+    """Return the plan of an evaluation, and the peak bytes of generation and scoring.
+
+    Of generation, the pass over the prompt and the step of the last token.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shapes, dtype=model.torch_dtype).eval().requires_grad_(False)
+        _quantize(base, model.torch_dtype)
+        lora = lora_config(model, base)
+        shared = SharedBase.build(base, lora, critic="adapter", critic_init="policy", reference="copy")
+    with as_on(device) as live:
+        _to_fake(shared, model.torch_dtype)
+        ids = torch.zeros(rows, prompt + reply, dtype=torch.long)
+        attention, mask = torch.ones_like(ids), torch.ones(rows, reply, dtype=torch.bool)
+        with torch.no_grad(), shared.autocast(), shared.role("policy", generating=True) as core:
+            live.peak = live.now
+            out = core(
+                ids[:, :prompt], attention_mask=attention[:, :prompt], logits_to_keep=1, use_cache=True
+            )
+            generated = live.peak
+            del out
+            # The cache as it is before the last token
+            cache = DynamicCache(config=shapes)
+            heads, size = shapes.num_key_value_heads, shapes.head_dim
+            for layer in range(shapes.num_hidden_layers):
+                part = torch.empty(2, rows, heads, prompt + reply - 1, size, dtype=model.torch_dtype)
+                cache.update(part[0].clone(), part[1].clone(), layer)
+                del part
+            live.peak = live.now
+            core(ids[:, -1:], attention_mask=attention, past_key_values=cache, use_cache=True)
+            generated = max(generated, live.peak)
+            del cache
+        live.peak = live.now
+        with torch.no_grad():
+            for role in ("policy", "reference"):
+                shared.logprobs(shared.hidden(role, ids, attention), ids, mask)
+            shared.hidden("value", ids, attention)
+    plan = plan_evaluation(
+        meta_model(model, config=shapes),
+        model,
+        batch_size=rows,
+        prompt_tokens=prompt,
+        response_tokens=reply,
+        device=device,
+    )
+    return plan, {"generate": generated, "score": live.peak}
+
+
+def measured_fake(
+    shapes: Any,
+    model: ModelArguments,
+    config: PPOConfig,
+    *,
+    device: str = "cuda",
+    adapters: Path | None = None,
+) -> tuple[Plan, dict[str, int]]:
+    """Return the plan, and the peak bytes of scoring and update, with a policy and a critic.
+
+    PEFT behaves as on ``device``. In the folder ``adapters``, an SFT and a reward adapter of zeros
+    are written; without it, the policy is fresh and there is no reward model.
+    """
+    dtype = model.torch_dtype
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).eval().requires_grad_(False)
+        if model.quantization == "nf4":
+            _quantize(base, dtype)
+        policy = reward = None
+        if adapters is not None:
+            policy, reward = (saved_zeros(adapters, shapes, model, task) for task in ("CAUSAL_LM", "SEQ_CLS"))
+        critic = config.role_plan(has_policy=adapters is not None, has_reward=adapters is not None).critic
+        start = "policy" if critic == "adapter" else None
+        shared = SharedBase.build(
+            base, policy or lora_config(model, base), reward=reward, critic=critic, critic_init=start
+        )
+    with as_on(device) as live:
+        _to_fake(shared, dtype)
+        peaks = _fake_step(shared, config, live)
     planned = replace(config, max_tokens_per_microbatch=10**9)  # scored without a graph, as here
-    return Planner(meta_model(model, config=shapes), model, planned, device=device).plan(), peaks
+    core = meta_model(model, config=shapes)
+    return Planner(core, model, planned, policy=policy, reward=reward, device=device).plan(), peaks
+
+
+def saved_zeros(folder: Path, shapes: Any, model: ModelArguments, task: str) -> str:
+    """Write an adapter of zeros for a base of that shape; return its folder."""
+    shapes.num_labels, shapes.pad_token_id = 1, 0
+    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        base = auto.from_config(shapes, dtype=model.torch_dtype)
+        adapted: Any = get_peft_model(base, lora_config(model, base, task))
+    tensors = get_peft_model_state_dict(adapted)
+    target = folder / task
+    adapted.peft_config["default"].save_pretrained(str(target))
+    with torch.device("cpu"):
+        zeros = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
+    save_file(zeros, target / "adapter_model.safetensors")
+    return str(target)
 
 
 def _fake_step(shared: SharedBase, config: PPOConfig, live: LiveBytes) -> dict[str, int]:
@@ -402,9 +533,12 @@ def _fake_step(shared: SharedBase, config: PPOConfig, live: LiveBytes) -> dict[s
     live.peak = live.now
     with torch.no_grad():
         trunk = shared.trunks(ids, attention, ["policy"])["policy"] if config.reuse_trunk else None
+        features = None
+        if shared.critic == "reward_features":
+            features = before_response(shared.hidden("reward", ids, attention, trunk), mask).clone()
         reference = shared.hidden("reference", ids, attention, trunk)
         shared.logprobs(reference, ids, mask)
-        shared(ids, attention, mask, trunk=trunk)
+        shared(ids, attention, mask, trunk=trunk, features=features)
     scored = live.peak
     del reference
     for parameter in trained:
@@ -414,7 +548,9 @@ def _fake_step(shared: SharedBase, config: PPOConfig, live: LiveBytes) -> dict[s
     shared.train()
     live.peak = live.now
     part = None if trunk is None else trunk[torch.arange(rows)]  # as a microbatch takes it
-    out = shared(ids, attention, mask, trunk=part, entropy_gradient=config.entropy_coef > 0)
+    out = shared(
+        ids, attention, mask, trunk=part, features=features, entropy_gradient=config.entropy_coef > 0
+    )
     (out.logprobs.sum() + (0.0 if out.values is None else out.values.sum())).backward()
     assert held
     return {"score": scored, "update": live.peak}

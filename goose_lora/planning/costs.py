@@ -126,9 +126,12 @@ class PassCosts:
         return rows * tokens * (max(feed_forward, attention) + mask) + model.largest_weight + copies
 
     def backward(self, rows: int, length: int) -> int:
-        """Return the bytes of gradients at the widest point of a layer's backward pass."""
+        """Return the bytes of gradients at the widest point of a layer's backward pass.
+
+        There, gate and up have theirs, and their product, which the forward kept, is gone.
+        """
         model = self.model
-        return rows * length * model.compute * (2 * model.wide + 2 * model.hidden) + model.largest_weight
+        return rows * length * model.compute * (model.wide + 2 * model.hidden) + model.largest_weight
 
     def head(self, tokens: int, *, training: bool) -> int:
         """Return the bytes of the language-model head over one chunk of response tokens.

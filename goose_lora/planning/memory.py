@@ -366,11 +366,7 @@ class Planner:
 
     def needed(self, sizes: Sizes | None = None) -> int:
         """Return the bytes that the run needs: its widest phase, and a GPU's margin."""
-        peak = self.plan(sizes).peak
-        # The host's memory has no context of a device, and its allocator gives back what is freed.
-        if self.device == "cpu":
-            return peak
-        return math.ceil(peak * (1 + MARGIN_SHARE)) + MARGIN_BYTES
+        return with_margin(self.plan(sizes).peak, self.device)
 
     def fits(self, sizes: Sizes, memory: float) -> bool:
         """Return whether the run needs no more than ``memory`` bytes at ``sizes``."""
@@ -445,6 +441,14 @@ class Planner:
         return (
             f"the run does not fit: {self.plan().phase} takes {self._need()}, and {amount(memory)} are free."
         )
+
+
+def with_margin(peak: int, device: str) -> int:
+    """Return what a run of that peak needs of a device."""
+    # The host's memory has no context of a device, and its allocator gives back what is freed.
+    if device == "cpu":
+        return peak
+    return math.ceil(peak * (1 + MARGIN_SHARE)) + MARGIN_BYTES
 
 
 def largest_number(fits: Callable[[int], bool], limit: int) -> int:
