@@ -98,12 +98,20 @@ def redacted(text: str) -> str:
     Secrets are values that are known, tokens by their form, passwords in addresses, and what
     follows a secret's name in the text itself.
     """
-    for value in _secrets():
-        text = text.replace(value, HIDDEN)
-    text = _IN_ADDRESS.sub(rf"\1{HIDDEN}@", SECRET_VALUES.sub(HIDDEN, text))
+    text = without_known_secrets(text)
     for pattern in (_NAMED, _OPTION):
         text = pattern.sub(_hide_value, text)
     return text
+
+
+def without_known_secrets(text: str) -> str:
+    """Return ``text`` with ``HIDDEN`` in place of values that are known, and tokens by their form.
+
+    Names in the text itself are not asked: a text of others, such as a reply, stays as it is.
+    """
+    for value in _secrets():
+        text = text.replace(value, HIDDEN)
+    return _IN_ADDRESS.sub(rf"\1{HIDDEN}@", SECRET_VALUES.sub(HIDDEN, text))
 
 
 def _hide_value(found: re.Match[str]) -> str:

@@ -2,25 +2,9 @@
 
 import numbers
 import textwrap
-import unicodedata
 from collections.abc import Sequence
 
-from goose_lora.errors import UserError
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    """Escape what would move the cursor, colour the terminal or turn the writing direction.
-
-    Characters of ``keep`` stay: ``"\\n"`` for text of several lines.
-    """
-    return "".join(_escaped(char) if char not in keep else char for char in text)
-
-
-def _escaped(char: str) -> str:
-    # Spaces of other scripts are no letters to Python, and do no harm
-    if char.isprintable() or unicodedata.category(char) == "Zs":
-        return char
-    return char.encode("unicode_escape").decode()
+from goose_lora.errors import UserError, printable
 
 
 def _cell(value: object) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from goose_lora.apps import gradio_pages
 from goose_lora.apps.chat_page import serve_chat
 from goose_lora.apps.session import PolicySession, RunInfo, Turn, check_sampling, inspect_run
-from goose_lora.errors import UserError
-from goose_lora.terminal import printable
+from goose_lora.errors import UserError, printable
 
 ANEW = "/new"  # the word that begins another conversation
 

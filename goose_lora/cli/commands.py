@@ -10,8 +10,8 @@ from goose_lora.cli.parser import parse_with, read_negative_numbers, settings_pa
 from goose_lora.cli.process import command, quiet_libraries
 from goose_lora.cli.recipes import RECIPES, configuration, configurations, copy_recipes, run_recipe
 from goose_lora.cli.yaml_settings import read_config
-from goose_lora.errors import UserError
-from goose_lora.terminal import printable, table
+from goose_lora.errors import UserError, printable
+from goose_lora.terminal import table
 
 if TYPE_CHECKING:
     from goose_lora.planning.memory import Planner

@@ -2,8 +2,8 @@
 
 import ctypes
 import functools
-import io
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -12,16 +12,17 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from goose_lora.cli.consoles import guard_consoles
 from goose_lora.errors import UserError
 from goose_lora.ownership import release
 from goose_lora.redaction import is_secret, redacted
-from goose_lora.terminal import printable
 from goose_lora.training.signals import EXIT_BAD_INPUT, EXIT_INTERRUPTED, STARTED_BY, Stopped
 
 REPORT = (
     "This is a bug of goose_lora, not of what you gave it. Please report it as an issue, with the lines"
     " above, the command and the output of pip freeze."
 )
+_TOO_LONG = re.compile(r"(\S{80})\S{200,}(\S{20})")  # of a file that is one word
 # Options of mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
@@ -40,16 +41,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings(
         "ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning
     )
-
-
-def tolerate_consoles() -> None:
-    """Let a console that lacks a character show another: no command fails by what it prints.
-
-    Such are consoles of cp1252, gbk or ASCII, and any for half of a character.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def keep_freed_memory() -> None:
@@ -80,7 +71,7 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def run() -> None:
-        tolerate_consoles()
+        guard_consoles()
         # An option of every command, which no parser knows
         debug = "--debug" in sys.argv
         if debug:
@@ -98,8 +89,8 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(EXIT_INTERRUPTED)
         except UserError as error:
             if debug:
-                print(printable(redacted(traceback.format_exc()), keep="\n\t"), end="", file=sys.stderr)
-            print(f"error: {printable(redacted(' '.join(str(error).split())))}", file=sys.stderr)
+                print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+            print(f"error: {_one_line(error)}", file=sys.stderr)
             if not debug:
                 print("(--debug shows where)", file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
@@ -113,12 +104,17 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _one_line(error: UserError) -> str:
+    """Return the words of an error, with the middle of very long ones left out."""
+    return _TOO_LONG.sub(r"\1...\2", redacted(" ".join(str(error).split())))
+
+
 def _show_without_secrets(
     kind: type[BaseException], error: BaseException, place: TracebackType | None
 ) -> None:
     """Print a traceback as Python does, secrets apart."""
     lines = traceback.format_exception(kind, error, place)
-    print(printable(redacted("".join(lines)), keep="\n\t"), end="", file=sys.stderr)
+    print(redacted("".join(lines)), end="", file=sys.stderr)
 
 
 def continuing() -> str:

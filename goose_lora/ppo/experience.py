@@ -267,8 +267,8 @@ class ExperienceMaker:
         return figures
 
     def _of_sources(self, scores: Scores) -> dict[str, Tensor]:
-        """Return the mean score of each source of reward, where there are several."""
-        if len(scores.by_source) < 2:
+        """Return the mean score of each source, where it is not the reward adapter alone."""
+        if list(scores.by_source) == ["adapter"]:
             return {}
         device = scores.total.device
         return {

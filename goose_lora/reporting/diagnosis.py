@@ -356,11 +356,29 @@ def _advantages(rows: Rows) -> Iterator[Finding]:
         )
 
 
-def _constant_sources(rows: Rows) -> list[str]:
-    """Return the sources of reward, where there are several, whose mean is always the same."""
+def _constant_reward(rows: Rows) -> Iterator[Finding]:
+    """Look for a source of reward that says the same of all, while penalties or others vary."""
+    scores = column(rows, "objective/score")
+    if not scores or max(scores) - min(scores) < 1e-6:
+        return  # all that scores is constant, which ``_advantages`` tells
+    for name, value in _constant_sources(rows).items():
+        text = (
+            f"{name} has a mean of {value:.3g} in every log: what it says is constant, and teaches nothing."
+            " Look at what it returns for some replies."
+        )
+        yield Finding("look", "constant", text)
+
+
+def _constant_sources(rows: Rows) -> dict[str, float]:
+    """Return the sources of reward whose mean is the same in each log, with that mean."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("reward/"))
     said = {name.removeprefix("reward/"): column(rows, name) for name in names}
-    return [name for name, means in said.items() if max(means) - min(means) < 1e-6]
+    # Sums in float32 differ by a little
+    return {
+        name: means[-1]
+        for name, means in said.items()
+        if len(means) >= TREND and max(means) - min(means) <= 1e-6 * max(1.0, abs(means[0]))
+    }
 
 
 def _clipping(rows: Rows) -> Iterator[Finding]:
@@ -422,6 +440,7 @@ CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [
     _learning_rate,
     _gradient,
     _advantages,
+    _constant_reward,
     _clipping,
     _skipped,
     _critic,

@@ -23,6 +23,7 @@ _KINDS: dict[object, str] = {
     str: "text",
     bool: "true or false",
     type(None): "null",
+    dict: "names with a value each",
 }
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _NOT_NEGATIVE = (
@@ -94,7 +95,10 @@ def _fits(value: object, hint: object) -> bool:
         return _fits_number(value, hint)
     if hint in (str, type(None)):
         return isinstance(value, (str if hint is str else type(None)))
-    return True  # enums and dictionaries: their owner says what it takes
+    if hint is dict or origin is dict:
+        # JSON text too. A number would be opened as a file: 1 is standard output
+        return isinstance(value, (Mapping, str))
+    return not isinstance(value, (list, tuple, Mapping))  # enums: their owner says what it takes
 
 
 def _fits_list(value: object, part: object) -> bool:
@@ -127,6 +131,8 @@ def _words(hint: object) -> str:
         return " or ".join(_words(part) for part in parts)
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))
+    if origin is dict:
+        return _KINDS[dict]
     if origin is list:
         plural = [_words(part).removeprefix("a ") + "s" * (part is not str) for part in parts]
         return f"a list of {', '.join(plural)}"

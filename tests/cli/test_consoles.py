@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from goose_lora.cli.consoles import for_console
+
 ROOT = Path(__file__).resolve().parents[2]
 CONSOLES = {
     "cp1252": {"PYTHONIOENCODING": "cp1252"},
@@ -29,12 +31,12 @@ def run(code, folder, **variables):
 
 
 PRINTS = """
-from goose_lora import cli
+from goose_lora.cli.process import command
 from goose_lora.errors import UserError
 def main():
     print("ba 你好 \U0001f9a2 ≤ \\ud800 end")
     raise UserError("Ünï 你好 \\ud800: give another.")
-cli.command(main)()
+command(main)()
 """
 
 
@@ -71,3 +73,84 @@ def test_rows_are_shown_on_any_console(console, tmp_path):
     done = run(code, tmp_path, **CONSOLES[console])
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-500:]
     assert b"3" in done.stdout
+
+
+# What nobody should obey, by whichever way it comes
+
+NASTY = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u202ed\u2066\x00\x7f\x08e"
+WAYS = """
+import logging, sys, warnings
+from goose_lora.cli.process import command
+from goose_lora.errors import UserError
+early = logging.StreamHandler(sys.stderr)  # made before the streams are guarded, as transformers' own
+def main():
+    nasty = NASTY
+    print("by print", nasty)
+    sys.stdout.write("by write " + nasty + "\\n")
+    sys.stdout.writelines(["by lines " + nasty + "\\n"])
+    logging.getLogger("datasets").addHandler(early)
+    logging.getLogger("datasets").warning("by a library's log %s", nasty)
+    logging.getLogger("goose_lora.x").warning("by our log %s", nasty)
+    warnings.warn("by a warning " + nasty)
+    print("by print on stderr", nasty, file=sys.stderr)
+    from tqdm import tqdm
+    for _ in tqdm(range(2), desc="by a bar " + nasty, file=sys.stderr): pass
+    print("\\x1b[1mbold of a library\\x1b[0m")
+    raise UserError("by an error " + nasty)
+command(main)()
+"""
+
+
+def test_by_no_way_does_a_control_character_reach_the_terminal(tmp_path):
+    done = run(WAYS.replace("NASTY", ascii(NASTY), 1), tmp_path, PYTHONIOENCODING="utf-8")
+    assert done.returncode == 2, done.stderr
+    said = (done.stdout + done.stderr).decode()
+    ways = ["print", "write", "lines", "a library's log", "our log", "a warning", "print on stderr"]
+    for way in [*ways, "a bar", "an error"]:
+        assert f"by {way} a\\x1b[2J" in said, way
+    # A bar's own returns to the beginning of its line stay
+    assert {char for char in said if not char.isprintable()} <= {"\n", "\t", "\r"}
+    assert "c\\x9b31m\\u202ed\\u2066\\x00\\x7f\\x08e" in said and "b\rc" not in said
+    assert "bold of a library\n" in said.replace("\r", "")
+
+
+def test_a_bar_below_another_keeps_its_steps_up():
+    assert for_console("\x1b[A\x1b[A") == "\x1b[A\x1b[A"
+    assert for_console("\r 50%|##  |") == "\r 50%|##  |" and for_console("\r") == "\r"
+    assert for_console("x\x1b[A") == "x\\x1b[A"
+
+
+def test_a_known_secret_is_shown_by_no_stream(monkeypatch):
+    monkeypatch.setenv("TRACKER_PASSWORD", "Zq7plantedValue19")
+    assert for_console("log in with Zq7plantedValue19\n") == "log in with (not recorded)\n"
+    assert for_console("max_tokens: 5, token: word\n") == "max_tokens: 5, token: word\n"
+
+
+KEEPS_ON = """
+import os, sys
+from goose_lora.cli.process import command
+def main():
+    for number in range(20_000):
+        print("line", number)
+        print("line", number, file=sys.stderr)
+    sys.stdout.flush()
+    open("result", "w").write("whole")
+command(main)()
+"""
+
+
+@pytest.mark.parametrize("how", ["| head -1", "2>&1 | head -1", "> /dev/full 2>&1", ">&-", ">&- 2>&-"])
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell")
+def test_a_console_that_is_closed_or_full_costs_no_result(how, tmp_path):
+    (tmp_path / "run.py").write_text(KEEPS_ON)
+    line = f"{{ {sys.executable} run.py; echo $? > code; }} {how}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=200,
+    )
+    assert (tmp_path / "result").read_text() == "whole"
+    assert (tmp_path / "code").read_text() == "0\n", done

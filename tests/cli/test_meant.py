@@ -12,9 +12,9 @@ from trl import SFTConfig
 from goose_lora import cli
 from goose_lora.cli import commands
 from goose_lora.cli.yaml_settings import read_config
+from goose_lora.errors import printable
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.ppo.config import PPOConfig
-from goose_lora.terminal import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 

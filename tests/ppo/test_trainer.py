@@ -32,6 +32,7 @@ from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
 from goose_lora.ppo.microbatches import Microbatch
 from goose_lora.ppo.trainer import PPOTrainer
+from goose_lora.reporting.diagnosis import diagnosis_text
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
@@ -535,6 +536,21 @@ def test_the_reward_adapter_and_functions_add_up_and_are_logged_one_by_one(tmp_p
             row["reward/adapter"] + 3 * row["reward/even_share"], abs=1e-5
         )
         assert 0 <= row["reward/even_share"] <= 1 and row["reward/adapter"] != 0
+
+
+def test_a_single_constant_function_is_named_in_the_diagnosis(tmp_path):
+    def always_half(completions, **columns):
+        return [0.5] * len(completions)
+
+    settings = {"score_normalization": "none", "missing_eos_penalty": 1.0, "num_rollouts": 5}
+    for penalty in (1.0, None):
+        folder = tmp_path / str(penalty)
+        settings |= {"missing_eos_penalty": penalty, "num_ppo_epochs": 1}
+        trainer(folder, reward=always_half, **settings).train()
+        rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "objective/raw_score" in row]
+        assert all(row["reward/always_half"] == 0.5 for row in rows)
+        said = diagnosis_text(rows)
+        assert "always_half has a mean of 0.5" in said or "is constant (always_half)" in said, said
 
 
 def test_pretraining_text_stays_likely_with_ppo_ptx(tmp_path):

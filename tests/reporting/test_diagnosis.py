@@ -631,3 +631,9 @@ def test_a_constant_reward_is_said_to_be_one_with_the_name_of_its_source():
     assert "every rollout scores 0.5: what scores is constant (judge): there is nothing to learn" in str(
         finding
     )
+
+
+def test_a_constant_source_is_named_though_penalties_or_other_sources_move_the_score():
+    found = bad(healthy(**{"reward/judge": lambda t: 0.1 + 1e-8 * t, "reward/length": lambda t: -t}))
+    assert set(found) >= {"constant"} and found["constant"].startswith("judge has a mean of 0.1")
+    assert "length" not in found["constant"]
