@@ -4,6 +4,7 @@ A value is a secret if the setting, variable or key that holds it is named like 
 the form of a known service's token. Texts that are printed or kept pass through ``redacted``.
 """
 
+import functools
 import os
 import re
 import sys
@@ -38,8 +39,13 @@ _known: set[str] = set()  # values that were met under a secret's name
 
 def is_secret(name: object) -> bool:
     """Return whether a setting, variable or key of this name holds a secret."""
+    return _is_secret(str(name))
+
+
+@functools.lru_cache(maxsize=4096)  # the environment's names are asked for at each line that is printed
+def _is_secret(name: str) -> bool:
     # camelCase and dashes are written as one way
-    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).strip("-").replace("-", "_").replace(".", "_")
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).strip("-").replace("-", "_").replace(".", "_")
     words = [word for word in text.lower().split("_") if word and not word.isdigit()]
     if len(words) == 1 and words[0] in ("key", "keys"):
         return False

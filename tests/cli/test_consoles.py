@@ -130,7 +130,7 @@ KEEPS_ON = """
 import os, sys
 from goose_lora.cli.process import command
 def main():
-    for number in range(20_000):
+    for number in range(3_000):
         print("line", number)
         print("line", number, file=sys.stderr)
     sys.stdout.flush()
