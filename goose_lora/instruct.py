@@ -12,14 +12,17 @@ trainer.snapshot(...)`` before its first update and give ``compute_loss(..., old
 ``old=old.rows(chosen)``.
 """
 
+import copy
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -29,10 +32,13 @@ from goose_lora.errors import UserError
 from goose_lora.functional import token_rewards
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config, response_mask, sample
+from goose_lora.models.adapter_kinds import require_harmless_start, require_known
+from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import linear_names
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, keep_8bit_alike_on_cpu
+from goose_lora.models.roles import ADAPTERS
 from goose_lora.models.shared_base import Critic, Role, SharedBase
-from goose_lora.models.trunk import decoder_layers
+from goose_lora.models.trunk import decoder_layers, same_below
 
 _AGENT = "_goose_lora_agent"  # where a transformers model has the agent that was made on it
 
@@ -43,14 +49,15 @@ class Agent(nn.Module):
     The model is frozen and in memory once.
 
     ``policy`` is an adapter's configuration or the folder of a trained one (SFT), by default LoRA
-    of rank 16 on all linear layers. ``critic`` is ``shared`` for a head on the policy's states, as
+    of rank 16 on all linear layers. A ``PeftModel`` brings its own, which trains on in its own
+    parameters. ``critic`` is ``shared`` for a head on the policy's states, as
     in InstructGOOSE, or ``adapter`` for an adapter of its own. ``temperature`` is that of sampling
     and of all log-probabilities. Raises ValueError if the model has no end-of-text token.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         policy: LoraConfig | str | None = None,
         critic: Critic = "shared",
         temperature: float = 1.0,
@@ -72,17 +79,22 @@ class Agent(nn.Module):
         self.temperature = temperature
         keep_4bit_trainable_on_cpu(model)
         keep_8bit_alike_on_cpu(model)
-        everywhere = LoraConfig(
-            r=16, lora_alpha=32, target_modules=linear_names(decoder_layers(model)), task_type="CAUSAL_LM"
-        )
         if _agent_of(model) is not None:
             raise UserError(
                 f"this {type(model).__name__} has an agent already, which create_reference_model or"
                 " Agent(model) has made. Give RLHFTrainer the model, or load the model again."
             )
-        self.shared = SharedBase.build(model, policy or everywhere, critic=critic)
+        # PEFT's model has its policy already, which goes on as it is
+        core = model
+        if isinstance(model, PeftModel):
+            core, self.shared = _on_peft_model(model, policy, critic)
+        else:
+            everywhere = LoraConfig(
+                r=16, lora_alpha=32, target_modules=linear_names(decoder_layers(model)), task_type="CAUSAL_LM"
+            )
+            self.shared = SharedBase.build(model, policy or everywhere, critic=critic)
         # In a tuple, so that it is no submodule of the model
-        vars(model)[_AGENT] = (self,)
+        vars(core)[_AGENT] = (self,)
         self.eval()
 
     def generate(
@@ -164,9 +176,10 @@ class Agent(nn.Module):
 
 
 class ReferenceModel(nn.Module):
-    """The model as it was before training: a frozen view without weights of its own.
+    """The model as it was when the reference was made: a frozen view without a copy of the base.
 
-    It answers as a copy would: logits of token ids, ``generate``, ``config``, ``parameters``.
+    It answers as a copy would: logits of token ids, ``generate``, ``config``, ``parameters``. Of an
+    adapter that had been trained by then it keeps the tensors.
     """
 
     def __init__(self, agent: Agent, *, of_plain_model: bool = False):
@@ -174,6 +187,22 @@ class ReferenceModel(nn.Module):
         # In a tuple: as a submodule it would be frozen, moved and saved along with the view
         self._agent = (agent,)
         self._of_plain_model = of_plain_model
+        shared = agent.shared
+        self.config: PretrainedConfig = copy.deepcopy(shared.core.config)
+        self._generation_config = copy.deepcopy(shared.core.generation_config)
+        # Untrained, the policy is the base, or the adapter that it started from. Else its tensors
+        # are kept: they are few.
+        start = ADAPTERS["reference"] if shared.has("reference") else None
+        layers = shared.layers
+        untrained = same_below(shared, layers, len(layers), ADAPTERS["policy"], start)
+        self._role: Role = "reference" if untrained else "policy"
+        self._kept: dict[str, Tensor] = {}
+        if not untrained:
+            self._kept = {n: p.detach().clone() for n, p in shared.role_parameters("policy")}
+        # Of each weight of the base, how often it has been written to
+        roles = {id(p) for role in shared.role_plan.adapters for _, p in shared.role_parameters(role)}
+        base = [p for p in shared.parameters() if id(p) not in roles and not p.is_inference()]
+        self._written = [(p, p._version) for p in base]
         self.eval()
 
     @property
@@ -182,14 +211,35 @@ class ReferenceModel(nn.Module):
         return self._agent[0]
 
     @property
-    def config(self) -> PretrainedConfig:
-        """The configuration of the transformers model."""
-        return self.agent.shared.core.config
-
-    @property
     def device(self) -> torch.device:
         """Where its weights are."""
         return self.agent.shared.core.device
+
+    @contextmanager
+    def _as_it_was(self, *, generating: bool = False) -> Iterator[PreTrainedModel]:
+        """Let the base answer inside as it did; afterwards it is as it is now."""
+        shared = self.agent.shared
+        # Another base would be another reference
+        if any(p._version != version for p, version in self._written):
+            raise UserError(
+                f"the weights of this {type(shared.core).__name__} have changed since its reference was made,"
+                " and the reference copies none. Train adapters alone, or load the model again."
+            )
+        # A tensor's data is exchanged: autograd's record of the policy stays what it is
+        own = {name: p for name, p in shared.role_parameters("policy") if name in self._kept}
+        now = {name: p.data for name, p in own.items()}
+        settings = shared.core.generation_config
+        try:
+            for name, parameter in own.items():
+                self._kept[name] = self._kept[name].to(parameter.device)
+                parameter.data = self._kept[name]
+            with shared.role(self._role, generating=generating) as core:
+                core.generation_config = self._generation_config
+                yield core
+        finally:
+            shared.core.generation_config = settings
+            for name, parameter in own.items():
+                parameter.data = now[name]
 
     @torch.no_grad()
     def forward(
@@ -199,57 +249,99 @@ class ReferenceModel(nn.Module):
         **settings: Any,
     ) -> ModelOutput:
         """Return what the transformers model returns: ``logits`` (B, L, V) and the like."""
-        with self.agent.shared.role("reference") as core:
+        with self._as_it_was() as core:
             return core(input_ids, attention_mask=attention_mask, **settings)
 
     @torch.no_grad()
     def generate(self, input_ids: Int[Tensor, "B P"], **settings: Any) -> Int[Tensor, "B P+T"]:
         """Return prompts and replies, as ``generate`` of what it is the reference of."""
-        if not self._of_plain_model:
-            return self.agent.generate(input_ids, role="reference", **settings)
-        with self.agent.shared.role("reference", generating=True) as core:
-            return core.generate(input_ids, **settings)
+        with self._as_it_was(generating=True) as core:
+            if self._of_plain_model:
+                return core.generate(input_ids, **settings)  # type: ignore[operator]
+            return self.agent.generate(input_ids, role=self._role, **settings)
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Return log-probabilities of the replies' own tokens."""
         shared = self.agent.shared
-        hidden = shared.hidden("reference", rollout.input_ids, rollout.attention_mask)
-        return shared.logprobs(
-            hidden,
-            rollout.input_ids,
-            rollout.response_mask,
-            temperature=self.agent.temperature,
-        )[0]
+        with self._as_it_was():
+            hidden = shared.hidden(self._role, rollout.input_ids, rollout.attention_mask)
+            return shared.logprobs(
+                hidden,
+                rollout.input_ids,
+                rollout.response_mask,
+                temperature=self.agent.temperature,
+            )[0]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         """Yield the weights it reads, detached. Overridden since the view registers none."""
         shared = self.agent.shared
-        # What roles add is not the reference's
-        others = {name for role in ("policy", "value", "reward") for name, _ in shared.role_parameters(role)}
-        return (
-            (n, p.detach())
-            for n, p in shared.named_parameters(*args, **kwargs)
-            if n not in others and ".score." not in n
-        )
+        # What roles add is not the reference's, but for what it has kept
+        roles: tuple[Role, ...] = ("policy", "value", "reward", "ema")
+        others = {name for role in roles for name, _ in shared.role_parameters(role)}
+        if self._kept and shared.has("reference"):
+            others |= {name for name, _ in shared.role_parameters("reference")}
+        for name, parameter in shared.named_parameters(*args, **kwargs):
+            if name in self._kept:
+                yield name, self._kept[name]
+            elif name not in others and ".score." not in name:
+                yield name, parameter.detach()
 
 
-def create_reference_model(model: Agent | PreTrainedModel) -> ReferenceModel:
-    """Return a frozen view of what ``model`` was built on; no weight is copied.
+def create_reference_model(model: Agent | PreTrainedModel | PeftModel) -> ReferenceModel:
+    """Return a frozen view that answers as ``model`` does now; no weight of the base is copied.
 
-    InstructGOOSE copies all weights, as they are at the call. Here a plain model of transformers
-    gets the adapters of an ``Agent`` instead, in place: it answers as before, what trains from then
-    on is the adapters, and ``RLHFTrainer(model, ref_model, config)`` trains them.
+    InstructGOOSE copies all weights. Here a plain model of transformers gets the adapters of an
+    ``Agent`` instead, in place: it answers as before, what trains from then on is the adapters, and
+    ``RLHFTrainer(model, ref_model, config)`` trains them. A model of PEFT trains its own adapter.
     """
     if isinstance(model, Agent):
         return ReferenceModel(model)
     return ReferenceModel(_agent_of(model) or Agent(model), of_plain_model=True)
 
 
-def _agent_of(model: PreTrainedModel) -> Agent | None:
-    """Return the agent that was made on a model of transformers, if one was."""
-    found = vars(model).get(_AGENT)
+def _agent_of(model: PreTrainedModel | PeftModel) -> Agent | None:
+    """Return the agent that was made on a model of transformers or of PEFT, if one was."""
+    found = vars(model.get_base_model() if isinstance(model, PeftModel) else model).get(_AGENT)
     return found[0] if found else None
+
+
+def _on_peft_model(
+    model: PeftModel, policy: LoraConfig | str | None, critic: Critic
+) -> tuple[PreTrainedModel, SharedBase]:
+    """Put the roles on the base of PEFT's model, whose one adapter goes on as the policy.
+
+    The model's own parameters are the policy's, so that an optimizer that has them trains it.
+
+    Raises:
+        UserError: another policy, several adapters, or an adapter that a role cannot be exactly.
+    """
+    where, names = f"this {type(model).__name__}", list(model.peft_config)
+    if policy is not None:
+        raise UserError(f"{where} has an adapter already, and policy names another. Leave policy out.")
+    if names != [ADAPTERS["policy"]]:
+        raise UserError(
+            f"{where} has the adapters {', '.join(names)}, and an agent trains the one called default. Load"
+            " that one alone."
+        )
+    config = model.peft_config[ADAPTERS["policy"]]
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{where} has an adapter of {config.peft_type.value}. Agents train LoRA.")
+    # Its start may have changed the base that is in memory
+    require_harmless_start(config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        adapter = AdapterFolder.open("model", folder)
+        require_known(adapter)
+        own = dict(model.named_parameters())
+        core = cast(PreTrainedModel, model.unload())
+        shared = SharedBase.build(core, adapter, critic=critic)
+    # Its parameters take their places again, with what they hold
+    for name, fresh in list(shared.role_parameters("policy")):
+        place, _, leaf = name.rpartition(".")
+        parameter = own.get(name, fresh).requires_grad_(fresh.requires_grad)
+        shared.get_submodule(place).register_parameter(leaf, parameter)
+    return core, shared
 
 
 @dataclass(frozen=True)
@@ -316,7 +408,9 @@ class RLHFTrainer:
     first end-of-text token.
     """
 
-    def __init__(self, model: Agent | PreTrainedModel, ref_model: ReferenceModel, config: RLHFConfig):
+    def __init__(
+        self, model: Agent | PreTrainedModel | PeftModel, ref_model: ReferenceModel, config: RLHFConfig
+    ):
         if not isinstance(ref_model, ReferenceModel):
             raise UserError(
                 f"ref_model is a {type(ref_model).__name__}. Use create_reference_model(model), which copies"

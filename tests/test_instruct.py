@@ -10,6 +10,7 @@ import pytest
 import reference as slow
 import tiny
 import torch
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, optim
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from goose_lora.errors import UserError
 from goose_lora.instruct import (
     Agent,
     PairwiseLoss,
@@ -26,6 +28,7 @@ from goose_lora.instruct import (
     RLHFTrainer,
     create_reference_model,
 )
+from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
 
 SHAPES = ("gpt2", "llama")
@@ -34,15 +37,17 @@ Batch = dict[str, Tensor]
 
 def agent(shape: str = "llama", *, stirred: bool = True, critic: str = "shared", **settings: Any) -> Agent:
     """On a tiny base; stirred, its adapters and its value head are random, so that it is not its
-    reference."""
+    reference, which was made before."""
     made = Agent(tiny.base(shape), policy=None, critic=critic, **settings)
+    vars(made)["untrained"] = create_reference_model(made)
     if stirred:
         tiny.stir(made, std=0.05)
     return made
 
 
 def trainer_of(made: Agent, **settings: Any) -> RLHFTrainer:
-    return RLHFTrainer(made, create_reference_model(made), RLHFConfig(**settings))
+    reference = vars(made).get("untrained") or create_reference_model(made)
+    return RLHFTrainer(made, reference, RLHFConfig(**settings))
 
 
 def replies(
@@ -501,7 +506,7 @@ def test_ids_in_padding_have_no_say(name):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_copies_no_weight(shape):
-    made = agent(shape)
+    made = agent(shape, stirred=False)
     owned = {p.data_ptr() for p in made.parameters()}
     reference = create_reference_model(made)
     parameters = list(reference.parameters())
@@ -581,6 +586,124 @@ def test_a_plain_model_without_an_agent_is_refused():
     reference = create_reference_model(agent())
     with pytest.raises(ValueError, match=r"without an agent.*create_reference_model\(model\)"):
         RLHFTrainer(tiny.base("llama"), reference, RLHFConfig())
+
+
+def peft_model(shape: str, **settings: Any) -> PeftModel:
+    """What plain PEFT makes of a tiny base, its adapter random."""
+    targets = ["c_attn"] if shape == "gpt2" else ["q_proj", "v_proj", "up_proj"]
+    config = {"r": 3, "target_modules": targets, "fan_in_fan_out": shape == "gpt2"}
+    peft = get_peft_model(tiny.base(shape), LoraConfig(task_type="CAUSAL_LM", **config | settings))
+    tiny.stir(peft, std=0.1)
+    return peft.eval()
+
+
+MADE = {
+    "plain": lambda shape: tiny.base(shape),
+    "PEFT": lambda shape: peft_model(shape),
+    "DoRA": lambda shape: peft_model(shape, use_dora=True),
+    "agent": lambda shape: Agent(tiny.base(shape)),
+    "agent of PEFT": lambda shape: Agent(peft_model(shape), critic="adapter"),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_references_made_at_different_times_answer_as_the_model_did_at_each(kind, shape):
+    """Compared with deep copies, which transformers and PEFT run, all along."""
+    ids, mask = tiny.batch(side="left")
+    greedy = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": tiny.PAD}
+    model, batch, made = MADE[kind](shape), replies(), []
+    weights = {p.data_ptr() for n, p in model.named_parameters() if "lora_" not in n}
+
+    def core(of: Any) -> Any:
+        return of.shared.core if isinstance(of, Agent) else of
+
+    for at in range(3):
+        copied = copy.deepcopy(core(model)).eval()
+        reference = create_reference_model(model)
+        made.append((copied, reference))
+        trainer = RLHFTrainer(model, reference, RLHFConfig(kl_coef=0.1 * at))
+        optimizer = optim.SGD(model.parameters(), lr=0.5)
+        before = trainer.snapshot(**batch).logprobs
+        torch.testing.assert_close(reference.logprobs(trainer._rollout(**batch)), before)
+        for _ in range(2):
+            trainer.compute_loss(**batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.allclose(trainer.snapshot(**batch).logprobs, before, atol=1e-3), "it trains"
+        with torch.no_grad():
+            for theirs, ours in made:
+                want = theirs(input_ids=ids, attention_mask=mask).logits
+                torch.testing.assert_close(ours(ids, attention_mask=mask).logits, want)
+                assert torch.equal(ours.generate(ids, **greedy), theirs.generate(input_ids=ids, **greedy))
+                assert ours.config.to_dict() == theirs.config.to_dict()
+                large = [p for n, p in ours.named_parameters() if "lora_" not in n]
+                assert {p.data_ptr() for p in large if p.dim() > 1} <= weights, "the base is not copied"
+                assert not any(p.requires_grad for p in ours.parameters())
+
+
+def test_a_model_of_peft_goes_on_as_itself(tmp_path):
+    """Its parameters, and what it says and saves, are those of the agent's policy."""
+    peft, (ids, mask) = peft_model("llama"), tiny.batch()
+    optimizer = optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=0.5)
+    with torch.no_grad():
+        want = peft(input_ids=ids, attention_mask=mask).logits
+        trainer = RLHFTrainer(peft, create_reference_model(peft), RLHFConfig())
+        torch.testing.assert_close(peft(input_ids=ids, attention_mask=mask).logits, want)
+    trainer.compute_loss(**replies()).backward()
+    optimizer.step()
+    with torch.no_grad():
+        trained = peft(input_ids=ids, attention_mask=mask).logits
+        assert not torch.allclose(trained, want, atol=1e-3), "an optimizer made before trains it"
+        peft.save_pretrained(tmp_path, selected_adapters=["default"])
+        again = PeftModel.from_pretrained(tiny.base("llama"), tmp_path).eval()
+        torch.testing.assert_close(again(input_ids=ids, attention_mask=mask).logits, trained)
+
+
+def test_adapters_of_peft_that_cannot_be_a_policy_are_refused_and_left_alone():
+    ids, mask = tiny.batch()
+    vera = get_peft_model(tiny.base(), VeraConfig(target_modules=["q_proj", "up_proj"], r=3))
+    two = peft_model("llama")
+    two.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    refused = {
+        "PISSA|pissa": peft_model("llama", init_lora_weights="pissa"),
+        "VERA": vera.eval(),
+        "default, second": two,
+        "bias=": peft_model("llama", bias="lora_only"),
+    }
+    for named, peft in refused.items():
+        with torch.no_grad():
+            want = peft(input_ids=ids, attention_mask=mask).logits
+            with pytest.raises(UserError, match=named):
+                create_reference_model(peft)
+            assert torch.equal(peft(input_ids=ids, attention_mask=mask).logits, want)
+
+
+def test_a_base_with_adapters_of_its_own_is_refused():
+    model = tiny.base()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    for make in (create_reference_model, lambda base: SharedBase.build(base, tiny.lora(tiny.base()))):
+        with pytest.raises(UserError, match="has adapters already"):
+            make(model)
+
+
+def test_a_reference_whose_base_has_been_written_to_says_so():
+    model, (ids, _) = tiny.base(), tiny.batch()
+    reference = create_reference_model(model)
+    reference(ids)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)
+    with pytest.raises(UserError, match="have changed since its reference was made"):
+        reference(ids)
+
+
+def test_the_references_settings_of_generation_are_those_of_its_making():
+    model, (ids, mask) = tiny.base(), tiny.batch()
+    reference = create_reference_model(model)
+    want = reference.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=3)
+    model.generation_config.repetition_penalty = 50.0
+    assert torch.equal(reference.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=3), want)
+    assert model.generation_config.repetition_penalty == 50.0
 
 
 def test_freezing_the_reference_leaves_what_trains_alone():

@@ -49,6 +49,15 @@ def load_weights(model: PeftModel, role: Role, folder: AdapterFolder) -> None:
         )
 
 
+def require_bare(base: nn.Module) -> None:
+    """Refuse a base that has adapters already, which would be taken for a part of it."""
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise UserError(
+            f"this {type(base).__name__} has adapters already, and roles are put on a bare base. Load it"
+            " without (no load_adapter, get_peft_model or earlier SharedBase), and give the adapter's folder."
+        )
+
+
 def config_without_dropout(adapter: AdapterFolder) -> LoraConfig:
     """Return PEFT's configuration of a saved adapter as plain LoRA, its dropout set to 0."""
     return without_lora_dropout(plain_config(adapter), str(adapter))

@@ -113,6 +113,7 @@ class SharedBase(PeftModel):
                 from the model that it stands for, on a few tokens.
         """
         # What is asked for, and the adapters as they lie on the disk.
+        adapters.require_bare(base)
         start = None if isinstance(policy, LoraConfig) else AdapterFolder.of("policy", policy)
         judge = None if reward is None else AdapterFolder.of("reward", reward)
         own_reference, kind = _reference(reference)
