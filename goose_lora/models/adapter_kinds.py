@@ -114,6 +114,19 @@ def require_harmless_start(config: LoraConfig) -> None:
         )
 
 
+def require_dequantizable(use_dora: bool, where: str, *, int8_on_cpu: bool) -> None:
+    """Refuse DoRA on int8 weights that are on a CPU.
+
+    DoRA takes the norm of the dequantized weights, and PEFT's dequantization of an int8 layer on a
+    CPU leaves it without its scales.
+    """
+    if use_dora and int8_on_cpu:
+        raise UserError(
+            f"{where} has use_dora, which PEFT cannot compute from int8 weights on a CPU. Set quantization:"
+            " nf4 or none."
+        )
+
+
 def known_tensor(name: str) -> bool:
     """Return whether the tensor ``name`` of an adapter is of a kind that a role can have."""
     return name.endswith(_KNOWN_TENSORS)

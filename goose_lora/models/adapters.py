@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from torch import nn
 
 from goose_lora.errors import UserError
-from goose_lora.models.adapter_kinds import as_plain, plain_config
+from goose_lora.models.adapter_kinds import as_plain, plain_config, require_dequantizable
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.roles import ADAPTERS, Role, belongs_to
 
@@ -56,6 +56,15 @@ def require_bare(base: nn.Module) -> None:
             f"this {type(base).__name__} has adapters already, and roles are put on a bare base. Load it"
             " without (no load_adapter, get_peft_model or earlier SharedBase), and give the adapter's folder."
         )
+
+
+def require_runs(base: nn.Module, config: LoraConfig, role: Role) -> None:
+    """Refuse a kind of adapter that PEFT cannot compute on the weights of ``base``."""
+    int8_on_cpu = any(
+        type(module).__name__ == "Linear8bitLt" and next(module.parameters()).device.type == "cpu"
+        for module in base.modules()
+    )
+    require_dequantizable(config.use_dora, f"the adapter of the role {role}", int8_on_cpu=int8_on_cpu)
 
 
 def config_without_dropout(adapter: AdapterFolder) -> LoraConfig:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from goose_lora.errors import UserError
-from goose_lora.models.adapter_kinds import kept_base, known_tensor, require_known
+from goose_lora.models.adapter_kinds import kept_base, known_tensor, require_dequantizable, require_known
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.base_files import require_whole
 from goose_lora.models.folders import AdapterFolder, Template, by_name, reading, require_model, saved_template
@@ -86,6 +86,11 @@ def check_fit(
         if adapter is None:
             continue
         _check_adapter(adapter, args.model_name_or_path, core)
+        require_dequantizable(
+            bool(adapter.config.get("use_dora")),
+            f"{adapter.setting}: {adapter}",
+            int8_on_cpu=args.quantization == "int8" and not torch.cuda.is_available(),
+        )
         # A chat model reads another prompt under another template
         saved, ours = saved_template(adapter.path), tokenizer.chat_template
         if chat and saved is not None and ours is not None and _stripped(saved) != _stripped(ours):

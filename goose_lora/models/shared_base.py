@@ -137,6 +137,7 @@ class SharedBase(PeftModel):
             require_harmless_start(fresh)
             config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
         adapters.switch_off_dropout(base)
+        adapters.require_runs(base, config, "policy")
         bare = role_checks.bare_answer(base.eval())
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
         self.role_plan, self._role = plan, None
@@ -174,6 +175,7 @@ class SharedBase(PeftModel):
         return self
 
     def _add_role(self, role: Role, config: LoraConfig) -> None:
+        adapters.require_runs(self, config, role)
         cast(PeftModel, self).add_adapter(ADAPTERS[role], copy.deepcopy(config))
 
     def _add_critic(self, value: LoraConfig | None) -> None:
