@@ -28,7 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
-        help="all cells of the matrix, 240 drawn combinations of settings, more kills, accelerate's launcher, a step's time to 15 %",
+        help=(
+            "all cells of the matrix, 240 drawn combinations of settings, more kills, accelerate's launcher,"
+            " a step's time to 15 %"
+        ),
     )
 
 
