@@ -49,13 +49,20 @@ def load_weights(model: PeftModel, role: Role, folder: AdapterFolder) -> None:
         )
 
 
-def require_bare(base: nn.Module) -> None:
-    """Refuse a base that has adapters already, which would be taken for a part of it."""
+def make_ready(base: nn.Module, config: LoraConfig) -> None:
+    """Set all dropout of a base to 0 before ``config``, the policy's, is put on it.
+
+    Raises:
+        UserError: it has adapters already, which would be taken for a part of it, or PEFT cannot
+            compute this kind of adapter on its weights.
+    """
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise UserError(
             f"this {type(base).__name__} has adapters already, and roles are put on a bare base. Load it"
             " without (no load_adapter, get_peft_model or earlier SharedBase), and give the adapter's folder."
         )
+    require_runs(base, config, "policy")
+    switch_off_dropout(base)
 
 
 def require_runs(base: nn.Module, config: LoraConfig, role: Role) -> None:

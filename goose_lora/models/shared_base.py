@@ -113,7 +113,6 @@ class SharedBase(PeftModel):
                 from the model that it stands for, on a few tokens.
         """
         # What is asked for, and the adapters as they lie on the disk.
-        adapters.require_bare(base)
         start = None if isinstance(policy, LoraConfig) else AdapterFolder.of("policy", policy)
         judge = None if reward is None else AdapterFolder.of("reward", reward)
         own_reference, kind = _reference(reference)
@@ -128,16 +127,15 @@ class SharedBase(PeftModel):
         )
 
         # The policy makes the PeftModel. A score head must be there before, for PEFT to copy it.
-        if judge is not None or critic is not None:
-            _add_score_head(base)
         if start is not None:
             config = adapters.config_without_dropout(start)
         else:
             fresh = copy.deepcopy(cast(LoraConfig, policy))
             require_harmless_start(fresh)
             config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
-        adapters.switch_off_dropout(base)
-        adapters.require_runs(base, config, "policy")
+        adapters.make_ready(base, config)
+        if judge is not None or critic is not None:
+            _add_score_head(base)
         bare = role_checks.bare_answer(base.eval())
         self = cls(base, config, adapter_name=ADAPTERS["policy"])
         self.role_plan, self._role = plan, None
