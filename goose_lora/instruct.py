@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -326,7 +326,7 @@ def _on_peft_model(
         )
     config = model.peft_config[ADAPTERS["policy"]]
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{where} has an adapter of {config.peft_type.value}. Agents train LoRA.")
+        raise UserError(f"{where} has an adapter of {PeftType(config.peft_type).value}. Agents train LoRA.")
     # Its start may have changed the base that is in memory
     require_harmless_start(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -339,7 +339,8 @@ def _on_peft_model(
     # Its parameters take their places again, with what they hold
     for name, fresh in list(shared.role_parameters("policy")):
         place, _, leaf = name.rpartition(".")
-        parameter = own.get(name, fresh).requires_grad_(fresh.requires_grad)
+        parameter = own.get(name, fresh)
+        parameter.requires_grad_(fresh.requires_grad)
         shared.get_submodule(place).register_parameter(leaf, parameter)
     return core, shared
 

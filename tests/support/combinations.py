@@ -343,7 +343,7 @@ def broken_figures(folder: Path) -> list[str]:
         for name, value in row.items()
         if isinstance(value, float) and not math.isfinite(value)
     }
-    return sorted(wrong - {"reward/no_score"})
+    return sorted(wrong - {f"reward/{name}" for name in _NOT_ALL})
 
 
 def copy_checkpoint(one: Path, other: Path, step: int) -> Path:
