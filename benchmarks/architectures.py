@@ -56,6 +56,7 @@ OLD = PLAIN | {"n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 127, "ini
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 LATENT |= {"v_head_dim": 12, "num_key_value_heads": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 8, "mamba_n_groups": 1}
+INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 LINEAR |= {"layer_types": ["linear_attention", "full_attention"] * 2}
@@ -90,7 +91,6 @@ OWN = {
     "deepseek_v3": LATENT | {"first_k_dense_replace": 1, "head_dim": 8},
     "youtu": LATENT | {"head_dim": 8},
     "minicpm3": LATENT | {"v_head_dim": 16, "dim_model_base": 16},
-    "falcon_h1": MAMBA | {"mamba_d_ssm": 48, "lm_head_multiplier": 0.3},
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}
     | {"expert_layer_period": 2, "use_mamba_kernels": False},
@@ -105,6 +105,18 @@ OWN = {
     "xglm": {"d_model": 48, "num_layers": 4, "attention_heads": 4, "ffn_dim": 32},
     "bloom": {"n_layer": 4, "n_head": 4},
     "jetmoe": {"kv_channels": 12},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 96, "lm_head_multiplier": 0.3},
+    "zaya": {"num_experts_per_tok": 1},
+    "blenderbot": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    "deepseek_v32": LATENT | {"first_k_dense_replace": 1, "head_dim": 8} | INDEX,
+    "glm_moe_dsa": LATENT | {"first_k_dense_replace": 1, "head_dim": 8} | INDEX,
+    "glm4_moe_lite": LATENT | {"first_k_dense_replace": 1, "head_dim": 8},
+    "axk1": LATENT | {"first_k_dense_replace": 1, "head_dim": 8},
+    "longcat_flash": LATENT | {"head_dim": 8, "num_layers": 2, "ffn_hidden_size": 32, "zero_expert_num": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"num_key_value_heads": 4},
+    "reformer": {"is_decoder": True},
+    "zamba2": MAMBA | {"layers_block_type": ["mamba", "hybrid"] * 2, "layer_types": ["mamba", "hybrid"] * 2},
 }
 # A cache holds a window for each class whose configuration names one, so that only those have it
 MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -112,7 +124,13 @@ for windowed in ("ministral", "cohere2", "exaone4", "gpt_oss", "gemma3n_text", "
     OWN[windowed] = OWN.get(windowed, {}) | MIXED
 for windowed in ("mistral", "gemma2", "gemma3_text", "olmo3", "cwm", "vaultgemma", "phi3", "starcoder2"):
     OWN[windowed] = OWN.get(windowed, {}) | {"sliding_window": 5}
+# Of models that see, the part that reads has the sizes, and the eyes are as small
+EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+EYES |= {"image_size": 28, "patch_size": 14, "depth": 1, "num_heads": 2, "out_hidden_size": 48}
 ALONE = {
+    "falcon": {
+        name: value for name, value in SIZES.items() if name not in ("head_dim", "num_key_value_heads")
+    },
     "gpt2": OLD,
     "gptj": OLD | {"rotary_dim": 8},
     "codegen": OLD | {"rotary_dim": 8},
@@ -125,13 +143,18 @@ ALONE = {
 }
 
 
+for seeing in ("gemma3", "gemma4", "gemma4_unified", "llama4", "qwen3_5", "qwen3_5_moe"):
+    text = SIZES | OWN.get(f"{seeing}_text", {})
+    ALONE[seeing] = PLAIN | {"text_config": text, "vision_config": EYES, "audio_config": None}
+
+
 def tiny_model(kind: str) -> torch.nn.Module:
     """Return a random model of a class, its biases and norms random too."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **(ALONE.get(kind) or SIZES | OWN.get(kind, {})))
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > 5_000_000:
+    if size > 20_000_000:
         raise ValueError(f"its configuration is not tiny here: {size} parameters")
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

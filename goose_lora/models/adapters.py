@@ -12,6 +12,7 @@ from torch import nn
 from goose_lora.errors import UserError
 from goose_lora.models.adapter_kinds import as_plain, plain_config, require_dequantizable
 from goose_lora.models.folders import AdapterFolder
+from goose_lora.models.role_checks import first_not_finite
 from goose_lora.models.roles import ADAPTERS, Role, belongs_to
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,12 @@ def load_weights(model: PeftModel, role: Role, folder: AdapterFolder) -> None:
             f"{folder} has no score head (looked for a tensor named *score.weight among {len(weights)}), so"
             f" it cannot be a {role} model. Train it with recipes/reward.py, or with trl.RewardTrainer and"
             " LoraConfig(task_type='SEQ_CLS')."
+        )
+    broken = first_not_finite(weights.items())
+    if broken is not None:
+        raise UserError(
+            f"{folder}, for the role {role}: {broken} has numbers that are not finite. Copy the folder again,"
+            " or train the stage again with a lower learning_rate."
         )
     weights = as_plain(weights, folder, model, ADAPTERS[role])
     # PEFT loads what it knows by name, and says what was missing or left over

@@ -6,7 +6,7 @@ forward, of one row without padding, through PEFT's modules.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol, cast
 
@@ -46,6 +46,7 @@ class RolesOnBase(Protocol):
     @property
     def core(self) -> PreTrainedModel: ...
     def has(self, role: Role) -> bool: ...
+    def role_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]: ...
     def role(self, role: Role, *, generating: bool = False) -> AbstractContextManager[object]: ...
     def score_head(self, role: Role) -> nn.Linear: ...
     def spare_last_layer(self, on: bool) -> None: ...
@@ -94,7 +95,9 @@ def bare_answer(base: PreTrainedModel) -> OwnAnswer | None:
     # Memory is planned on the meta device, where nothing can be compared.
     if role_outputs.output_head(base).weight.device.type == "meta":
         return None
-    return own_answer(base)
+    bare = own_answer(base)
+    _require_finite(base, "the base", bare.logits, base.named_parameters())
+    return bare
 
 
 @torch.no_grad()
@@ -122,6 +125,7 @@ def check_against_model(shared: RolesOnBase, bare: OwnAnswer | None) -> None:
         if shared.has(role):
             with shared.role(role):
                 own = own_answer(core)
+            _require_finite(core, f"the role {role}", own.logits, shared.role_parameters(role))
             _compare(shared, role, own, allowed)
     if shared.has("reward"):
         _compare_scores(shared, bare)
@@ -225,6 +229,7 @@ def _compare_generated(shared: RolesOnBase, bare: OwnAnswer) -> OwnAnswer:
         assert not isinstance(out, Tensor) and out.logits is not None
         row = out.sequences[:, PADDING:]
         wanted = core(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0]
+    _require_finite(core, "the role policy", wanted, shared.role_parameters("policy"))
     # One pass over the same tokens says what each step should have said
     steps = torch.cat(out.logits).to(bare.logits.dtype)
     wanted = wanted.to(steps.dtype)
@@ -256,6 +261,7 @@ def _compare_scores(shared: RolesOnBase, bare: OwnAnswer) -> None:
     ids, mask = _padded(bare.ids)
     with _of_the_model(core), shared.role("reward"), role_outputs.autocast(core):
         wanted = judge.eval()(input_ids=bare.ids, use_cache=False).logits.reshape(-1)
+    _require_finite(core, "the role reward", wanted, shared.role_parameters("reward"))
     with _of_the_model(core):
         score = shared.scores(ids, mask) + shared.head_bias["reward"]
     gap = (score - wanted).abs().max().item()
@@ -318,6 +324,25 @@ def _probe_trunk(shared: RolesOnBase, bare: OwnAnswer) -> None:
             " each time: slower, and as exact.",
             type(shared.core).__name__,
         )
+
+
+def _require_finite(
+    core: PreTrainedModel, who: str, outputs: Tensor, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Refuse outputs that are no numbers, with the name of the first tensor that has none."""
+    if outputs.isfinite().all():
+        return
+    # Packed weights are whole numbers, and always finite
+    broken = first_not_finite(tensors)
+    where = f"{broken} has numbers that are not finite. Load or save it again."
+    if broken is None:
+        where = f"its own tensors are. Use a wider dtype than {core.dtype}, or another base."
+    raise UserError(f"{type(core).__name__}: what {who} says is not finite: {where}")
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first of ``tensors`` that holds NaN or an infinity, if one does."""
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
 
 
 def _require_tensor(trunk: object) -> None:

@@ -237,3 +237,46 @@ def test_parameters_of_the_base_that_are_called_like_a_role_belong_to_none():
     base = AutoModelForCausalLM.from_config(config).eval()
     shared = SharedBase.build(base, LoraConfig(r=3, target_modules=["query"]), critic="adapter")
     assert all("lora_" in name or "score" in name for name, _ in shared.role_parameters("value"))
+
+
+NOT_FINITE = [float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("number", NOT_FINITE)
+@pytest.mark.parametrize("place", ["model.layers.3.mlp.up_proj", "model.norm", "lm_head"])
+def test_a_base_with_numbers_that_are_not_finite_is_named_with_its_tensor(place, number):
+    base = tiny.base()
+    with torch.no_grad():
+        base.get_submodule(place).weight.view(-1)[5] = number
+    with pytest.raises(UserError, match=rf"the base says is not finite: .*{place}.weight has numbers"):
+        built(base)
+
+
+@pytest.mark.parametrize("number", NOT_FINITE)
+@pytest.mark.parametrize("role", ["policy", "reference", "reward"])
+def test_an_adapter_with_numbers_that_are_not_finite_is_named_with_its_tensor(tmp_path, role, number):
+    task = "SEQ_CLS" if role == "reward" else "CAUSAL_LM"
+    model = tiny.base()
+    if role == "reward":
+        model = AutoModelForSequenceClassification.from_config(
+            AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"], num_labels=1)
+        )
+    peft = get_peft_model(model, tiny.lora(model, task_type=task))
+    # One that seven tokens need not meet
+    name, last = [pair for pair in peft.named_parameters() if "lora_B" in pair[0]][-1]
+    with torch.no_grad():
+        last[0, 0] = number
+    peft.save_pretrained(tmp_path)
+    roles = {"policy": {}, "reference": {"reference": tmp_path}, "reward": {"reward": tmp_path}}[role]
+    with pytest.raises(UserError, match=rf"for the role {role}: .*{name.partition('.default')[0]}.*finite"):
+        built(tiny.base(), tmp_path if role == "policy" else None, **roles)
+
+
+def test_logits_that_overflow_in_the_models_dtype_are_said_to_be_that():
+    base = tiny.base().half()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.mlp.down_proj.weight.fill_(6e4)
+            layer.mlp.up_proj.weight.fill_(6e4)
+    with pytest.raises(UserError, match=r"its own tensors are\. Use a wider dtype than torch.float16"):
+        built(base)
