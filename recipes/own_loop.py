@@ -84,7 +84,8 @@ def main(args: list[str] | None = None) -> PPOTrainer:
     stage = cli.Stage.begin("own_loop", config, model, data, game, command=args)
 
     # 1. Everything that can be known before a weight is read.
-    rate = RewardMix([import_function(game.rating)], timeout=config.reward_timeout)
+    rating = import_function(game.rating)
+    rate = RewardMix([rating], timeout=config.reward_timeout)
     policy = stage.adapter("policy_adapter")
     plan = config.role_plan(has_policy=policy is not None, has_reward=False)
     prompts = stage.prompts(held_out=False)
@@ -103,7 +104,8 @@ def main(args: list[str] | None = None) -> PPOTrainer:
     )
 
     # 3. Play, rate, update; then leave the policy and a report.
-    trainer = PPOTrainer(shared, stage.trainer_config, None, tokenizer)
+    trainer = PPOTrainer(shared, stage.trainer_config, None, tokenizer, reward_function=rating)
+    trainer.given = stage.given
     done = trainer.start(resume_from_checkpoint=stage.checkpoint)
     ids = list(prompts.train["input_ids"])
     count, figures = config.rollout_batch_size, {}

@@ -130,6 +130,7 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         ptx_dataset=prompts.pretraining,
         eval_dataset=prompts.held_out,
     )
+    trainer.given = stage.given  # what a run that resumes this one must be given too
     trainer.train(resume_from_checkpoint=stage.checkpoint)
     stage.finish(trainer, parents={"policy": policy, "reward": reward})
     return trainer

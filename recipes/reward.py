@@ -203,6 +203,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
         peft_config=stage.lora(base, start),
     )
     stage.start_from(trainer, start)
+    trainer.given = stage.given
 
     # 3. Train, judge, and leave the adapter with its verdict and its bias.
     result = trainer.train(resume_from_checkpoint=stage.checkpoint)

@@ -55,6 +55,7 @@ def main(args: list[str] | None = None) -> SFTTrainer:
         peft_config=stage.lora(base, policy),
     )
     stage.start_from(trainer, policy)
+    trainer.given = stage.given
 
     # 3. Train, and leave the adapter.
     result = trainer.train(resume_from_checkpoint=stage.checkpoint)

@@ -145,7 +145,7 @@ def _env(arguments: argparse.Namespace) -> None:
     import torch
 
     from goose_lora.models.quantization import cpu_multiplies_bf16
-    from goose_lora.sharing.lineage import versions
+    from goose_lora.training.versions import versions
 
     facts: dict[str, object] = {**versions()}
     # The machine: what a figure or a shortage depends on

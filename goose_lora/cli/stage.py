@@ -44,7 +44,7 @@ from goose_lora.models.roles import ADAPTERS
 from goose_lora.ownership import begin_in, claim, release
 from goose_lora.planning import ways
 from goose_lora.planning.memory import plan_run
-from goose_lora.ppo.config import RESUME_RULES, PPOConfig
+from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.sampler import RolloutBatches
 from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.reporting import html_report
@@ -54,10 +54,10 @@ from goose_lora.reporting.plots import plot_curves
 from goose_lora.reporting.run_files import write_stage
 from goose_lora.sharing import hub, lineage, model_card
 from goose_lora.sharing.export import save_policy
-from goose_lora.training.checkpoints import SettingRules
+from goose_lora.training.checkpoints import Facts, SettingRules
 from goose_lora.training.cost import cost
 from goose_lora.training.launch import require_all_processes, require_ddp
-from goose_lora.training.resume import starting_point
+from goose_lora.training.resume import given_facts, starting_point
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class Stage:
     others: tuple[Any, ...] = ()
     command: Sequence[str] | None = None
     checkpoint: str | None = None
+    given: Facts = field(default_factory=dict)  # for checkpoints: what the recipe was given
     _adapters: dict[str, AdapterFolder] = field(default_factory=dict)
     _row_sets: list[RowSet] = field(default_factory=list)
     _tokenizer: PreTrainedTokenizerBase | None = None
@@ -142,12 +143,15 @@ class Stage:
         output_dir = config.output_dir or "."
         begin_in(output_dir, name, config, model, data, *others, writes=config.process_index == 0)
         # What is to be resumed, and where the result goes
+        parents = {setting: stage.adapter(setting) for setting in ("policy_adapter", "reward_adapter")}
+        stage.given = given_facts(config, model, data, *others, parents=parents)
         stage.checkpoint = starting_point(
             config,
             name,
             model,
-            stage.adapter("reward_adapter" if name == "reward" else "policy_adapter"),
-            rules=RESUME_RULES if isinstance(config, PPOConfig) else SettingRules(),
+            stage.given,
+            parents["reward_adapter" if name == "reward" else "policy_adapter"],
+            rules=config.resume_rules if isinstance(config, PPOConfig) else SettingRules(),
         )
         # An upload that cannot succeed is told before the training, not after it
         hub.check_upload(config, model)

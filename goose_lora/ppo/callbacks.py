@@ -75,10 +75,13 @@ class RolloutState(TrainerCallback, ExportableState):
         # A list of callbacks before a run, and what each has saved once a checkpoint was read
         saved = cast("dict[str, object]", state.stateful_callbacks or {})
         remembered = _checked_state(saved.get(type(self).__name__))
+        asked = self.kl_control.coef
         try:
             self.kl_control.load_state_dict(remembered["kl_control_state"])
         except ValueError as error:
             raise UserError(str(error)) from error
+        if isinstance(self.kl_control, FixedKL):
+            self.kl_control.coef = asked  # a price that stays is what the settings say
         for name in self.REMEMBERED:
             value = remembered[name]
             # JSON has lists where this has tuples.

@@ -15,19 +15,39 @@ from goose_lora.training.checkpoints import SettingRules
 from goose_lora.training.validation import check_finite, check_training
 
 # Settings of PPO in a resumed run: the form of a rollout and what the roles are must be the same.
+# What a resumed run may have otherwise: its length, prices and bounds, of which the new ones are
+# used, and what it takes in time and memory.
 RESUME_RULES = SettingRules(
-    must_match=(
-        "num_mini_batches",
-        "num_ppo_epochs",
-        "num_generations",
-        "train_layers",
-        "advantage_estimator",
-        "critic",
-        "ema_decay",
-        "score_normalization",
-        "value_learning_rate",
-    ),
-    may_differ=("num_rollouts", "sample_rows", "early_stopping_patience"),
+    may_differ=(
+        "response_length",
+        "temperature",
+        "max_prompt_tokens",
+        "local_rollout_forward_batch_size",
+        "rollout_weights",
+        "rollout_engine",
+        "vllm_memory_share",
+        "kl_coef",
+        "max_kl",
+        "kl_target",
+        "kl_horizon",
+        "score_calibration_prompts",
+        "score_clip",
+        "length_penalty",
+        "missing_eos_penalty",
+        "reward_timeout",
+        "max_tokens_per_microbatch",
+        "cliprange",
+        "cliprange_value",
+        "ratio_threshold",
+        "vf_coef",
+        "gamma",
+        "lam",
+        "entropy_coef",
+        "ptx_coef",
+        "reuse_trunk",
+        "trunk_memory",
+        "num_eval_prompts",
+    )
 )
 _SAVE_EVERY_ROLLOUTS = 10
 _VLLM_COLDEST = 0.01  # vLLM samples at this temperature where it is asked for a lower one
@@ -374,6 +394,15 @@ class PPOConfig(TrainingArguments):
         """Whether the critic's learning rate goes by a schedule of its own."""
         own = self.value_lr_scheduler_type or self.value_warmup_steps or self.critic_warmup_rollouts
         return self.needs_critic and bool(own)
+
+    @property
+    def resume_rules(self) -> SettingRules:
+        """Which settings a resumed run may have otherwise."""
+        if self.kl_target is None:
+            return RESUME_RULES
+        # An adaptive price goes on from the checkpoint's: the setting is where it began
+        kept = tuple(name for name in RESUME_RULES.may_differ if name != "kl_coef")
+        return RESUME_RULES._replace(may_differ=kept)
 
     @property
     def sampled_kl_estimator(self) -> KLEstimator:

@@ -29,7 +29,7 @@ from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
 from goose_lora.ppo.callbacks import Diagnosis, PolicyAverage, RolloutState, write_samples
 from goose_lora.ppo.collector import RolloutCollector
-from goose_lora.ppo.config import RESUME_RULES, PPOConfig
+from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.evaluation import evaluate_prompts, own_random_numbers, reference_scores
 from goose_lora.ppo.experience import Experience, ExperienceMaker
 from goose_lora.ppo.first_step_checks import FirstStepChecks
@@ -62,8 +62,9 @@ from goose_lora.ppo.update import Updater
 from goose_lora.rewards.scale import ScoreScale, score_scale
 from goose_lora.rewards.sources import RewardMix, RewardSource, Scores
 from goose_lora.training.callbacks import MetricsFile
+from goose_lora.training.checkpoints import SettingRules
 from goose_lora.training.launch import require_one_gpu
-from goose_lora.training.resume import Resumable
+from goose_lora.training.resume import Resumable, rows_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,6 @@ class PPOTrainer(Resumable, Trainer):
     train_dataset: Dataset
     eval_dataset: Dataset | None
     processing_class: PreTrainedTokenizerBase
-    resume_rules = RESUME_RULES
     loss_is_scaled_for_ga = True  # compute_loss divides by the token count of the whole optimizer step
 
     def __init__(
@@ -178,7 +178,7 @@ class PPOTrainer(Resumable, Trainer):
         )
         self.checks = FirstStepChecks(model)
         self.metrics = RunMetrics(self.accelerator, microbatches_per_step=args.gradient_accumulation_steps)
-        texts = None
+        texts, self.ptx_dataset = None, ptx_dataset
         if ptx_dataset is not None:
             texts = PretrainingTexts(
                 ptx_dataset,
@@ -206,8 +206,16 @@ class PPOTrainer(Resumable, Trainer):
         """The name of the stage in checkpoints and lineage."""
         return "ppo" if self.has_prompts else "own_loop"
 
+    @property
+    def resume_rules(self) -> SettingRules:  # type: ignore[override]
+        """Return which settings a resumed run may have otherwise."""
+        return self.args.resume_rules
+
     def made_of(self) -> dict[str, str]:
-        """Add what scores the replies, with its weight: it belongs to the run too."""
+        """Add what scores the replies, with its weight, and the pretraining texts."""
+        # The rows of the latter are hashed once, as all rows are
+        if self._made_of is None and self.ptx_dataset is not None:
+            super().made_of()["pretraining texts' content"] = rows_sha256(self.ptx_dataset)
         return {**super().made_of(), **self.collector.reward.made_of()}
 
     @property

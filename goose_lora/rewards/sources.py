@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -171,14 +173,35 @@ class RewardMix:
 
 
 def _code_of(source: object) -> str:
-    """Return the text of a function, or of an object's class; its name where there is no text."""
+    """Return the text of what scores: of a user's whole file, for what a function calls there.
+
+    Of a library's function or object, and of a script's own, it is that function's or class's text;
+    where there is none, its name.
+    """
+    # What was bound to a function belongs to it
+    if isinstance(source, partial):
+        bound = f"{source.args} {sorted(source.keywords.items())}"
+        return _code_of(source.func) + re.sub(r" at 0x[0-9a-f]+", "", bound)
     plain = inspect.unwrap(source) if callable(source) else source
     if not inspect.isroutine(plain):
         plain = type(plain)
+    # An object with a name of its own, as a classifier has, is not its class alone
+    name = str(getattr(source, "name", ""))
     try:
-        return inspect.getsource(plain)
+        path = Path(inspect.getsourcefile(plain) or "")
+        text = inspect.getsource(plain)
+        if _is_users(plain, path):
+            text = path.read_text(encoding="utf-8", errors="replace")
     except (OSError, TypeError):
-        return str(getattr(plain, "__qualname__", type(plain).__name__))
+        return name + str(getattr(plain, "__qualname__", type(plain).__name__))
+    return name + text
+
+
+def _is_users(plain: object, path: Path) -> bool:
+    """Return whether a function is a user's, in a file that holds no run of its own."""
+    module = str(getattr(plain, "__module__", None))
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return module != "__main__" and not module.startswith("goose_lora.") and not installed
 
 
 class Scores(NamedTuple):

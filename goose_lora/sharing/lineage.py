@@ -5,7 +5,6 @@ of its weights and a copy of its own lineage, so that the chain can be read when
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -39,12 +38,11 @@ from goose_lora.reporting.run_files import (
     lineage_of,
 )
 from goose_lora.training.signals import STARTED_BY
+from goose_lora.training.versions import versions
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# Packages whose versions are noted.
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "goose-lora")
 # What a child copies of its reward model's verdict: the rest is calibration and probes.
 _VERDICT_KEYS = ("accuracy", "accuracy_ci", "n_pairs", "warnings")
 
@@ -290,14 +288,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of those ``PACKAGES`` that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # such as this one, used from a folder
-            continue
-    return found

@@ -5,10 +5,12 @@ something in it was missing or changed.
 """
 
 import random
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -20,37 +22,58 @@ from goose_lora.files import brief, is_number, read_json_object
 
 _STATE, _OPTIMIZER, _SCHEDULE = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# Files that a loader may take in place of the run's own.
-_LOADED = (".bin", ".pt", ".pth", ".safetensors", ".pkl")
+_LARGEST_COUNT = 2**53
+# What a loader may take in place of the run's own: by the ending of its name, or by its name.
+_LOADED = (".bin", ".pt", ".pth", ".safetensors", ".pkl", ".index.json", ".distcp")
+_SHARDS = re.compile(r"(pytorch_model_fsdp|optimizer|global_step)[^/]*(/.*)?|latest")
 
 
 def why_unusable(folder: Path, manifest: Mapping[str, Any]) -> str | None:
-    """Return what of a whole checkpoint is missing, too much or absurd; None if a run can go on.
-
-    One whose manifest names no adapters has no parts that are known.
-    """
+    """Return what of a whole checkpoint is missing, too much or absurd; None if a run can go on."""
     # All that a run needs is there, and nothing that a loader could take in its place
-    if "adapters" not in manifest:
-        return None
     files = manifest["files"]
     parts = _parts(manifest)
     missing = [name for name in parts if name not in files]
     if missing:
         return f"{missing[0]} is missing, without which a run does not go on as it was"
+    shards = _is_sharded(files)
+    known = {*parts, "scaler.pt", *(_ADAPTER if shards else ())}
     for path in sorted(folder.rglob("*")):
         # One that was sealed with the rest is no better
         name = path.relative_to(folder).as_posix()
-        if path.suffix in _LOADED and name not in (*parts, "scaler.pt"):
+        own = name in known or (shards and _SHARDS.fullmatch(name) and (name in files or path.is_dir()))
+        if not own and (name.endswith(_LOADED) or (path.is_dir() and _SHARDS.fullmatch(name))):
             return f"it has {name}, which no run writes there: delete that file if it is yours"
     checks = (_wrong_state, _wrong_optimizer, _wrong_schedule, _wrong_random_state, _wrong_adapters)
     return next((why for check in checks if (why := check(folder, manifest)) is not None), None)
 
 
+def _is_sharded(files: Collection[str]) -> bool:
+    """Return whether FSDP or DeepSpeed has written the optimizer, in files of their own."""
+    # accelerate's save_fsdp_optimizer: optimizer.bin, optimizer_0/ with .metadata, or one a process
+    whole = {"optimizer.bin", "optimizer_0/.metadata", "optimizer_0_rank0.bin", "latest"}
+    return _OPTIMIZER not in files and bool(whole & set(files))
+
+
 def _parts(manifest: Mapping[str, Any]) -> list[str]:
     """Return the names of the files that a run needs to go on exactly."""
+    files = manifest["files"]
     roles = [name for name in manifest["adapters"] if name != "default"]
     adapters = [*_ADAPTER, *(f"{role}/{name}" for role in roles for name in _ADAPTER)]
-    return [_STATE, _OPTIMIZER, _SCHEDULE, *_random_states(manifest), *adapters]
+    random_states = _random_states(manifest)
+    if not _is_sharded(files):
+        return [_STATE, _OPTIMIZER, _SCHEDULE, *random_states, *adapters]
+    # Shards: one of the optimizer and the random state of each process; a scheduler that is not
+    # DeepSpeed's own; weights in shards too, or whole
+    parts = [_STATE, *random_states]
+    if "latest" not in files:
+        parts.append(_SCHEDULE)
+    for pattern in ("optimizer_0/__{}_0.distcp", "optimizer_0_rank{}.bin"):
+        if any(re.fullmatch(pattern.replace("{}", r"\d+"), name) for name in files):
+            parts += [pattern.format(rank) for rank in range(manifest["world_size"])]
+    if not any(_SHARDS.fullmatch(name) and "optimizer" not in name for name in files):
+        parts += adapters
+    return parts
 
 
 def _random_states(manifest: Mapping[str, Any]) -> list[str]:
@@ -82,6 +105,24 @@ def _wrong_state(folder: Path, manifest: Mapping[str, Any]) -> str | None:
         return f"{_STATE}: epoch is {epoch!r}"
     if not isinstance(state.get("stateful_callbacks", {}), dict | None):
         return f"{_STATE}: stateful_callbacks is no object"
+    return _wrong_counts(state)
+
+
+def _wrong_counts(state: Mapping[str, Any]) -> str | None:
+    """Return what among the other facts of a state is not of its kind, by Trainer's annotations."""
+    hints = get_type_hints(TrainerState)
+    for name in state.keys() & hints.keys() - {"log_history", "stateful_callbacks", "trial_params"}:
+        value, kinds = state[name], get_args(hints[name]) or (hints[name],)
+        if value is None:
+            continue
+        # Counts are not negative; what is best may be any number, and was NaN if that was all
+        fits = isinstance(value, bool) if bool in kinds else isinstance(value, str)
+        if int in kinds or float in kinds:
+            fits = is_number(value) and (float in kinds or isinstance(value, int)) and value >= 0
+        if name == "best_metric":
+            fits = isinstance(value, int | float) and not isinstance(value, bool)
+        if not fits or (isinstance(value, int) and value > _LARGEST_COUNT):
+            return f"{_STATE}: {name} is {value!r}"
     return None
 
 
@@ -95,33 +136,83 @@ def _loaded(path: Path) -> Any:
 
 
 def _wrong_optimizer(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    if _is_sharded(manifest["files"]):
+        return None  # shards are put together by who wrote them
     # Groups and state, whatever the optimizer is
     saved = _loaded(folder / _OPTIMIZER)
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
         return f"{_OPTIMIZER} holds no state of an optimizer"
-    if not isinstance(saved.get("param_groups"), list) or not saved["param_groups"]:
+    groups = saved.get("param_groups")
+    if not isinstance(groups, list) or not groups:
         return f"{_OPTIMIZER} holds no groups of parameters"
+    known: set[object] = set()
+    for group in groups:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            return f"{_OPTIMIZER} holds no groups of parameters"
+        known |= set(group["params"])
+        rate = group.get("lr", 0.0)
+        if not isinstance(rate, torch.Tensor) and not (is_number(rate) and rate >= 0):
+            return f"{_OPTIMIZER}: a learning rate is {rate!r}"
     for number, entry in saved["state"].items():
-        if not isinstance(entry, dict):
-            return f"{_OPTIMIZER}: the state of parameter {number} is no state"
-        for name, value in entry.items():
-            if isinstance(value, torch.Tensor) and not value.float().isfinite().all():
-                return f"{_OPTIMIZER}: {name} of parameter {number} is not finite"
-        # Adam's own: it has made no more steps than the run, and squares are not negative
-        steps = float(entry.get("step", 0))
-        if not 0 <= steps <= manifest.get("step", steps):
-            return f"{_OPTIMIZER}: parameter {number} has made {steps:g} steps of {manifest.get('step')}"
-        squares = entry.get("exp_avg_sq")
-        if isinstance(squares, torch.Tensor) and (squares < 0).any():
-            return f"{_OPTIMIZER}: the variance of parameter {number} is negative"
+        if number not in known:
+            return f"{_OPTIMIZER} has a state of parameter {number}, which is in no group"
+        why = _wrong_entry(number, entry, manifest["step"])
+        if why is not None:
+            return f"{_OPTIMIZER}: {why}"
+    return _wrong_shapes(folder, manifest, saved["state"])
+
+
+def _wrong_entry(number: object, entry: object, run_steps: int) -> str | None:
+    """Return what in the state of one parameter cannot be."""
+    if not isinstance(entry, dict):
+        return f"the state of parameter {number} is no state"
+    for name, value in entry.items():
+        if isinstance(value, torch.Tensor) and not value.float().isfinite().all():
+            return f"{name} of parameter {number} is not finite"
+    # Adam's own: it has made no more steps than the run, and squares are not negative
+    steps = entry.get("step", 0)
+    if not (isinstance(steps, torch.Tensor) and steps.numel() == 1) and not is_number(steps):
+        return f"parameter {number} has made {steps!r} steps"
+    if not 0 <= float(steps) <= run_steps:
+        return f"parameter {number} has made {float(steps):g} steps of {run_steps}"
+    squares = entry.get("exp_avg_sq")
+    if isinstance(squares, torch.Tensor) and (squares < 0).any():
+        return f"the variance of parameter {number} is negative"
+    return None
+
+
+def _wrong_shapes(folder: Path, manifest: Mapping[str, Any], state: Mapping[Any, Any]) -> str | None:
+    """Return which average of Adam has a shape that no tensor of the adapters has."""
+    # torch compares none: another run's averages would fail late, or spread over the wrong tensor
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for name in _parts(manifest):
+        if not name.endswith(_ADAPTER[1]):
+            continue
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                shapes.update(tuple(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+        except SafetensorError:
+            return None  # the check of adapters says so
+    for number, entry in state.items():
+        average = entry.get("exp_avg")
+        if isinstance(average, torch.Tensor):
+            shapes[tuple(average.shape)] -= 1
+            if shapes[tuple(average.shape)] < 0:
+                return f"{_OPTIMIZER}: parameter {number} is {list(average.shape)}, as none of the adapters"
     return None
 
 
 def _wrong_schedule(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    if _SCHEDULE not in _parts(manifest):
+        return None
     saved = _loaded(folder / _SCHEDULE)
     last = saved.get("last_epoch") if isinstance(saved, dict) else None
     if not isinstance(last, int) or last < 0:
         return f"{_SCHEDULE} holds no state of a schedule"
+    # accelerate moves it once a process
+    most = manifest["step"] * max(1, manifest["world_size"])
+    if last > most:
+        return f"{_SCHEDULE} is at {last}, and the run has made {manifest['step']} steps"
     return None
 
 

@@ -30,38 +30,41 @@ Facts = Mapping[str, Any]  # of a run, as JSON: see ``resume.facts``
 
 
 class SettingRules(NamedTuple):
-    """Names of a trainer's own settings that a resumed run must have alike, or may have otherwise.
+    """Settings of a run that a resumed one may have otherwise, besides those of every trainer.
 
-    Any other setting may differ too, and then the difference is told.
+    Each that differs is told. All that is named nowhere must be alike.
     """
 
-    must_match: tuple[str, ...] = ()
     may_differ: tuple[str, ...] = ()
 
 
-# Of every trainer: the data's order and the optimizer's state depend on them.
-MUST_MATCH = (
-    "seed",
-    "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "optim",
-    "packing",
-    "train_sampling_strategy",
-    "ignore_data_skip",
-    # Kept in the optimizer's state: a resumed run has the checkpoint's, whatever the settings say.
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
+# Where a run is kept and shown: no number of it depends on that, and nobody needs to be told.
+# Rollouts are told as the steps that they are.
+_PLACE = re.compile(
+    r"output_dir|resume_from_checkpoint|run_name|project|disable_tqdm|report_to|local_rank|debug"
+    r"|(hub|trackio|ddp|log|do)_.*|push_to_hub|skip_memory_metrics|base_hub_id|num_rollouts"
 )
-# Another length, another place, other logs: still the same run.
-MAY_DIFFER = re.compile(
-    r"output_dir|resume_from_checkpoint|run_name|project|max_steps|num_train_epochs|disable_tqdm"
-    r"|use_cpu|do_.*|report_to|load_best_model_at_end|.*_for_(metrics|best_model)"
-    r"|(log|logging|save|eval|hub|push|trackio|dataloader|ddp|torch|include)_.*"
+# How it is looked at and kept, and what it takes: still the same run.
+_SAME_RUN = re.compile(
+    r"(logging|save|eval|include)_.*|prediction_loss_only|batch_eval_metrics|(per_device|.*_full)_eval.*"
+    r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context|in_order)"
+    r"|dataset_num_proc|torch_empty_cache_steps|enable_jit_checkpoint|use_cache|force|trust_remote_code"
+    r"|any_pairs_name|reference_dataset_name|sample_rows|early_stopping_patience"
 )
+# Another length, other rounding, another choice at its end: it ends otherwise.
+_ENDS_OTHERWISE = re.compile(
+    r"max_steps|num_train_epochs|load_best_model_at_end|metric_for_best_model|greater_is_better|use_cpu"
+    r"|attn_implementation|torch_compile.*|(activation|gradient)_(checkpointing|offloading).*"
+    r"|auto_find_batch_size"
+)
+# What these name is compared by its content, in the base, the adapters and ``made_of``.
+_BY_CONTENT = re.compile(
+    r"model_name_or_path|model_revision|quantization|dtype|lora_.*|(policy|reward)_adapter|chat_template_path"
+    r"|dataset_(name|split|config|revision)|data_dir|eval_dataset_(name|split)|max_rows|column_mapping|pairs"
+    r"|as_chat|leave_out|ptx_dataset_name|ptx_max_length|reward_function|reward_weights|rating"
+)
+# Two orders of what is best cannot be compared.
+_BEST = ("metric_for_best_model", "greater_is_better")
 
 
 # ---- One checkpoint ----
@@ -132,19 +135,29 @@ _TYPES = {
     "base": dict,
     "adapters": dict,
     "settings": dict,
+    "recipe": dict,
     "made_of": dict,
+    "versions": dict,
 }
+# Without these it is not known what the checkpoint is of.
+_NEEDED = ("stage", "step", "world_size", "rows", "base", "adapters", "settings")
 
 
 def _wrong_manifest(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     """Return what in a manifest cannot be, None if all can."""
     # Each value has its type, and numbers count something
+    lacking = next((name for name in _NEEDED if name not in manifest), None)
+    if lacking is not None:
+        return f"{lacking} is missing"
     for name, kind in _TYPES.items():
         value = manifest.get(name, kind())
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"{name} is {value!r}"
-        if kind is int and value < 0:
+        if kind is int and not 0 <= value <= sys.maxsize:
             return f"{name} is {value}"
+    # Each process has left a file
+    if not 1 <= manifest["world_size"] <= max(1, len(manifest["files"])):
+        return f"world_size is {manifest['world_size']}"
     # Names stay inside: they are read and deleted
     for name, entry in manifest["files"].items():
         kinds = [type(value) for value in entry] if isinstance(entry, list) else []
@@ -153,8 +166,11 @@ def _wrong_manifest(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     for name, facts in manifest.get("adapters", {}).items():
         if not isinstance(facts, dict) or Path(name).name != name:
             return f"adapters has {name}: {facts!r}"
+    base = manifest["base"]
+    if not isinstance(base.get("name"), str) or not all(isinstance(x, str | None) for x in base.values()):
+        return f"base is {base!r}"
     named = FOLDER_NAME.fullmatch(folder.name)
-    if named and "step" in manifest and manifest["step"] != int(named[1]):
+    if named and manifest["step"] != int(named[1]):
         return f"it says step {manifest['step']}"
     return None
 
@@ -233,17 +249,22 @@ def choose(
                 " newest whole one."
             )
 
-    # It must be of this run; other differences are told
+    # It must be of this run; what may differ is told
     saved = read(folder)
-    _refuse_another_run(folder, saved, facts, rules)
+    changed = _refuse_another_run(folder, saved, facts, rules)
     say("going on from %s (step %s).", folder, saved.get("step", "unknown"))
-    changed = {
-        name: values
-        for name, values in _differences(saved.get("settings", {}), facts.get("settings", {})).items()
-        if not MAY_DIFFER.fullmatch(name) and name not in rules.may_differ
-    }
-    if changed:
-        say("settings are not those of the run that saved it, so that it ends otherwise: %s.", _told(changed))
+    harmless = {name: pair for name, pair in changed.items() if _SAME_RUN.fullmatch(name)}
+    otherwise = {name: pair for name, pair in changed.items() if name not in harmless}
+    if otherwise:
+        say(
+            "settings are not those of the run that saved it, so that it ends otherwise: %s.",
+            _told(otherwise),
+        )
+    if harmless:
+        say("from here on the new settings are used: %s.", _told(harmless))
+    versions = _differences(saved.get("versions", {}), facts.get("versions", {}))
+    if versions:
+        say("versions are not those of the run that saved it, and may count otherwise: %s.", _told(versions))
     return str(folder)
 
 
@@ -337,43 +358,70 @@ def _order(folder: Path) -> tuple[int, int]:
     step = int(folder.name.rpartition("-")[2])
     try:
         start = read(folder).get("start", 0)  # an older version numbered no runs
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         start = None
     return (start if isinstance(start, int) else sys.maxsize), step
 
 
-def _refuse_another_run(folder: Path, saved: Facts, facts: Facts, rules: SettingRules) -> None:
+def _refuse_another_run(
+    folder: Path, saved: Facts, facts: Facts, rules: SettingRules
+) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, and may; raise UserError for anything else that differs."""
+    # The same software notes the same facts: what is not there was taken out
+    versions = facts.get("versions")
+    same_software = versions is not None and saved.get("versions") == versions
+
+    def compare(name: str) -> dict[str, tuple[Any, Any]]:
+        there, here = saved.get(name, {}), facts.get(name, {})
+        taken_out = same_software and (there or name != "recipe")
+        absent = {what: ("not noted", here[what]) for what in here if taken_out and what not in there}
+        # Rows held out may come to a run later
+        absent = {what: pair for what, pair in absent.items() if not what.startswith("held-out")}
+        return _differences(there, here) | absent
+
     # The run itself, the rows that it goes through, and what else it is made of
     identity = {name: value for name, value in facts.items() if name in ("stage", "world_size", "rows")}
-    differing = _differences(saved, identity)
-    differing |= _differences(saved.get("made_of", {}), facts.get("made_of", {}))
+    differing = _differences(saved, identity) | compare("made_of")
+    differing |= _of_adapters(saved.get("adapters", {}), facts)
 
-    # Its adapters: all of them, or, before the model is there, the one that trains
-    there, here = saved.get("adapters", {}), facts.get("adapters")
-    if here is not None and there.keys() != here.keys():
-        differing["adapters"] = (", ".join(sorted(there)), ", ".join(sorted(here)))
-    for name, own in (here or {"default": facts.get("adapter", {})}).items():
-        for what, pair in _differences(there.get(name, {}), own).items():
-            differing[f"{what} of the adapter {name}"] = pair
+    # The base under them: one that was moved or is named otherwise is the same
+    base = compare("base")
+    base.pop("name" if _both_have_content(saved, facts) else "content", None)
+    differing |= {f"base {what}": pair for what, pair in base.items()}
 
-    # The base under them, and the settings that continuation depends on
-    base, own_base = dict(saved.get("base", {})), dict(facts.get("base", {}))
-    if base.get("content") and own_base.get("content"):
-        # A base that was moved or is named otherwise is the same
-        base.pop("name", None)
-    else:
-        base.pop("content", None)
-    for what, pair in _differences(base, own_base).items():
-        differing[f"base {what}"] = pair
-    settings = _differences(saved.get("settings", {}), facts.get("settings", {}))
-    must_match = (*MUST_MATCH, *rules.must_match)
-    differing |= {name: settings[name] for name in must_match if name in settings}
+    # Settings: whatever is not known to be harmless would be another run, or be ignored
+    changed: dict[str, tuple[Any, Any]] = {}
+    for group in ("settings", "recipe"):
+        for name, pair in compare(group).items():
+            if _PLACE.fullmatch(name) or _BY_CONTENT.fullmatch(name):
+                continue
+            free = name in rules.may_differ or _SAME_RUN.fullmatch(name) or _ENDS_OTHERWISE.fullmatch(name)
+            if name in _BEST and None not in pair:
+                free = False
+            (changed if free else differing)[name] = pair
     if differing:
         raise UserError(
             f"resume_from_checkpoint: {folder} was saved by another run, and cannot be resumed by this one:"
             f" {_told(differing)}. Use the settings of that run, or start anew without"
             " resume_from_checkpoint."
         )
+    return changed
+
+
+def _both_have_content(saved: Facts, facts: Facts) -> bool:
+    return all(each.get("base", {}).get("content") for each in (saved, facts))
+
+
+def _of_adapters(there: Mapping[str, Any], facts: Facts) -> dict[str, tuple[Any, Any]]:
+    """Return what differs in the adapters; before the model is there, in the one that trains."""
+    differing: dict[str, tuple[Any, Any]] = {}
+    here = facts.get("adapters")
+    if here is not None and there.keys() != here.keys():
+        differing["adapters"] = (", ".join(sorted(there)), ", ".join(sorted(here)))
+    for name, own in (here or {"default": facts.get("adapter", {})}).items():
+        for what, pair in _differences(there.get(name, {}), own).items():
+            differing[f"{what} of the adapter {name}"] = pair
+    return differing
 
 
 def _differences(there: Facts, here: Facts) -> dict[str, tuple[Any, Any]]:

@@ -7,15 +7,16 @@ import hashlib
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -32,10 +33,12 @@ from goose_lora.errors import LostProcessError, UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import ADAPTER_WEIGHTS, AdapterFolder, tensor_shapes
 from goose_lora.models.identity import base_content, content_of
+from goose_lora.redaction import is_secret
 from goose_lora.training import checkpoints
 from goose_lora.training.callbacks import METRICS_FILE, SAMPLES_FILE, FiniteSteps
 from goose_lora.training.checkpoints import Facts, SettingRules
 from goose_lora.training.signals import Stopped, StopSignals
+from goose_lora.training.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ _LOST = (
 _QUANTIZED = {"Linear4bit": "nf4", "Linear8bitLt": "int8"}
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     _Trainer = Trainer  # so that a type checker knows what stands behind super()
 else:
     _Trainer = object
@@ -59,6 +64,7 @@ def starting_point(
     args: TrainingArguments,
     stage: str,
     model: ModelArguments,
+    given: Facts,
     policy: AdapterFolder | None = None,
     *,
     rules: SettingRules = SettingRules(),  # noqa: B008  (a tuple)
@@ -66,8 +72,9 @@ def starting_point(
     """Find the checkpoint that ``resume_from_checkpoint`` names, before any model is loaded.
 
     Args:
+        given: what the recipe was given, from ``given_facts``.
         policy: the adapter that the run starts from, where there is one.
-        rules: which of the trainer's own settings must match.
+        rules: which of the trainer's own settings may differ.
 
     Raises:
         UserError: nothing can be written to ``output_dir``, or the checkpoint is not whole or of
@@ -87,7 +94,7 @@ def starting_point(
             "dtype": model.dtype,
         },
         "adapter": adapter,
-        "settings": settings(args),
+        **given,
     }
     return checkpoints.choose(
         args.resume_from_checkpoint,
@@ -98,9 +105,44 @@ def starting_point(
     )
 
 
+def given_facts(
+    args: TrainingArguments,
+    *others: "DataclassInstance",
+    parents: Mapping[str, AdapterFolder | None] | None = None,
+) -> Facts:
+    """Return what a checkpoint notes of what its recipe was given, with no secret in it.
+
+    Args:
+        args: the trainer's settings.
+        others: the recipe's other settings.
+        parents: the adapters that the run starts from, by setting.
+    """
+    recipe = {name: value for each in others for name, value in vars(each).items()}
+    made_of = {
+        name: _sha256_of_parent(parent) for name, parent in (parents or {}).items() if parent is not None
+    }
+    given = {"settings": settings(args), "recipe": _plain(recipe), "made_of": made_of}
+    return given | {"versions": versions()}
+
+
+def _sha256_of_parent(parent: AdapterFolder) -> str:
+    # A reward model is its weights, and what is taken off their scores
+    digest = files.file_sha256(parent.path / ADAPTER_WEIGHTS)
+    scored = [parent.lineage.get(name) for name in ("reward_bias", "append_eos")]
+    return hashlib.sha256(f"{digest} {scored}".encode()).hexdigest()[:12]
+
+
 def settings(args: TrainingArguments) -> dict[str, Any]:
     """Return the settings as values of JSON."""
-    return json.loads(json.dumps(args.to_dict(), default=str))
+    return _plain(args.to_dict())
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of JSON by name, but for secrets and private ones."""
+    shown = {
+        name: value for name, value in values.items() if not name.startswith("_") and not is_secret(name)
+    }
+    return json.loads(json.dumps(shown, default=str))
 
 
 class Resumable(_Trainer):
@@ -113,7 +155,8 @@ class Resumable(_Trainer):
     """
 
     stage: str
-    resume_rules = SettingRules()  # those of its own settings that must match
+    resume_rules = SettingRules()  # those of its own settings that may differ
+    given: Facts = MappingProxyType({})  # by a recipe: ``given_facts``
     steps_between_resumable: int = 1  # optimizer steps from one place that a run can go on from to the next
     saving: Path | None = None  # the checkpoint that is being written
     _made_of: dict[str, str] | None = None
@@ -191,20 +234,29 @@ class Resumable(_Trainer):
         # Once a run: each checkpoint notes it, and rows may be many
         if self._made_of is None:
             rows, tokenizer = self.train_dataset, cast(Any, self.processing_class)
-            self._made_of = {}
+            found: dict[str, str] = {}
             if isinstance(rows, Dataset):
-                self._made_of["rows' content"] = _rows_sha256(rows)
+                found["rows' content"] = rows_sha256(rows)
+            held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            for name, those in held_out.items():
+                if isinstance(those, Dataset):
+                    found[f"held-out rows' content {name}".rstrip()] = rows_sha256(those)
             template = getattr(tokenizer, "chat_template", None)
             text = json.dumps(template, sort_keys=True)
-            self._made_of["chat template"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+            found["chat template"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+            found |= self.given.get("made_of", {})
+            self._made_of = found
         return self._made_of
 
     def _check_tensors(self, checkpoint: Path) -> None:
         """Raise UserError unless the checkpoint's adapters have the tensors that the model has."""
-        # PEFT passes over what a file lacks, and the run would go on with fresh weights
+        # PEFT passes over what a file lacks, and the run would go on with fresh weights. Shards
+        # that FSDP has written are put together by it
         model = cast(PeftModel, self.accelerator.unwrap_model(self.model))
         for name in cast(dict[str, Any], model.peft_config):
             place = checkpoint if name == "default" else checkpoint / name
+            if self.is_fsdp_enabled and not (place / ADAPTER_WEIGHTS).is_file():
+                continue
             there = tensor_shapes(place / ADAPTER_WEIGHTS)
             state = get_peft_model_state_dict(model, adapter_name=name)
             here = {key: list(tensor.shape) for key, tensor in state.items()}
@@ -283,13 +335,7 @@ def facts(trainer: Resumable) -> Facts:
     kinds = {_QUANTIZED[kind] for module in base.modules() if (kind := type(module).__name__) in _QUANTIZED}
     # All adapters, whatever their role
     adapters = {
-        name: {
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "target_modules": sorted(config.target_modules),
-            "layers_to_transform": config.layers_to_transform,
-        }
-        for name, config in cast(dict[str, Any], model.peft_config).items()
+        name: _adapter_facts(config) for name, config in cast(dict[str, Any], model.peft_config).items()
     }
     return {
         "stage": trainer.stage,
@@ -305,8 +351,32 @@ def facts(trainer: Resumable) -> Facts:
         },
         "adapters": adapters,
         "made_of": trainer.made_of(),
-        "settings": settings(trainer.args),
+        "settings": trainer.given.get("settings") or settings(trainer.args),
+        "recipe": trainer.given.get("recipe", {}),
+        "versions": versions(),
     }
+
+
+def _adapter_facts(config: LoraConfig) -> dict[str, Any]:
+    """Return what an adapter is: rank, places, and in ``further`` what else is not the default."""
+    named = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules or []),
+        "layers_to_transform": config.layers_to_transform,
+    }
+    plain = {name: value for name, value in config.to_dict().items() if name not in (*named, *_OF_A_FILE)}
+    usual = LoraConfig().to_dict()
+    further = {name: value for name, value in plain.items() if value != usual.get(name)}
+    return named | {"further": json.loads(json.dumps(further, default=_sorted_or_text, sort_keys=True))}
+
+
+# What PEFT notes of the file, or changes as it loads it.
+_OF_A_FILE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+
+
+def _sorted_or_text(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 # Functions of Trainer in which a checkpoint's files are read.
@@ -325,7 +395,7 @@ def _functions_of(error: BaseException) -> list[str]:
     return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
 
 
-def _rows_sha256(rows: Dataset) -> str:
+def rows_sha256(rows: Dataset) -> str:
     """Return the beginning of a hash of all that rows hold, in their order."""
     digest = hashlib.sha256()
     for batch in rows.with_format(None).iter(batch_size=1000):

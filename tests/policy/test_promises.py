@@ -125,10 +125,14 @@ def read(path):
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
+# Objects whose keys others fill: packages, files, rows, settings.
+_OTHERS = ("versions", "lineage", "files", "made_of", "recipe", "further")
+
+
 def keys(value, path=""):
     """Return the path of each key but for what others fill. Rows of a list count together."""
     found = {path}
-    if isinstance(value, dict) and value and not path.endswith(("versions", "lineage", "files", "made_of")):
+    if isinstance(value, dict) and value and not path.endswith(_OTHERS):
         own = [name for name in value if path != "settings" or name not in THEIRS]
         found = {key for name in own for key in keys(value[name], f"{path}.{name}".lstrip("."))}
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
