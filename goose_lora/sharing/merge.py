@@ -90,20 +90,20 @@ def merge(
         )
         tokenizer.save_pretrained(work)
         _write_generation_config(args, work, _ends(folder, tokenizer))
-    figures |= {"prompts": len(prompt_ids), "tokens": int(rollout.response_mask.sum())}
+        figures |= {"prompts": len(prompt_ids), "tokens": int(rollout.response_mask.sum())}
 
-    # What goes beside the weights
-    lineage.record(
-        out,
-        "merge",
-        model=args,
-        tokenizer=tokenizer,
-        figures={**figures, **cost()},
-        data=data,
-        parents={"policy": folder},
-        command=_command(run, out, dtype, quantized),
-    )
-    model_card.write_card(out)
+        # What goes beside the weights moves into its place with them
+        lineage.record(
+            work,
+            "merge",
+            model=args,
+            tokenizer=tokenizer,
+            figures={**figures, **cost()},
+            data=data,
+            parents={"policy": folder},
+            command=_command(run, out, dtype, quantized),
+        )
+        model_card.write_card(work, place=out)
 
     said = (
         f"merged into {out}: KL to the adapter's model {figures['kl']:.3g} nats a token ({len(prompt_ids)}"

@@ -46,9 +46,9 @@ LIMITS = [
 ]
 
 
-def write_card(folder: str | Path) -> None:
-    """Write README.md of the output in ``folder``."""
-    (Path(folder) / "README.md").write_text(render_card(folder), encoding="utf-8")
+def write_card(folder: str | Path, *, place: Path | None = None) -> None:
+    """Write README.md of the output in ``folder``, which will be moved to ``place`` if that is given."""
+    (Path(folder) / "README.md").write_text(render_card(folder, place=place), encoding="utf-8")
 
 
 def refresh_card(folder: str | Path) -> None:
@@ -71,16 +71,17 @@ def add_evaluation(
         refresh_card(policy)
 
 
-def render_card(folder: str | Path) -> str:
+def render_card(folder: str | Path, *, place: Path | None = None) -> str:
     """Return the card as text: the Hub's metadata as YAML, then Markdown."""
-    # The files of the run
+    # The files of the run, and where readers will find them
     folder = Path(folder)
+    place = place or folder
     lineage = lineage_of(folder)
     evaluation = read_evaluation(folder)
     verdict = _verdict(folder, lineage)
 
     # The parts of the card. A section that does not apply to the stage is an empty list.
-    name = hub_repo(lineage) or folder.resolve().name
+    name = hub_repo(lineage) or place.resolve().name
     findings = [f"In training: {finding}" for finding in lineage.get("findings", [])]
     parts = [
         f"---\n{metadata(name, lineage, evaluation, verdict).to_yaml()}\n---",
@@ -88,7 +89,7 @@ def render_card(folder: str | Path) -> str:
         f"# {name.rpartition('/')[2]}",
         _introduction(lineage),
         "## Use",
-        *_use(folder, lineage),
+        *_use(place, lineage),
         "## How it was made",
         *_making(lineage),
         *_merged(lineage),

@@ -118,7 +118,8 @@ def _wrong_counts(state: Mapping[str, Any]) -> str | None:
         # Counts are not negative; what is best may be any number, and was NaN if that was all
         fits = isinstance(value, bool) if bool in kinds else isinstance(value, str)
         if int in kinds or float in kinds:
-            fits = is_number(value) and (float in kinds or isinstance(value, int)) and value >= 0
+            # Some counts are whole numbers that are kept as fractions
+            fits = is_number(value) and value >= 0 and (float in kinds or value == int(value))
         if name == "best_metric":
             fits = isinstance(value, int | float) and not isinstance(value, bool)
         if not fits or (isinstance(value, int) and value > _LARGEST_COUNT):

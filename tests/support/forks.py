@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 import peft.peft_model
 import torch
+import transformers.modeling_utils
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from power import Disk
 from ranks import become, free_port
 from recipe_runs import options, recipe
 from transformers import TrainerState
@@ -62,6 +64,14 @@ class Moment(NamedTuple):
     action: Callable[[], None] = kill
 
 
+class PowerCut(Moment):
+    """A moment at which the power goes: ``cut_of`` the folder has what the disk would have."""
+
+
+def cut_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-cut")
+
+
 class Ended(NamedTuple):
     """``code`` is the exit code, negative for a signal; ``counts`` the moments seen by a child that
     was not killed."""
@@ -76,11 +86,21 @@ class Watch:
 
     def __init__(self, folder: Path, moment: Moment | None):
         self.folder, self.moment, self.counts = str(folder), moment, Counter()
+        self.disk = None
+        if isinstance(moment, PowerCut):
+            self.disk = Disk(folder, moment.count)
 
     def see(self, kind: str) -> None:
         self.counts[kind] += 1
         if self.is_now(kind):
-            self.moment.action()
+            self.act()
+
+    def act(self) -> None:
+        # The copy's own files are no moments
+        disk, self.disk, self.folder = self.disk, None, "nowhere"
+        if disk is not None:
+            disk.cut(cut_of(disk.folder))
+        self.moment.action()
 
     def is_now(self, kind: str) -> bool:
         return self.moment is not None and kind == self.moment.kind and self.counts[kind] == self.moment.count
@@ -91,6 +111,8 @@ class Watch:
         )
         if writes and isinstance(args[0], (str, os.PathLike)) and str(args[0]).startswith(self.folder):
             self.see("file")
+            if self.disk is not None:
+                self.disk.see(event, args)
 
     def around(self, owner, name: str, kind: str) -> None:
         call = getattr(owner, name)
@@ -112,7 +134,7 @@ class Watch:
             self.counts["file"] += 1
             if self.is_now("file"):
                 os.truncate(path, (before + os.path.getsize(path)) // 2)
-                self.moment.action()
+                self.act()
             return result
 
         setattr(owner, name, written)
@@ -125,6 +147,7 @@ class Watch:
         self.cut(torch, "save", 1)
         self.cut(peft.peft_model, "safe_save_file", 1)
         self.cut(TrainerState, "save_to_json", 1)
+        self.cut(transformers.modeling_utils, "safe_save_file", 1)
         self.cut(goose_lora.ppo.callbacks, "append_line", 0)
         self.cut(goose_lora.training.callbacks, "append_line", 0)
 
@@ -139,6 +162,19 @@ def run(name: str, folder: Path, moment: Moment | None = None, **settings) -> En
     child = _start(name, folder, folder.with_suffix(".log"), moment, settings)
     _, status = os.waitpid(child, 0)
     return _ended(folder.with_suffix(".log"), status)
+
+
+def run_words(main: Callable[[], object], words: list, folder: Path, moment: Moment | None = None) -> Ended:
+    """Any other command in a child, whose moments are those of ``folder``."""
+    log = folder.with_name(f"{folder.name}.log")
+
+    def called() -> None:
+        sys.argv = ["goose-lora", *map(str, words)]
+        main()
+
+    child = _start("", folder, log, moment, {}, main=called)
+    _, status = os.waitpid(child, 0)
+    return _ended(log, status)
 
 
 def run_ranks(
@@ -186,6 +222,7 @@ def _start(
     moment: Moment | None,
     settings: dict,
     prepare: Callable[[], None] | None = None,
+    main: Callable[[], object] | None = None,
 ) -> int:
     """The process id of a child that runs a recipe and leaves its output in ``log``, and, unless it
     is killed, its counts beside it."""
@@ -213,7 +250,7 @@ def _start(
         goose_lora.cli.stage.plot_curves = lambda *args: None  # half of the time of so small a run
         sys.argv = [f"recipes/{name}.py", *options(**settings, output_dir=folder)]
         try:
-            cli.command(RECIPES[name].main)()
+            cli.command(main or RECIPES[name].main)()
             code = 0
         except SystemExit as error:
             code = error.code
