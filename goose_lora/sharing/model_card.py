@@ -47,7 +47,7 @@ LIMITS = [
 
 
 def write_card(folder: str | Path, *, place: Path | None = None) -> None:
-    """Write README.md of the output in ``folder``, which will be moved to ``place`` if that is given."""
+    """Write README.md of the output in ``folder``; if given, ``place`` is where it will be."""
     (Path(folder) / "README.md").write_text(render_card(folder, place=place), encoding="utf-8")
 
 
