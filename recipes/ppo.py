@@ -29,7 +29,7 @@ class RoleArguments:
         default=None, metadata={"help": "Folder of the SFT adapter; a fresh adapter on the base if unset."}
     )
     ptx_dataset_name: str | None = field(
-        default=None, metadata={"help": "Rows with text for PPO-ptx, weighted by ptx_coef."}
+        default=None, metadata={"help": "Rows as fine-tuning takes them, for PPO-ptx, weighted by ptx_coef."}
     )
     ptx_max_length: int = field(default=512, metadata={"help": "Longer pretraining texts are cut."})
     reward_adapter: str | None = field(

@@ -22,7 +22,6 @@ from goose_lora import cli
 from goose_lora.data import (
     DataArguments,
     RowSet,
-    load_rows,
     require_pairs,
     tokenize_rankings,
     tokenize_references,
@@ -67,10 +66,7 @@ class RewardArguments(DataArguments):
     reference_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": (
-                "Replies that should score 0 on average, such as SFT's: rows with text, prompt+completion or"
-                " messages."
-            )
+            "help": ("Replies that should score 0 on average, such as SFT's: rows as fine-tuning takes them.")
         },
     )
     use_margin: bool = field(
@@ -173,7 +169,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
     references = []
     if data.reference_dataset_name is not None:
         references = tokenize_references(
-            load_rows(data.reference_dataset_name, data.dataset_split, data.max_rows),
+            data.beside(data.reference_dataset_name, data.max_rows).rows,
             tokenizer,
             name=data.reference_dataset_name,
             append_eos=data.append_eos,

@@ -17,9 +17,9 @@ from transformers import (
     set_seed,
 )
 
-from goose_lora.data.demonstrations import Learning, tokenize_demonstrations
-from goose_lora.data.rows import DataArguments, RowSet, load_rows
-from goose_lora.data.tokenization import tokenize_prompts, tokenize_texts
+from goose_lora.data.demonstrations import Learning, tokenize_demonstrations, tokenize_texts
+from goose_lora.data.rows import DataArguments, RowSet
+from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.files import read_jsonl
@@ -307,7 +307,7 @@ class Stage:
         texts = None
         if pretraining is not None:
             texts = tokenize_texts(
-                load_rows(pretraining, self.data.dataset_split),
+                self.data.beside(pretraining).rows,
                 tokenizer,
                 name=pretraining,
                 max_length=pretraining_length,

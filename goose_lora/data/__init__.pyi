@@ -2,6 +2,7 @@
 
 from .demonstrations import Learning as Learning
 from .demonstrations import tokenize_demonstrations as tokenize_demonstrations
+from .demonstrations import tokenize_texts as tokenize_texts
 from .preferences import require_pairs as require_pairs
 from .preferences import tokenize_rankings as tokenize_rankings
 from .preferences import tokenize_references as tokenize_references
@@ -10,4 +11,3 @@ from .rows import RowSet as RowSet
 from .rows import load_rows as load_rows
 from .tokenization import left_pad as left_pad
 from .tokenization import tokenize_prompts as tokenize_prompts
-from .tokenization import tokenize_texts as tokenize_texts

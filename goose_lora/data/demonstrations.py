@@ -12,6 +12,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from goose_lora.data.messages import Cell, Content
+from goose_lora.data.rows import require_columns
 from goose_lora.data.tokenization import (
     apply_template,
     chat_options,
@@ -161,6 +162,33 @@ def tokenize_demonstrations(
         )
     ids = List(Value("int64"))
     return Dataset.from_list(made, features=Features({"input_ids": ids, "labels": ids}))
+
+
+def tokenize_texts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int
+) -> Dataset:
+    """Tokenize rows of PPO-ptx, as ``input_ids``: whole, as fine-tuning reads them, and cut.
+
+    All tokens count, those of prompts too. Empty texts are left out.
+
+    Raises:
+        UserError: other columns than fine-tuning's, a row that ``demonstration`` refuses, or no
+            text left.
+    """
+    require_columns(rows, name, ["text"], ["messages"], ["prompt", "completion"])
+    # Texts that have something to say
+    if "text" in rows.column_names:
+        rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
+    if len(rows) == 0:
+        raise UserError(f"{name}: no row has any text.")
+    learning = Learning(max_length, completion_only_loss=False)
+    made = []
+    for number, row in enumerate(rows, 1):
+        try:
+            made.append({"input_ids": demonstration(dict(row), tokenizer, learning).ids})  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"{name}: row {number}: {error}") from error
+    return Dataset.from_list(made, features=Features({"input_ids": List(Value("int64"))}))
 
 
 def prompt_alone(row: Mapping[str, Any], prompt: Content, tokenizer: PreTrainedTokenizerBase) -> list[int]:

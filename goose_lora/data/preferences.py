@@ -233,11 +233,16 @@ def tokenize_references(
     reply = next(columns[-1] for columns in REFERENCES if set(columns) <= set(rows.column_names))
     if not isinstance(rows[0][reply], str):
         _require_template(tokenizer, name, append_eos)
-    prompts = rows["prompt"] if reply == "completion" else [None] * len(rows)
-    encoded = [
-        encode_reply(tokenizer, prompt, said, append_eos=append_eos)
-        for prompt, said in zip(prompts, rows[reply], strict=True)
-    ]
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        cells: dict[str, Any] = dict(row)  # type: ignore[arg-type]
+        prompt = cells["prompt"] if reply == "completion" else None
+        try:
+            encoded.append(
+                encode_reply(tokenizer, prompt, cells[reply], append_eos=append_eos, **chat_options(cells))
+            )
+        except UserError as error:
+            raise UserError(f"{name}: row {number}: {error}") from error
     # Those within the limit
     kept = [ids for ids in encoded if ids and (max_length is None or len(ids) <= max_length)]
     if len(kept) < len(encoded):

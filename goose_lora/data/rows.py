@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from goose_lora.data.columns import is_text
+from goose_lora.data.columns import SET_ASIDE, is_text
 from goose_lora.data.formats import Taken, describe_dropped, take
 from goose_lora.data.labelled import BEST_FIRST, pair_words, parse_pairs
 from goose_lora.data.shapes import Reading, StageName
@@ -113,6 +113,17 @@ class DataArguments:
         if self.eval_dataset_name is None:
             return None
         return self._read(self.eval_dataset_name, self.eval_dataset_split, stage)
+
+    def beside(self, name: str, max_rows: int | None = None) -> "RowSet":
+        """Read a further file of texts or conversations, as fine-tuning takes them.
+
+        Its columns are its own: ``column_mapping`` counts where it names some of them.
+        """
+        reading = Reading(as_chat=self.as_chat, leave_out=tuple(self.leave_out or ()))
+        there = load_rows(name, self.dataset_split, 1).column_names
+        mapping = [pair for pair in self.column_mapping or [] if pair.partition("=")[0] in there]
+        taken = take_rows(name, self.dataset_split, max_rows, mapping, "sft", reading)
+        return RowSet(name, self.dataset_split, taken.rows, tuple(taken.numbers))
 
     def _read(self, name: str, split: str, stage: StageName) -> "RowSet":
         taken = take_rows(name, split, self.max_rows, self.column_mapping, stage, self.reading, self.place)
@@ -246,6 +257,10 @@ def rename_columns(rows: Dataset, mapping: Mapping[str, str], name: str) -> Data
     """
     # Old names must be there, and new ones free
     found = rows.column_names
+    # What is set aside may be in another file of the run alone
+    mapping = {
+        source: target for source, target in mapping.items() if source in found or not SET_ASIDE.match(target)
+    }
     for source, target in mapping.items():
         if source not in found:
             raise UserError(

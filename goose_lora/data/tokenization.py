@@ -243,28 +243,6 @@ def tokenize_prompts(
     return kept
 
 
-def tokenize_texts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int
-) -> Dataset:
-    """Tokenize rows with ``text``: the text and the end-of-text token, cut at ``max_length``.
-
-    Empty texts are left out.
-
-    Raises:
-        ValueError: no ``text`` column, or no text left.
-    """
-    require_columns(rows, name, ["text"])
-
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        return {"input_ids": [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id][:max_length]}
-
-    # Texts that have something to say
-    rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
-    if len(rows) == 0:
-        raise UserError(f"{name}: no row has any text.")
-    return rows.map(encode, remove_columns=rows.column_names, desc=f"Tokenizing {name}")
-
-
 def left_pad(
     prompts: Sequence[Sequence[int]], pad_token_id: Any, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:

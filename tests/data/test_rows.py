@@ -9,8 +9,10 @@ import tiny
 from datasets import Dataset, DatasetDict
 
 from goose_lora.data import sources
+from goose_lora.data.demonstrations import Learning, tokenize_demonstrations, tokenize_texts
+from goose_lora.data.preferences import tokenize_references
 from goose_lora.data.rows import DataArguments, load_rows, require_columns
-from goose_lora.data.tokenization import left_pad, tokenize_prompts, tokenize_texts
+from goose_lora.data.tokenization import left_pad, tokenize_prompts
 from goose_lora.ppo.sampler import RolloutBatches
 
 
@@ -305,3 +307,42 @@ def test_texts_end_with_the_end_token_and_are_cut():
     ]
     with pytest.raises(ValueError, match="needed are text"):
         tokenize_texts(rows.remove_columns("text"), tokenizer, name="x", max_length=9)
+
+
+# References of the reward model and texts of PPO-ptx are read as fine-tuning reads the same file
+BESIDE = [
+    [{"text": "ba be"}, {"text": "<s> good </s>"}],
+    [
+        {"instruction": "ba", "input": "be", "output": "good"},
+        {"instruction": "bi", "input": "", "output": "bad"},
+    ],
+    [{"conversations": [{"from": "human", "value": "ba"}, {"from": "gpt", "value": "good"}]}],
+    [
+        {"prompt": "ba", "completion": " good", "label": True},
+        {"prompt": "ba", "completion": " bad", "label": False},
+    ],
+]
+
+
+@pytest.mark.parametrize("rows", BESIDE, ids=["texts", "Alpaca", "ShareGPT", "KTO"])
+def test_references_and_texts_of_ppo_ptx_are_what_fine_tuning_reads(rows, tmp_path):
+    path = tiny.write_rows(tmp_path / "beside.jsonl", rows)
+    tokenizer = tiny.chat_tokenizer()
+    learned = tokenize_demonstrations(
+        load_rows(path, stage="sft"), tokenizer, name=path, learning=Learning(max_length=None)
+    )["input_ids"]
+    # The stage has a file of its own with other columns, which column_mapping is about
+    beside = DataArguments("x.jsonl", column_mapping=["q=prompt"]).beside(path)
+    assert tokenize_texts(beside.rows, tokenizer, name=path, max_length=99)["input_ids"] == learned
+    assert tokenize_references(beside.rows, tokenizer, name=path) == list(learned)
+
+
+def test_a_column_with_a_meaning_is_not_passed_over_beside_a_stage_either(tmp_path):
+    path = tiny.write_rows(tmp_path / "beside.jsonl", [{"prompt": "ba", "completion": " good", "winner": 1}])
+    own = tiny.write_rows(tmp_path / "own.jsonl", tiny.prompts(2))
+    with pytest.raises(ValueError, match=r"column_mapping: \[winner=unused_winner\] leaves it out"):
+        DataArguments(own).beside(path)
+    # The setting that it names works, though the stage's own file has no such column
+    data = DataArguments(own, column_mapping=["winner=unused_winner"])
+    assert data.beside(path).rows[0] == {"prompt": "ba", "completion": " good"}
+    assert len(data.train("ppo")) == 2
