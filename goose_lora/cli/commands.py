@@ -181,7 +181,9 @@ def _add_data(commands: Subcommands) -> None:
         help="Hub id or folder, or embedded; without it lengths are words and no chat template is applied",
     )
     parser.add_argument(
-        "--max_length", type=int, help="the stage's limit in tokens: max_length, for ppo max_prompt_tokens"
+        "--max_length",
+        type=int,
+        help="the stage's limit in tokens: max_length, for ppo max_prompt_tokens (default: the recipe's)",
     )
     parser.add_argument("--max_rows", type=int, help="look at the first so many rows only")
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
@@ -207,12 +209,16 @@ def _add_data(commands: Subcommands) -> None:
     parser.add_argument(
         "--assistant_only_loss", action="store_true", help="show what recipes/sft.py learns with it"
     )
+    parser.add_argument("--chat_template_path", metavar="FILE", help="a chat template, as in the recipes")
+    for name in ("dataset_config", "data_dir", "dataset_revision"):
+        parser.add_argument(f"--{name}", metavar="NAME", help="of a Hub dataset, as in the recipes")
 
 
 def _data(arguments: argparse.Namespace) -> None:
     from datasets import disable_progress_bars
 
     from goose_lora.data.report import describe
+    from goose_lora.data.sources import HubPlace
     from goose_lora.embedded import resolve
 
     disable_progress_bars()
@@ -221,7 +227,8 @@ def _data(arguments: argparse.Namespace) -> None:
     # What is shipped with the package has names of its own: embedded/...
     for name in ("dataset", "tokenizer"):
         options[name] = options[name] and resolve(options[name])
-    _say(describe(**options))
+    place = HubPlace(*(options.pop(name) for name in ("dataset_config", "data_dir", "dataset_revision")))
+    _say(describe(**options, place=place))
 
 
 def _add_plan(commands: Subcommands) -> None:

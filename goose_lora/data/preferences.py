@@ -5,7 +5,7 @@ A pair is the shortest list. References are replies that should score 0.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -151,15 +151,11 @@ def tokenize_ranked(
             encode_reply(tokenizer, row.prompt, reply, append_eos=append_eos, **row.template)
             for reply in row.completions
         ]
-        kept = [
-            (rank, ids)
-            for rank, ids in zip(row.ranks, encoded, strict=True)
-            if max_length is None or len(ids) <= max_length
-        ]
-        cut += len(encoded) - len(kept)
-        if len({rank for rank, _ in kept}) > 1:
-            kept.sort(key=lambda ranked: ranked[0])
-            ranks, ids = [rank for rank, _ in kept], [ids for _, ids in kept]
+        fitting = within(list(map(len, encoded)), max_length)
+        cut += len(encoded) - len(fitting)
+        if len({row.ranks[place] for place in fitting}) > 1:
+            fitting.sort(key=lambda place: row.ranks[place])
+            ranks, ids = [row.ranks[place] for place in fitting], [encoded[place] for place in fitting]
             made.append(
                 {
                     "completion_ids": ids,
@@ -185,6 +181,11 @@ def tokenize_ranked(
     return Dataset.from_list(
         made if margins is None else [row | {"margin": margins[row["row"]]} for row in made]
     )
+
+
+def within(lengths: Sequence[int], max_length: int | None) -> list[int]:
+    """Return the places of the completions that are not longer than ``max_length``."""
+    return [place for place, length in enumerate(lengths) if max_length is None or length <= max_length]
 
 
 def require_pairs(rows: Dataset, name: str, *, or_lists: bool) -> None:

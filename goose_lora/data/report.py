@@ -12,7 +12,7 @@ from statistics import mean, median
 from typing import Any, NamedTuple, get_args
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from goose_lora.data.demonstrations import Learning, demonstration, prompt_alone, tokens_in_common
 from goose_lora.data.formats import (
@@ -29,9 +29,10 @@ from goose_lora.data.formats import (
 )
 from goose_lora.data.labelled import pair_words
 from goose_lora.data.messages import Content
-from goose_lora.data.preferences import encode_reply
+from goose_lora.data.preferences import encode_reply, within
 from goose_lora.data.rows import load_rows
 from goose_lora.data.shapes import Reading, Shape, StageName, conversation_prompt
+from goose_lora.data.sources import HubPlace
 from goose_lora.data.tokenization import (
     chat_options,
     foreign_markers,
@@ -39,12 +40,15 @@ from goose_lora.data.tokenization import (
     row_prompt_ids,
 )
 from goose_lora.errors import UserError
-from goose_lora.models.folders import reading, require_name
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.loading import change_ends, load_tokenizer
 from goose_lora.terminal import table
 
 MEANT_FOR: tuple[StageName, ...] = ("reward", "sft", "ppo")  # rows are meant for the first that takes them
 SHOWN_ROWS = 3
 SHOWN_CHARACTERS = 1500  # of one part of a row; the middle of a longer one is left out
+# Of the recipes, where nothing else is set: max_length, and max_prompt_tokens of PPO
+LIMITS: dict[StageName, int] = {"sft": 1024, "reward": 1024, "ppo": 512}
 LEGEND = "⏎ is a line break, · a space at an edge"
 
 
@@ -73,6 +77,8 @@ def describe(
     as_chat: bool | None = None,
     leave_out: Sequence[str] | None = None,
     assistant_only_loss: bool = False,
+    chat_template_path: str | None = None,
+    place: HubPlace | None = None,
 ) -> str:
     """Return the report on ``dataset``, a file or Hub name, for a terminal.
 
@@ -80,8 +86,9 @@ def describe(
         stage: whose view; the one that the format is meant for if None.
         tokenizer: folder or Hub id; without it lengths are in words and chat messages are shown
             unrendered.
-        max_length: tokens; longer prompts (ppo) or pairs (reward) count as left out, longer texts
-            (sft) as cut.
+        max_length: tokens; longer prompts (ppo) or replies (reward) count as left out, longer
+            texts (sft) as cut. With a tokenizer it is the recipe's default if None.
+        chat_template_path, place: as the recipes' settings.
 
     Raises:
         ValueError: what ``load_rows`` and ``take`` raise; messages for a tokenizer without a chat
@@ -95,15 +102,15 @@ def describe(
     if max_rows is not None and max_rows < 1:
         raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
     # Rows as the stage takes them, and the tokenizer that it would use
-    rows = load_rows(dataset, split, max_rows, column_mapping)
+    rows = load_rows(dataset, split, max_rows, column_mapping, place=place)
     how = Reading(tuple(pair_words(pairs) or ()), as_chat, tuple(leave_out or ()))
     stage = stage or _main_stage(rows, dataset, how)
     taken = take(rows, stage, dataset, how)
     encoder = None
     if tokenizer is not None:
-        require_name(tokenizer)
-        with reading("the tokenizer", tokenizer):
-            encoder = AutoTokenizer.from_pretrained(tokenizer)
+        encoder = load_tokenizer(ModelArguments(tokenizer))
+        change_ends(encoder, chat_template_path, None)
+        max_length = LIMITS[stage] if max_length is None else max_length
     if encoder is not None and taken.kind == "chat":
         require_chat_template(encoder, dataset)
     # Each row in its pieces; rows keep their numbers in the file
@@ -111,16 +118,15 @@ def describe(
     learning = Learning(cut, assistant_only_loss=assistant_only_loss)
     numbers = taken.numbers
     parts, lost = _all_parts(taken, stage, encoder, learning, dataset)
-    too_long = {
-        place for place, row in enumerate(parts) if max_length is not None and _whole(row) > max_length
-    }
+    kept = [kept_parts(row, stage, max_length) for row in parts]
+    too_long = {place for place, row in enumerate(parts) if max_length and _whole(row) > max_length}
     dropped = {**taken.dropped}
     if lost:
         dropped[f"nothing of the reply is left to learn at max_length={max_length}"] = lost
-    if too_long and stage != "sft":
-        dropped[f"longer than max_length={max_length}"] = [numbers[place] for place in sorted(too_long)]
+    if gone := [numbers[place] for place in sorted(too_long) if not kept[place]]:
+        dropped[f"longer than max_length={max_length}"] = gone
     # The text: what the rows are, three of them, lengths, and what is left out
-    shown = [place for place in range(len(parts)) if stage == "sft" or place not in too_long][:SHOWN_ROWS]
+    shown = [place for place, row in enumerate(kept) if row and numbers[place] not in lost][:SHOWN_ROWS]
     width = min(shutil.get_terminal_size().columns, 120)
     lines = [
         f"{dataset}: {_count(len(rows), 'row')}, columns {', '.join(rows.column_names)}",
@@ -130,10 +136,12 @@ def describe(
     lines += [*textwrap.wrap(_view(taken, stage, encoder, assistant_only_loss), width), ""]
     lines += _marker_lines(taken, stage, encoder)
     for place in shown:
-        lines += _row_lines(numbers[place], parts[place], width)
+        lines += _row_lines(numbers[place], kept[place], width)
     lines += _length_lines(parts, "tokens" if encoder else "words")
     if stage == "sft" and max_length is not None:
         lines.append(f"{len(too_long):,} of {_count(len(parts), 'row')} cut at max_length={max_length}")
+    if stage == "reward" and (shorter := sum(bool(kept[place]) for place in too_long)):
+        lines.append(f"{_count(shorter, 'list')} without their replies over max_length={max_length}")
     lines += ["", *_dropped_lines(dropped, len(rows))]
     return "\n".join([*lines, *_settings_lines(dataset, stage, column_mapping, how)])
 
@@ -226,6 +234,20 @@ def row_parts(
         Part(label, _decode(whole[start:end], tokenizer), len(whole) - start, len(whole))
         for label, whole in wholes.items()
     ]
+
+
+def kept_parts(parts: list[Part], stage: StageName, max_length: int | None) -> list[Part]:
+    """Return the pieces of a row that the stage keeps at its limit; none where it keeps none."""
+    if stage == "sft" or max_length is None:
+        return parts
+    prompt = [part for part in parts if part.label == "prompt"]
+    if stage == "ppo":
+        return [part for part in prompt if 0 < part.length <= max_length]
+    # A list goes on without its long replies, while two of different rank are left
+    replies = [part for part in parts if part.label != "prompt"]
+    replies = [replies[place] for place in within([part.whole for part in replies], max_length)]
+    ranks = {part.label.rpartition("rank ")[2] for part in replies}
+    return [*prompt, *replies] if len(ranks) > 1 else []
 
 
 def _learned_parts(
