@@ -162,6 +162,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
             probes=key == "eval",
             append_eos=data.append_eos,
             max_length=config.max_length,
+            numbers=row_set.numbers,
         )
         for key, row_set in sets.items()
         if key != "train"
@@ -182,6 +183,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
             name=row_set.name,
             append_eos=data.append_eos,
             max_length=config.max_length,
+            numbers=row_set.numbers,
         )
         for key, row_set in sets.items()
     }

@@ -25,12 +25,16 @@ REFERENCES = (["text"], ["prompt", "completion"], ["messages"])
 
 
 class Ranked(NamedTuple):
-    """Completions to one prompt, 1 the best rank, and the keywords that the chat template gets."""
+    """Completions to one prompt, 1 the best rank, and the keywords that the chat template gets.
+
+    ``number`` is that of the row in its file.
+    """
 
     prompt: Reply | None
     completions: list[Reply]
     ranks: list[int]
     template: dict[str, Any]
+    number: int = 0
 
 
 def encode_reply(
@@ -91,16 +95,25 @@ def as_ranked(row: Mapping[str, Any], place: str) -> Ranked:
 
 
 def ranked_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, append_eos: bool
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    append_eos: bool,
+    numbers: Sequence[int] | None = None,
 ) -> list[Ranked]:
-    """Return all rows as ranked lists.
+    """Return all rows as ranked lists; ``numbers`` are those of the rows in their file.
 
     Raises:
         ValueError: other columns, a row that is no ranked list, messages without a chat template or
             with ``append_eos`` false.
     """
     require_columns(rows, name, LIST, PAIR)
-    found = [as_ranked(dict(row), f"{name}, row {index}") for index, row in enumerate(rows)]
+    numbers = numbers or range(1, len(rows) + 1)
+    found = [
+        as_ranked(dict(row), f"{name}: row {number}")._replace(number=number)
+        for number, row in zip(numbers, rows, strict=True)
+    ]
     if not isinstance(found[0].completions[0], str):
         _require_template(tokenizer, name, append_eos)
     return found
@@ -137,20 +150,18 @@ def tokenize_ranked(
     Raises:
         ValueError: no list is left, or a margin that is no number.
     """
-    # Margins are part of the loss
-    for number, margin in enumerate(margins or [], 1):
-        if not isinstance(margin, (int, float)) or not math.isfinite(margin):
-            raise UserError(
-                f"{name}: row {number}: margin is {margin!r}; expected numbers. Mend them, or set use_margin:"
-                " false."
-            )
     # Token lists, best first; a list needs two of different rank to teach anything
     made, cut = [], 0
     for index, row in enumerate(rows):
-        encoded = [
-            encode_reply(tokenizer, row.prompt, reply, append_eos=append_eos, **row.template)
-            for reply in row.completions
-        ]
+        try:
+            if margins is not None:
+                check_margin(margins[index])
+            encoded = [
+                encode_reply(tokenizer, row.prompt, reply, append_eos=append_eos, **row.template)
+                for reply in row.completions
+            ]
+        except UserError as error:
+            raise UserError(f"{name}: row {row.number}: {error}") from error
         fitting = within(list(map(len, encoded)), max_length)
         cut += len(encoded) - len(fitting)
         if len({row.ranks[place] for place in fitting}) > 1:
@@ -183,6 +194,12 @@ def tokenize_ranked(
     )
 
 
+def check_margin(margin: object) -> None:
+    """Raise UserError unless a margin, which is part of the loss, is a number."""
+    if not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise UserError(f"margin is {margin!r}; expected numbers. Mend them, or set use_margin: false.")
+
+
 def within(lengths: Sequence[int], max_length: int | None) -> list[int]:
     """Return the places of the completions that are not longer than ``max_length``."""
     return [place for place, length in enumerate(lengths) if max_length is None or length <= max_length]
@@ -200,11 +217,12 @@ def tokenize_rankings(
     name: str,
     append_eos: bool = True,
     max_length: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Dataset:
     """Tokenize preference pairs and ranked lists, with their margins; see ``tokenize_ranked``."""
     margins = list(rows["margin"]) if "margin" in rows.column_names else None
     return tokenize_ranked(
-        ranked_rows(rows, tokenizer, name=name, append_eos=append_eos),
+        ranked_rows(rows, tokenizer, name=name, append_eos=append_eos, numbers=numbers),
         tokenizer,
         name=name,
         append_eos=append_eos,

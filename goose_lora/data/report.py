@@ -29,7 +29,7 @@ from goose_lora.data.formats import (
 )
 from goose_lora.data.labelled import pair_words
 from goose_lora.data.messages import Content
-from goose_lora.data.preferences import encode_reply, within
+from goose_lora.data.preferences import check_margin, encode_reply, within
 from goose_lora.data.rows import load_rows
 from goose_lora.data.shapes import Reading, Shape, StageName, conversation_prompt
 from goose_lora.data.sources import HubPlace
@@ -178,6 +178,8 @@ def _all_parts(
     parts, lost = [], []
     for number, row in zip(taken.numbers, _rows(taken), strict=True):
         try:
+            if "margin" in row:
+                check_margin(row["margin"])
             parts.append(row_parts(row, taken, stage, encoder, cut=learning.max_length, learning=learning))
             if encoder is not None and stage == "sft" and not demonstration(row, encoder, learning).has_reply:
                 lost.append(number)

@@ -47,16 +47,18 @@ def prepare_held_out(
     append_eos: bool,
     max_length: int | None,
     probes: bool = True,
+    numbers: Sequence[int] | None = None,
 ) -> HeldOut:
     """Tokenize held-out ranked lists or pairs, and probes to some of their prompts.
 
     The probes go to ``PROBE_PROMPTS`` prompts, evenly spaced, and are tokenized in the same way.
+    ``numbers`` are those of the rows in their file.
 
     Raises:
         UserError: as ``ranked_rows`` and ``tokenize_ranked``.
     """
     # The rows themselves, as the training reads them
-    ranked = ranked_rows(rows, tokenizer, name=name, append_eos=append_eos)
+    ranked = ranked_rows(rows, tokenizer, name=name, append_eos=append_eos, numbers=numbers)
     tokens = tokenize_ranked(ranked, tokenizer, name=name, append_eos=append_eos, max_length=max_length)
     made = HeldOut(
         list(tokens["completion_ids"]), list(tokens["ranks"]), {probe: [] for probe in PROBES if probes}

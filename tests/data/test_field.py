@@ -101,8 +101,10 @@ def trained_on(stage, path, tokenizer, folder, **settings):
         return [runs(row["input_ids"], row["labels"], decode) for row in rows]
     if stage == "ppo":
         return [decode(ids) for ids in run.prompts().train["input_ids"]]
-    rows = data.used(data.train("reward")).rows
-    lists = tokenize_rankings(rows, words, name=path, max_length=run.config.max_length)
+    row_set = data.used(data.train("reward"))
+    lists = tokenize_rankings(
+        row_set.rows, words, name=path, max_length=run.config.max_length, numbers=row_set.numbers
+    )
     return [list(zip(row["ranks"], map(decode, row["completion_ids"]), strict=True)) for row in lists]
 
 
@@ -189,3 +191,30 @@ def test_the_limits_of_data_are_those_of_the_recipes():
 def test_the_tries_are_those_of_the_field():
     tries = {(name, stage) for name, stage, *_ in SHAPES}
     assert len(tries) == len(SHAPES) >= 70 and len(REFUSED) == 3
+
+
+BROKEN = [
+    ("reward", {"margin": None}, r"row 4: margin is None"),
+    (
+        "reward",
+        {"chosen": [tiny.assistant("ba") | {"reasoning_content": "hm"}]},
+        r"row 4: .* reasoning_content",
+    ),
+    ("ppo", {"prompt": [tiny.user("ba"), tiny.assistant("b")]}, r"row 4: "),
+]
+
+
+@pytest.mark.parametrize(("stage", "change", "message"), BROKEN)
+def test_a_broken_row_is_named_by_its_number_in_the_file_by_stage_and_data(
+    stage, change, message, tokenizer, tmp_path, monkeypatch
+):
+    good = {"prompt": [tiny.user("ba")], "chosen": [tiny.assistant("a")], "rejected": [tiny.assistant("b")]}
+    rows = [{**good, "prompt": None}, good, {**good, "rejected": good["chosen"]}, {**good, **change}]
+    rows = [{"margin": 1.0, **row} for row in rows]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    for look in (
+        lambda: trained_on(stage, path, tokenizer, tmp_path / "out"),
+        lambda: shown(stage, path, tokenizer, monkeypatch),
+    ):
+        with pytest.raises(ValueError, match=message):
+            look()
