@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -15,7 +14,7 @@ from goose_lora.data.columns import SET_ASIDE, is_text
 from goose_lora.data.formats import Taken, describe_dropped, take
 from goose_lora.data.labelled import BEST_FIRST, pair_words, parse_pairs
 from goose_lora.data.shapes import Reading, StageName
-from goose_lora.data.sources import HubPlace, numbers_again, read_rows
+from goose_lora.data.sources import HubPlace, is_table, numbers_again, read_rows
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 
@@ -211,7 +210,7 @@ def load_rows(
     name = resolve(name)
     mapping = parse_column_mapping(column_mapping or [])
     rows = read_rows(name, split, place)
-    if Path(name.split("?")[0].removesuffix(".gz")).suffix.lower() in (".csv", ".tsv"):
+    if is_table(name):
         rows = numbers_again(rows, {**dict.fromkeys(c for c in rows.column_names if is_text(c)), **mapping})
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))

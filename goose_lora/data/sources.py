@@ -11,8 +11,11 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
+import fsspec
 import pandas
 import pyarrow
 from datasets import (
@@ -40,6 +43,7 @@ READERS = {
     ".txt": "text",
 }
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SECONDS = 60  # without an answer of the web
 SEPARATORS = ",;\t|"
 WRAPPERS = ("data", "rows", "examples", "train")  # keys under which a JSON object has its rows
 
@@ -63,7 +67,7 @@ def read_rows(name: str, split: str, place: HubPlace | None = None) -> Dataset:
     if path.is_dir():
         return _folder(path, split)
     if "://" in name:
-        return _files([name], _kind(name), name)
+        return _address(name)
     if any(letter in name for letter in "*?["):
         return _parts(sorted(glob.glob(str(path))), name)
     if _suffix(path) in READERS:
@@ -78,6 +82,36 @@ def read_rows(name: str, split: str, place: HubPlace | None = None) -> Dataset:
     return _from_hub(name, split, place or HubPlace())
 
 
+def _address(name: str) -> Dataset:
+    """Read a file of the web, which is then read as one that lies here.
+
+    Raises:
+        UserError: it is not to be had, or as ``_file``.
+    """
+    # An address may end in a query
+    address = urlsplit(name)
+    path = Path(address.netloc + address.path)
+    if _suffix(path) not in READERS:
+        raise UserError(f"{name}: {_unknown_kind()}")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / path.name
+        try:
+            # fsspec knows hf:// and s3://, and asks for a package to read https
+            web = address.scheme in ("http", "https")
+            source: Any = urlopen(name, timeout=SECONDS) if web else fsspec.open(name, "rb").open()
+            with source as found, open(whole, "wb") as out:
+                shutil.copyfileobj(found, out)
+        except Exception as error:  # what urllib, fsspec and its packages raise
+            raise UserError(
+                f"{name}: not to be had: {brief(error)}. Check the address and the network, or give a file."
+            ) from error
+        return _file(whole, name, keep=True)
+
+
+def _unknown_kind() -> str:
+    return f"cannot read this kind of file. Use {', '.join(READERS)}, also with {', '.join(COMPRESSED)}."
+
+
 def _suffix(path: Path) -> str:
     """Return the ending that says the kind, without that of the compression."""
     # rows.jsonl.gz is a file of lines
@@ -86,10 +120,9 @@ def _suffix(path: Path) -> str:
 
 
 def _kind(name: str) -> str:
-    # An address may end in a query
-    suffix = _suffix(Path(name.split("?")[0]))
+    suffix = _suffix(Path(name))
     if suffix not in READERS:
-        raise UserError(f"{name}: cannot read this kind of file. Use {', '.join(READERS)}.")
+        raise UserError(f"{name}: {_unknown_kind()}")
     return READERS[suffix]
 
 
@@ -132,13 +165,13 @@ def _parts(parts: Sequence[str], name: str) -> Dataset:
     return _files(list(parts), kinds.pop(), name)
 
 
-def _file(path: Path, name: str) -> Dataset:
+def _file(path: Path, name: str, *, keep: bool = False) -> Dataset:
     if path.stat().st_size == 0:
         raise UserError(f"{name}: the file is empty. Write rows into it, or give another.")
     # A file as it is
     compression = COMPRESSED.get(path.suffix.lower())
     if compression is None:
-        return _files([str(path)], _kind(str(path)), name)
+        return _files([str(path)], _kind(str(path)), name, keep=keep)
     # Arrow unpacks all three; datasets would ask for a package for one
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / path.stem
@@ -153,10 +186,9 @@ def _file(path: Path, name: str) -> Dataset:
 def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dataset:
     """Read files of one kind; ``keep``: into memory, since the files go away."""
     # What is wrong with a file is told by its line, so it is looked at first
-    local = [Path(file) for file in files if "://" not in file]
-    for file in local if kind != "parquet" else []:
-        check_encoding(file, name if len(files) == 1 else str(file))
-    if kind == "json" and len(local) == 1 and (rows := _json_object(local[0])) is not None:
+    for file in files if kind != "parquet" else []:
+        check_encoding(Path(file), name if len(files) == 1 else file)
+    if kind == "json" and len(files) == 1 and (rows := _json_object(Path(files[0]))) is not None:
         return rows
     try:
         if kind == "csv":
@@ -164,7 +196,7 @@ def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dat
         else:
             rows = load_dataset(kind, data_files=files, split="train", keep_in_memory=keep)
     except (DatasetGenerationError, ValueError, OSError) as error:
-        broken = broken_json(local[0]) if kind == "json" and local else None
+        broken = broken_json(Path(files[0])) if kind == "json" else None
         if "corresponds to no data" in str(error):
             broken = "no rows. Was it written to its end?"
         raise UserError(
@@ -207,7 +239,7 @@ def _json_object(path: Path) -> Dataset | None:
 
 def _table(file: str) -> Dataset:
     """Read a csv file as text: words such as NA stay words, and numbers that are replies too."""
-    separator = "," if "://" in file else _separator(Path(file))
+    separator = _separator(Path(file))
     # datasets reads with pandas as well, but has no setting for text
     cells = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     if not isinstance(cells.index, pandas.RangeIndex):
@@ -226,6 +258,13 @@ def _separator(path: Path) -> str:
         header = file.readline()
     found = {sep: len(next(csv.reader([header], delimiter=sep), [])) for sep in SEPARATORS}
     return max(SEPARATORS, key=lambda sep: (found[sep], -SEPARATORS.index(sep)))
+
+
+def is_table(name: str) -> bool:
+    """Return whether rows of this name come from csv, whose cells are all text."""
+    path = Path(name.split("?")[0] if "://" in name else name).expanduser()
+    parts = list(path.iterdir()) if path.is_dir() else [path]
+    return any(_suffix(part) in (".csv", ".tsv") for part in parts)
 
 
 def numbers_again(rows: Dataset, text: Mapping[str, object]) -> Dataset:

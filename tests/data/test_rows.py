@@ -1,8 +1,13 @@
 """Rows from files, prompts from rows, and which process rolls out which prompt."""
 
+import gzip
 import json
 import logging
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import pyarrow
 import pytest
 import tiny
@@ -346,3 +351,92 @@ def test_a_column_with_a_meaning_is_not_passed_over_beside_a_stage_either(tmp_pa
     data = DataArguments(own, column_mapping=["winner=unused_winner"])
     assert data.beside(path).rows[0] == {"prompt": "ba", "completion": " good"}
     assert len(data.train("ppo")) == 2
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder that a server on loopback serves, and its address."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            pass
+
+    folder = tmp_path / "served"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+SERVED = [{"prompt": "ba, be", "completion": " good"}, {"prompt": "bi", "completion": "NA"}]
+WEB_LINES = "".join(json.dumps(row) + "\n" for row in SERVED)
+OF_THE_WEB = [
+    ("rows.jsonl", WEB_LINES.encode()),
+    ("rows.json", json.dumps({"data": SERVED}).encode()),
+    ("rows.csv", b"prompt;completion\nba, be; good\nbi;NA\n"),
+    ("rows.jsonl.gz", gzip.compress(WEB_LINES.encode())),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), OF_THE_WEB, ids=[name for name, _ in OF_THE_WEB])
+def test_an_address_is_read_as_the_file_would_be(name, content, served):
+    folder, address = served
+    (folder / name).write_bytes(content)
+    assert list(load_rows(f"{address}/{name}?download=true")) == SERVED
+    assert list(load_rows(f"{address}/{name}")) == SERVED
+
+
+def test_an_address_without_a_file_and_one_with_a_broken_file_say_so(served):
+    folder, address = served
+    with pytest.raises(ValueError, match=r"http://.*/rows.jsonl: not to be had: .*Check the address"):
+        load_rows(f"{address}/rows.jsonl")
+    (folder / "page.jsonl").write_text("<html>\n")
+    with pytest.raises(ValueError, match=r"http://.*/page.jsonl: line 1 is not JSON"):
+        load_rows(f"{address}/page.jsonl")
+    with pytest.raises(ValueError, match=r"cannot read this kind of file. Use .jsonl"):
+        load_rows(f"{address}/rows.pdf")
+
+
+def test_other_addresses_are_fsspecs():
+    with fsspec.open("memory://rows.jsonl", "w") as file:
+        file.write(WEB_LINES)
+    assert list(load_rows("memory://rows.jsonl")) == SERVED
+
+
+def test_what_a_run_asks_the_hub_for_is_what_the_settings_name(monkeypatch):
+    asked = []
+
+    def hub(*names, **place):
+        asked.append((names, place))
+        return Dataset.from_list(tiny.prompts(2))
+
+    monkeypatch.setattr(sources, "load_dataset", hub)
+    data = DataArguments(
+        "org/name",
+        dataset_config="main",
+        data_dir="d",
+        dataset_revision="v1",
+        dataset_split="train[:9]",
+        eval_dataset_name="org/name",
+    )
+    data.train("ppo")
+    data.held_out("ppo")
+    place = {"data_dir": "d", "revision": "v1"}
+    assert asked == [
+        (("org/name", "main"), {"split": "train[:9]", **place}),
+        (("org/name", "main"), {"split": "test", **place}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["votes.csv", "votes.tsv", "votes.csv.bz2", "parts", "parts/*.csv"])
+def test_numbers_of_tables_are_numbers_in_parts_and_packed_too(name, tmp_path):
+    (tmp_path / "parts").mkdir()
+    lines = "prompt,chosen,rejected,margin\nba,1, bad,0.5\n"
+    for path in ("votes.csv", "parts/a.csv", "parts/b.csv"):
+        (tmp_path / path).write_text(lines)
+    (tmp_path / "votes.tsv").write_text(lines.replace(",", "\t"))
+    packed(tmp_path / "votes.csv.bz2", lines, "bz2")
+    row = load_rows(str(tmp_path / name), stage="reward")[0]
+    assert (row["chosen"], row["margin"]) == ("1", 0.5)
