@@ -228,7 +228,7 @@ def _data(arguments: argparse.Namespace) -> None:
     for name in ("dataset", "tokenizer"):
         options[name] = options[name] and resolve(options[name])
     place = HubPlace(*(options.pop(name) for name in ("dataset_config", "data_dir", "dataset_revision")))
-    _say(describe(**options, place=place))
+    _say(describe(**options, hub_place=place))
 
 
 def _add_plan(commands: Subcommands) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from goose_lora.data.demonstrations import Learning, tokenize_demonstrations, tokenize_texts
+from goose_lora.data.hints import tell_hints
 from goose_lora.data.rows import DataArguments, RowSet
 from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.embedded import resolve
@@ -203,6 +204,7 @@ class Stage:
             found["eval"] = held_out
         rows = {key: self._noted(row_set) for key, row_set in found.items()}
         learning = Learning.of(self.config)
+        self._tell_hints(found["train"])
         return {
             key: tokenize_demonstrations(
                 rows[key],
@@ -213,6 +215,16 @@ class Stage:
             )
             for key, row_set in found.items()
         }
+
+    def _tell_hints(self, row_set: RowSet) -> None:
+        if self.config.process_index == 0:
+            tell_hints(
+                row_set.rows,
+                self.tokenizer(),
+                name=row_set.name,
+                as_chat=self.data.as_chat,
+                numbers=row_set.numbers,
+            )
 
     def _noted(self, row_set: RowSet) -> Dataset:
         self._row_sets.append(row_set)
@@ -302,6 +314,7 @@ class Stage:
         train = self.data.train("ppo")
         others = self.data.held_out("ppo") if held_out else None
         tokenizer = self.tokenizer()
+        self._tell_hints(train)
         prompts = self._tokenized(train, config.max_prompt_tokens)
         evaluation = None if others is None else self._tokenized(others, config.max_prompt_tokens)
         texts = None

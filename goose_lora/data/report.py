@@ -27,6 +27,7 @@ from goose_lora.data.formats import (
     ranks_of,
     take,
 )
+from goose_lora.data.hints import hints
 from goose_lora.data.labelled import pair_words
 from goose_lora.data.messages import Content
 from goose_lora.data.preferences import check_margin, encode_reply, within
@@ -78,7 +79,7 @@ def describe(
     leave_out: Sequence[str] | None = None,
     assistant_only_loss: bool = False,
     chat_template_path: str | None = None,
-    place: HubPlace | None = None,
+    hub_place: HubPlace | None = None,
 ) -> str:
     """Return the report on ``dataset``, a file or Hub name, for a terminal.
 
@@ -88,7 +89,7 @@ def describe(
             unrendered.
         max_length: tokens; longer prompts (ppo) or replies (reward) count as left out, longer
             texts (sft) as cut. With a tokenizer it is the recipe's default if None.
-        chat_template_path, place: as the recipes' settings.
+        chat_template_path, hub_place: as the recipes' settings.
 
     Raises:
         ValueError: what ``load_rows`` and ``take`` raise; messages for a tokenizer without a chat
@@ -102,7 +103,7 @@ def describe(
     if max_rows is not None and max_rows < 1:
         raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
     # Rows as the stage takes them, and the tokenizer that it would use
-    rows = load_rows(dataset, split, max_rows, column_mapping, place=place)
+    rows = load_rows(dataset, split, max_rows, column_mapping, place=hub_place)
     how = Reading(tuple(pair_words(pairs) or ()), as_chat, tuple(leave_out or ()))
     stage = stage or _main_stage(rows, dataset, how)
     taken = take(rows, stage, dataset, how)
@@ -134,6 +135,9 @@ def describe(
         "",
     ]
     lines += [*textwrap.wrap(_view(taken, stage, encoder, assistant_only_loss), width), ""]
+    if encoder is not None:
+        for sentence in hints(taken.rows, encoder, as_chat=as_chat, numbers=numbers):
+            lines += [*textwrap.wrap(sentence[0].upper() + sentence[1:], width), ""]
     lines += _marker_lines(taken, stage, encoder)
     for place in shown:
         lines += _row_lines(numbers[place], kept[place], width)

@@ -641,7 +641,9 @@ def _lists(have: Columns, stage: StageName) -> Shape | None:
         replies, own = _list_of_replies(row[column])
         if prompt is None:
             raise LeftOut(f"{asking.prompt} is missing")
-        answers = [asking.answer(reply, prompt) for reply in replies]
+        answers = [asking.answer(reply, prompt) for reply in without_prompt(replies, prompt, column)]
+        if isinstance(prompt, str) and any(isinstance(answer, list) for answer in answers):
+            prompt = [{"role": "user", "content": prompt}]
         made: Cells = {"prompt": asking.asked(prompt), "completions": answers, **asking.extras(row)}
         if ranks is not None and row[ranks] is not None:
             made["ranks"] = _from_one(parsed(row[ranks]), len(answers))
@@ -661,6 +663,31 @@ def _lists(have: Columns, stage: StageName) -> Shape | None:
     own = size > 0 and isinstance(first[0], dict) and not is_messages([first[0]])
     title = "ranked lists" + (f", by {scores}" if scores else ", each with its rank or score" if own else "")
     return Shape(title, ("prompt", "completions"), frozenset(have.used), read, True, asking)
+
+
+def without_prompt(replies: Sequence[Content], prompt: Content, column: str) -> list[Content]:
+    """Return replies without the prompt that whole conversations begin with, and texts if all do.
+
+    Raises:
+        UserError: a conversation that begins with another prompt.
+    """
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    made: list[Content] = []
+    for reply in replies:
+        if isinstance(reply, list) and reply and reply[0]["role"] != "assistant":
+            if reply[: len(asked)] != asked or len(reply) == len(asked):
+                raise UserError(
+                    f"{column} begins with a turn of the {reply[0]['role']}, and not with the prompt. Give"
+                    " the turns of the assistant alone, or whole conversations that begin with the prompt."
+                )
+            reply = reply[len(asked) :]
+        made.append(reply)
+    # One text may repeat what it was asked; several that do all hold the prompt
+    texts = [reply for reply in made if isinstance(reply, str)]
+    several = isinstance(prompt, str) and prompt.strip() and 1 < len(made) == len(texts)
+    if several and all(text.startswith(str(prompt)) for text in texts):
+        return [text[len(prompt) :] for text in texts]
+    return made
 
 
 def _from_one(ranks: Cell, count: int) -> Cell:
@@ -858,9 +885,8 @@ def _prompt_and_reply(have: Columns, asking: Asking, reply: str | None, stage: S
         assert prompt is not None
         made: Cells = asking.extras(row)
         if reply is not None and stage == "sft":
-            answer = asking.answer(_reply(row[reply], reply), prompt)
-            if isinstance(answer, list) and isinstance(prompt, list) and answer[: len(prompt)] == prompt:
-                answer = answer[len(prompt) :]
+            (own,) = without_prompt([_reply(row[reply], reply)], prompt, reply)
+            answer = asking.answer(own, prompt)
             if isinstance(answer, list) and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
             made["completion"] = answer

@@ -98,7 +98,7 @@ def _address(name: str) -> Dataset:
         try:
             # fsspec knows hf:// and s3://, and asks for a package to read https
             web = address.scheme in ("http", "https")
-            source: Any = urlopen(name, timeout=SECONDS) if web else fsspec.open(name, "rb").open()
+            source: Any = urlopen(name, timeout=SECONDS) if web else fsspec.open(name, "rb")
             with source as found, open(whole, "wb") as out:
                 shutil.copyfileobj(found, out)
         except Exception as error:  # what urllib, fsspec and its packages raise

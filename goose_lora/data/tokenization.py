@@ -96,15 +96,22 @@ def _tell_once(text: str) -> None:
 def _left_out(messages: Sequence[Message], text: str) -> tuple[int, str, str] | None:
     """Return the number of the first message that is not whole in ``text``, and what it lacks.
 
-    Thoughts inside the content of earlier turns are dropped by design, and told by ``data`` alone.
+    Thoughts inside the content of earlier turns are dropped by design, which is told.
     """
     for place, message in enumerate(messages, 1):
         last = place == len(messages)
         # What the turn says, its thoughts apart
         thought, _, content = _said(message).rpartition("</think>")
         parts = [(message["role"], content)]
+        thought = thought.replace("<think>", "")
         if last and thought:
-            parts.append(("think", thought.replace("<think>", "")))
+            parts.append(("think", thought))
+        elif thought.strip() and not _stands_in(thought.strip(), text):
+            _tell_once(
+                "the chat template leaves out the thoughts inside earlier turns of the assistant, so that"
+                " these are read, and learned where all turns are, without them. leave_out: [think] leaves"
+                " out all thoughts."
+            )
         parts += [(key, message[key]) for key in THOUGHTS if isinstance(message.get(key), str)]
         # Calls: names, and what is said to them
         for call in message.get("tool_calls") or []:

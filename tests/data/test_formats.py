@@ -173,8 +173,8 @@ PAIR = {"prompt": ASKED, "chosen": [assistant("good")], "rejected": [assistant("
         ("reward", RANKED | {"completions": "good"}, "completions is str; expected a list of replies"),
         (
             "reward",
-            RANKED | {"completions": [[assistant("good")], [assistant("bad")]]},
-            "completion 1 is a list of chat messages, but the prompt is text",
+            RANKED | {"completions": [[assistant("good")], "bad"]},
+            "completion 2 is text, but the prompt is a list of chat messages",
         ),
         (
             "sft",
