@@ -45,6 +45,15 @@ class ModelArguments:
             "help": "Arithmetic of the base. Adapters, heads, log-probabilities and losses are fp32 always."
         },
     )
+    embeddings: Literal["device", "host"] = field(
+        default="device",
+        metadata={
+            "help": (
+                "Where the input embeddings are. host: in the host's memory, and a batch's rows cross over;"
+                " not where the head is the same table."
+            )
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2 ...; the model's default if unset."}
     )

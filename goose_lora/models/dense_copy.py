@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goose_lora.errors import UserError
 from goose_lora.models import role_checks, role_outputs
+from goose_lora.models.host_embeddings import HostEmbedding
 from goose_lora.models.role_outputs import output_head
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
@@ -61,7 +62,11 @@ class DenseCopy:
         # Its parameters are the base's own tensors, or dense matrices in their place
         self._adapted: list[tuple[Any, Tensor]] = []
         for name, module in list(self.model.named_modules()):
-            self._fill(module, core.get_submodule(name), merged)
+            source = core.get_submodule(name)
+            if isinstance(source, HostEmbedding):
+                self.model.set_submodule(name, source)
+            else:
+                self._fill(module, source, merged)
         # Buffers, such as rotary frequencies, that no checkpoint holds
         for name, buffer in self.model.named_buffers():
             buffer.data = core.get_buffer(name).data

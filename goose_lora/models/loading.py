@@ -31,6 +31,7 @@ from goose_lora.models.folders import (
     require_name,
     saved_template,
 )
+from goose_lora.models.host_embeddings import keep_embeddings_on_host
 from goose_lora.models.identity import note_place
 from goose_lora.models.quantization import (
     cpu_multiplies_bf16,
@@ -176,6 +177,8 @@ def _load(
     # A classifier's head is fresh; what is on the Hub is looked at only now
     classifier = auto_class is AutoModelForSequenceClassification
     require_loaded(args.model_name_or_path, found, without="score.weight" if classifier else None)
+    if args.embeddings == "host":
+        keep_embeddings_on_host(model, args.model_name_or_path)
     keep_4bit_trainable_on_cpu(model)
     keep_8bit_alike_on_cpu(model)
     model.requires_grad_(False)

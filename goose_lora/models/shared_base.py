@@ -22,6 +22,7 @@ from goose_lora.errors import UserError
 from goose_lora.models import adapters, role_checks, role_outputs
 from goose_lora.models.adapter_kinds import require_harmless_start
 from goose_lora.models.folders import AdapterFolder, write_lineage
+from goose_lora.models.host_embeddings import require_frozen_embeddings
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
 from goose_lora.models.roles import (
     ADAPTERS,
@@ -133,6 +134,7 @@ class SharedBase(PeftModel):
             fresh = copy.deepcopy(cast(LoraConfig, policy))
             require_harmless_start(fresh)
             config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
+        require_frozen_embeddings(base, config)
         adapters.make_ready(base, config)
         if judge is not None or critic is not None:
             _add_score_head(base)
@@ -173,6 +175,7 @@ class SharedBase(PeftModel):
         return self
 
     def _add_role(self, role: Role, config: LoraConfig) -> None:
+        require_frozen_embeddings(self.core, config)
         adapters.require_runs(self, config, role)
         cast(PeftModel, self).add_adapter(ADAPTERS[role], copy.deepcopy(config))
 

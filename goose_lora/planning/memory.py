@@ -217,7 +217,7 @@ class Planner:
         if self._by_vllm and self.device == "cpu":
             trainer["vllm"] = self._vllm_bytes(sizes)  # it sleeps on a GPU alone
         phases = {
-            "load": {"base": self.model.base, "activations": self.model.largest_weight},
+            "load": {"base": self.model.loaded, "activations": self.model.largest_weight},
             "generate": trainer | self._generate(sizes),
             "score": trainer | self._score(sizes),
             "update": trainer | {"optimizer": 3 * number} | self._update(sizes),

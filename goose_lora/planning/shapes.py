@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import AdapterFolder
+from goose_lora.models.host_embeddings import tied
 from goose_lora.models.loading import lora_config
 from goose_lora.models.roles import RolePlan
 from goose_lora.models.trunk import decoder_layers, top_layers
@@ -78,6 +79,7 @@ class ModelShape:
     expert_features: int = 0
     experts_of_token: int = 0
     layers_of_experts: tuple[int, ...] = ()
+    on_host: int = 0  # input embeddings that the device does not keep
 
     @property
     def weights(self) -> int:
@@ -103,7 +105,12 @@ class ModelShape:
                 + len(self.linears) * FP32 * (16 + 256)
             ),
         }[self.quantization]
-        return quantized + self.other_parameters * self.compute
+        return quantized + (self.other_parameters - self.on_host) * self.compute
+
+    @property
+    def loaded(self) -> int:
+        """Bytes of the base while it is loaded, before the embeddings go to the host."""
+        return self.base + self.on_host * self.compute
 
     @property
     def largest_weight(self) -> int:
@@ -208,6 +215,13 @@ def _model_shape(core: PreTrainedModel, args: ModelArguments, device: str) -> Mo
     total = sum(parameter.numel() for parameter in core.parameters())
     vocabulary, states = core.get_output_embeddings().weight.shape  # type: ignore[union-attr]
 
+    # A table that is also the head is not left to the host.
+    embeddings, on_host = core.get_input_embeddings().weight, 0
+    if args.embeddings == "host":
+        if core.get_output_embeddings().weight is embeddings:  # type: ignore[union-attr]
+            raise UserError(tied(args.model_name_or_path))
+        on_host = 0 if device == "cpu" else embeddings.numel()  # type: ignore[union-attr,operator]
+
     # Not every family has each of these settings.
     settings = config.to_dict()
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -237,6 +251,7 @@ def _model_shape(core: PreTrainedModel, args: ModelArguments, device: str) -> Mo
         expert_features=features,
         experts_of_token=min(chosen, number),
         layers_of_experts=with_experts,
+        on_host=on_host,
     )
 
 

@@ -51,7 +51,7 @@ def plan_tuning(core: PreTrainedModel, args: ModelArguments, sizes: Tuning, *, d
     activations, logits = _backward(costs, adapter, sizes)
     return Plan(
         {
-            "load": {"base": base, "activations": model.largest_weight},
+            "load": {"base": base + model.loaded - model.base, "activations": model.largest_weight},
             "update": {
                 "base": base,
                 "adapters": FP32 * adapter.with_head,

@@ -38,7 +38,16 @@ def ways_to_fit(planner: Planner, memory: int) -> tuple[list[Way], Planner]:
     """
     found: list[Way] = []
     now = planner.changed({}, memory=memory)
-    for change in (_checkpointing, _shared_weights, _groups, _quantization, _fewer_layers, _shorter):
+    changes = (
+        _checkpointing,
+        _shared_weights,
+        _groups,
+        _host_embeddings,
+        _quantization,
+        _fewer_layers,
+        _shorter,
+    )
+    for change in changes:
         if now.fits(now.sizes, memory):
             break
         settings = change(now, memory)
@@ -117,6 +126,12 @@ def _groups(planner: Planner, memory: int) -> Settings:
     if group < most:
         settings["local_rollout_forward_batch_size"] = group
     return settings
+
+
+def _host_embeddings(planner: Planner, memory: int) -> Settings:
+    # Not a table that is the head too
+    head, table = planner.core.get_output_embeddings(), planner.core.get_input_embeddings()
+    return {} if head is None or head.weight is table.weight else {"embeddings": "host"}
 
 
 def _quantization(planner: Planner, memory: int) -> Settings:

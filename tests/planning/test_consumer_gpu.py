@@ -50,8 +50,69 @@ def shape_of(settings, layers=None):
 
 
 def arguments(settings):
-    names = ("model_name_or_path", "quantization", "dtype", "lora_r", "lora_alpha", "lora_layers")
-    return ModelArguments(**{name: settings[name] for name in names if name in settings})
+    known = ModelArguments.__dataclass_fields__
+    return ModelArguments(**{name: value for name, value in settings.items() if name in known})
+
+
+# PPO with policy, critic, reward model and reference where a base nearly fills the card: its name,
+# its shape, and the card's bytes. A card that is sold as 12 GB has 12 GiB.
+LLAMA = {"num_key_value_heads": 8, "tie_word_embeddings": False}
+LARGE = {
+    "ppo_8b": ("llama", LLAMA | {"vocab_size": 128256}, (32, 4096, 32, 14336), 12 * 10**9),
+    "ppo_8b_8gb": ("llama", LLAMA | {"vocab_size": 128256}, (32, 4096, 32, 14336), 8 * 10**9),
+    "ppo_14b_12gb": (
+        "qwen3",
+        QWEN3 | {"tie_word_embeddings": False},
+        (40, 5120, 40, 17408),
+        12 * 2**30,
+    ),
+    "ppo_24b_24gb": (
+        "mistral",
+        LLAMA | {"vocab_size": 131072, "head_dim": 128},
+        (40, 5120, 32, 32768),
+        24 * 10**9,
+    ),
+}
+
+
+def large(name, layers=None):
+    text = (FOLDER / f"{name}.yaml").read_text()
+    architecture, rest, (number, hidden, heads, inner), memory = LARGE[name]
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": inner}
+    shapes = AutoConfig.for_model(architecture, **rest | sizes, num_hidden_layers=layers or number)
+    return text, yaml.safe_load(text), shapes, memory
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_ppo_of_a_base_that_nearly_fills_the_card_fits_it_by_the_plan_with_the_margin(name):
+    text, settings, shapes, memory = large(name)
+    model = arguments(settings)
+    core = meta_model(model, config=shapes)
+    policy, reward = settings["policy_adapter"], settings["reward_adapter"]
+    config = ppo(settings)
+    assert config.rollout_batch_size == 8
+    assert config.max_prompt_tokens == config.response_length == 256
+    planner = Planner(core, model, config, policy=policy, reward=reward, memory=memory)
+    roles = planner.roles
+    assert roles.value is not None and roles.reward is not None and roles.plan.reference == "copy"
+    said = re.search(r"by plan ([\d.]+) GB, with 15 % and 0.6 GB to spare", text)
+    assert said and said[1] == f"{planner.needed() / 1e9:.1f}" and planner.needed() <= memory
+
+
+def test_the_plan_of_embeddings_on_the_host_is_within_5_percent_of_fake_tensors(tmp_path):
+    _, settings, shapes, _ = large("ppo_8b_8gb", LAYERS)
+    model, device = arguments(settings), arguments(settings | {"embeddings": "device"})
+    config = ppo(settings, gradient_accumulation_steps=1, local_rollout_forward_batch_size=1)
+    plan, peaks = BENCHMARK["measured_fake"](shapes, device, config, adapters=tmp_path)
+    core = meta_model(model, config=shapes)
+    table = core.get_input_embeddings().weight.numel() * 2
+    roles = {"policy": str(tmp_path / "CAUSAL_LM"), "reward": str(tmp_path / "SEQ_CLS")}
+    host = Planner(core, model, config, **roles).plan()
+    assert host.total("load") == plan.total("load")
+    assert plan.total("update") - host.total("update") == table
+    # What the device's table took is not there: nothing else changes
+    measured = with_margin(peaks["update"] - table, "cuda")
+    assert with_margin(host.total("update"), "cuda") == pytest.approx(measured, rel=0.05)
 
 
 def tuning(stage, settings):
