@@ -29,7 +29,7 @@ WRITTEN = "written.json"
 _FORMAT = 1
 _LAST = "adapter_config.json"  # without it nothing loads an adapter
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
-_LOGS = ("metrics.jsonl", "samples.jsonl")  # of the run that is under way, not of its result
+_LOGS = ("metrics.jsonl", "samples.jsonl", "log.txt")  # of the run that is under way, not of its result
 _ADAPTER = (_LAST, "adapter_model.safetensors", "goose_lora.json", "README.md")
 _TOKENIZER = (
     "tokenizer.json",
@@ -44,7 +44,7 @@ _TOKENIZER = (
 _PPO = ("samples.jsonl", "curves.png", "report.html")
 _ROLE_FOLDERS = ("value", "reward", "reference")
 _ROLES = tuple(f"{role}/{name}" for role in _ROLE_FOLDERS for name in _ADAPTER)
-_TRAINED = (*_ADAPTER, *_TOKENIZER, "stage.json", "metrics.jsonl")
+_TRAINED = (*_ADAPTER, *_TOKENIZER, "stage.json", "metrics.jsonl", "log.txt")
 # What a stage leaves in its output_dir, besides checkpoints.
 RESULTS = {
     "sft": _TRAINED,

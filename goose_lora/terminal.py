@@ -1,10 +1,74 @@
-"""Tables for a terminal."""
+"""Lines and tables for a terminal."""
 
+import logging
 import numbers
+import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from goose_lora.errors import UserError, printable
+from goose_lora.redaction import redacted
+
+# What a run says, also into its log; no handler of others shows it a second time.
+_said = logging.getLogger("goose_lora.said")
+_said.propagate = False
+_said.setLevel(logging.INFO)
+_said.addHandler(logging.NullHandler())
+
+
+def say(text: str) -> None:
+    """Print lines for the user at once, above a bar where there is one, and log them.
+
+    Control characters are escaped, and secrets left out.
+    """
+    shown = printable(redacted(text), keep="\n\t")
+    _said.info("%s", shown)
+    tqdm.write(shown, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class _OneLine(logging.Formatter):
+    """Writes a record with its time; its lines are indented below the first."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = printable(redacted(super().format(record)), keep="\n\t")
+        return text.replace("\n", "\n    ")
+
+
+class _LogFile(logging.FileHandler):
+    """A file that takes what can be written to it: it only looks, and ends no run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Pass over a line that cannot be written: the disk is full, or gone."""
+
+
+_file: _LogFile | None = None
+
+
+def log_into(path: Path | None, *, anew: bool = False) -> None:
+    """Write what is said and warned of from here on into a file too, each line with its time.
+
+    Args:
+        path: of the file; None closes the one that there is.
+        anew: replace the file, in place of going on with it.
+    """
+    global _file
+    # transformers' loggers pass nothing on to the root
+    loggers = [_said, logging.getLogger(), logging.getLogger("transformers")]
+    if _file is not None:
+        for logger in loggers:
+            logger.removeHandler(_file)
+        _file.close()
+        _file = None
+    if path is None:
+        return
+    _file = _LogFile(path, mode="w" if anew else "a", encoding="utf-8", errors="replace")
+    _file.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for logger in loggers:
+        logger.addHandler(_file)
 
 
 def _cell(value: object) -> str:

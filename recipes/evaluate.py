@@ -160,6 +160,7 @@ def leave(
     texts: list[str],
     figures: dict,
     against: str,
+    judge: str | None,
 ) -> None:
     """Write figures and replies, and bring card and report of the policy up to date."""
     evaluation = {
@@ -168,6 +169,8 @@ def leave(
         "against": against,
         "figures": figures,
     }
+    if judge is not None:
+        evaluation["judge"] = judge
     every = [
         {"prompt": text} | {name: given.texts[i] for name, given in replies.items()}
         for i, text in enumerate(texts)

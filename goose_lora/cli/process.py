@@ -23,20 +23,27 @@ REPORT = (
     " above, the command and the output of pip freeze."
 )
 _TOO_LONG = re.compile(r"(\S{80})\S{200,}(\S{20})")  # of a file that is one word
+VERBOSE = "GOOSE_LORA_VERBOSE"  # set to 1 by --verbose, also for the processes of stages
 # Options of mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def quiet_libraries() -> None:
-    """Switch off telemetry, and lines that tell the user nothing.
+    """Switch off telemetry, and lines and bars of libraries that tell the user nothing.
 
-    Set HF_HUB_DISABLE_TELEMETRY=0 to send telemetry.
+    Set HF_HUB_DISABLE_TELEMETRY=0 to send telemetry; ``--verbose`` shows the lines and bars.
     """
+    import datasets
     import huggingface_hub.constants
+    import transformers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") == "1":
         huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    # Bars of maps and of weights in memory; those of downloads stay
+    if os.environ.get(VERBOSE) != "1":
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
     # What peft, trl and transformers say to one another.
     warnings.filterwarnings(
         "ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning
@@ -72,10 +79,13 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(main)
     def run() -> None:
         guard_consoles()
-        # An option of every command, which no parser knows
+        # Options of every command, which no parser knows
         debug = "--debug" in sys.argv
         if debug:
             sys.argv.remove("--debug")
+        if "--verbose" in sys.argv:
+            sys.argv.remove("--verbose")
+            os.environ[VERBOSE] = "1"
         try:
             main()
         except Stopped as stop:

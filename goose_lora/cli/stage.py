@@ -17,6 +17,7 @@ from transformers import (
     set_seed,
 )
 
+from goose_lora import terminal
 from goose_lora.data.demonstrations import Learning, tokenize_demonstrations, tokenize_texts
 from goose_lora.data.hints import tell_hints
 from goose_lora.data.rows import DataArguments, RowSet
@@ -62,6 +63,7 @@ from goose_lora.training.resume import given_facts, starting_point
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "log.txt"  # what a run has said
 OF_PPO = ("ppo", "own_loop")
 FIGURES = ("objective/score", "objective/kl", "rollout/eos_rate")  # of the last rollout, for card and lineage
 
@@ -154,6 +156,9 @@ class Stage:
             parents["reward_adapter" if name == "reward" else "policy_adapter"],
             rules=config.resume_rules if isinstance(config, PPOConfig) else SettingRules(),
         )
+        if config.process_index == 0:
+            claim(output_dir, LOG_FILE)
+            terminal.log_into(Path(output_dir) / LOG_FILE, anew=stage.checkpoint is None)
         # An upload that cannot succeed is told before the training, not after it
         hub.check_upload(config, model)
         set_seed(config.seed)
@@ -252,7 +257,7 @@ class Stage:
             change_ends(self._tokenizer, own.get("chat_template_path"), own.get("eos_token"))
             self._tell_other_days(self._tokenizer, *parents)
             if self.config.process_index == 0:
-                print(ends_text(self._tokenizer, own.get("stop_token_ids")), flush=True)
+                terminal.say(ends_text(self._tokenizer, own.get("stop_token_ids")))
         return self._tokenizer
 
     def _tell_other_days(self, tokenizer: PreTrainedTokenizerBase, *parents: AdapterFolder | None) -> None:
@@ -393,7 +398,7 @@ class Stage:
             return
         # All processes count alike; one of them tells
         if config.process_index == 0:
-            print(plan.report(memory), flush=True)
+            terminal.say(plan.report(memory))
         if not force:
             ways.check(plan, memory)
         # The trainer sees what is free for a copy, and not what the run needs beside it
@@ -403,12 +408,14 @@ class Stage:
 
     def base(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Load the frozen base as a causal language model."""
+        self._say_loading()
         return load_base(
             self.model, tokenizer, device=self.config.device, trust_remote_code=self._trusts_code
         )
 
     def reward_base(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Load the same base as a sequence classifier with one output."""
+        self._say_loading()
         return load_reward_base(
             self.model, tokenizer, device=self.config.device, trust_remote_code=self._trusts_code
         )
@@ -444,6 +451,11 @@ class Stage:
         adapters_to_fp32(trainer.model)
         if start is not None:
             load_weights(cast(PeftModel, trainer.model), "policy", start)
+
+    def _say_loading(self) -> None:
+        if self.config.process_index == 0:
+            model = self.model
+            terminal.say(f"loading {model.model_name_or_path}, {model.quantization}, {model.dtype}")
 
     @property
     def trainer_config(self) -> Any:
@@ -512,7 +524,9 @@ class Stage:
         )
         # Last: what a console cannot show costs no result
         if said:
-            print(f"\n{said}")
+            terminal.say(f"\n{said}")
+        terminal.say(_what_next(self.name, folder))
+        terminal.log_into(None)
 
     def leave(
         self,
@@ -558,6 +572,14 @@ class Stage:
         release(folder)
 
 
+def _what_next(stage: str, folder: Path) -> str:
+    """Return the lines that end a stage: where its result is, and what to do with it."""
+    lines = [f"\nSaved in {folder}"]
+    if stage in OF_PPO:
+        lines += [f"Report:  {folder / 'report.html'}", f"Talk:    goose-lora chat {folder}"]
+    return "\n".join(lines)
+
+
 def _read_metrics(folder: Path) -> tuple[dict[str, float], list[str], str]:
     """Draw the curves of a PPO run; return its figures, its findings and its diagnosis as text."""
     metrics = read_jsonl(folder / "metrics.jsonl")
@@ -567,7 +589,7 @@ def _read_metrics(folder: Path) -> tuple[dict[str, float], list[str], str]:
     with only_looks("curves.png"):
         plot_curves(metrics, str(folder / "curves.png"))
     with only_looks("the diagnosis"):
-        text = diagnosis_text(metrics)
+        text = diagnosis_text(metrics, brief=True)
         findings = [str(finding) for finding in diagnose(metrics) if finding.level != "ok"]
     # Rows of held-out prompts have no score of a rollout
     last = next((row for row in reversed(metrics) if "objective/score" in row), {})

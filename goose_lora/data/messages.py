@@ -170,6 +170,18 @@ def said(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
+def asked(prompt: object) -> str:
+    """Return a prompt as a reader wants it: its text, or messages without their template.
+
+    A single user's turn is its text; of several, each begins with its role.
+    """
+    if not is_messages(prompt):
+        return str(prompt)
+    if len(prompt) == 1:
+        return said(prompt[0])
+    return "\n".join(f"{message['role']}: {said(message)}" for message in prompt)
+
+
 def _message(message: object, place: int) -> Message:
     # An object with a role, under either name
     message = parsed(message)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from goose_lora.data.tokenization import left_pad
 from goose_lora.errors import UserError
@@ -65,7 +65,7 @@ def answer(
         dense.merge_role(role)
     replies, ends = Replies(), reply_ends(tokenizer)
     device = output_head(shared.core).weight.device
-    for start in tqdm(range(0, len(prompts), batch_size), desc=label or role):
+    for start in tqdm(range(0, len(prompts), batch_size), desc=label or role, disable=None):
         # One group of replies
         ids, mask = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, device)
         stop = StopStrings(tokenizer, stop_strings, ids.shape[1]) if stop_strings else None

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from goose_lora.data.messages import asked
 from goose_lora.errors import UserError
 from goose_lora.files import append_line, is_number
 from goose_lora.generation.rollout import Rollout
@@ -265,24 +266,36 @@ def write_samples(
     *,
     step: int,
     rows: int,
-) -> None:
-    """Write the first ``rows`` of a rollout into ``samples.jsonl``.
+    asked_of: Sequence[object] | None = None,
+) -> list[dict[str, Any]]:
+    """Write ``rows`` replies of a rollout into ``samples.jsonl``, and return the lines.
 
-    Each has its raw score and its KL, in nats per reply.
+    They are replies to different prompts, as far as there are such. Each has its raw score and its
+    KL, in nats per reply.
+
+    Args:
+        asked_of: the prompt of each reply as its row has it: text or messages.
     """
+    # The first reply to each prompt, and then others
+    prompts = [tuple(ids) for ids in rollout.prompt_ids()]
+    first = list({ids: row for row, ids in reversed(list(enumerate(prompts)))}.values())[::-1]
+    others = [row for row in range(len(prompts)) if row not in set(first)]
+    chosen = sorted([*first, *others][:rows])
+
     # For people: the prompt as the policy read it, the reply without its end-of-text token.
-    prompts, replies = rollout.prompt_ids()[:rows], rollout.response_ids()[:rows]
-    texts = zip(
-        tokenizer.batch_decode(prompts),
-        tokenizer.batch_decode(replies, skip_special_tokens=True),
-        strict=True,
-    )
-    for row, (prompt, reply) in enumerate(texts):
+    replies = rollout.response_ids()
+    lines = []
+    for row in chosen:
+        prompt = tokenizer.decode(list(prompts[row]))
+        reply = tokenizer.decode(replies[row], skip_special_tokens=True)
         line = {
             "step": step,
             "prompt": prompt,
+            "asked": prompt if asked_of is None else asked(asked_of[row]),
             "reply": reply,
             "raw_score": scores[row].item(),
             "kl": kl[row].item(),
         }
         append_line(Path(folder or ".") / "samples.jsonl", line)
+        lines.append(line)
+    return lines

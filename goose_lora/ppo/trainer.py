@@ -218,6 +218,8 @@ class PPOTrainer(Resumable, Trainer):
             super().made_of()["pretraining texts' content"] = rows_sha256(self.ptx_dataset)
         return {**super().made_of(), **self.collector.reward.made_of()}
 
+    unit = "rollout"
+
     @property
     def steps_between_resumable(self) -> int:  # type: ignore[override]
         """Optimizer steps of a rollout: only between rollouts can a run go on exactly."""
@@ -435,6 +437,7 @@ class PPOTrainer(Resumable, Trainer):
         if self.rollout_state.score_scale is None:
             self._calibrate()
         prompts = repeated(prompts, self.args.num_generations)
+        self.progress.phase("generating")
         with self.metrics.timed("generate"):
             rollout = self.collector.generate(
                 prompts["input_ids"], prompts["attention_mask"], keep_trunk=True
@@ -454,6 +457,7 @@ class PPOTrainer(Resumable, Trainer):
         args, step = self.args, self.state.global_step
 
         # What the roles say, and the scores.
+        self.progress.phase("scoring")
         with self.metrics.timed("score"):
             seen = self.updater.ask_roles(rollout, score=scores is None, step=step)
             if scores is None:
@@ -472,7 +476,7 @@ class PPOTrainer(Resumable, Trainer):
         # Some of the replies for people to read.
         if self.is_world_process_zero():
             k1 = torch.where(rollout.response_mask, seen.logprobs - seen.ref_logprobs, 0.0)
-            write_samples(
+            samples = write_samples(
                 args.output_dir,
                 self.processing_class,
                 rollout,
@@ -480,7 +484,11 @@ class PPOTrainer(Resumable, Trainer):
                 k1.sum(-1),
                 step=step,
                 rows=args.sample_rows,
+                asked_of=(columns or {}).get("prompt"),
             )
+            for line in samples[:1]:
+                self.progress.sample(line["asked"], line["reply"])
+        self.progress.phase("updating")
         return experience
 
     def _stop_above_max_kl(self, kl: float) -> None:
@@ -501,6 +509,7 @@ class PPOTrainer(Resumable, Trainer):
         """Learn the scale of scores from the untrained policy, which is the reference."""
         if self.args.score_normalization != "reference":
             return
+        self.progress.phase("calibrating scores on replies of the reference", long=True)
         scores = self._scores_of_the_reference(self.train_dataset)
         self.experience.learn_scale(scores, self.collector.reward.names)
         logger.info("scores of the reference: mean %.3f, standard deviation %.3f", *self.experience.scale)

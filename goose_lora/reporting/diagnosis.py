@@ -49,8 +49,11 @@ def diagnose(metrics: Rows) -> list[Finding]:
     return sorted(found, key=lambda finding: order[finding.level])
 
 
-def diagnosis_text(metrics: Rows) -> str:
-    """Return all findings, a line each, and a last line with what was read."""
+def diagnosis_text(metrics: Rows, *, brief: bool = False) -> str:
+    """Return all findings, a line each, and a last line with what was read.
+
+    Where it is ``brief``, what is well is counted alone.
+    """
     findings = diagnose(metrics)
     rollouts = rollouts_of(metrics)
     levels = [finding.level for finding in findings]
@@ -58,6 +61,9 @@ def diagnosis_text(metrics: Rows) -> str:
     if "step" in rollouts[0]:
         read += f", steps {rollouts[0]['step']} to {rollouts[-1]['step']}"
     read += f": {levels.count('wrong')} wrong, {levels.count('look')} to look at"
+    if brief:
+        read += f", {levels.count('ok')} ok"
+        findings = [finding for finding in findings if finding.level != "ok"]
     if len(rollouts) < TREND:
         read += f" (what is a trend needs {TREND} logs)"
     return "\n".join([*map(str, findings), read])

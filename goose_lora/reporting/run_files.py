@@ -98,6 +98,7 @@ class EvaluationFile(TypedDict):
     against: str  # the policy that win rates are against
     figures: dict[str, dict[str, Any]]  # by policy, then by measure; intervals end in _ci
     samples: list[dict[str, str]]
+    judge: NotRequired[str]  # what rated the replies, if something did
 
 
 # ---- Reading and writing ----

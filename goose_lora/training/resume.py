@@ -37,6 +37,7 @@ from goose_lora.redaction import is_secret
 from goose_lora.training import checkpoints
 from goose_lora.training.callbacks import METRICS_FILE, SAMPLES_FILE, FiniteSteps
 from goose_lora.training.checkpoints import Facts, SettingRules
+from goose_lora.training.progress import Progress
 from goose_lora.training.signals import Stopped, StopSignals
 from goose_lora.training.versions import versions
 
@@ -157,6 +158,7 @@ class Resumable(_Trainer):
     stage: str
     resume_rules = SettingRules()  # those of its own settings that may differ
     given: Facts = MappingProxyType({})  # by a recipe: ``given_facts``
+    unit: str = "step"  # that lines of progress count
     steps_between_resumable: int = 1  # optimizer steps from one place that a run can go on from to the next
     saving: Path | None = None  # the checkpoint that is being written
     _made_of: dict[str, str] | None = None
@@ -166,6 +168,7 @@ class Resumable(_Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop, self.finite = StopSignals(), FiniteSteps()
         super().__init__(*args, **kwargs)
+        self.progress = Progress.put_into(self, every=self.steps_between_resumable, unit=self.unit)
 
     def train(
         self,
@@ -222,6 +225,8 @@ class Resumable(_Trainer):
                     " Set dataloader_num_workers: 0, and go on with --resume_from_checkpoint latest."
                 ) from error
             raise
+        finally:
+            self.progress.close()
         if keeper.stopped_by:
             raise Stopped(keeper.stopped_by, f"{args.output_dir}/checkpoint-{self.state.global_step}")
         best = self.state.best_model_checkpoint

@@ -22,12 +22,12 @@ FILES |= {f"recipes.{name}": path for name, path in RECIPES.items()}
 # which imports nothing. The order is from low to high: a line names lines above it only.
 MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
-    "terminal": set(),
+    "terminal": {"files"},
     "functional": set(),
     "models": {"files", "functional"},
     "data": {"files", "terminal", "models"},
     "generation": {"functional", "models"},
-    "training": {"files", "models"},
+    "training": {"files", "terminal", "models"},
     "rewards": {"files", "functional", "models", "data"},
     "evaluation": {"files", "models", "data", "generation"},
     "reporting": {"files", "terminal", "models", "training"},
