@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from goose_lora.cli import settings_help
 from goose_lora.cli.process import keep_freed_memory, quiet_libraries
 from goose_lora.cli.yaml_settings import read_config
 from goose_lora.errors import UserError
@@ -32,7 +33,10 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
     quiet_libraries()
     keep_freed_memory()
     launched_with = mixed_precision_of_launcher()  # TrainingArguments writes over it
-    path, words = split_config(sys.argv[1:] if args is None else args)
+    given = sys.argv[1:] if args is None else args
+    if settings_help.asks_for_help(given):
+        settings_help.show_help(types, given)
+    path, words = split_config(given)
     for word in words:
         if word.startswith("--"):
             _check_option(word, types)

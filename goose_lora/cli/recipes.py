@@ -3,6 +3,7 @@
 A checkout has its recipes in recipes/; the wheel has a copy of that folder inside the package.
 """
 
+import logging
 import os
 import shlex
 import shutil
@@ -82,6 +83,9 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
     # Imported late: it loads torch, which --help of the other commands does not need
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # It lists what it takes by default, on each start
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
 
     # Ctrl-C goes to the recipe too, which saves a checkpoint first; this process waits for it.
     # A handler, since an ignored signal would be ignored by the recipe as well.
