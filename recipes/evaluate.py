@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from goose_lora import cli
-from goose_lora.data import DataArguments, tokenize_prompts
+from goose_lora.data import DataArguments, asked, tokenize_prompts
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.evaluation import Replies, answer, best_of, judge_all, summary
@@ -145,11 +145,11 @@ class Answers:
 
 
 def show(replies: dict[str, Replies], texts: list[str], figures: dict, against: str) -> None:
-    """Print the table of figures, and some prompts with everybody's replies."""
+    """Print some prompts with everybody's replies, and the table of figures."""
     found = [column for column in COLUMNS if any(column in row for row in figures.values())]
+    print("\n" + side_by_side(texts, {name: given.texts for name, given in replies.items()}, limit=3))
     print(f"\n{len(texts)} held-out prompts; win rates and gains against {against}:\n")
     print(table([{"": name, **row} for name, row in figures.items()], ["", *found]))
-    print("\n" + side_by_side(texts, {name: given.texts for name, given in replies.items()}))
 
 
 def leave(
@@ -157,6 +157,7 @@ def leave(
     dataset: str,
     policy: Path,
     replies: dict[str, Replies],
+    questions: list[str],
     texts: list[str],
     figures: dict,
     against: str,
@@ -172,8 +173,8 @@ def leave(
     if judge is not None:
         evaluation["judge"] = judge
     every = [
-        {"prompt": text} | {name: given.texts[i] for name, given in replies.items()}
-        for i, text in enumerate(texts)
+        {"prompt": text, "asked": question} | {name: given.texts[i] for name, given in replies.items()}
+        for i, (text, question) in enumerate(zip(texts, questions, strict=True))
     ]
     claim(output_dir, *RESULTS["evaluate"])
     write_json(f"{output_dir}/evaluation.json", evaluation)
@@ -241,8 +242,18 @@ def main(args: list[str] | None = None) -> None:
     if judge is not None:
         judge_all(replies, texts, judge.numbers)
     figures = summary(replies, against=against)
-    leave(config.output_dir, data.dataset_name, policy.path, replies, texts, figures, against)
-    show(replies, texts, figures, against)  # last: a console may fail, and the figures are saved
+    leave(
+        config.output_dir,
+        data.dataset_name,
+        policy.path,
+        replies,
+        [asked(prompt) for prompt in prompts["prompt"]],
+        texts,
+        figures,
+        against,
+        config.judge,
+    )
+    show(replies, questions, figures, against)  # last: a console may fail, and the figures are saved
 
 
 if __name__ == "__main__":

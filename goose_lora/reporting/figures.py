@@ -1,7 +1,7 @@
 """The names of stages and measures, and how figures and settings are written as text."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 
 # Stages by the names that they have in goose_lora.json.
@@ -15,7 +15,7 @@ STAGE_TITLES = {
 # The figures of evaluation.json, and what each one says.
 MEASURES = {
     "score": "score of the reward model",
-    "judge": "judge",
+    "judge": "rating by the judge",
     "kl": "KL to the reference, nats a reply",
     "tokens": "tokens",
     "ended": "share that ended",
@@ -35,13 +35,21 @@ def rounded(value: object) -> str:
     return f"{float(value):.4g}"
 
 
-def with_interval(row: Mapping[str, object], key: str) -> str:
-    """Return a figure of an evaluation, rounded, with its interval in brackets if it has one."""
+def brief(value: object) -> str:
+    """Return a number with two decimals, a small one with two digits; others as ``rounded``."""
+    if isinstance(value, (bool, int)) or not isinstance(value, Real):
+        return rounded(value)
+    number = float(value)
+    return f"{number:.2f}" if abs(number) >= 0.0095 or number == 0 else f"{number:.2g}"
+
+
+def with_interval(row: Mapping[str, object], key: str, written: Callable[[object], str] = rounded) -> str:
+    """Return a figure of an evaluation, with its interval in brackets if it has one."""
     interval = row.get(f"{key}_ci")
     if not isinstance(interval, Sequence) or not interval:
-        return rounded(row.get(key))
+        return written(row.get(key))
     low, high = interval[0], interval[1]
-    return f"{rounded(row.get(key))} ({rounded(low)} to {rounded(high)})"
+    return f"{written(row.get(key))} ({written(low)} to {written(high)})"
 
 
 def measured_in(rows: Sequence[Mapping[str, object]]) -> list[str]:

@@ -16,12 +16,13 @@ from goose_lora.reporting.diagnosis import diagnose
 from goose_lora.reporting.figures import (
     MEASURES,
     STAGE_TITLES,
+    brief,
     measured_in,
     rounded,
     setting_text,
     with_interval,
 )
-from goose_lora.reporting.findings import rollouts_of
+from goose_lora.reporting.findings import Rows, column, ends, recent, rollouts_of
 from goose_lora.reporting.run_files import EvaluationFile, Lineage, lineage_of, read_evaluation
 
 REPORT_FILE = "report.html"
@@ -37,6 +38,7 @@ HEADLINE = (
     "policy/clip_fraction",
 )
 
+COMPARED = 3  # prompts with the replies of each policy
 Item = TypeVar("Item")
 
 # A name in a template that nobody gave is an error, not a blank.
@@ -81,6 +83,7 @@ def render_report(folder: str | Path) -> str:
     folder = Path(folder)
     metrics, lineage = read_jsonl(folder / "metrics.jsonl"), lineage_of(folder)
     rollouts = rollouts_of(metrics)
+    evaluation = read_evaluation(folder)
 
     # A run that was stopped before its first log has metrics, and nothing to judge or to draw
     findings, curves, frontier = [], "", ""
@@ -103,8 +106,11 @@ def render_report(folder: str | Path) -> str:
         "run.html",
         title=folder.resolve().name,
         made=_made(lineage),
+        outcome=outcome(metrics, evaluation),
         command=lineage.get("command"),
-        findings=findings,
+        compared=_compared(evaluation),
+        findings=[finding for finding in findings if finding.level != "ok"],
+        well=[finding for finding in findings if finding.level == "ok"],
         rollouts=rollouts,
         curves=curves,
         frontier=frontier,
@@ -113,7 +119,7 @@ def render_report(folder: str | Path) -> str:
         everything=_metrics_table(logged, chosen),
         samples=_samples(folder / "samples.jsonl"),
         reward=reward_lines(lineage),
-        evaluation=_evaluation(read_evaluation(folder)),
+        evaluation=_evaluation(evaluation),
         settings=settings,
     )
 
@@ -126,7 +132,7 @@ def first_middle_last(rows: Sequence[Item]) -> list[Item]:
 
 
 def _made(lineage: Lineage) -> str:
-    """Return stage, base and last figures in one sentence or two."""
+    """Return stage and base in one sentence."""
     # Others' adapters have no lineage
     if "base" not in lineage:
         return "A run without a lineage (goose_lora.json)."
@@ -134,11 +140,58 @@ def _made(lineage: Lineage) -> str:
     how = f"in {base.get('quantization')}"
     if base.get("quantization") == "none":
         how = "not quantized"
-    made = f"{STAGE_TITLES.get(lineage.get('stage', ''), 'A run')} on {base['id']}, {how}."
-    figures = [f"{name} {rounded(value)}" for name, value in lineage.get("figures", {}).items()]
-    if figures:
-        made += f" At its end: {', '.join(figures)}."
-    return made
+    # A folder of this machine is its last name to others
+    name = base["id"]
+    if Path(name).is_absolute():
+        name = Path(name).name
+    return f"{STAGE_TITLES.get(lineage.get('stage', ''), 'A run')} on {name}, {how}."
+
+
+def outcome(metrics: Rows, evaluation: EvaluationFile | None) -> str:
+    """Return what a run has changed, in a sentence or two: score, KL and endings, then the judge.
+
+    Figures of the run are the means of its first and its last fifth of rollouts.
+    """
+    said = []
+    rows = rollouts_of(metrics)
+    scores = column(rows, "objective/raw_score") or column(rows, "objective/score")
+    if scores:
+        before, after = ends(scores)
+        went = "rose" if after > before else "fell"
+        text = f"The score {went} from {brief(before)} to {brief(after)}"
+        kl, ended = recent(rows, "objective/kl"), recent(rows, "rollout/eos_rate")
+        if kl is not None:
+            text += f", at {brief(kl)} nats of KL a reply"
+        if ended is not None:
+            text += f"; {ended:.0%} of replies end by themselves"
+        said.append(f"{text}.")
+    judged = _judged(evaluation)
+    return " ".join([*said, *judged])
+
+
+def _judged(evaluation: EvaluationFile | None) -> list[str]:
+    """Return a sentence on what the judge says of the policy and of what it is compared with."""
+    if evaluation is None:
+        return []
+    policy = evaluation["figures"].get("ppo", {})
+    against = evaluation["figures"].get(evaluation["against"], {})
+    if not {"judge"} <= policy.keys() & against.keys():
+        return []
+    judge = evaluation.get("judge", "the judge")
+    return [
+        f"On {evaluation['prompts']} held-out prompts {judge} rates the policy's replies"
+        f" {with_interval(policy, 'judge', brief)}, those of {evaluation['against']}"
+        f" {with_interval(against, 'judge', brief)}."
+    ]
+
+
+def _compared(evaluation: EvaluationFile | None) -> dict[str, Any] | None:
+    """Return replies of each evaluated policy to the first prompts; None if there are none."""
+    rows = (evaluation or {}).get("samples") or []
+    if not rows:
+        return None
+    policies = [name for name in rows[0] if name not in ("prompt", "asked")]
+    return {"policies": policies, "rows": rows[:COMPARED]}
 
 
 def _metrics_table(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -188,7 +241,7 @@ def _evaluation(evaluation: EvaluationFile | None) -> dict[str, object] | None:
     # A table that reads down: measures in rows, policies in columns
     figures, dataset = evaluation["figures"], evaluation.get("dataset", "a data set")
     rows = [
-        [MEASURES[key], *(with_interval(row, key) for row in figures.values())]
+        [MEASURES[key], *(with_interval(row, key, brief) for row in figures.values())]
         for key in measured_in(list(figures.values()))
     ]
     where = (

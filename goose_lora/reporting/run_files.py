@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from goose_lora.errors import UserError
 from goose_lora.files import read_json, read_jsonl, write_json, write_jsonl

@@ -323,12 +323,20 @@ def _samples(folder: Path, evaluation: EvaluationFile | None) -> list[str]:
     """Return replies to a few prompts: those of each evaluated policy, or the run's last ones."""
     path = folder / "samples.jsonl"
     if evaluation and evaluation.get("samples"):
-        rows, columns = evaluation["samples"], list(evaluation["samples"][0])
+        rows = [_as_asked(row) for row in evaluation["samples"]]
+        columns = list(rows[0])
     elif path.is_file() and (lines := read_jsonl(path)):
-        rows, columns = lines[-SAMPLES:], ["prompt", "reply", "raw_score"]
+        rows, columns = [_as_asked(row) for row in lines[-SAMPLES:]], ["prompt", "reply", "raw_score"]
     else:
         return []
     return ["## Samples", _table(columns, [[_text(row[column]) for column in columns] for row in rows])]
+
+
+def _as_asked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row whose prompt is without its template, where the row has it so."""
+    shown = {**row, "prompt": row.get("asked", row["prompt"])}
+    shown.pop("asked", None)
+    return shown
 
 
 # ---- Markdown ----

@@ -11,7 +11,7 @@ from goose_lora.files import read_jsonl, write_json
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.reporting import html_report
 from goose_lora.reporting.diagnosis import diagnose
-from goose_lora.reporting.figures import rounded
+from goose_lora.reporting.figures import brief, rounded
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def shown(tmp_path_factory):
 
 def test_every_tag_of_the_page_of_a_hand_made_run_is_closed_and_it_has_its_sections(shown):
     text, read = shown
-    assert text.startswith("<!DOCTYPE html>") and read.tags.count("h2") == 7 and "a-run" in read.text
+    assert text.startswith("<!DOCTYPE html>") and read.tags.count("h2") == 8 and "a-run" in read.text
     for spoilt in (text.replace("</tbody>", "", 1), text + "<p>"):
         with pytest.raises(AssertionError):
             hand_made.Page(spoilt)
@@ -74,8 +74,8 @@ def test_settings_verdict_and_evaluation_of_a_hand_made_run_stand_on_its_page(sh
         "runs/reward is right on 0.8125 (95 % interval 0.5625 to 0.9375) of 16 held-out pairs." in read.text
     )
     assert "empty reply: score <1.5> on average" in read.text
-    assert ["", "sft", "ppo"] in read.rows and read.row("tokens") == ["18.5", "11.25"]
-    assert read.row("score of the reward model") == ["0.0123 (-0.1 to 0.12)", "1.877 (1.503 to 2.251)"]
+    assert ["", "sft", "ppo"] in read.rows and read.row("tokens") == ["18.50", "11.25"]
+    assert read.row("score of the reward model") == ["0.01 (-0.10 to 0.12)", "1.88 (1.50 to 2.25)"]
     assert "77 prompts of org/prompts" in read.text
 
 
@@ -122,7 +122,7 @@ def test_the_evaluation_of_a_hand_made_run_comes_on_its_page_when_it_is_made_and
     html_report.write_report(folder)
     write_json(folder / "evaluation.json", hand_made.EVALUATION)
     html_report.refresh_report(folder)
-    assert "1.877 (1.503 to 2.251)" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "1.88 (1.50 to 2.25)" in (folder / "report.html").read_text(encoding="utf-8")
     write_json(folder / "evaluation.json", {"prompts": 3})
     with pytest.raises(ValueError, match=r"evaluation\.json: no figures of recipes/evaluate\.py"):
         html_report.refresh_report(folder)
@@ -161,3 +161,72 @@ def test_a_real_tiny_run_has_its_own_figures_and_replies_on_its_page(tmp_path):
         row[0] for row in read.rows if len(row) == 4 and row[0] in {sample["prompt"] for sample in samples}
     ] == [row["prompt"] for row in samples]
     assert len(read.pictures()) == 2
+
+
+def test_the_page_begins_with_what_has_changed(tmp_path):
+    judged = {
+        **hand_made.EVALUATION,
+        "judge": "my:judge",
+        "figures": {
+            "sft": {"judge": 0.1, "judge_ci": [0.05, 0.15], "score": 1.0},
+            "ppo": {"judge": 0.6, "judge_ci": [0.5, 0.7], "score": 2.0},
+        },
+        "samples": [
+            {
+                "prompt": f"<user>question {i}<bot>",
+                "asked": f"question {i}",
+                "sft": f"old {i}",
+                "ppo": f"new {i}",
+            }
+            for i in range(5)
+        ],
+    }
+    folder = hand_made.write(tmp_path / "run", evaluation=judged)
+    read = hand_made.Page(html_report.render_report(folder))
+    rows = hand_made.rows()[:-1]
+    before = sum(row["objective/raw_score"] for row in rows[:3]) / 3
+    after = sum(row["objective/raw_score"] for row in rows[-3:]) / 3
+    assert f"The score rose from {before:.2f} to {after:.2f}, at" in read.text
+    assert (
+        "On 77 held-out prompts my:judge rates the policy's replies 0.60 (0.50 to 0.70), those of sft 0.10"
+        " (0.05 to 0.15)." in read.text
+    )
+    # Three prompts, as they were asked, with the replies of each policy
+    assert "question 2" in read.text and "old 2" in read.text and "new 2" in read.text
+    assert "question 3" not in read.text and "<user>" not in read.text
+    assert read.text.index("new 2") < read.text.index("Diagnosis")
+
+
+def test_a_falling_score_and_a_run_without_scores_are_said_as_they_are():
+    assert html_report.outcome([], None) == ""
+    falling = [{"step": i, "objective/score": -float(i), "rollout/eos_rate": 1.0} for i in range(1, 4)]
+    assert html_report.outcome(falling, None) == (
+        "The score fell from -1.00 to -3.00; 100% of replies end by themselves."
+    )
+
+
+def test_what_is_well_is_folded_and_what_is_not_stands_open(tmp_path):
+    folder = hand_made.write(tmp_path / "run")
+    text = html_report.render_report(folder)
+    diagnosis = text[text.index("<h2>Diagnosis") : text.index("<h2>The reward model")]
+    opened, folded = diagnosis.split("<details>")
+    levels = [finding.level for finding in diagnose(hand_made.rows())]
+    assert opened.count('"level ok"') == 0 and folded.count('"level ok"') == levels.count("ok") > 0
+    assert opened.count('"level look"') == levels.count("look")
+    assert opened.count('"level wrong"') == levels.count("wrong")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.877, "1.88"),
+        (0.0123, "0.01"),
+        (0.0042, "0.0042"),
+        (0.0, "0.00"),
+        (-3.0, "-3.00"),
+        (7, "7"),
+        (None, "-"),
+    ],
+)
+def test_figures_of_a_table_have_two_decimals(value, text):
+    assert brief(value) == text
