@@ -406,6 +406,26 @@ def _merge(arguments: argparse.Namespace) -> None:
     _say(merge(**options))
 
 
+def _add_export(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "export", help="write the policy for Ollama, or as a GGUF file where llama.cpp's converter is"
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument("--to", required=True, choices=["ollama", "gguf"], help="the program to write for")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be empty or new")
+    parser.add_argument(
+        "--base", metavar="PATH_OR_HUB_ID", help="the base, where it is no longer where the run had it"
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from goose_lora.sharing.export_programs import export
+
+    options = vars(arguments)
+    del options["command"]
+    _say(export(**options))
+
+
 def _add_compare(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "compare",
@@ -517,6 +537,7 @@ ADDED = (
     _add_show,
     _add_push,
     _add_merge,
+    _add_export,
     _add_compare,
     _add_chat,
     _add_label,
@@ -531,6 +552,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "show": _show,
     "push": _push,
     "merge": _merge,
+    "export": _export,
     "compare": _compare,
     "chat": _chat,
     "label": _label,
