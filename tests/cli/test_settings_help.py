@@ -1,6 +1,6 @@
 """What --help shows of a recipe, and the reference of all settings in docs/settings.md.
 
-    python tests/cli/test_settings_help.py --write
+    PYTHONPATH=tests/support python tests/cli/test_settings_help.py --write
 
 writes that page anew.
 """
@@ -11,34 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from recipe_runs import settings_of
 
-from goose_lora import cli
 from goose_lora.cli import settings_help
-from goose_lora.cli.notebook import _load
 from goose_lora.cli.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "settings.md"
 
 
-class Asked(Exception):
-    """A recipe has said which dataclasses it reads."""
-
-
 def dataclasses_of(recipe):
-    """The dataclasses that a recipe parses."""
-
-    def parse(*kinds, args=None):
-        raise Asked(kinds)
-
-    module, before = _load(RECIPES[recipe][0]), cli.parse
-    cli.parse = parse
-    try:
-        module.main([])
-    except Asked as asked:
-        return asked.args[0]
-    finally:
-        cli.parse = before
+    return settings_of(recipe.replace("-", "_"))
 
 
 def page():
@@ -46,7 +29,9 @@ def page():
 
 
 def test_the_reference_has_all_settings_as_they_are():
-    assert PAGE.read_text(encoding="utf-8") == page(), "python tests/cli/test_settings_help.py --write"
+    assert PAGE.read_text(encoding="utf-8") == page(), (
+        "PYTHONPATH=tests/support python tests/cli/test_settings_help.py --write"
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -25,7 +25,7 @@ COMMANDS = [command for path in PAGES for command in commands(path)]
 RECIPES = ("sft", "reward", "ppo", "own_loop", "evaluate", "ppo_in_one_file")
 WITHOUT_CONFIGURATION = {"ppo_in_one_file"}  # all its settings have defaults; its page is one_file.md
 # Programs of others that the pages name, and scripts that run in other repositories.
-FOREIGN = {"tensorboard", "trackio"}
+FOREIGN = {"tensorboard", "trackio", "ollama", "llama-cli", "vllm"}
 FOREIGN_SCRIPTS = {"examples/scripts/ppo/ppo.py", "convert_hf_to_gguf.py"}
 OLD_TRL = "AutoModelForCausalLMWithValueHead"  # in code that docs/migration.md shows as it was
 
