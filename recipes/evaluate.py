@@ -242,12 +242,13 @@ def main(args: list[str] | None = None) -> None:
     if judge is not None:
         judge_all(replies, texts, judge.numbers)
     figures = summary(replies, against=against)
+    questions = [asked(prompt) for prompt in prompts["prompt"]]
     leave(
         config.output_dir,
         data.dataset_name,
         policy.path,
         replies,
-        [asked(prompt) for prompt in prompts["prompt"]],
+        questions,
         texts,
         figures,
         against,

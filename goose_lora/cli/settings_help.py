@@ -9,7 +9,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from goose_lora.training.signals import STARTED_BY
 
@@ -98,7 +98,7 @@ def _title(owner: type) -> str:
     return (owner.__doc__ or owner.__name__).strip().splitlines()[0].rstrip(".")
 
 
-def _values(hint: Any) -> str:
+def _values(hint: object) -> str:
     """Return what a type takes, as it is written on the command line."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -113,7 +113,7 @@ def _values(hint: Any) -> str:
     return names.get(origin or hint, "JSON")
 
 
-def _default(field: "dataclasses.Field[Any]") -> str:
+def _default(field: "dataclasses.Field[object]") -> str:
     if field.default_factory is not dataclasses.MISSING:
         return repr(field.default_factory())
     if field.default is dataclasses.MISSING:
@@ -126,7 +126,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _text(field: "dataclasses.Field[Any]") -> str:
+def _text(field: "dataclasses.Field[object]") -> str:
     """Return the first sentence of a library's help, all of our own."""
     text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
     own = len(text) <= 120
@@ -188,12 +188,13 @@ def reference(recipes: dict[str, Sequence[type]]) -> str:
         for title, members in groups(settings).items():
             if title != LIBRARIES:
                 tables.setdefault(title, ([], members))[0].append(recipe)
+    page = "https://huggingface.co/docs/transformers/main_classes/trainer"
     lines = [
         "# Settings",
         "",
         "Settings of the project's own, with their defaults. They stand in the file of `--config`, or on the"
-        " command line as `--name value`, which wins. Recipes take those of"
-        " [transformers](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments)"
+        " command line behind two dashes, which wins. Recipes take those of"
+        f" [transformers]({page}#transformers.TrainingArguments)"
         " and [TRL](https://huggingface.co/docs/trl) too: `--help-all` lists them.",
     ]
     for title, (users, members) in tables.items():

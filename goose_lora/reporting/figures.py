@@ -35,7 +35,7 @@ def rounded(value: object) -> str:
     return f"{float(value):.4g}"
 
 
-def brief(value: object) -> str:
+def two_decimals(value: object) -> str:
     """Return a number with two decimals, a small one with two digits; others as ``rounded``."""
     if isinstance(value, (bool, int)) or not isinstance(value, Real):
         return rounded(value)

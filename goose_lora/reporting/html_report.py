@@ -16,10 +16,10 @@ from goose_lora.reporting.diagnosis import diagnose
 from goose_lora.reporting.figures import (
     MEASURES,
     STAGE_TITLES,
-    brief,
     measured_in,
     rounded,
     setting_text,
+    two_decimals,
     with_interval,
 )
 from goose_lora.reporting.findings import Rows, column, ends, recent, rollouts_of
@@ -158,10 +158,10 @@ def outcome(metrics: Rows, evaluation: EvaluationFile | None) -> str:
     if scores:
         before, after = ends(scores)
         went = "rose" if after > before else "fell"
-        text = f"The score {went} from {brief(before)} to {brief(after)}"
+        text = f"The score {went} from {two_decimals(before)} to {two_decimals(after)}"
         kl, ended = recent(rows, "objective/kl"), recent(rows, "rollout/eos_rate")
         if kl is not None:
-            text += f", at {brief(kl)} nats of KL a reply"
+            text += f", at {two_decimals(kl)} nats of KL a reply"
         if ended is not None:
             text += f"; {ended:.0%} of replies end by themselves"
         said.append(f"{text}.")
@@ -180,12 +180,12 @@ def _judged(evaluation: EvaluationFile | None) -> list[str]:
     judge = evaluation.get("judge", "the judge")
     return [
         f"On {evaluation['prompts']} held-out prompts {judge} rates the policy's replies"
-        f" {with_interval(policy, 'judge', brief)}, those of {evaluation['against']}"
-        f" {with_interval(against, 'judge', brief)}."
+        f" {with_interval(policy, 'judge', two_decimals)}, those of {evaluation['against']}"
+        f" {with_interval(against, 'judge', two_decimals)}."
     ]
 
 
-def _compared(evaluation: EvaluationFile | None) -> dict[str, Any] | None:
+def _compared(evaluation: EvaluationFile | None) -> dict[str, object] | None:
     """Return replies of each evaluated policy to the first prompts; None if there are none."""
     rows = (evaluation or {}).get("samples") or []
     if not rows:
@@ -241,7 +241,7 @@ def _evaluation(evaluation: EvaluationFile | None) -> dict[str, object] | None:
     # A table that reads down: measures in rows, policies in columns
     figures, dataset = evaluation["figures"], evaluation.get("dataset", "a data set")
     rows = [
-        [MEASURES[key], *(with_interval(row, key, brief) for row in figures.values())]
+        [MEASURES[key], *(with_interval(row, key, two_decimals) for row in figures.values())]
         for key in measured_in(list(figures.values()))
     ]
     where = (

@@ -12,9 +12,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from goose_lora.errors import UserError
 from goose_lora.files import read_json_object
@@ -222,7 +222,11 @@ def _form(
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return list(dict.fromkeys([*tokenizer.all_special_tokens, *cast(Any, tokenizer).get_added_vocab()]))
+    return list(
+        dict.fromkeys(
+            [*tokenizer.all_special_tokens, *cast(PreTrainedTokenizerFast, tokenizer).get_added_vocab()]
+        )
+    )
 
 
 def _said(role: str, content: str) -> dict[str, str]:

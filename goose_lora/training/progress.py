@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import (
@@ -78,7 +78,7 @@ class Progress(TrainerCallback):
     # ---- Called by Trainer ----
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Begin to count."""
         self.shows = state.is_world_process_zero
@@ -95,7 +95,7 @@ class Progress(TrainerCallback):
             )
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Move the bar."""
         if self.bar is not None:
@@ -107,7 +107,7 @@ class Progress(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Show a row of the log."""
         # What only looks must not end a run, whatever a log has in it
@@ -116,7 +116,7 @@ class Progress(TrainerCallback):
                 self._row(logs, state)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Take the bar away."""
         self.close()

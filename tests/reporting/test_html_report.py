@@ -11,7 +11,7 @@ from goose_lora.files import read_jsonl, write_json
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.reporting import html_report
 from goose_lora.reporting.diagnosis import diagnose
-from goose_lora.reporting.figures import brief, rounded
+from goose_lora.reporting.figures import rounded, two_decimals
 
 
 @pytest.fixture(scope="module")
@@ -229,4 +229,4 @@ def test_what_is_well_is_folded_and_what_is_not_stands_open(tmp_path):
     ],
 )
 def test_figures_of_a_table_have_two_decimals(value, text):
-    assert brief(value) == text
+    assert two_decimals(value) == text
