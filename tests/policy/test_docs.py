@@ -54,14 +54,15 @@ def test_every_command_is_one_that_its_program_takes(command, known, monkeypatch
 def run(words, known, monkeypatch):
     program, arguments = words[0], words[1:]
     if program == "goose-lora" and arguments[0] in recipe_commands.RECIPES:
+        # A file of the reader's own stands for the demo's
+        demo = str(demo_settings(arguments[0].replace("-", "_")))
+        is_own = [word.startswith("my_") and word.endswith(".yaml") for word in arguments]
+        arguments = [demo if own else word for word, own in zip(arguments, is_own, strict=True)]
         script_name, _ = recipe_commands.RECIPES[arguments[0]]
         _, settings = recipe_commands.split_words(arguments[1:])
         recipe(f"recipes/{script_name}", settings, known)
     elif program == "goose-lora":
-        # A file of the reader's own stands for a packaged one
-        is_own = [word.startswith("my_") and word.endswith(".yaml") for word in arguments]
-        words = ["demo_cpu/ppo" if own else word for word, own in zip(arguments, is_own, strict=True)]
-        assert cli.command_line().parse_args(words)
+        assert cli.command_line().parse_args(arguments)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
         assert arguments and set(arguments) <= set(targets), f"the Makefile has {targets}"
