@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -222,7 +222,8 @@ def _stage_in(path: Path) -> str | None:
 
 # Settings that name a file or a folder to read. What is resumed may lie in the run's own folder.
 _INPUTS = re.compile(
-    r".*(_adapter|dataset_name|pairs_name|name_or_path|_function|_file|_path|_teacher)|judge|rating|deepspeed"
+    r".*(_adapter|dataset_name|pairs_name|name_or_path|_function|_file|_path|_teacher|_config|_dir)|judge"
+    r"|rating|deepspeed"
 )
 
 
@@ -230,7 +231,7 @@ def named_inputs(*settings: object) -> dict[str, list[str]]:
     """Return by setting what dataclasses name to be read: paths, and names that are none."""
     found = {}
     for name, value in (pair for given in settings for pair in vars(given).items()):
-        if not _INPUTS.fullmatch(name) or name.startswith("_"):
+        if not _INPUTS.fullmatch(name) or name.startswith("_") or name in ("output_dir", "logging_dir"):
             continue
         words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
         # A function stands behind the file's name, and a model behind what it is
@@ -258,15 +259,43 @@ def refuse_inputs_inside(folder: str | Path, inputs: Mapping[str, Sequence[str]]
         for value in values:
             _require_encodable(setting, value)
             path = Path(value)
+            if not value or not path.exists():
+                continue
             # By its name and by what it points to: a link may lead in or out
-            ways = (Path(os.path.abspath(path)), path.resolve()) if value and path.exists() else ()
-            inside = [way for way in ways if places & {way, *way.parents} or _same_folder(way, folder)]
-            if inside:
-                where = "is" if inside[0] in places else "lies in"
+            ways = (Path(os.path.abspath(path)), path.resolve())
+            where = _relation(setting, ways, places, folder)
+            if where is not None:
                 raise UserError(
                     f"{setting}: {value} {where} output_dir, {folder}, where this run writes, so that it may"
                     " lose what it reads. Give another output_dir, beside its inputs."
                 )
+
+
+# Rows are read from all files below a folder; below an adapter's, these are parts of it.
+_ROWS = re.compile(r".*(dataset_name|pairs_name|data_dir)")
+_PARTS = re.compile(r"value|reward|reference|ema|checkpoint-\d+")
+
+
+def _relation(setting: str, ways: Sequence[Path], places: Collection[Path], folder: Path) -> str | None:
+    """Return what an input has to do with the folder that a run writes to; None if nothing."""
+    for way in ways:
+        if way in places:
+            return "is"
+        if set(places) & {*way.parents} or _same_folder(way, folder):
+            return "lies in"
+        if way.is_file() and way.stat().st_nlink > 1 and _linked(way, folder):
+            return "is a hard link to a file in"
+        around = [place.relative_to(way).parts[0] for place in places if way in place.parents]
+        part = setting.endswith("_adapter") and any(_PARTS.fullmatch(name) for name in around)
+        if around and way.is_dir() and (_ROWS.fullmatch(setting) or part):
+            return "is a folder around"
+    return None
+
+
+def _linked(path: Path, folder: Path) -> bool:
+    """Return whether a file of the run is this one under another name."""
+    own = {*written(folder).files, *(name for names in RESULTS.values() for name in names)}
+    return any((folder / name).is_file() and os.path.samefile(folder / name, path) for name in own)
 
 
 def _require_encodable(setting: str, value: str) -> None:
@@ -289,8 +318,9 @@ def _same_folder(path: Path, folder: Path) -> bool:
 
 # ---- One writer ----
 
-_LOCK, _HOLDER = ".writer.lock", ".writer.json"
+LOCK, _HOLDER, _READER = ".writer.lock", ".writer.json", ".reader-"
 _held: dict[Path, FileLock] = {}
+_shared: dict[Path, FileLock] = {}
 
 
 def hold(folder: str | Path) -> None:
@@ -299,17 +329,18 @@ def hold(folder: str | Path) -> None:
     The system frees the lock of a process that is killed; whoever comes next says so.
 
     Raises:
-        UserError: another process writes there, or the folder cannot be locked.
+        UserError: another process writes there or reads all of it, or the folder cannot be locked.
     """
     path = Path(folder).resolve()
     if path in _held:
         return
-    path.mkdir(parents=True, exist_ok=True)
     # The system's lock ends with its process, on whichever host; the note beside it is for people
-    lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
+    lock = FileLock(path / LOCK, timeout=0, thread_local=False)
     before = _holder(path)
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        reader = _reader(path)
     except Timeout:
         raise UserError(
             f"output_dir: {folder} is being written by {before or 'another process'}, and of two runs in one"
@@ -317,12 +348,25 @@ def hold(folder: str | Path) -> None:
         ) from None
     except (OSError, NotImplementedError) as error:
         raise UserError(
-            f"output_dir: {folder} cannot be locked ({first_line(error)}). Give a folder on another disk."
+            f"output_dir: {folder} cannot be locked ({first_line(error)}). Give another folder."
         ) from error
+    if reader is not None:
+        lock.release()
+        raise UserError(
+            f"output_dir: {folder} is being read by {reader}, as goose-lora label and merge do. Wait until it"
+            " has ended, or give another folder."
+        )
     if before:
-        logger.warning("%s: taken over from %s, which has ended without a word.", folder, before)
+        logger.warning("%s: taken over from %s", folder, before + _of_another_host(path))
     write_json(path / _HOLDER, {"pid": os.getpid(), "host": socket.gethostname()})
     _held[path] = lock
+
+
+def _of_another_host(path: Path) -> str:
+    """Return the end of the sentence that says whose lock is taken over."""
+    if json.loads((path / _HOLDER).read_text(encoding="utf-8"))["host"] == socket.gethostname():
+        return ", which has ended without a word."
+    return ", whose lock is free. Not every network disk shares locks: see that it has ended there."
 
 
 def holds(folder: str | Path) -> bool:
@@ -330,13 +374,68 @@ def holds(folder: str | Path) -> bool:
     return Path(folder).resolve() in _held
 
 
+def share(folder: str | Path) -> None:
+    """Keep others from writing to ``folder`` while this process reads it, until ``release``.
+
+    Several may read. A folder that cannot be written to, such as one of the Hub's cache, needs no
+    lock.
+
+    Raises:
+        UserError: another process writes there.
+    """
+    path = Path(folder).resolve()
+    if path in _held or path in _shared:
+        return
+    # A lock of each reader's own: whoever wants to write asks for all of them
+    lock = FileLock(
+        path / f"{_READER}{socket.gethostname()}-{os.getpid()}.lock", timeout=0, thread_local=False
+    )
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError, Timeout):
+        require_free(folder)
+        return
+    _shared[path] = lock
+    try:
+        require_free(folder)
+    except UserError:
+        release(folder)
+        raise
+
+
+@contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Read ``folder`` inside, as ``share`` says, and let others write to it afterwards."""
+    path = Path(folder).resolve()
+    before = path in _held or path in _shared
+    share(folder)
+    try:
+        yield
+    finally:
+        if not before:
+            release(folder)
+
+
+def _reader(path: Path) -> str | None:
+    """Return who reads ``path``, and delete the locks of readers that have ended."""
+    for file in sorted(path.glob(f"{_READER}*.lock")):
+        host, _, pid = file.name.removeprefix(_READER).removesuffix(".lock").rpartition("-")
+        try:
+            with FileLock(file, timeout=0):
+                file.unlink(missing_ok=True)
+        except Timeout:
+            if path not in _shared or pid != str(os.getpid()):
+                return f"process {pid} on {host}"
+    return None
+
+
 def require_free(folder: str | Path) -> None:
     """Raise UserError if another process writes to ``folder``."""
     path = Path(folder).resolve()
-    if path in _held or not (path / _LOCK).exists():
+    if path in _held or not (path / LOCK).exists():
         return
     try:
-        with FileLock(path / _LOCK, timeout=0):
+        with FileLock(path / LOCK, timeout=0):
             pass
     except Timeout:
         raise UserError(
@@ -350,7 +449,7 @@ def _holder(path: Path) -> str | None:
     try:
         noted = json.loads((path / _HOLDER).read_text(encoding="utf-8"))
         return f"process {noted['pid']} on {noted['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -391,14 +490,15 @@ def require_writable(output_dir: str | Path) -> None:
 
 def release(folder: str | Path | None = None) -> None:
     """Let others write to ``folder``, or to all that this process holds."""
-    for path in [Path(folder).resolve()] if folder is not None else list(_held):
-        lock = _held.pop(path, None)
-        if lock is None:
-            continue
-        # While it is held: whoever waits sees that the file has gone, and makes it anew
-        for name in (_HOLDER, _LOCK):
-            (path / name).unlink(missing_ok=True)
-        lock.release()
+    for held, names in ((_held, (_HOLDER, LOCK)), (_shared, ())):
+        for path in [Path(folder).resolve()] if folder is not None else list(held):
+            lock = held.pop(path, None)
+            if lock is None:
+                continue
+            # While it is held: whoever waits sees that the file has gone, and makes it anew
+            for name in names or (Path(lock.lock_file).name,):
+                (path / name).unlink(missing_ok=True)
+            lock.release()
 
 
 atexit.register(release)

@@ -32,7 +32,7 @@ from goose_lora.models import (
     reply_ends,
     tokenizer_of,
 )
-from goose_lora.ownership import RESULTS, begin_in, claim
+from goose_lora.ownership import RESULTS, begin_in, claim, share
 from goose_lora.reporting import refresh_report, write_stage
 from goose_lora.rewards import RewardMix
 from goose_lora.sharing import add_evaluation
@@ -193,6 +193,8 @@ def main(args: list[str] | None = None) -> None:
 
     # 1. Everything that can be known before a weight is read.
     begin_in(config.output_dir, "evaluate", config, model, data)
+    if Path(config.policy_adapter).is_dir():
+        share(config.policy_adapter)  # the card there gets the figures at the end
     model.model_name_or_path = resolve(model.model_name_or_path)
     policy, sft, reward = (
         name

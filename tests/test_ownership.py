@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,12 +200,22 @@ ownership.hold(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
 """
+READER = HOLDER.replace("hold(", "share(")
 
 
 def holder(folder):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    return started(HOLDER, folder)
+
+
+def started(text, folder):
+    process = subprocess.Popen([sys.executable, "-c", text, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
+
+
+def end(process):
+    process.kill()
+    process.wait()
 
 
 def test_a_second_process_is_refused_with_pid_and_host_and_a_killed_ones_lock_is_taken_over(tmp_path, caplog):
@@ -232,3 +244,140 @@ def test_a_copy_of_a_folder_that_is_being_written_is_free(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+# ---- Those who read ----
+
+
+def test_a_folder_that_is_read_is_written_by_nobody_and_read_by_several(tmp_path):
+    first, second = (started(READER, tmp_path) for _ in range(2))
+    try:
+        with pytest.raises(ValueError, match=r"is being read by process \d+ on \S+, as goose-lora label"):
+            ownership.hold(tmp_path)
+        assert not ownership.holds(tmp_path)
+        end(first)
+        with pytest.raises(ValueError, match=rf"is being read by process {second.pid} on "):
+            ownership.hold(tmp_path)
+    finally:
+        end(first)
+        end(second)
+    ownership.hold(tmp_path)
+    assert not list(tmp_path.glob(".reader-*")), "what killed readers have left is gone"
+
+
+def test_what_is_being_written_is_not_read(tmp_path):
+    process = holder(tmp_path)
+    try:
+        with pytest.raises(ValueError, match=rf"is being written by process {process.pid} on "):
+            ownership.share(tmp_path)
+        assert not list(tmp_path.glob(".reader-*"))
+    finally:
+        end(process)
+    ownership.share(tmp_path)
+    ownership.share(tmp_path)
+    ownership.hold(tmp_path)  # who reads it may write to it, such as figures of an evaluation
+    ownership.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_another_host_is_taken_over_with_a_word_about_network_disks(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    (tmp_path / ".writer.json").write_text('{"pid": 1, "host": "another"}')
+    ownership.hold(tmp_path)
+    assert "taken over from process 1 on another, whose lock is free." in caplog.text
+
+
+def test_a_number_of_a_process_that_is_used_again_holds_nothing(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    note = {"pid": os.getpid(), "host": socket.gethostname()}
+    (tmp_path / ".writer.json").write_text(json.dumps(note))
+    ownership.hold(tmp_path)
+    assert f"taken over from process {os.getpid()} on" in caplog.text
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{", '{"pid": 1}', "\0" * 40, "[" * 5000])
+def test_a_note_that_cannot_be_read_holds_nothing(note, tmp_path):
+    (tmp_path / ".writer.json").write_text(note)
+    ownership.hold(tmp_path)
+    assert json.loads((tmp_path / ".writer.json").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_lock_that_is_none_is_told_in_one_line(kind, tmp_path):
+    lock = tmp_path / ".writer.lock"
+    lock.mkdir() if kind == "folder" else lock.symlink_to(tmp_path / "nowhere" / "x")
+    with pytest.raises(ValueError, match=r"^output_dir: .* cannot be locked \(.*\)\. Give another folder\.$"):
+        ownership.hold(tmp_path)
+
+
+LAUNCHER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]]).wait()
+"""
+
+
+def test_a_run_whose_launcher_was_killed_keeps_its_folder(tmp_path):
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(tmp_path), HOLDER], stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout.readline() == "held\n"
+    end(launcher)
+    pid = json.loads((tmp_path / ".writer.json").read_text())["pid"]
+    try:
+        assert pid != launcher.pid
+        with pytest.raises(ValueError, match=rf"is being written by process {pid} on "):
+            ownership.hold(tmp_path)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}").exists() and b"Z" not in Path(f"/proc/{pid}/stat").read_bytes().split()[2:3]:
+        time.sleep(0.01)
+    ownership.hold(tmp_path)
+
+
+# ---- Inputs around, above and under other names ----
+
+
+@pytest.mark.parametrize(
+    ("setting", "outputs"),
+    [
+        ("dataset_name", ["input/run", "input/a/b", "link/run", "input/../input/run"]),
+        ("policy_adapter", ["input/value", "input/checkpoint-4", "link/reference/x"]),
+    ],
+)
+def test_a_folder_that_is_read_as_a_whole_has_no_run_inside(setting, outputs, tmp_path):
+    (tmp_path / "input").mkdir()
+    (tmp_path / "link").symlink_to("input")
+    named = ownership.named_inputs(Settings(**{setting: str(tmp_path / "input")}))
+    for output in outputs:
+        with pytest.raises(ValueError, match=rf"^{setting}: .* is a folder around output_dir"):
+            ownership.refuse_inputs_inside(tmp_path / output, named)
+    ownership.refuse_inputs_inside(tmp_path / "input-2", named)
+    if setting == "policy_adapter":
+        ownership.refuse_inputs_inside(tmp_path / "input" / "evaluation", named)
+
+
+def test_a_hard_link_to_a_file_of_the_run_is_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "samples.jsonl").write_text("{}")
+    os.link(run / "samples.jsonl", tmp_path / "rows.jsonl")
+    named = ownership.named_inputs(Settings(dataset_name=str(tmp_path / "rows.jsonl")))
+    with pytest.raises(ValueError, match=r"^dataset_name: .* is a hard link to a file in output_dir"):
+        ownership.refuse_inputs_inside(run, named)
+    os.link(tmp_path / "rows.jsonl", tmp_path / "again.jsonl")
+    (run / "samples.jsonl").unlink()
+    ownership.refuse_inputs_inside(run, named)
+
+
+# ---- Where a result goes ----
+
+
+def test_a_result_goes_through_a_link_and_onto_a_disk_of_its_own(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    save(tmp_path / "run", "one")
+    save(tmp_path / "run", "two")
+    assert (tmp_path / "run").is_symlink()
+    assert {
+        name: text for name, text in contents(tmp_path / "disk").items() if name in PARTS
+    } == dict.fromkeys(PARTS, "two")

@@ -20,7 +20,7 @@ from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.errors import UserError
 from goose_lora.files import file_sha256
 from goose_lora.models.folders import ADAPTER_WEIGHTS
-from goose_lora.ownership import require_free
+from goose_lora.ownership import share
 from goose_lora.ppo.config import PPOConfig
 
 Choose = Literal["random", "uncertain"]
@@ -257,7 +257,7 @@ def open_queue(
     if candidates < 2:
         raise UserError(f"--candidates {candidates}: must be 2 or more, of which two are shown.")
     info = inspect_run(policy, base=base)
-    require_free(info.folder)
+    share(info.folder)
     if choose == "uncertain" and info.reward is None:
         raise UserError(
             f"--choose uncertain asks the reward model, and {policy} has none. Use --choose random."

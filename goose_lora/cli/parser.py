@@ -13,6 +13,7 @@ from goose_lora.cli import settings_help
 from goose_lora.cli.process import keep_freed_memory, quiet_libraries
 from goose_lora.cli.yaml_settings import read_config
 from goose_lora.errors import UserError
+from goose_lora.ownership import refuse_inputs_inside
 from goose_lora.ppo.trl_names import FROM_TRL
 from goose_lora.redaction import is_secret, remember
 from goose_lora.training.launch import mixed_precision_of_launcher, require_precision
@@ -50,6 +51,10 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
     # A word that no dataclass knows is a typo; it is never passed over
     if unknown:
         _spare_word(unknown[0], words, types)
+    # The file may not lie where the run writes
+    output_dir = next((vars(each)["output_dir"] for each in instances if "output_dir" in vars(each)), None)
+    if path is not None and output_dir:
+        refuse_inputs_inside(output_dir, {"--config": [path]})
     for settings in instances:
         check_settings(settings)
         require_precision(settings, launched_with)

@@ -35,7 +35,7 @@ from goose_lora.models.folders import local_folder, read_lineage
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, quantization_config
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.ownership import hold, release, require_free
+from goose_lora.ownership import LOCK, hold, reading, release, require_free
 from goose_lora.reporting.run_files import BaseRecord, lineage_of
 from goose_lora.sharing import lineage, model_card
 from goose_lora.training.cost import cost
@@ -77,7 +77,7 @@ def merge(
     prompt_ids, data = _prompts(folder, prompts, tokenizer)
 
     # The adapter's model replies, and the merged one is compared with it on these replies
-    with _whole(out) as work:
+    with reading(folder), _whole(out) as work:
         shared = SharedBase.build(load_base(args, tokenizer), folder)
         rollout = _replies(shared, tokenizer, prompt_ids)
         figures: dict[str, Any] = _write_and_measure(
@@ -119,6 +119,11 @@ def _whole(out: Path) -> Iterator[Path]:
     """Give a folder beside ``out`` that becomes it at the end: half of a model is never there."""
     work = out.with_name(f".{out.name}.unfinished")
     require_free(work)
+    # One that was killed has left its lock there; anything else is somebody's
+    if work.is_symlink() or (work.exists() and any(work.iterdir()) and not (work / LOCK).exists()):
+        raise UserError(
+            f"{work} is in the way of a merge into {out}, and no merge has left it. Move it away."
+        )
     shutil.rmtree(work, ignore_errors=True)
     hold(work)
     try:
@@ -161,8 +166,14 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> BaseRecord:
             f"{folder} is a reward model, whose head is no part of the base. Only policies are merged."
         )
     # Nothing of the user's is written over
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty. Give a new folder.")
+    if out.is_symlink() or out.is_file() or (out.exists() and any(out.iterdir())):
+        kind = "is a link or a file" if out.is_symlink() or out.is_file() else "is not empty"
+        raise UserError(f"--out {out} {kind}. Give a new folder.")
+    if os.path.ismount(out):
+        raise UserError(
+            f"--out {out}: another disk begins there, so that nothing can be moved into its place."
+            f" Give a folder in it: {out / 'merged'}."
+        )
     return noted["base"]
 
 

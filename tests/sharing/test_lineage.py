@@ -17,7 +17,7 @@ from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.config import PPOConfig
-from goose_lora.sharing import lineage, provenance
+from goose_lora.sharing import lineage, model_card, provenance
 
 
 @pytest.fixture
@@ -171,6 +171,21 @@ def test_two_folders_that_are_each_others_parents_end_the_walk(run):
         "ppo",
     ]
     assert sum("a later stage of this chain too" in problem for problem in problems(run / "ppo")) == 2
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_circle_of_parents_ends_the_walk_wherever_it_begins(length, run):
+    circle = ("sft", "reward", "ppo")[:length]
+    for at, stage in enumerate(circle):
+        parent = circle[(at + 1) % length]
+        copy = {"stage": parent, "base": read_lineage(run / parent)["base"]}
+        sha256 = read_lineage(run / parent)["sha256"]
+        noted = {"name": str(run / parent), "sha256": sha256, "verdict": None, "lineage": copy}
+        change(run / stage, parents={"policy": noted})
+    for stage in circle:
+        shown = provenance.describe_chain(run / stage)
+        assert "a later stage of this chain too" in shown and len(provenance.read_chain(run / stage)) < 12
+        model_card.render_card(run / stage)
 
 
 def test_a_policy_whose_weights_are_not_those_it_was_written_for_is_noticed(run):

@@ -1,6 +1,8 @@
 """Merging: plain transformers loads the result, it says what the adapter's model says, and 4 bits
 are only written where asked for."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -198,3 +200,52 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(run, tmp_pat
     (run / "ppo" / "goose_lora.json").unlink()
     with pytest.raises(ValueError, match=r"no goose_lora.json that tells how the base was quantized"):
         merge.merge(run / "ppo", tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["a link", "a file", "a folder with files", "a disk of its own"])
+def test_a_merge_into_what_cannot_be_replaced_is_refused_before_anything_loads(
+    what, run, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    if what == "a file":
+        out.write_text("mine")
+    elif what == "a link":
+        (tmp_path / "empty").mkdir()
+        out.symlink_to("empty")
+    else:
+        out.mkdir()
+        if what == "a folder with files":
+            (out / "mine.txt").write_text("mine")
+        else:
+            monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(out))
+    monkeypatch.setattr(merge, "load_base", None)
+    with pytest.raises(ValueError, match=r"^--out .* Give a (new )?folder"):
+        merge.merge(run / "ppo", out, dtype="float32")
+
+
+def test_a_users_folder_under_the_name_of_an_unfinished_merge_is_kept(run, tmp_path, monkeypatch):
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "mine.txt").write_text("mine")
+    monkeypatch.setattr(merge, "load_base", None)
+    with pytest.raises(ValueError, match=r"is in the way of a merge into .* Move it away"):
+        merge.merge(run / "ppo", tmp_path / "out", dtype="float32")
+    assert (tmp_path / ".out.unfinished" / "mine.txt").read_text() == "mine"
+
+
+def test_while_a_run_is_merged_nobody_writes_to_it(run, tmp_path, monkeypatch):
+    held = []
+
+    def asked(*args):
+        child = [
+            sys.executable,
+            "-c",
+            "import sys; from goose_lora import ownership as o; o.hold(sys.argv[1])",
+        ]
+        held.append(subprocess.run([*child, str(run / "ppo")], capture_output=True, text=True))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(merge, "load_base", asked)
+    with pytest.raises(ValueError, match="enough"):
+        merge.merge(run / "ppo", tmp_path / "out", dtype="float32")
+    assert f"is being read by process {os.getpid()} on" in held[0].stderr
+    assert not list((run / "ppo").glob(".reader-*"))
