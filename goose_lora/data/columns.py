@@ -37,11 +37,19 @@ OF_TRAINERS = (
 # What a column that no reading has used would have said, by the pattern of its name
 MEANINGS = (
     (r"system(_prompt|_message)?|custom_system_prompt", "a system message"),
-    (r"input|context|history", "a part of the prompt"),
+    (r"input|context|history|(image|picture|audio|video)s?", "a part of the prompt"),
     (r"tools|functions|chat_template_kwargs", "something for the chat template"),
     (r"winner.*|.*preference.*|preferred.*|better_.*|safer_.*|choice|labels?|verdict|vote", "a judgement"),
+    (r"thumbs?(_?(up|down))?|(is_)?(correct|accepted|helpful|good)|is_(chosen|preferred)", "a judgement"),
+    (r"(up|down)voted|(dis)?liked|(is_)?(tie|swapped|flipped)", "a judgement"),
+    (r"thinking|reasoning(_content)?|thoughts?|chain_of_thought|cot|rationale", "thoughts of the reply"),
     (r".*scores?(_.*)?|.*ratings?(_.*)?|rewards?|ranks?", "a score or a rank"),
     (r"weights?", "how much a row counts"),
+)
+# Texts that judge a reply; others in a column named label are topics
+VERDICTS = re.compile(
+    r"good|bad|chosen|rejected|accept(ed)?|reject|true|false|yes|no"
+    r"|up|down|positive|negative|pass|fail|(in)?correct|wrong|right"
 )
 SET_ASIDE = re.compile(r"(unused|ignored|old)(_.*)?$")
 

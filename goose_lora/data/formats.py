@@ -12,7 +12,17 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
-from goose_lora.data.columns import OF_TRAINERS, meaning, says_nothing
+from goose_lora.data.columns import (
+    HISTORIES,
+    INPUTS,
+    OF_TRAINERS,
+    SYSTEMS,
+    TEMPLATE,
+    TOOLS,
+    meaning,
+    plain_name,
+    says_nothing,
+)
 from goose_lora.data.messages import Cell, check_asks, without
 from goose_lora.data.shapes import (
     Cells,
@@ -100,7 +110,9 @@ def _renaming(columns: Sequence[str], stage: StageName) -> str:
     """Return a mapping of the first columns that are free to the names that the stage takes."""
     wanted = {"sft": ("prompt", "completion"), "reward": ("prompt", "chosen", "rejected"), "ppo": ("prompt",)}
     needed = [name for name in wanted[stage] if name not in columns]
-    free = [name for name in columns if name not in wanted[stage]]
+    # What goes with a prompt is no reply
+    beside = (*SYSTEMS, *INPUTS, *HISTORIES, *TOOLS, *TEMPLATE)
+    free = [name for name in columns if name not in wanted[stage] and plain_name(name) not in beside]
     pairs = [f"{source}={target}" for source, target in zip(free, needed, strict=False)]
     return ", ".join(pairs) or "instruction=prompt"
 

@@ -2,18 +2,22 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from goose_lora.data.messages import Content, said
-from goose_lora.data.shapes import DIALOGUE
+from goose_lora.data.shapes import DIALOGUE, conversation_prompt
+from goose_lora.data.tokenization import apply_template, chat_options
+from goose_lora.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 REPLIES = ("completion", "chosen", "rejected")
 LONG_ENOUGH = 8  # characters of a prompt that a reply does not begin with by chance
+_REPLY = "gooselorareply"  # a word that no template writes by itself
 FIRST = 3  # rows whose numbers are told
 
 
@@ -26,7 +30,8 @@ def hints(
 ) -> list[str]:
     """Return a sentence on each thing that users mean otherwise most of the time.
 
-    They are text for a chat model, replies that stick to their prompts, and replies that hold them.
+    They are text for a chat model, what a template writes before replies, replies that stick to
+    their prompts, and replies that hold them.
 
     Args:
         as_chat: what the user has said of text; nothing is told of what was decided.
@@ -46,6 +51,13 @@ def hints(
                 twice.setdefault(number, _text(reply)[:40])
 
     # Said in words of the settings
+    if between := _written_between(dict(rows[0]), tokenizer):
+        found.append(
+            f"the chat template writes {between!r} between prompt and reply. SFT learns it and the reward"
+            " model judges it as a part of the reply; replies of PPO have it only where the policy writes it."
+            " A column chat_template_kwargs with {enable_thinking: false} puts it into the prompt, where the"
+            " template knows that."
+        )
     if plain and tokenizer.chat_template and as_chat is None:
         turns = "" if "text" in rows.column_names else "as_chat: true makes prompts the user's turns, "
         found.append(
@@ -76,6 +88,23 @@ def tell_hints(
     """Log the ``hints`` on rows as warnings."""
     for sentence in hints(rows, tokenizer, as_chat=as_chat, numbers=numbers):
         logger.warning("%s: %s", name, sentence)
+
+
+def _written_between(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the template writes between a prompt of messages and its reply."""
+    messages = row.get("prompt") or conversation_prompt(row.get("messages") or [])
+    if not isinstance(messages, list) or not messages or not tokenizer.chat_template:
+        return ""
+    reply = {"role": "assistant", "content": _REPLY}
+    options = chat_options(row)
+    try:
+        alone = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=True, **options)
+        whole = apply_template(tokenizer, [*messages, reply], tokenize=False, **options)
+    except UserError:  # told where rows go through it
+        return ""
+    before, found, _ = whole.partition(_REPLY)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, before, strict=False)))
+    return before[same:].strip() if found else ""
 
 
 def _replies(row: Mapping[str, Any]) -> Iterator[Content]:

@@ -257,6 +257,10 @@ def _side(vote: object, pairs: Pairs) -> str:
     for side, values in (("a", pairs.a_wins), ("b", pairs.b_wins), ("tie", pairs.tie)):
         if any(_is(vote, value) for value in values):
             return side
+    # Or the name of the column that is better
+    for side, column in (("a", pairs.a), ("b", pairs.b)):
+        if plain_name(_word(vote)) == plain_name(column):
+            return side
     raise UserError(
         f"{pairs.winner} is {vote!r}; a_wins is {', '.join(pairs.a_wins)}, b_wins {', '.join(pairs.b_wins)},"
         f" tie {', '.join(pairs.tie) or 'not set'}. Name it in pairs: {{a: {pairs.a}, b: {pairs.b}, winner:"

@@ -30,6 +30,7 @@ ROLE_NAMES = {
     "tool_response": "tool",
 }
 CALLING = ("function_call", "tool_call")  # ShareGPT's roles whose text is the JSON of a call
+LEARNED_KEYS = ("train", "training", "train_on_turn", "loss")  # Axolotl's and others' for a turn's weight
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
 
 
@@ -200,6 +201,10 @@ def _message(message: object, place: int) -> Message:
         for key, value in message.items()
         if key not in (role_key, text_key) and value is not None
     }
+    # Whether a turn is learned: other trainers' words for OpenAI's weight
+    for key in LEARNED_KEYS:
+        if "weight" not in rest and rest.get(key) in (True, False):
+            rest["weight"] = int(rest.pop(key))
     role = str(message[role_key]).strip()
     role = ROLE_NAMES.get(role.lower(), role.lower() if role.lower() in CHAT_ROLES else role)
     content = None if text_key is None else _text(message[text_key], place, role)

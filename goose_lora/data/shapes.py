@@ -330,11 +330,18 @@ def _harmless(column: str, value: object, what: str, shape: Shape, stage: StageN
     # A weight of 1 is no weight
     if what == "how much a row counts":
         return value in (1, 1.0, "1")
+    if what == "thoughts of the reply":
+        return stage != "sft" or "completion" not in shape.form
     if what == "a score or a rank":
         return not isinstance(parsed(value), list) or stage != "reward"
     if what == "a judgement":
-        if shape.judged:
+        never = plain_name(column).removeprefix("is_") in ("tie", "swapped", "flipped")
+        if shape.judged or (never and str(value).lower() in ("false", "0")):
             return True
+        # A word for good or bad is one on the reply
+        verdict = isinstance(value, str) and names.VERDICTS.fullmatch(value.strip().lower())
+        if verdict and "completion" in shape.form:
+            return False
         # A class of a text, or a topic: no word on how good it is
         return (
             stage == "sft"

@@ -1,9 +1,11 @@
 """What may be meant otherwise is told, and nothing else is."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import tiny
+import trl
 from datasets import Dataset
 from tiny import assistant, user
 
@@ -98,3 +100,20 @@ def test_texts_of_a_list_that_hold_the_prompt_are_read_without_it(tmp_path):
     rows = [{"prompt": "Who?", "completions": ["Who? I.", "Who? You."], "ranks": [2, 1]}]
     (read,) = load_rows(tiny.write_rows(tmp_path / "lists.jsonl", rows), stage="reward")
     assert read["completions"] == [" I.", " You."]
+
+
+@pytest.mark.parametrize("stage", ["sft", "conversation", "reward", "ppo"])
+def test_what_qwen3_writes_before_a_reply_is_told_until_the_prompt_has_it(stage):
+    text = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    qwen = tiny.letters(text)
+    prompt, reply = [user("Who feeds it?")], [assistant("He.")]
+    row = {
+        "sft": {"prompt": prompt, "completion": reply},
+        "conversation": {"messages": prompt + reply},
+        "reward": {"prompt": prompt, "chosen": reply, "rejected": [assistant("No.")]},
+        "ppo": {"prompt": prompt},
+    }[stage]
+    (told,) = hints(Dataset.from_list([row]), qwen, as_chat=None)
+    assert "writes '<think>\\n\\n</think>' between prompt and reply" in told
+    off = row | {"chat_template_kwargs": {"enable_thinking": False}}
+    assert hints(Dataset.from_list([off]), qwen, as_chat=None) == []

@@ -138,6 +138,26 @@ REFUSED = [
         [{"prompt": Q, "completion": GOOD, "labels": [True, False]}],
         "row 1: the column labels is a judgement .* \\[labels=unused_labels\\]",
     ),
+    *[
+        (
+            "sft",
+            [{"prompt": Q, "response": BAD, column: value}],
+            rf"column {column} is a judgement .* \[{column}=unused_{column}\]",
+        )
+        for column, value in (("thumbs_down", True), ("is_correct", False), ("upvoted", 0), ("label", "bad"))
+    ],
+    ("reward", [{**TEXTS, "tie": True}], r"the column tie is a judgement .* \[tie=unused_tie\]"),
+    ("sft", [{"problem": Q, "thinking": "Hm.", "solution": GOOD}], "thinking is thoughts of the reply"),
+    (
+        "ppo",
+        [{"prompt": Q, "images": ["x.png"]}],
+        r"images is a part of the prompt .* \[images=unused_images\]",
+    ),
+    (
+        "sft",
+        [{"question": Q, "context": "C.", "answers": {"text": [GOOD]}}],
+        r"\[question=prompt, answers=comp",
+    ),
     (
         "sft",
         [{"text": "ba", "system": "Be."}],
@@ -219,3 +239,21 @@ def test_parquet_does_not_fill_arguments_of_tools_with_those_of_others(tmp_path)
     assert filled["messages"][1]["tool_calls"][0]["function"]["arguments"] != calls[0]  # Arrow's doing
     read = load_rows(str(tmp_path / "rows.parquet"), stage="sft")["messages"]
     assert [messages[1]["tool_calls"][0]["function"]["arguments"] for messages in read] == calls
+
+
+@pytest.mark.parametrize("value", [False, 0, "false"])
+def test_a_pair_that_is_no_tie_is_a_pair(value, tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{**TEXTS, "is_tie": value}])
+    assert list(load_rows(path, stage="reward")) == [TEXTS]
+
+
+def test_a_judgement_may_name_the_column_that_is_better(tmp_path):
+    rows = [{"instruction": Q, "output_1": BAD, "output_2": GOOD, "preference": "output_2"}]
+    assert list(load_rows(tiny.write_rows(tmp_path / "rows.jsonl", rows), stage="reward")) == [PAIR]
+
+
+@pytest.mark.parametrize("key", ["train", "training", "train_on_turn", "loss", "weight"])
+def test_a_turn_that_is_not_to_be_learned_is_so_in_all_words(key, tmp_path):
+    turns = [user("a"), {**assistant("b"), key: False}, user("c"), {**assistant("d"), key: True}]
+    (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": turns}]), stage="sft")
+    assert [turn.get("weight") for turn in read["messages"]] == [None, 0, None, 1]
