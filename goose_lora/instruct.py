@@ -38,7 +38,7 @@ from goose_lora.models.loading import linear_names
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, keep_8bit_alike_on_cpu
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.models.shared_base import Critic, Role, SharedBase
-from goose_lora.models.trunk import decoder_layers, same_below
+from goose_lora.models.trunk import decoder_layers
 
 _AGENT = "_goose_lora_agent"  # where a transformers model has the agent that was made on it
 
@@ -192,9 +192,7 @@ class ReferenceModel(nn.Module):
         self._generation_config = copy.deepcopy(shared.core.generation_config)
         # Untrained, the policy is the base, or the adapter that it started from. Else its tensors
         # are kept: they are few.
-        start = ADAPTERS["reference"] if shared.has("reference") else None
-        layers = shared.layers
-        untrained = same_below(shared, layers, len(layers), ADAPTERS["policy"], start)
+        untrained = shared.says_the_same("policy", "reference")
         self._role: Role = "reference" if untrained else "policy"
         self._kept: dict[str, Tensor] = {}
         if not untrained:

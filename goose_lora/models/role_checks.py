@@ -28,10 +28,11 @@ from goose_lora.models.roles import Role
 
 logger = logging.getLogger(__name__)
 
-TOKENS, PADDING, NEW_TOKENS = 7, 2, 2
-# Nats a token on average, besides the rounding of logits, of two sums taken in another order
+# A cache that is not kept exactly drifts: by 0.0005, 0.001 and 0.006 nats in three tokens of Zamba2
+TOKENS, PADDING, NEW_TOKENS = 7, 2, 4
+# Nats a token at most, besides the rounding of logits, of two sums taken in another order
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-ROUNDED = 0.1  # of bf16 and fp16
+ROUNDED = 0.1  # on average, of bf16 and fp16
 
 
 # A protocol, since SharedBase calls these checks: to import it here would be a circle.
@@ -47,6 +48,7 @@ class RolesOnBase(Protocol):
     def core(self) -> PreTrainedModel: ...
     def has(self, role: Role) -> bool: ...
     def role_parameters(self, role: Role) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def says_the_same(self, role: Role, other: Role) -> bool: ...
     def role(self, role: Role, *, generating: bool = False) -> AbstractContextManager[object]: ...
     def score_head(self, role: Role) -> nn.Linear: ...
     def spare_last_layer(self, on: bool) -> None: ...
@@ -120,9 +122,10 @@ def check_against_model(shared: RolesOnBase, bare: OwnAnswer | None) -> None:
     # The base, which no adapter may have touched, and roles that have log-probabilities.
     _compare(shared, "base", bare, allowed)
     hidden = _compare(shared, "policy", _compare_generated(shared, bare), allowed)
+    # A copy of which no tensor differs has been compared with the policy.
     copies: tuple[Role, ...] = ("reference", "ema")
     for role in copies:
-        if shared.has(role):
+        if shared.has(role) and not shared.says_the_same(role, "policy"):
             with shared.role(role):
                 own = own_answer(core)
             _require_finite(core, f"the role {role}", own.logits, shared.role_parameters(role))
@@ -136,12 +139,18 @@ def check_against_model(shared: RolesOnBase, bare: OwnAnswer | None) -> None:
 
 
 def tolerance(logits: Float[Tensor, "N V"]) -> float:
-    """Return the mean difference of log-probabilities that rounding explains, in nats."""
+    """Return the difference of log-probabilities that rounding explains, in nats."""
     # Logits arrive in fp32; how they were rounded is seen in their last bits
     rounded = bool((logits == logits.bfloat16()).all() or (logits == logits.half()).all())
     if not rounded:
         return TOLERANCE.get(logits.dtype, ROUNDED)
     return ROUNDED + 2 * torch.finfo(torch.bfloat16).eps * logits.abs().max().item()
+
+
+def _apart(differences: Tensor, allowed: float) -> float:
+    """Return the largest difference, or their mean where logits are rounded."""
+    sizes = differences.abs()
+    return (sizes.max() if allowed in TOLERANCE.values() else sizes.mean()).item()
 
 
 def needs_own_head(core: PreTrainedModel) -> bool:
@@ -197,8 +206,8 @@ def _compare(shared: RolesOnBase, role: Role, own: OwnAnswer, allowed: float) ->
     # Theirs, from whole logits
     log_p = own.logits[:-1].log_softmax(-1)
     wanted = log_p.gather(-1, own.ids[0, 1:, None]).squeeze(-1)
-    of_entropy = (entropies[0] + torch.linalg.vecdot(log_p.exp(), log_p)).abs().mean()
-    gap = max((logprobs[0] - wanted).abs().mean().item(), of_entropy.item())
+    of_entropy = entropies[0] + torch.linalg.vecdot(log_p.exp(), log_p)
+    gap = max(_apart(logprobs[0] - wanted, allowed), _apart(of_entropy, allowed))
     what, wanted_of = f"the role {role}", "its own logits, without padding, are"
     if role == "base":
         what, wanted_of = "the base with its adapters off", "its own logits, without padding, were before"
@@ -234,8 +243,9 @@ def _compare_generated(shared: RolesOnBase, bare: OwnAnswer) -> OwnAnswer:
     steps = torch.cat(out.logits).to(bare.logits.dtype)
     wanted = wanted.to(steps.dtype)
     of_steps = wanted[TOKENS - 1 : TOKENS - 1 + len(steps)]
-    gap = (steps.log_softmax(-1) - of_steps.log_softmax(-1)).abs().mean().item()
-    _refuse(core, "what it generates from its cache", "its own logits are", gap, tolerance(bare.logits))
+    allowed = tolerance(bare.logits)
+    gap = _apart(steps.log_softmax(-1) - of_steps.log_softmax(-1), allowed)
+    _refuse(core, "what it generates from its cache", "its own logits are", gap, allowed)
     return OwnAnswer(bare.ids, wanted[:TOKENS])
 
 

@@ -305,6 +305,10 @@ class SharedBase(PeftModel):
         """Return whether an adapter of its own stands for ``role``."""
         return ADAPTERS.get(role) in self.peft_config
 
+    def says_the_same(self, role: Role, other: Role) -> bool:
+        """Return whether two roles have the same states: no tensor of their adapters differs."""
+        return same_below(self, self.layers, len(self.layers), self._adapter(role), self._adapter(other))
+
     # ---- Roles ----
 
     @contextmanager
