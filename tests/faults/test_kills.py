@@ -188,3 +188,26 @@ def test_what_a_loss_of_power_leaves_is_resumed_exactly_or_refused(name, full, g
             print(f"\n{name}, refused: {again.output.strip().splitlines()[-2:]}")
         else:
             assert_same_leavings(tmp_path / "straight", cut_of(folder))
+
+
+# ---- A full disk ----
+
+
+@pytest.mark.parametrize("name", ["ppo", "own_loop", "sft", "reward"])
+def test_a_disk_that_is_full_at_the_end_costs_no_result_and_is_told_in_one_line(
+    name, given, tmp_path, request
+):
+    straight = forks.run(name, tmp_path / "straight", **given[name])
+    assert straight.code == 0, straight.output[-3000:]
+    generator, files = random.Random(10), straight.counts["file"]
+    for number in range(4 if request.config.getoption("--full") else 1):
+        folder = tmp_path / f"run-{number}"
+        moment = Moment("file", generator.randint(files * 3 // 4, files - 8), forks.fill_the_disk)
+        ended = forks.run(name, folder, moment, **given[name])
+        if ended.code != 0:  # what is left to write may be small enough
+            assert ended.code == 2, ended.output[-3000:]
+            *_, last = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+            assert "could not be " in last, last
+        again = forks.run(name, folder, **given[name], resume_from_checkpoint="latest")
+        assert again.code == 0, again.output[-3000:]
+        assert_same_leavings(tmp_path / "straight", folder)

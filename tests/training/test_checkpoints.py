@@ -288,6 +288,32 @@ def test_clocks_have_no_say_in_the_order_and_the_one_just_sealed_stays(tmp_path)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
 
 
+def test_copies_foreign_names_and_an_older_runs_higher_step_do_not_change_which_is_the_newest(tmp_path):
+    for step, start in ((10, 1), (4, 2), (8, 2)):
+        folder_of(tmp_path, step, start=start)
+    # cp -r gives new times; a copy under another step's name is none of that step
+    for step in (4, 10):
+        shutil.move(tmp_path / f"checkpoint-{step}", tmp_path / "moved")
+        shutil.copytree(tmp_path / "moved", tmp_path / f"checkpoint-{step}", copy_function=shutil.copyfile)
+        shutil.rmtree(tmp_path / "moved")
+    shutil.copytree(tmp_path / "checkpoint-8", tmp_path / "checkpoint-99")
+    same = 1_700_000_000
+    for folder in tmp_path.glob("checkpoint-*"):
+        os.utime(folder, (same, same))
+    # Names that are no step's, and steps with zeros before them
+    for name in ("checkpoint-abc", "checkpoint-", "checkpoint-8.kept", "checkpoint--3", "checkpoint-1e3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-77").write_text("a file")
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-0004")
+    newest, passed = checkpoints.newest(tmp_path)
+    assert newest == tmp_path / "checkpoint-8" and list(passed) == ["checkpoint-99"]
+    assert "it says step 8" in passed["checkpoint-99"]
+    checkpoints.prune(tmp_path, 1, [newest])
+    left = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert {"checkpoint-8", "checkpoint-0004", "checkpoint-77", "checkpoint-abc", "checkpoint-99"} <= left
+    assert not {"checkpoint-4", "checkpoint-10"} & left
+
+
 def test_the_checkpoint_just_sealed_stays_though_others_count_as_newer(tmp_path):
     folder_of(tmp_path, 80, start=9)
     sealed = folder_of(tmp_path, 8, start=1)
