@@ -15,10 +15,10 @@ from goose_lora.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-REPLIES = ("completion", "chosen", "rejected")
-LONG_ENOUGH = 8  # characters of a prompt that a reply does not begin with by chance
+_REPLY_COLUMNS = ("completion", "chosen", "rejected")
+_LONG_ENOUGH = 8  # characters of a prompt that a reply does not begin with by chance
 _REPLY = "gooselorareply"  # a word that no template writes by itself
-FIRST = 3  # rows whose numbers are told
+_FIRST = 3  # rows whose numbers are told
 
 
 def hints(
@@ -38,12 +38,15 @@ def hints(
         numbers: those of the rows in their file.
     """
     found: list[str] = []
-    plain, stuck, twice = False, {}, {}
+    plain, stuck, twice, unanswered = False, {}, {}, {}
     for number, row in zip(numbers or range(1, len(rows) + 1), rows, strict=True):
         cells: Mapping[str, Any] = dict(row)  # type: ignore[arg-type]
         asked = cells.get("text", cells.get("prompt"))
         # Text that went through a template, or has turns in it, is meant as it is
         plain = plain or (isinstance(asked, str) and not DIALOGUE.search(asked))
+        turns = cells.get("messages")
+        if turns and all(turn["role"] != "assistant" for turn in turns):
+            unanswered[number] = ""
         for reply in _replies(cells):
             if _sticks(cells["prompt"], reply):
                 stuck.setdefault(number, f"{cells['prompt'][-12:]}{_text(reply)[:12]}")
@@ -63,6 +66,11 @@ def hints(
         found.append(
             f"plain text, and the tokenizer has a chat template, which is not used for it. {turns}as_chat:"
             " false says that text is meant."
+        )
+    if unanswered:
+        found.append(
+            f"{_count(unanswered, len(rows))} have no turn of the assistant: words of the user are learned."
+            " Leave such rows out, or set assistant_only_loss: true."
         )
     if stuck:
         found.append(
@@ -109,7 +117,7 @@ def _written_between(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase)
 
 def _replies(row: Mapping[str, Any]) -> Iterator[Content]:
     if row.get("prompt"):
-        yield from (row[column] for column in REPLIES if column in row)
+        yield from (row[column] for column in _REPLY_COLUMNS if column in row)
         yield from row.get("completions") or []
 
 
@@ -130,9 +138,9 @@ def _sticks(prompt: Content, reply: Content) -> bool:
 
 def _holds(prompt: Content, reply: Content) -> bool:
     asked = prompt if isinstance(prompt, str) else said(prompt[-1])
-    return len(asked.strip()) >= LONG_ENOUGH and _text(reply).lstrip().startswith(asked.strip())
+    return len(asked.strip()) >= _LONG_ENOUGH and _text(reply).lstrip().startswith(asked.strip())
 
 
 def _count(places: Mapping[int, str], total: int) -> str:
-    shown = ", ".join(map(str, list(places)[:FIRST])) + (", ..." if len(places) > FIRST else "")
+    shown = ", ".join(map(str, list(places)[:_FIRST])) + (", ..." if len(places) > _FIRST else "")
     return f"{len(places)} of {total} rows (row{'s' if len(places) > 1 else ''} {shown})"

@@ -3,7 +3,9 @@
 The setting ``pairs`` says how a file tells it; the data sets of the field have presets.
 """
 
+import math
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from goose_lora.errors import UserError
 BEST_FIRST = "best_first"
 PAIR_KEYS = ("a", "b", "winner", "a_wins", "b_wins", "tie", "margin")
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, ">": operator.gt}
+MODELS = ("model_a", "model_b")  # columns that say who wrote the two replies
+_TIES = re.compile(r"both|tie|draw|same|equal|neither|none|bad|unsure|skip")
 SHOWN_VALUES = 4  # of a judgement that the setting does not name
 
 
@@ -209,7 +213,7 @@ def winner_of(row: Mapping[str, Any], pairs: Pairs) -> str | None:
     # One column; several annotators agree, or it is a tie
     judged = cell(row, pairs.winner)
     votes = judged if isinstance(judged, list) else [judged]
-    sides = [_side(vote, pairs) for vote in votes if vote is not None and vote != ""]
+    sides = [_side(vote, pairs, row) for vote in votes if vote is not None and vote != ""]
     if not sides:
         return None
     # A majority; as many for one as for the other is a tie
@@ -235,6 +239,8 @@ def ranks_from(scores: Sequence[Any], *, best: str) -> list[int]:
     """
     try:
         numbers = [float(score) for score in scores]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
     except (TypeError, ValueError):
         raise UserError(
             f"scores {list(scores)}: expected one number to each reply. Leave such rows out."
@@ -253,18 +259,23 @@ def suggestion(a: str, b: str, others: Sequence[str], values: Sequence[Any]) -> 
     return f"pairs: {{a: {a}, b: {b}, winner: {winner}, a_wins: {first}, b_wins: {second}}}"
 
 
-def _side(vote: object, pairs: Pairs) -> str:
+def _side(vote: object, pairs: Pairs, row: Mapping[str, Any]) -> str:
     for side, values in (("a", pairs.a_wins), ("b", pairs.b_wins), ("tie", pairs.tie)):
         if any(_is(vote, value) for value in values):
             return side
-    # Or the name of the column that is better
+    # Or the name of the column that is better, or of the model that wrote it
     for side, column in (("a", pairs.a), ("b", pairs.b)):
         if plain_name(_word(vote)) == plain_name(column):
             return side
+    models = [cell(row, name) for name in MODELS]
+    if vote in models and models[0] != models[1]:
+        return "ab"[models.index(vote)]
+    # What may be a tie is shown as one; for another word there is no guess
+    tie = _word(vote) if _TIES.search(_word(vote).lower()) else "VALUE"
     raise UserError(
         f"{pairs.winner} is {vote!r}; a_wins is {', '.join(pairs.a_wins)}, b_wins {', '.join(pairs.b_wins)},"
         f" tie {', '.join(pairs.tie) or 'not set'}. Name it in pairs: {{a: {pairs.a}, b: {pairs.b}, winner:"
-        f" {pairs.winner}, a_wins: {pairs.a_wins[0]}, b_wins: {pairs.b_wins[0]}, tie: {_word(vote)}}}."
+        f" {pairs.winner}, a_wins: {pairs.a_wins[0]}, b_wins: {pairs.b_wins[0]}, tie: {tie}}}."
     )
 
 

@@ -49,7 +49,7 @@ MEANT_FOR: tuple[StageName, ...] = ("reward", "sft", "ppo")  # rows are meant fo
 SHOWN_ROWS = 3
 SHOWN_CHARACTERS = 1500  # of one part of a row; the middle of a longer one is left out
 # Of the recipes, where nothing else is set: max_length, and max_prompt_tokens of PPO
-LIMITS: dict[StageName, int] = {"sft": 1024, "reward": 1024, "ppo": 512}
+RECIPE_LIMITS: dict[StageName, int] = {"sft": 1024, "reward": 1024, "ppo": 512}
 LEGEND = "⏎ is a line break, · a space at an edge"
 
 
@@ -107,13 +107,9 @@ def describe(
     how = Reading(tuple(pair_words(pairs) or ()), as_chat, tuple(leave_out or ()))
     stage = stage or _main_stage(rows, dataset, how)
     taken = take(rows, stage, dataset, how)
-    encoder = None
-    if tokenizer is not None:
-        encoder = load_tokenizer(ModelArguments(tokenizer))
-        change_ends(encoder, chat_template_path, None)
-        max_length = LIMITS[stage] if max_length is None else max_length
-    if encoder is not None and taken.kind == "chat":
-        require_chat_template(encoder, dataset)
+    encoder = None if tokenizer is None else _encoder(tokenizer, chat_template_path, taken, dataset)
+    if encoder is not None and max_length is None:
+        max_length = RECIPE_LIMITS[stage]
     # Each row in its pieces; rows keep their numbers in the file
     cut = max_length if stage == "sft" else None
     learning = Learning(cut, assistant_only_loss=assistant_only_loss)
@@ -135,9 +131,8 @@ def describe(
         "",
     ]
     lines += [*textwrap.wrap(_view(taken, stage, encoder, assistant_only_loss), width), ""]
-    if encoder is not None:
-        for sentence in hints(taken.rows, encoder, as_chat=as_chat, numbers=numbers):
-            lines += [*textwrap.wrap(sentence[0].upper() + sentence[1:], width), ""]
+    for sentence in hints(taken.rows, encoder, as_chat=as_chat, numbers=numbers) if encoder else []:
+        lines += [*textwrap.wrap(sentence[0].upper() + sentence[1:], width), ""]
     lines += _marker_lines(taken, stage, encoder)
     for place in shown:
         lines += _row_lines(numbers[place], kept[place], width)
@@ -148,6 +143,15 @@ def describe(
         lines.append(f"{_count(shorter, 'list')} without their replies over max_length={max_length}")
     lines += ["", *_dropped_lines(dropped, len(rows))]
     return "\n".join([*lines, *_settings_lines(dataset, stage, column_mapping, how)])
+
+
+def _encoder(tokenizer: str, template_path: str | None, taken: Taken, name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer as the recipes do, with a chat template where the rows need one."""
+    encoder = load_tokenizer(ModelArguments(tokenizer))
+    change_ends(encoder, template_path, None)
+    if taken.kind == "chat":
+        require_chat_template(encoder, name)
+    return encoder
 
 
 def _settings_lines(

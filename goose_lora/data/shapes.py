@@ -406,6 +406,10 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
     found: Pairs = pairs
     a, b, *_ = (str(first_of(have.values, (plain_name(name),))) for name in found.columns)
     have.used |= {str(first_of(have.values, (plain_name(name),))) for name in found.columns if have.has(name)}
+    # A winner may be named by its model
+    models = [column for column in (first_of(have.values, (name,)) for name in labelled.MODELS) if column]
+    if found.winner and cell(have.values, found.winner) in [have.values[column] for column in models]:
+        have.used |= set(models)
     plain = {a, b} == {"chosen", "rejected"}
     asking = _asking(have, plain=plain, replies=(have.values[a], have.values[b]))
 

@@ -185,7 +185,7 @@ def test_the_limits_of_data_are_those_of_the_recipes():
         "sft": SFTConfig.max_length,
         "reward": RewardConfig.max_length,
         "ppo": PPOConfig.max_prompt_tokens,
-    } == report.LIMITS
+    } == report.RECIPE_LIMITS
 
 
 def test_the_tries_are_those_of_the_field():

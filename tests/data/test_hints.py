@@ -49,6 +49,7 @@ PLAIN = tiny.letters()
             "read twice",
         ),
         ({"prompt": "ba", "completion": " ba be"}, PLAIN, None, None),
+        ({"messages": [user("Who feeds it?")]}, CHAT, None, "no turn of the assistant"),
     ],
 )
 def test_it_is_told_with_the_setting_that_decides(row, tokenizer, as_chat, told):

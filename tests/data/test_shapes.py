@@ -257,3 +257,23 @@ def test_a_turn_that_is_not_to_be_learned_is_so_in_all_words(key, tmp_path):
     turns = [user("a"), {**assistant("b"), key: False}, user("c"), {**assistant("d"), key: True}]
     (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": turns}]), stage="sft")
     assert [turn.get("weight") for turn in read["messages"]] == [None, 0, None, 1]
+
+
+def test_a_judgement_may_name_the_model_that_is_better(tmp_path):
+    row = {
+        "prompt": Q,
+        "response_a": BAD,
+        "response_b": GOOD,
+        "model_a": "m1",
+        "model_b": "m2",
+        "winner": "m2",
+    }
+    assert list(load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [row]), stage="reward")) == [PAIR]
+
+
+def test_scores_that_are_no_numbers_rank_nothing(tmp_path):
+    rows = [{"prompt": Q, "completions": [GOOD, BAD], "scores": [float("nan"), 1.0]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(ValueError, match=r"row 1: scores .*: expected one number to each reply"):
+        load_rows(str(path), stage="reward")
