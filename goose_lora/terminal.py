@@ -39,7 +39,19 @@ class _OneLine(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """A file that takes what can be written to it: it only looks, and ends no run."""
+    """A file that takes what can be written to it: it only looks, and ends no run.
+
+    ``held`` has the records of a run that may still be refused, which leaves no file.
+    """
+
+    held: list[logging.LogRecord] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or hold it."""
+        if self.held is not None:
+            self.held.append(record)
+        else:
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Pass over a line that cannot be written: the disk is full, or gone."""
@@ -48,12 +60,13 @@ class _LogFile(logging.FileHandler):
 _file: _LogFile | None = None
 
 
-def log_into(path: Path | None, *, anew: bool = False) -> None:
+def log_into(path: Path | None, *, anew: bool = False, later: bool = False) -> None:
     """Write what is said and warned of from here on into a file too, each line with its time.
 
     Args:
         path: of the file; None closes the one that there is.
         anew: replace the file, in place of going on with it.
+        later: hold the lines until ``open_log``.
     """
     global _file
     # transformers' loggers pass nothing on to the root
@@ -65,10 +78,19 @@ def log_into(path: Path | None, *, anew: bool = False) -> None:
         _file = None
     if path is None:
         return
-    _file = _LogFile(path, mode="w" if anew else "a", encoding="utf-8", errors="replace")
+    _file = _LogFile(path, mode="w" if anew else "a", encoding="utf-8", errors="replace", delay=later)
+    _file.held = [] if later else None
     _file.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for logger in loggers:
         logger.addHandler(_file)
+
+
+def open_log() -> None:
+    """Write what ``log_into`` has held, and what comes from here on."""
+    if _file is not None and _file.held is not None:
+        held, _file.held = _file.held, None
+        for record in held:
+            _file.handle(record)
 
 
 def _cell(value: object) -> str:

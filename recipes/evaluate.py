@@ -30,6 +30,7 @@ from goose_lora.models import (
     load_base,
     make_dense_copy,
     reply_ends,
+    require_tokens,
     tokenizer_of,
 )
 from goose_lora.ownership import RESULTS, begin_in, claim, share
@@ -89,6 +90,10 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "num_prompts", "response_length", "max_prompt_tokens", "batch_size")
+        if isinstance(self.stop_strings, str):  # one text without brackets in a YAML file
+            self.stop_strings = [self.stop_strings]
+        if not all(self.stop_strings or []):
+            raise UserError(f"stop_strings={self.stop_strings}: an empty text would end every reply at once.")
         if self.temperature < 0 or self.best_of < 0:
             raise UserError(
                 f"temperature={self.temperature}, best_of={self.best_of}: must not be negative; 0 is for"
@@ -209,6 +214,7 @@ def main(args: list[str] | None = None) -> None:
     rows: Dataset = data.train("ppo").rows
     rows = rows.select(range(min(config.num_prompts, len(rows))))
     tokenizer = tokenizer_of(policy.path, args=model, trust_remote_code=config.trust_remote_code)
+    require_tokens(tokenizer, config.stop_token_ids, model.model_name_or_path)
     print(ends_text(tokenizer, config.stop_token_ids), flush=True)
     prompts = tokenize_prompts(
         rows, tokenizer, name=data.dataset_name, max_prompt_tokens=config.max_prompt_tokens

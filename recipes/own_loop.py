@@ -79,6 +79,10 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         raise UserError(
             "num_rollouts: a loop of your own needs to know how long it is, for the learning rate's schedule."
         )
+    if config.eval_strategy != "no":
+        raise UserError(
+            f"eval_strategy: {config.eval_strategy.value}: this loop evaluates nothing. Leave it out."
+        )
     if config.ema_decay is not None:
         raise UserError(f"ema_decay={config.ema_decay}: this loop keeps no average. Leave it out.")
     stage = cli.Stage.begin("own_loop", config, model, data, game, command=args)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from goose_lora import cli
 from goose_lora.data import DataArguments
+from goose_lora.errors import UserError
 from goose_lora.evaluation import require_verdict
 from goose_lora.models import ModelArguments, SharedBase, lora_config
 from goose_lora.ppo import PPOConfig, PPOTrainer
@@ -62,6 +63,10 @@ class RoleArguments:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "ptx_max_length")
+        if self.ptx_max_length == 1:
+            raise UserError("ptx_max_length=1: one token has nothing to predict. Use 2 or more.")
+        if isinstance(self.reward_weights, (int, float)):  # one number without brackets in a YAML file
+            self.reward_weights = [self.reward_weights]
         check_weights(self.reward_weights, self.reward_function)
 
 

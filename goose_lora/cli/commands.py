@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from goose_lora.cli.parser import parse_with, read_negative_numbers, settings_parser
+from goose_lora.cli.parser import check_names, parse_with, read_negative_numbers, settings_parser
 from goose_lora.cli.process import command, quiet_libraries
 from goose_lora.cli.recipes import RECIPES, configuration, configurations, copy_recipes, run_recipe
 from goose_lora.cli.yaml_settings import read_config
@@ -30,6 +30,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. {self.prog} --help lists what there is.")
+
+
+def _true_or_false(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return word.lower() == "true"
 
 
 def _say(text: str) -> None:
@@ -94,7 +100,12 @@ def _add_demo(commands: Subcommands) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from goose_lora.demo import run_demo
+    from goose_lora.training.validation import LARGEST_SEED, require_output_folder
 
+    # Four stages would find it one after the other, the first after a download
+    require_output_folder(arguments.output, option="--output")
+    if not 0 <= arguments.seed <= LARGEST_SEED:
+        raise UserError(f"--seed {arguments.seed}: must be at least 0 and at most {LARGEST_SEED}.")
     run_demo(Path(arguments.output), seed=arguments.seed)
 
 
@@ -128,8 +139,11 @@ def _recipes(arguments: argparse.Namespace) -> None:
     if arguments.action == "list":
         print("\n".join(configurations()))
         return
+    from goose_lora.training.validation import require_output_folder
+
     if arguments.folder is None:
         raise UserError("recipes copy needs a folder: goose-lora recipes copy my_recipes.")
+    require_output_folder(arguments.folder, option="recipes copy")
     files = copy_recipes(Path(arguments.folder))
     print(f"{len(files)} files in {arguments.folder}. Run: accelerate launch {files[0].parent}/ppo.py --help")
 
@@ -199,7 +213,7 @@ def _add_data(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--as_chat",
-        type=lambda word: word.lower() == "true",
+        type=_true_or_false,
         metavar="true|false",
         help="whether prompts of text become the user's turn, as in the recipes",
     )
@@ -255,6 +269,8 @@ def _add_plan(commands: Subcommands) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from goose_lora.cli.notebook import load_recipe
+    from goose_lora.data.rows import DataArguments
     from goose_lora.embedded import resolve
     from goose_lora.models.arguments import ModelArguments
     from goose_lora.models.dense_copy import free_bytes
@@ -268,11 +284,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     types = (PPOConfig, ModelArguments, PlannedRoles)
     file = configuration(arguments.config)
     settings = read_config(file)
+    recipe = load_recipe(RECIPES["ppo"][0])
+    check_names(settings, (*types, DataArguments, recipe.RoleArguments), file)
     check_types(settings, types, where=f"{file}: ")
     config, model, roles, _ = parse_with(settings_parser(types), [], settings)
     model.model_name_or_path = resolve(model.model_name_or_path)
     # A plan may be made before SFT and reward model are trained
     for name in (roles.policy_adapter, roles.reward_adapter):
+        if name and Path(name).is_file():
+            raise UserError(f"{name} is a file; an adapter is a folder. Give the output_dir of its stage.")
         if name and not is_trained(name):
             print(
                 f"{name} is not there yet: its adapter is counted as lora_r, lora_layers and"

@@ -16,7 +16,7 @@ from goose_lora.cli.parser import read_config
 from goose_lora.cli.recipes import RECIPES, configuration, recipes_folder
 from goose_lora.errors import UserError
 from goose_lora.files import read_json
-from goose_lora.redaction import is_secret
+from goose_lora.redaction import is_secret, redacted
 from goose_lora.reporting.run_files import lineage_of
 from goose_lora.training.signals import STARTED_BY
 
@@ -69,19 +69,23 @@ def run(stage: str, config: Mapping[str, Any] | str | Path | None = None, **over
 
     # As a file, since a value of YAML keeps its type and a word of the command line does not;
     # but for secrets, which no file gets.
-    recipe = _load(RECIPES[stage][0])
+    recipe = load_recipe(RECIPES[stage][0])
     secrets = [name for name in settings if is_secret(name)]
     words = [word for name in secrets for word in (f"--{name}", str(settings.pop(name)))]
     started = {STARTED_BY: f"goose_lora.run({stage!r}, ...)"}
     with tempfile.TemporaryDirectory() as folder, patch_environment(**started):
         path = Path(folder) / f"{stage}.yaml"
         path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
-        trainer = recipe.main(["--config", str(path), *words])
+        try:
+            trainer = recipe.main(["--config", str(path), *words])
+        except UserError as error:
+            error.args = (redacted(str(error)),)  # a notebook shows it, and is saved
+            raise
     results = Path(settings["output_dir"])
     return StageResult(results, _figures(results), trainer)
 
 
-def _load(script: str) -> ModuleType:
+def load_recipe(script: str) -> ModuleType:
     """Import a recipe from its file, anew each time: it is no module of the package."""
     path = recipes_folder() / script
     spec = importlib.util.spec_from_file_location(f"goose_lora_recipe_{path.stem}", path)

@@ -21,6 +21,9 @@ from goose_lora.training.launch import mixed_precision_of_launcher, require_prec
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# What argparse, transformers and TRL raise for a setting's value.
+_REFUSALS = (ValueError, TypeError, OSError, ImportError, ArithmeticError, argparse.ArgumentError)
+
 
 def parse(*types: type, args: Sequence[str] | None = None) -> Any:
     """Return one instance of each dataclass in ``types``; a single one alone.
@@ -31,6 +34,8 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
         UserError: an unknown setting (with the nearest known one), a value of the wrong type, or a
             configuration file that is not there.
     """
+    from goose_lora.training.validation import check_words
+
     quiet_libraries()
     keep_freed_memory()
     launched_with = mixed_precision_of_launcher()  # TrainingArguments writes over it
@@ -47,17 +52,18 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
     if path is not None:
         config = read_config(path)
         _check_keys(config, types, path)
+    check_words(words, types)
     *instances, unknown = parse_with(settings_parser(types), words, config)
     # A word that no dataclass knows is a typo; it is never passed over
     if unknown:
         _spare_word(unknown[0], words, types)
+    for settings in instances:
+        check_settings(settings)
+        require_precision(settings, launched_with)
     # The file may not lie where the run writes
     output_dir = next((vars(each)["output_dir"] for each in instances if "output_dir" in vars(each)), None)
     if path is not None and output_dir:
         refuse_inputs_inside(output_dir, {"--config": [path]})
-    for settings in instances:
-        check_settings(settings)
-        require_precision(settings, launched_with)
     return instances[0] if len(instances) == 1 else tuple(instances)
 
 
@@ -114,12 +120,43 @@ def parse_with(parser: Any, words: Sequence[str], config: Mapping[str, Any]) -> 
         if is_secret(name):
             remember(str(value))
         os.environ[name] = str(value)
-    unknown = parser.set_defaults_with_config(**{name: config[name] for name in config if name != "env"})
+    settings = {name: config[name] for name in config if name != "env"}
+    unknown = parser.set_defaults_with_config(**settings)
     try:
         *instances, more = parser.parse_args_into_dataclasses(args=list(words), return_remaining_strings=True)
-    except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError) as error:
-        raise UserError(_nearest_choice(str(error))) from error
+    except _REFUSALS as error:
+        said = _nearest_choice(str(error))
+        culprit = ""
+        if not any(field.name in said for kind in parser.dataclass_types for field in fields(kind)):
+            culprit = _culprit(parser.dataclass_types, words, settings)
+        raise UserError(f"{culprit}{said}") from error
     return (*instances, [*unknown, *more])
+
+
+def _culprit(types: Sequence[type], words: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Return the setting without which all others are taken, for an error that names none.
+
+    It is found by leaving out one after the other: a message alone would make it a guess.
+    """
+    tries: list[tuple[str, list[str], dict[str, Any]]] = []
+    for index, word in enumerate(words):
+        if word.startswith("--"):
+            end = index + 1
+            while end < len(words) and not words[end].startswith("--"):
+                end += 1
+            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+            tries.append((name, [*words[:index], *words[end:]], dict(settings)))
+    for name in settings:
+        tries.append((name, list(words), {key: settings[key] for key in settings if key != name}))
+    for name, fewer_words, fewer in tries:
+        parser = settings_parser(types)
+        parser.set_defaults_with_config(**fewer)
+        try:
+            parser.parse_args_into_dataclasses(args=fewer_words, return_remaining_strings=True)
+        except _REFUSALS:
+            continue
+        return f"{name}: "
+    return ""
 
 
 def check_settings(settings: "DataclassInstance") -> None:
@@ -135,6 +172,7 @@ def check_settings(settings: "DataclassInstance") -> None:
     from goose_lora.training.validation import (
         check_finite,
         check_no_secrets,
+        check_not_empty,
         check_training,
         require_output_folder,
         token_to_environment,
@@ -143,6 +181,7 @@ def check_settings(settings: "DataclassInstance") -> None:
     # Dataclasses check their own settings; these hold of all
     check_finite(settings)
     check_no_secrets(settings)
+    check_not_empty(settings)
     if isinstance(settings, TrainingArguments):
         check_training(settings)
         check_late_settings(settings)
@@ -177,10 +216,7 @@ def _check_keys(config: Mapping[Any, Any], types: Sequence[type], path: str) -> 
     from goose_lora.training.validation import check_types
 
     # Names, then the environment, then types: the order in which a reader would mend them
-    known = {f.name for t in types for f in fields(t) if f.init} | {"env"}
-    for key in config:
-        if key not in known:
-            _unknown(f"--{key}", types, where=f"{path}: ")
+    check_names(config, types, path)
     environment = config.get("env") or {}
     if not isinstance(environment, dict) or not all(
         isinstance(name, str)
@@ -195,6 +231,14 @@ def _check_keys(config: Mapping[Any, Any], types: Sequence[type], path: str) -> 
             " {CUDA_VISIBLE_DEVICES: 0}."
         )
     check_types(config, types, where=f"{path}: ")
+
+
+def check_names(config: Mapping[Any, Any], types: Sequence[type], path: str) -> None:
+    """Raise UserError for a name in a file of settings that no dataclass has."""
+    known = {f.name for t in types for f in fields(t) if f.init} | {"env"}
+    for key in config:
+        if key not in known:
+            _unknown(f"--{key}", types, where=f"{path}: ")
 
 
 def _unknown(option: str, types: Sequence[type], where: str = "") -> NoReturn:
@@ -218,7 +262,7 @@ def _nearest_choice(message: str) -> str:
     It names all that there are, some fifty of optimizers.
     """
     # The form of transformers' message; another one is passed on as it is
-    found = re.search(r"^(\S+) is not a valid \w+, please select one of (\[.*\])", message)
+    found = re.search(r"^(.*) is not a valid \w+, please select one of (\[.*\])", message, re.DOTALL)
     if found is None:
         return message
     choices = [choice.strip("' ") for choice in found[2].strip("[]").split(",")]

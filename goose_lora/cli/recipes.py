@@ -3,6 +3,7 @@
 A checkout has its recipes in recipes/; the wheel has a copy of that folder inside the package.
 """
 
+import difflib
 import logging
 import os
 import shlex
@@ -59,9 +60,11 @@ def configuration(name: str) -> str:
         return name
     if name in configurations():
         return str(recipes_folder() / "configs" / f"{name}.yaml")
+    near = difflib.get_close_matches(name, configurations(), n=4, cutoff=0.3)
+    hint = f" Near it: {', '.join(near)};" if near else ""
     raise UserError(
-        f"--config {name}: no such file, nor a configuration of the package. There are"
-        f" {', '.join(configurations())}."
+        f"--config {name}: no such file, nor a configuration of the package.{hint} goose-lora recipes list"
+        " shows them."
     )
 
 
@@ -144,7 +147,10 @@ def copy_recipes(target: Path) -> list[Path]:
     there = [path for path in files if path.exists()]
     if there:
         raise UserError(f"{there[0]} is there already. Give a new folder, or move it away.")
-    for path, copy in zip(found, files, strict=True):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+    try:
+        for path, copy in zip(found, files, strict=True):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}. Give another folder.") from error
     return files

@@ -32,7 +32,7 @@ from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dates import template_date
 from goose_lora.models.dense_copy import RolloutWeights, free_bytes
-from goose_lora.models.endings import ends_text
+from goose_lora.models.endings import ends_text, require_tokens
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import (
     adapters_to_fp32,
@@ -157,8 +157,7 @@ class Stage:
             rules=config.resume_rules if isinstance(config, PPOConfig) else SettingRules(),
         )
         if config.process_index == 0:
-            claim(output_dir, LOG_FILE)
-            terminal.log_into(Path(output_dir) / LOG_FILE, anew=stage.checkpoint is None)
+            terminal.log_into(Path(output_dir) / LOG_FILE, anew=stage.checkpoint is None, later=True)
         # An upload that cannot succeed is told before the training, not after it
         hub.check_upload(config, model)
         set_seed(config.seed)
@@ -281,12 +280,7 @@ class Stage:
                     f"{name}={token!r}: the tokenizer of {self.model.model_name_or_path} has no such token."
                     " Use one that it has, or leave it out."
                 )
-        for token in settings.get("stop_token_ids") or []:
-            if not 0 <= token < len(tokenizer):
-                raise UserError(
-                    f"stop_token_ids: {token} is no token of {self.model.model_name_or_path}, which has"
-                    f" {len(tokenizer)}. Give numbers from 0 to {len(tokenizer) - 1}."
-                )
+        require_tokens(tokenizer, settings.get("stop_token_ids"), self.model.model_name_or_path)
 
     def prompts(
         self,
@@ -409,16 +403,26 @@ class Stage:
     def base(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Load the frozen base as a causal language model."""
         self._say_loading()
-        return load_base(
+        base = load_base(
             self.model, tokenizer, device=self.config.device, trust_remote_code=self._trusts_code
         )
+        self._open_log()
+        return base
 
     def reward_base(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Load the same base as a sequence classifier with one output."""
         self._say_loading()
-        return load_reward_base(
+        base = load_reward_base(
             self.model, tokenizer, device=self.config.device, trust_remote_code=self._trusts_code
         )
+        self._open_log()
+        return base
+
+    def _open_log(self) -> None:
+        """Begin the file of the log: a run that is refused before leaves its folder as it was."""
+        if self.config.process_index == 0:
+            claim(self.config.output_dir or ".", LOG_FILE)
+            terminal.open_log()
 
     def lora(self, base: PreTrainedModel, start: AdapterFolder | None) -> LoraConfig:
         """Return the configuration of the adapter that SFT or the reward model trains.

@@ -195,6 +195,8 @@ def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dat
             rows = concatenate_datasets([_table(file) for file in files])
         else:
             rows = load_dataset(kind, data_files=files, split="train", keep_in_memory=keep)
+    except ImportError as error:  # fsspec's, for an address
+        raise UserError(f"{name}: {brief(error)}. Install that, or download the file first.") from error
     except (DatasetGenerationError, ValueError, OSError) as error:
         broken = broken_json(Path(files[0])) if kind == "json" else None
         if "corresponds to no data" in str(error):

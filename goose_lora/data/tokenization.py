@@ -19,6 +19,7 @@ from goose_lora.data.rows import (
 )
 from goose_lora.errors import UserError
 from goose_lora.models.dates import with_day
+from goose_lora.models.endings import template_limit
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **how: Any
     """
     try:
         how |= with_day(tokenizer, how.get("chat_template"), how.get("tools"))
-        return tokenizer.apply_chat_template(messages, **how)
+        with template_limit():
+            return tokenizer.apply_chat_template(messages, **how)
     except (TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(

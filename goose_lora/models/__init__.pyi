@@ -7,6 +7,7 @@ from .dense_copy import RolloutWeights as RolloutWeights
 from .dense_copy import make_dense_copy as make_dense_copy
 from .endings import ends_text as ends_text
 from .endings import reply_ends as reply_ends
+from .endings import require_tokens as require_tokens
 from .folders import AdapterFolder as AdapterFolder
 from .folders import write_lineage as write_lineage
 from .loading import adapters_to_fp32 as adapters_to_fp32

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from goose_lora.errors import UserError
-from goose_lora.models.folders import require_name
+from goose_lora.models.folders import require_hub_name, require_name
 from goose_lora.models.trunk import top_layers
 
 _LARGEST_RANK = 2**16
@@ -87,6 +87,8 @@ class ModelArguments:
         if not self.lora_target_modules:
             raise UserError("lora_target_modules=[]: nothing would be trained. Write all-linear.")
         top_layers(self.lora_layers, 10**6)
+        if self.base_hub_id is not None:
+            require_hub_name("base_hub_id", self.base_hub_id)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -24,6 +24,8 @@ from goose_lora.models.base_files import require_whole
 from goose_lora.models.folders import AdapterFolder, Template, by_name, reading, require_model, saved_template
 from goose_lora.models.loading import lora_config
 
+_MOST_LAYERS = 10_000  # of a config.json that is not damaged
+
 
 def check_fit(
     args: ModelArguments,
@@ -240,6 +242,10 @@ def meta_model(
             f"{name}: {config.model_type} is not a causal language model, which a base must be. Use one that"
             " goes on with a text."
         )
+    # Each layer takes time, even without memory
+    layers = vars(config.get_text_config()).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise UserError(f"{name}: its config.json has {layers} layers (num_hidden_layers). Copy it again.")
     # Without memory: its shapes are enough
     how = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     with (

@@ -7,17 +7,22 @@ A chat model's turn often does not end with the tokenizer's EOS (Gemma: <end_of_
 import json
 import logging
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from goose_lora.deadline import time_limit
+from goose_lora.errors import TimeLimitError, UserError
+
 logger = logging.getLogger(__name__)
 
 # Where a tokenizer keeps what its files alone do not say. It is saved with the tokenizer, so that
 # each stage hands its ends to the next.
 _NOTED = "reply_ends"
+_LONGEST_RENDERING = 20.0  # seconds for a conversation
 _REPLY = "gooselorareply"  # a word that no template writes by itself
 
 
@@ -135,10 +140,32 @@ def closing_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return closing
 
 
+def require_tokens(
+    tokenizer: PreTrainedTokenizerBase, stop_token_ids: Iterable[int] | None, base: str
+) -> None:
+    """Raise UserError unless the tokenizer has all of ``stop_token_ids``."""
+    for token in stop_token_ids or []:
+        if not 0 <= token < len(tokenizer):
+            raise UserError(
+                f"stop_token_ids: {token} is no token of {base}, which has {len(tokenizer)}. Give numbers"
+                f" from 0 to {len(tokenizer) - 1}."
+            )
+
+
+def template_limit() -> AbstractContextManager[None]:
+    """Interrupt a chat template that does not come to an end: it is a program of strangers'."""
+    return time_limit(
+        _LONGEST_RENDERING, "the chat template", ". Does it come to an end? Give another: chat_template_path."
+    )
+
+
 def _after_reply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str | None:
     """Return what the template writes after the assistant's words; None where it refuses them."""
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        with template_limit():
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TimeLimitError:
+        raise
     except (TemplateError, TypeError, ValueError):  # told where rows go through it
         return None
     _, found, tail = text.rpartition(_REPLY)

@@ -18,7 +18,8 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
@@ -48,7 +49,8 @@ def reading(
         yield
     except Exception as error:
         # What is not about the files passes as it is
-        other = isinstance(error, RuntimeError) and "mismatch" not in str(error)
+        of_shapes = any(words in str(error) for words in ("mismatch", "negative dimension"))
+        other = isinstance(error, RuntimeError) and not of_shapes
         if other or isinstance(error, (torch.OutOfMemoryError, MemoryError, ImportError)):
             raise
         # What users can mend has a line of its own; the rest is quoted
@@ -171,7 +173,40 @@ def read_adapter_config(setting: str, folder: str) -> dict[str, Any]:
             f"{path / ADAPTER_CONFIG}: r={rank!r}, base_model_name_or_path={base!r}: damaged. Copy the folder"
             " again, or train it again."
         )
+    _check_adapter_facts(path / ADAPTER_CONFIG, config)
     return config
+
+
+def _check_adapter_facts(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a value of ``adapter_config.json`` that PEFT would stumble over later."""
+    targets, alpha = config.get("target_modules"), config.get("lora_alpha", 8)
+    dropout = config.get("lora_dropout", 0.0)
+    sound = {
+        "lora_alpha": is_number(alpha) and alpha > 0,
+        "lora_dropout": is_number(dropout) and 0 <= dropout < 1,
+        "target_modules": isinstance(targets, str | None) or bool(_texts(targets)),
+        "modules_to_save": config.get("modules_to_save") is None
+        or _texts(config["modules_to_save"]) is not None,
+        "rank_pattern": isinstance(config.get("rank_pattern"), dict | None),
+        "alpha_pattern": isinstance(config.get("alpha_pattern"), dict | None),
+        "layers_to_transform": _is_places(config.get("layers_to_transform")),
+        "fan_in_fan_out": isinstance(config.get("fan_in_fan_out"), bool | None),
+    }
+    for name, holds in sound.items():
+        if not holds:
+            raise UserError(
+                f"{path}: {name}={config.get(name)!r}: damaged. Copy the folder again, or train it again."
+            )
+
+
+def _texts(value: object) -> list[str] | None:
+    """Return a list of texts as it is, and None for anything else."""
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+
+
+def _is_places(value: object) -> bool:
+    places = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(place, int) for place in places)
 
 
 def tensor_shapes(
@@ -218,12 +253,49 @@ def saved_chat_template(folder: str) -> str | None:
     return template if isinstance(template, str) else None
 
 
+# Of goose_lora.json, what other facts are looked for in.
+_FACTS: dict[str, type] = {
+    "stage": str,
+    "base": dict,
+    "parents": dict,
+    "settings": dict,
+    "data": list,
+    "figures": dict,
+    "hardware": dict,
+    "versions": dict,
+    "reply_ends": dict,
+}
+_KIND_WORDS = {str: "text", dict: "an object", list: "a list"}
+
+
+def require_hub_name(setting: str, name: str) -> None:
+    """Raise UserError unless a repository on the Hub may have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(
+            f"{setting}={name!r}: no repository on the Hub has such a name. It is user/name, of letters,"
+            " digits, - _ and dots."
+        ) from None
+
+
 def check_lineage(path: Path, lineage: dict[str, Any]) -> dict[str, Any]:
-    """Return ``lineage`` as it is, if what the reward role reads of it can be used.
+    """Return ``lineage`` as it is, if what stages and commands read of it can be used.
 
     Raises:
-        UserError: a bias that is no finite number, or an append_eos that is not true or false.
+        UserError: a fact of another kind than stages write, a bias that is no finite number, or an
+            append_eos that is not true or false.
     """
+    base, parents = lineage.get("base"), lineage.get("parents")
+    kinds = [(name, lineage.get(name), kind) for name, kind in _FACTS.items()]
+    kinds += [("base.id", base.get("id"), str)] if isinstance(base, dict) else []
+    kinds += [("parents", parent, dict) for parent in parents.values()] if isinstance(parents, dict) else []
+    for name, value, kind in kinds:
+        if value is not None and not isinstance(value, kind):
+            raise UserError(
+                f"{path}: {name} is {str(value)[:60]!r}, expected {_KIND_WORDS[kind]}. The file is damaged:"
+                " copy it again, or train the stage again."
+            )
     bias, eos = lineage.get("reward_bias", 0.0), lineage.get("append_eos", True)
     if not is_number(bias) or not isinstance(eos, bool):
         raise UserError(

@@ -295,6 +295,8 @@ def change_ends(tokenizer: PreTrainedTokenizerBase, template_path: str | None, e
     ends = eos_token
     if template_path is not None:
         path = Path(template_path)
+        if not template_path.strip() or (path.suffix in (".jinja", ".j2", ".txt") and not path.is_file()):
+            raise UserError(f"chat_template_path={template_path!r}: no such file. Check the path.")
         if path.is_file():
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         else:

@@ -522,8 +522,11 @@ def read_memory(text: str, option: str = "--memory") -> int:
     number = text.strip().upper().rstrip("BIKMG ")
     unit = text.strip().upper()[len(number) :].strip()
     try:
-        return round(float(number) * UNITS[unit])
-    except (ValueError, KeyError):
+        amount = round(float(number) * UNITS[unit])
+        if amount <= 0:
+            raise ValueError
+        return amount
+    except (ValueError, KeyError, OverflowError):
         raise UserError(
             f"{option} {text}: write a number and one of KB, MB, GB, KiB, MiB and GiB, such as 24GB."
         ) from None

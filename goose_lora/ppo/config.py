@@ -519,7 +519,7 @@ class PPOConfig(TrainingArguments):
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
         self._require(
             "max_tokens_per_microbatch",
-            (self.max_tokens_per_microbatch or 1) >= 1,
+            self.max_tokens_per_microbatch is None or self.max_tokens_per_microbatch >= 1,
             "must be 1 or more, or null for no bound",
         )
         self._require(

@@ -20,6 +20,7 @@ from goose_lora.reporting.run_files import (
     read_metrics,
 )
 from goose_lora.terminal import table
+from goose_lora.training.validation import require_output_folder
 
 LAST_ROLLOUTS = 10  # logged ones, over which the figures of a run without an evaluation are means
 # Settings that say where a run is kept. No two runs have the same.
@@ -200,6 +201,7 @@ def compare(folders: Sequence[str | Path], output: str | Path = "compare.html") 
     output = Path(output)
     if output.suffix not in (".html", ".htm"):
         raise UserError(f"--output {output}: a page of HTML is written; give a name that ends in .html.")
+    require_output_folder(str(output.parent), option="--output")
     runs = read_runs(folders)
     settings, said, measured = differing_settings(runs), notes(runs), figures(runs)
 

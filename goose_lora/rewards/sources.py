@@ -6,13 +6,9 @@ import inspect
 import logging
 import os
 import re
-import signal
-import sys
-import threading
-import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -21,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from goose_lora.errors import TimeLimitError, UserError
+from goose_lora.deadline import time_limit
+from goose_lora.errors import UserError
 
 logger = logging.getLogger(__name__)
 _LONGEST = 200  # characters of a stranger's words in an error
@@ -117,10 +114,19 @@ class RewardMix:
         if completion_ids is not None:
             replies["completion_ids"] = [list(completion_ids)]
         functions = self._functions()
-        with _time_limit(self.timeout if functions else None, f"the reward function {', '.join(functions)}"):
+        with self._in_time(functions):
             said = _ask_all(functions, replies)
         for name, answer in zip(functions, said, strict=True):
             _read_answer(answer, [len(completion_ids or "ok")], name)
+
+    def _in_time(self, functions: Mapping[str, RewardFunction]) -> AbstractContextManager[None]:
+        """Interrupt functions that have not answered in ``timeout`` seconds."""
+        return time_limit(
+            self.timeout if functions else None,
+            f"the reward function {', '.join(functions)}",
+            ", which is reward_timeout. See what it waits for, or raise reward_timeout (null: no limit);"
+            " --resume_from_checkpoint latest goes on from the last checkpoint.",
+        )
 
     def _functions(self) -> dict[str, RewardFunction]:
         """Return the Python functions by name."""
@@ -144,7 +150,7 @@ class RewardMix:
         answered = "completion_ids" if "completion_ids" in replies else "completions"
         lengths = [len(reply) for reply in replies[answered]]
         functions = self._functions()
-        with _time_limit(self.timeout if functions else None, f"the reward function {', '.join(functions)}"):
+        with self._in_time(functions):
             said = _ask_all(functions, replies)
         # Read: one column of scores a source, in the order of the sources
         answers = iter(said)
@@ -319,39 +325,6 @@ def _same_folder(name: str) -> Iterator[None]:
             logger.warning(
                 "the reward function %s has left the working directory; it is %s again.", name, before
             )
-
-
-@contextmanager
-def _time_limit(seconds: float | None, what: str) -> Iterator[None]:
-    """Interrupt what is inside after ``seconds``, by an alarm of the system.
-
-    There is no limit on Windows, or in another thread than the main one.
-    """
-    if (
-        seconds is None
-        or sys.platform == "win32"
-        or threading.current_thread() is not threading.main_thread()
-    ):
-        yield
-        return
-
-    def ring(signum: int, frame: object) -> None:
-        raise TimeLimitError(
-            f"{what} has not answered for {seconds:g} s, which is reward_timeout. See what it waits for, or"
-            " raise reward_timeout (null: no limit); --resume_from_checkpoint latest goes on from the last"
-            " checkpoint."
-        )
-
-    # An alarm of the caller's goes on where this one ends
-    handler = signal.signal(signal.SIGALRM, ring)
-    began, (before, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(
-            signal.ITIMER_REAL, max(before - (time.monotonic() - began), 0.001) if before else 0, interval
-        )
-        signal.signal(signal.SIGALRM, handler)
 
 
 def _read_answer(

@@ -39,6 +39,7 @@ from goose_lora.ownership import LOCK, hold, reading, release, require_free
 from goose_lora.reporting.run_files import BaseRecord, lineage_of
 from goose_lora.sharing import lineage, model_card
 from goose_lora.training.cost import cost
+from goose_lora.training.validation import require_output_folder
 
 # What the KL is measured on: at most so many prompts, and replies of so many tokens.
 KL_PROMPTS, KL_REPLY_TOKENS, KL_PROMPT_TOKENS = 32, 32, 512
@@ -174,6 +175,7 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> BaseRecord:
             f"--out {out}: another disk begins there, so that nothing can be moved into its place."
             f" Give a folder in it: {out / 'merged'}."
         )
+    require_output_folder(str(out), option="--out")
     return noted["base"]
 
 

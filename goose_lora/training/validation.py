@@ -6,13 +6,14 @@ import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
 from goose_lora.errors import UserError
-from goose_lora.redaction import is_secret, remember
+from goose_lora.redaction import SECRET_VALUES, is_secret, remember
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,6 +37,7 @@ _NOT_NEGATIVE = (
     "neftune_noise_alpha",
     "center_rewards_coefficient",
     "label_smoothing_factor",
+    "eval_delay",
 )
 _ABOVE_ZERO = (
     "num_train_epochs",
@@ -48,7 +50,7 @@ _ABOVE_ZERO = (
     "dataset_num_proc",
     "ddp_timeout",
 )
-_LARGEST_SEED = 2**32 - 1  # numpy's
+LARGEST_SEED = 2**32 - 1  # numpy's
 _LARGEST_COUNT = 2**53
 _LARGEST, _SMALLEST = 3.4e38, 1e-37  # of float32, with a margin
 
@@ -71,6 +73,8 @@ def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: s
     for dataclass in dataclasses:
         hints |= get_type_hints(dataclass)
     for name, value in config.items():
+        if name in hints and _is_no_number(value, hints[name]):
+            raise UserError(f"{where}{name}={value}: must be a finite number.")
         if name in hints and not _fits(value, hints[name]):
             # As YAML writes it, and with what helps most often: 0123 for text
             found = "null" if value is None else _short.repr(value)
@@ -80,6 +84,34 @@ def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: s
             if "text" in _words(hints[name]) and isinstance(value, (int, float)):
                 quotes = " Put it in quotes."
             raise UserError(f"{where}{name}: {found} is not {_words(hints[name])}.{quotes}")
+
+
+def check_words(words: Sequence[str], dataclasses: Sequence[type]) -> None:
+    """Raise UserError for a setting of the command line whose number is NaN or infinite.
+
+    Some settings become whole numbers as soon as they are read.
+    """
+    hints: dict[str, object] = {}
+    for dataclass in dataclasses:
+        hints |= get_type_hints(dataclass)
+    for option, after in zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = option.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        value = value if equals else after
+        if option.startswith("--") and name in hints and _is_no_number(value, hints[name]):
+            raise UserError(f"{name}={value}: must be a finite number.")
+
+
+def _is_no_number(value: object, hint: object) -> bool:
+    """Return whether a value of a setting that may be a number is NaN, infinite, or text for it."""
+    if str in (hint, *get_args(hint)) or not {int, float} & {hint, *get_args(hint)}:
+        return False
+    if not isinstance(value, (str, float)):
+        return False
+    try:
+        return not math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _fits(value: object, hint: object) -> bool:
@@ -112,7 +144,7 @@ def _fits_list(value: object, part: object) -> bool:
         return not numbers_in_text and all(_fits(item, part) for item in value)
     if value is None:
         return False
-    return isinstance(value, Mapping) == (part is str) or _fits(value, part)
+    return (isinstance(value, Mapping) and part is str) or _fits(value, part)
 
 
 def _fits_number(value: object, hint: object) -> bool:
@@ -151,8 +183,8 @@ def check_finite(settings: "DataclassInstance") -> None:
                 continue
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{field.name}={number}: must be a finite number.")
-            if field.name == "seed" and not 0 <= number <= _LARGEST_SEED:
-                raise UserError(f"seed={number}: must not be negative, and at most {_LARGEST_SEED}.")
+            if field.name == "seed" and not 0 <= number <= LARGEST_SEED:
+                raise UserError(f"seed={number}: must not be negative, and at most {LARGEST_SEED}.")
             # Counts end in 64 bits, and numbers of float32 are 0 or infinite beyond these
             if isinstance(number, int) and abs(number) > _LARGEST_COUNT:
                 raise UserError(f"{field.name}={_short.repr(number)}: is too large for anything.")
@@ -180,8 +212,8 @@ def check_training(args: TrainingArguments) -> None:
         _require(name, value, value is None or value > 0, "must be above 0")
     for name in ("seed", "data_seed"):
         seed = values[name]
-        fits = seed is None or 0 <= seed <= _LARGEST_SEED
-        _require(name, seed, fits, f"must be at least 0 and at most {_LARGEST_SEED}")
+        fits = seed is None or 0 <= seed <= LARGEST_SEED
+        _require(name, seed, fits, f"must be at least 0 and at most {LARGEST_SEED}")
     length = values.get("max_length")
     _require("max_length", length, length is None or length > 1, "one token has nothing to predict")
     _require(
@@ -204,22 +236,36 @@ def _require(name: str, value: object, holds: bool, why: str) -> None:
         raise UserError(f"{name}={value}: {why}.")
 
 
-def require_output_folder(name: str) -> None:
+def require_output_folder(name: str, option: str = "output_dir") -> None:
     """Raise UserError, before hours of work, if results cannot be written to the folder ``name``.
 
-    It is not made yet.
+    It is not made yet. ``option`` is what the user gave it by.
     """
     if not name.strip() or "\0" in name:
-        raise UserError(f"output_dir={name!r}: results need a folder. Give its name.")
+        raise UserError(f"{option}={name!r}: results need a folder. Give its name.")
     # The nearest folder that exists is what must let us write
     path = Path(name).absolute()
     nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not nearest.is_dir():
-        raise UserError(f"output_dir: {nearest} is a file, not a folder. Give another name, or move it away.")
+        raise UserError(f"{option}: {nearest} is a file, not a folder. Give another name, or move it away.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(
-            f"output_dir: {nearest} may not be written to. Give another folder, or change its rights."
+            f"{option}: {nearest} may not be written to. Give another folder, or change its rights."
         )
+
+
+def check_not_empty(settings: "DataclassInstance") -> None:
+    """Raise UserError for the name of a folder, file, model or function that is no name.
+
+    An empty one would mean the working directory to some readers, and nothing to others.
+    """
+    names = {field.name for field in fields(settings)}
+    if isinstance(settings, TrainingArguments):  # others of transformers mean "as it is"
+        names &= {"resume_from_checkpoint", "hub_model_id"}
+    for name in sorted(names):
+        value = vars(settings)[name]
+        if isinstance(value, str) and not value.strip() and name != "output_dir":
+            raise UserError(f"{name}={value!r}: is empty. Give a name, or leave it out.")
 
 
 def check_no_secrets(settings: "DataclassInstance") -> None:
@@ -228,6 +274,12 @@ def check_no_secrets(settings: "DataclassInstance") -> None:
     Such settings are kept in files, and trackers get them: model_init_kwargs with a token.
     """
     for field in fields(settings):
+        text = getattr(settings, field.name)
+        if isinstance(text, str) and SECRET_VALUES.search(text) and not is_secret(field.name):
+            raise UserError(
+                f"{field.name}: holds what has the form of a token, and settings are kept in files. Put it"
+                " into the environment: HF_TOKEN for the Hub."
+            )
         for name, value in _named_values(getattr(settings, field.name)):
             if value is not None and is_secret(name):
                 remember(value)
@@ -255,6 +307,8 @@ def token_to_environment(settings: TrainingArguments) -> None:
     get them.
     """
     # One place for the token, which no file and no tracker reads
+    if settings.hub_token and "\0" in settings.hub_token:
+        raise UserError("hub_token: holds a zero byte, which no environment takes. Copy it again.")
     if settings.hub_token:
         remember(settings.hub_token)
         os.environ["HF_TOKEN"] = settings.hub_token

@@ -111,6 +111,14 @@ HOSTS += [
     "[::1]:{port}",
     "127.1:{port}",
     "",
+    "127.0.0.1.:{port}",
+    "localhost.:{port}",
+    "127.0.0.1:{port}@evil.example",
+    "evil.example#127.0.0.1:{port}",
+    "[::ffff:127.0.0.1]:{port}",
+    "2130706433:{port}",
+    "127.0.0.1:0{port}",
+    "127.0.0.1:{port}, evil.example",
 ]
 ORIGINS = ["http://evil.example", "http://evil.example:{port}", "null", "http://127.0.0.1:1", "file://"]
 ORIGINS += [

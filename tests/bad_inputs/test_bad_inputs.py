@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bad_commands
 import bad_data
+import bad_kinds
 import bad_late
 import bad_models
 import bad_places
@@ -29,6 +31,8 @@ CASES: list[Case] = [
     *bad_models.CASES,
     *bad_places.CASES,
     *bad_web.CASES,
+    *bad_kinds.CASES,
+    *bad_commands.CASES,
 ]
 RECIPES = ("sft", "reward", "ppo", "own_loop", "evaluate")
 HINT = "(--debug shows where)"
@@ -152,6 +156,6 @@ def test_the_sound_settings_get_as_far_as_the_model(recipe, folder, mains, monke
 
 
 def test_there_are_many_cases_and_each_has_a_name_of_its_own():
-    assert len(CASES) >= 80
+    assert len(CASES) >= 450
     assert len({case.name for case in CASES}) == len(CASES)
     assert all(case.says for case in CASES)

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ppo": {"files", "functional", "models", "data", "generation", "training", "rewards", "reporting"},
     "planning": {"functional", "models", "ppo"},
     "sharing": {"files", "data", "models", "generation", "training", "reporting"},
-    "apps": {"files", "terminal", "data", "models", "generation", "ppo", "sharing"},
+    "apps": {"files", "data", "models", "generation", "ppo", "sharing"},
     "instruct": {"functional", "models", "generation"},
     "cli": {
         "files",
@@ -50,7 +50,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "apps",
     },
 }
-SAME_ROOM = {"embedded": "files", "ownership": "files", "redaction": "files", "demo": "cli"}
+SAME_ROOM = {
+    "embedded": "files",
+    "ownership": "files",
+    "redaction": "files",
+    "deadline": "files",
+    "demo": "cli",
+}
 
 
 def tree(path):

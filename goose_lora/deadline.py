@@ -1,0 +1,43 @@
+"""A limit of time for what strangers have written: reward functions, chat templates."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from goose_lora.errors import TimeLimitError
+
+
+@contextmanager
+def time_limit(seconds: float | None, what: str, way_out: str) -> Iterator[None]:
+    """Interrupt what is inside after ``seconds``, by an alarm of the system.
+
+    ``way_out`` ends the sentence that tells it. There is no limit on Windows, or in another thread
+    than the main one.
+
+    Raises:
+        TimeLimitError: the time is over.
+    """
+    if (
+        seconds is None
+        or sys.platform == "win32"
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def ring(signum: int, frame: object) -> None:
+        raise TimeLimitError(f"{what} has not answered for {seconds:g} s{way_out}")
+
+    # An alarm of the caller's goes on where this one ends
+    handler = signal.signal(signal.SIGALRM, ring)
+    began, (before, interval) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(
+            signal.ITIMER_REAL, max(before - (time.monotonic() - began), 0.001) if before else 0, interval
+        )
+        signal.signal(signal.SIGALRM, handler)
