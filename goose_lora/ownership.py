@@ -404,7 +404,7 @@ def share(folder: str | Path) -> None:
 
 
 @contextmanager
-def reading(folder: str | Path) -> Iterator[None]:
+def kept_from_writers(folder: str | Path) -> Iterator[None]:
     """Read ``folder`` inside, as ``share`` says, and let others write to it afterwards."""
     path = Path(folder).resolve()
     before = path in _held or path in _shared

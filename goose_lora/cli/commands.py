@@ -319,7 +319,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.fit:
         _write_fitting(plan, memory, Path(file), arguments)
     elif (lack := plan.lack(memory)) is not None:
-        print(f"{lack} {ways.said(plan, memory)}")
+        print(f"{lack} {ways.ways_out(plan, memory)}")
 
 
 def _write_fitting(plan: "Planner", memory: int, file: Path, arguments: argparse.Namespace) -> None:

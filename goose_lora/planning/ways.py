@@ -16,14 +16,14 @@ _FEWEST_LAYERS = 0.125  # of the layers: below, an adapter learns little
 _SHORTEST = 0.25  # of the tokens as they are
 _WHOLE = 8  # lengths are multiples of it
 
-Settings = dict[str, Any]
+_Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Way:
     """A change of settings, and the bytes that the run needs with it and those before it."""
 
-    settings: Settings
+    settings: _Settings
     need: int
 
     def __str__(self) -> str:
@@ -68,12 +68,12 @@ def check(planner: Planner, memory: int) -> None:
     lack = planner.lack(memory)
     if lack is not None:
         raise UserError(
-            f"{lack} Largest that fits: {planner.advice(memory)}. {said(planner, memory)}"
+            f"{lack} Largest that fits: {planner.advice(memory)}. {ways_out(planner, memory)}"
             " --force True goes on anyway."
         )
 
 
-def said(planner: Planner, memory: int) -> str:
+def ways_out(planner: Planner, memory: int) -> str:
     """Return in one line what would make the run fit, each change with what the run needs then."""
     found, after = ways_to_fit(planner, memory)
     steps = ", then ".join(str(way) for way in found)
@@ -95,18 +95,18 @@ def smaller_base(planner: Planner, memory: int) -> str:
 
 
 # ---- The changes, in their order ----
-def _checkpointing(planner: Planner, memory: int) -> Settings:
+def _checkpointing(planner: Planner, memory: int) -> _Settings:
     return {} if planner.config.gradient_checkpointing else {"gradient_checkpointing": True}
 
 
-def _shared_weights(planner: Planner, memory: int) -> Settings:
+def _shared_weights(planner: Planner, memory: int) -> _Settings:
     return {"rollout_weights": "shared"} if planner.dense else {}
 
 
-def _groups(planner: Planner, memory: int) -> Settings:
+def _groups(planner: Planner, memory: int) -> _Settings:
     """Return smaller microbatches, more of them, and smaller groups of a rollout."""
     config, largest = planner.config, planner.largest(memory)
-    settings: Settings = {}
+    settings: _Settings = {}
     # As many replies to an optimizer step as before
     rows = config.per_device_train_batch_size
     fitting = max(1, min(rows, largest["per_device_train_batch_size"]))
@@ -128,19 +128,19 @@ def _groups(planner: Planner, memory: int) -> Settings:
     return settings
 
 
-def _host_embeddings(planner: Planner, memory: int) -> Settings:
+def _host_embeddings(planner: Planner, memory: int) -> _Settings:
     # Not a table that is the head too
     head, table = planner.core.get_output_embeddings(), planner.core.get_input_embeddings()
     return {} if head is None or head.weight is table.weight else {"embeddings": "host"}
 
 
-def _quantization(planner: Planner, memory: int) -> Settings:
+def _quantization(planner: Planner, memory: int) -> _Settings:
     # Adapters that were trained belong to the base as it was
     trained = any(_is_trained(adapter) for adapter in (planner.policy, planner.reward))
     return {} if trained or planner.args.quantization == "nf4" else {"quantization": "nf4"}
 
 
-def _fewer_layers(planner: Planner, memory: int) -> Settings:
+def _fewer_layers(planner: Planner, memory: int) -> _Settings:
     # Adapters that are there keep their layers, of which fewer may train
     trained = any(_is_trained(adapter) for adapter in (planner.policy, planner.reward))
     name = "train_layers" if trained else "lora_layers"
@@ -152,10 +152,10 @@ def _fewer_layers(planner: Planner, memory: int) -> Settings:
     return _most(planner, memory, lambda number: {name: f"top-{number}"}, fewest, most - 1)
 
 
-def _shorter(planner: Planner, memory: int) -> Settings:
+def _shorter(planner: Planner, memory: int) -> _Settings:
     sizes = planner.sizes
 
-    def lengths(percent: int) -> Settings:
+    def lengths(percent: int) -> _Settings:
         return {
             "response_length": _part(sizes.response_tokens, percent),
             "max_prompt_tokens": _part(sizes.prompt_tokens, percent),
@@ -165,8 +165,8 @@ def _shorter(planner: Planner, memory: int) -> Settings:
 
 
 def _most(
-    planner: Planner, memory: int, settings: Callable[[int], Settings], fewest: int, most: int
-) -> Settings:
+    planner: Planner, memory: int, settings: Callable[[int], _Settings], fewest: int, most: int
+) -> _Settings:
     """Return the settings of the largest number from ``fewest`` to ``most`` with which it fits.
 
     Where none does, those of ``fewest``.
@@ -204,10 +204,10 @@ def fitting(planner: Planner, memory: int, text: str, file: str) -> tuple[str | 
         return None, f"{file} fits as it is: nothing is written."
     found, after = ways_to_fit(planner, memory)
     if not after.fits(after.sizes, memory):
-        raise UserError(f"--fit {amount(memory)}: {said(planner, memory)}")
+        raise UserError(f"--fit {amount(memory)}: {ways_out(planner, memory)}")
 
     # Later changes of a setting stand for earlier ones
-    settings: Settings = {}
+    settings: _Settings = {}
     for way in found:
         settings |= way.settings
     note = (

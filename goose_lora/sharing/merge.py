@@ -35,7 +35,7 @@ from goose_lora.models.folders import local_folder, read_lineage
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, quantization_config
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.ownership import LOCK, hold, reading, release, require_free
+from goose_lora.ownership import LOCK, hold, kept_from_writers, release, require_free
 from goose_lora.reporting.run_files import BaseRecord, lineage_of
 from goose_lora.sharing import lineage, model_card
 from goose_lora.training.cost import cost
@@ -78,7 +78,7 @@ def merge(
     prompt_ids, data = _prompts(folder, prompts, tokenizer)
 
     # The adapter's model replies, and the merged one is compared with it on these replies
-    with reading(folder), _whole(out) as work:
+    with kept_from_writers(folder), _whole(out) as work:
         shared = SharedBase.build(load_base(args, tokenizer), folder)
         rollout = _replies(shared, tokenizer, prompt_ids)
         figures: dict[str, Any] = _write_and_measure(

@@ -33,7 +33,7 @@ MARK = (
 )
 SAMPLES, CELL = 4, 300  # rows of the table of samples, and most characters of a reply in it
 # What every card says, whatever was measured.
-LIMITS = [
+_LIMITS = [
     (
         "A higher score is what the reward model likes, and it can be wrong in ways that PPO finds; the"
         " judge, where there is one, was not trained on."
@@ -98,7 +98,7 @@ def render_card(folder: str | Path, *, place: Path | None = None) -> str:
         *_curves(folder),
         *_samples(folder, evaluation),
         "## Limits",
-        _bullets([*LIMITS, *findings]),
+        _bullets([*_LIMITS, *findings]),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -47,7 +47,8 @@ _PLACE = re.compile(
 # How it is looked at and kept, and what it takes: still the same run.
 _SAME_RUN = re.compile(
     r"(logging|save|eval|include)_.*|prediction_loss_only|batch_eval_metrics|(per_device|.*_full)_eval.*"
-    r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context|in_order)"
+    r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|in_order)"
+    r"|dataloader_multiprocessing_context"
     r"|dataset_num_proc|torch_empty_cache_steps|enable_jit_checkpoint|use_cache|force|trust_remote_code"
     r"|any_pairs_name|reference_dataset_name|sample_rows|early_stopping_patience"
 )
