@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-gpu lint types docs mutants matrix architectures parity vllm bench clean
+.PHONY: install demo test test-gpu test-oldest test-newest resolve lint types docs mutants matrix architectures parity vllm bench clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,32 @@ test: $(INSTALLED)
 # On a machine with a CUDA GPU; make test leaves the GPU alone.
 test-gpu: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
+
+# A chosen set of tests on the oldest versions that pyproject.toml allows, and on the newest there are; each in an environment of its own, made by uv.
+# torch's oldest comes from its own index: TORCH_OLDEST=torch==2.13.0 where that cannot be reached.
+UV := .venv-uv/bin/uv
+TORCH_OLDEST ?= torch==2.11.0
+CHOSEN := tests/functional/test_losses.py tests/generation tests/models/test_host_embeddings.py tests/ppo/test_update.py tests/rewards
+OF_TESTS := pytest pytest-timeout hypothesis beartype rich pandas
+
+$(UV):
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet uv
+
+test-oldest: $(UV) pyproject.toml
+	$(UV) venv --quiet --clear .venv-oldest
+	$(UV) pip install --quiet --python .venv-oldest/bin/python --constraint constraints.txt $(OF_TESTS)
+	$(UV) pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct "$(TORCH_OLDEST)" --editable .
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(CHOSEN)
+
+test-newest: $(UV) pyproject.toml
+	$(UV) venv --quiet --clear .venv-newest
+	$(UV) pip install --quiet --python .venv-newest/bin/python --editable . $(OF_TESTS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(CHOSEN)
+
+# constraints.txt has an answer for each Python from 3.11.2 to 3.14.
+resolve: $(UV)
+	for version in 3.11.2 3.12 3.13 3.14; do $(UV) pip compile --quiet --python-version $$version --constraint constraints.txt --extra dev --extra track pyproject.toml --output-file /dev/null && echo "$$version: resolved" || exit 1; done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -87,4 +113,4 @@ bench: $(INSTALLED) $(PARITY)/.installed
 	$(BIN)/python benchmarks/step.py --trl-ppo $(PARITY)/bin/python --output runs/bench
 
 clean:
-	rm -rf .venv .venv-parity .venv-vllm runs site .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-parity .venv-vllm .venv-uv .venv-oldest .venv-newest runs site .pytest_cache .hypothesis .ruff_cache

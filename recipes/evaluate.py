@@ -38,7 +38,7 @@ from goose_lora.reporting import refresh_report, write_stage
 from goose_lora.rewards import RewardMix
 from goose_lora.sharing import add_evaluation
 from goose_lora.terminal import side_by_side, table
-from goose_lora.training import require_at_least_one, require_one_process
+from goose_lora.training import device_text, require_at_least_one, require_one_process
 
 from datasets import Dataset  # isort: skip  (after goose_lora, which says how torch's threads wait)
 from transformers import GenerationConfig, PreTrainedTokenizerBase  # isort: skip
@@ -193,6 +193,7 @@ def main(args: list[str] | None = None) -> None:
     """Compare base, SFT and PPO."""
     config, model, data = cli.parse(EvaluationArguments, ModelArguments, DataArguments, args=args)
     require_one_process("recipes/evaluate.py")
+    print(device_text(model.dtype), flush=True)
     if config.best_of and not config.reward_adapter:
         raise UserError("best_of needs reward_adapter: the reward model picks the best reply.")
 

@@ -58,6 +58,7 @@ from goose_lora.sharing import hub, lineage, model_card
 from goose_lora.sharing.export import save_policy
 from goose_lora.training.checkpoints import Facts, SettingRules
 from goose_lora.training.cost import cost
+from goose_lora.training.hardware import device_lines, require_supported
 from goose_lora.training.launch import require_all_processes, require_ddp
 from goose_lora.training.resume import given_facts, starting_point
 
@@ -137,6 +138,10 @@ class Stage:
         # The launcher first: a wrong one would do all that follows several times
         require_all_processes(config)
         require_ddp(config, model.quantization, roles=name in OF_PPO)
+        require_supported(config.device)
+        if config.process_index == 0:
+            lines = device_lines(config.device, model.dtype, asked_for_cpu=config.use_cpu)
+            print("\n".join(lines), flush=True)
         if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
             require_vllm()
         # From here on the base has one name, wherever it is read

@@ -409,7 +409,9 @@ class SharedBase(PeftModel):
             use_reentrant=False, context_fn=lambda: (nullcontext(), adapters.Reentrant(self._as_now()))
         )
         core = self.core
-        core.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+        # By the name that it has: the first is new in transformers 5.23, and warns of the second
+        newer = getattr(core, "activation_checkpointing_enable", None)
+        (newer or core.gradient_checkpointing_enable)(options, **kwargs)
 
     def _as_now(self) -> Callable[[], Any]:
         """Make a context in which the base is what it is now: role, and columns that are read."""

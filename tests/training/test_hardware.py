@@ -1,0 +1,87 @@
+"""The first lines of a run: what it computes on and why, on machines that are made up."""
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from goose_lora.errors import UserError
+from goose_lora.training import hardware
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make up a machine: what torch and nvidia-smi find."""
+
+    def make(smi=None, capability=(8, 6), name="NVIDIA GeForce RTX 3060", cuda="12.6", hip=None):
+        card = SimpleNamespace(name=name, major=capability[0], minor=capability[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11 * 10**9, 12 * 10**9))
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(hardware.shutil, "which", lambda program: smi and f"/usr/bin/{program}")
+
+        def run(command, **options):
+            if isinstance(smi, Exception):
+                raise smi
+            return SimpleNamespace(stdout=smi)
+
+        monkeypatch.setattr(hardware.subprocess, "run", run)
+
+    return make
+
+
+def test_a_card_is_named_with_memory_capability_driver_and_dtype(machine):
+    machine(smi="NVIDIA GeForce RTX 3060, 550.54.14\n")
+    (line,) = hardware.device_lines(CUDA, "bfloat16", asked_for_cpu=False)
+    assert line == (
+        "device: cuda:0 (the first that torch finds), NVIDIA GeForce RTX 3060, capability 8.6, 11.0 of 12.0"
+        " GB free, driver 550.54.14, CUDA 12.6; dtype: bfloat16, as the settings say"
+    )
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)])
+def test_bfloat16_on_a_card_that_emulates_it_is_named(machine, capability):
+    machine(capability=capability, name="Tesla T4")
+    *_, line = hardware.device_lines(CUDA, "bfloat16", asked_for_cpu=False)
+    assert line.startswith("Tesla T4 has no instructions for bfloat16") and "dtype: float32" in line
+    assert len(hardware.device_lines(CUDA, "float32", asked_for_cpu=False)) == 1
+
+
+@pytest.mark.parametrize(("driver", "wheel"), [("550.54.14", "cu126"), ("580.65.06", "cu130")])
+def test_a_card_that_torch_cannot_use_is_named_with_where_to_install_from(machine, driver, wheel):
+    machine(smi=f"NVIDIA RTX 4070, {driver}\nNVIDIA RTX 4070, {driver}\n", cuda=None)
+    first, second = hardware.device_lines(CPU, "float32", asked_for_cpu=False)
+    assert first.startswith("device: cpu (torch finds no CUDA device)")
+    assert f"NVIDIA RTX 4070 (driver {driver})" in second and "built without CUDA" in second
+    assert second.endswith(f"--index-url https://download.pytorch.org/whl/{wheel}")
+    # Who asks for the CPU is not told of a card
+    (line,) = hardware.device_lines(CPU, "float32", asked_for_cpu=True)
+    assert "use_cpu says so" in line
+
+
+@pytest.mark.parametrize(
+    "smi", [None, "", "no devices were found", subprocess.TimeoutExpired("nvidia-smi", 10), OSError("gone")]
+)
+def test_without_a_card_or_with_a_broken_nvidia_smi_nothing_is_guessed(machine, smi):
+    machine(smi=smi, cuda=None)
+    (line,) = hardware.device_lines(CPU, "float32", asked_for_cpu=False)
+    assert "torch finds no CUDA device" in line
+
+
+def test_rocm_is_said_to_be_untried(machine):
+    machine(cuda=None, hip="6.4", name="AMD Radeon RX 7900", capability=(11, 0))
+    (line,) = hardware.device_lines(CUDA, "bfloat16", asked_for_cpu=False)
+    assert "ROCm 6.4, not tried by anyone yet" in line
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_other_devices_are_refused_in_one_line(kind):
+    with pytest.raises(UserError, match=f"device {kind}: not supported, .*use_cpu: true") as refused:
+        hardware.require_supported(torch.device(kind))
+    assert "\n" not in str(refused.value)
+    for device in (CPU, CUDA):
+        hardware.require_supported(device)
