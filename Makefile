@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS := .venv/.runs
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-gpu test-oldest test-newest resolve lint types docs mutants matrix architectures parity vllm bench clean
+.PHONY: install demo test test-gpu gpu-report test-oldest test-newest resolve lint types docs mutants matrix architectures parity vllm bench clean
 
 install: $(INSTALLED)
 
@@ -39,6 +39,10 @@ OF_TESTS := pytest pytest-timeout hypothesis beartype rich pandas
 $(UV):
 	$(PYTHON) -m venv .venv-uv
 	.venv-uv/bin/python -m pip install --quiet uv
+
+# Ten minutes on a machine with a GPU and whatever torch it has; JSON after each part. In miniature on a CPU.
+gpu-report: $(RUNS)
+	$(BIN)/python benchmarks/gpu_report.py
 
 test-oldest: $(UV) pyproject.toml
 	$(UV) venv --quiet --clear .venv-oldest
