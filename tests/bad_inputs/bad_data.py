@@ -189,7 +189,7 @@ CASES = [
         "texts for PPO-ptx without text",
         "ppo",
         rows({"prompt": "a"}, setting="ptx_dataset_name", ptx_coef=0.1),
-        ("needed are text",),
+        ("has the columns prompt; sft takes", "messages or text"),
     ),
     # Rows
     Case(
@@ -262,8 +262,8 @@ CASES = [
     Case(
         "a role that is unknown",
         "ppo",
-        rows({"prompt": _messages(("bot", "a"))}),
-        ("row 1", "the role 'bot'; known are system"),
+        rows({"prompt": _messages(("narrator", "a"))}),
+        ("row 1", "the role 'narrator'; known are system"),
     ),
     Case(
         "a prompt that ends with a reply",
@@ -274,8 +274,8 @@ CASES = [
     Case(
         "ShareGPT's messages of a role that is unknown",
         "sft",
-        rows({"messages": [{"from": "bot", "value": "a"}]}),
-        ("row 1", "the role 'bot'", "Rename it in the rows"),
+        rows({"messages": [{"from": "narrator", "value": "a"}]}),
+        ("row 1", "the role 'narrator'", "Rename it in the rows"),
     ),
     Case(
         "messages without content",

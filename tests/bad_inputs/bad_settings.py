@@ -283,7 +283,7 @@ CASES = [
         "lora_dropout is NaN",
         "sft",
         {"lora_dropout": float("nan")},
-        ("lora_dropout=nan", "must be at least 0 and below 1"),
+        ("lora_dropout=nan", "must be a finite number"),
     ),
     Case(
         "lora_layers is a number",
