@@ -30,9 +30,9 @@ test-gpu: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
 
 # A chosen set of tests on the oldest versions that pyproject.toml allows, and on the newest there are; each in an environment of its own, made by uv.
-# torch's oldest comes from its own index: TORCH_OLDEST=torch==2.13.0 where that cannot be reached.
+# torch may be another build: TORCH_OLDEST=torch==2.13.0+cpu.
 UV := .venv-uv/bin/uv
-TORCH_OLDEST ?= torch==2.11.0
+TORCH_OLDEST ?= torch==2.13.0
 CHOSEN := tests/functional/test_losses.py tests/generation tests/models/test_host_embeddings.py tests/ppo/test_update.py tests/rewards
 OF_TESTS := pytest pytest-timeout hypothesis beartype rich pandas
 
