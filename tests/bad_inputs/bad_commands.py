@@ -699,7 +699,7 @@ CASES = [
     ),
     c(
         "data: template without end",
-        ("row 1: the chat template has not answered for", "an end? Give another: chat_template_path."),
+        ("the chat template has not answered for", "an end? Give another: chat_template_path."),
         "data",
         F + "/m.jsonl",
         "--tokenizer",
