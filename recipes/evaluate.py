@@ -33,7 +33,7 @@ from goose_lora.models import (
     require_tokens,
     tokenizer_of,
 )
-from goose_lora.ownership import RESULTS, begin_in, claim, share
+from goose_lora.ownership import RESULTS, begin_in, claim, release, share
 from goose_lora.reporting import refresh_report, write_stage
 from goose_lora.rewards import RewardMix
 from goose_lora.sharing import add_evaluation
@@ -187,6 +187,7 @@ def leave(
     add_evaluation(policy, evaluation, every)
     refresh_report(policy)
     write_stage(output_dir, "evaluate", {"prompts": len(texts)})
+    release(policy)
 
 
 def main(args: list[str] | None = None) -> None:

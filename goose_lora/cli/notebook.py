@@ -16,6 +16,7 @@ from goose_lora.cli.parser import read_config
 from goose_lora.cli.recipes import RECIPES, configuration, recipes_folder
 from goose_lora.errors import UserError
 from goose_lora.files import read_json
+from goose_lora.ownership import release
 from goose_lora.redaction import is_secret, redacted
 from goose_lora.reporting.run_files import lineage_of
 from goose_lora.training.signals import STARTED_BY
@@ -81,6 +82,8 @@ def run(stage: str, config: Mapping[str, Any] | str | Path | None = None, **over
         except UserError as error:
             error.args = (redacted(str(error)),)  # a notebook shows it, and is saved
             raise
+        finally:
+            release()  # a folder that an error has left held
     results = Path(settings["output_dir"])
     return StageResult(results, _figures(results), trainer)
 

@@ -131,9 +131,7 @@ class SharedBase(PeftModel):
         if start is not None:
             config = adapters.config_without_dropout(start)
         else:
-            fresh = copy.deepcopy(cast(LoraConfig, policy))
-            require_harmless_start(fresh)
-            config = adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
+            config = _fresh(cast(LoraConfig, policy))
         require_frozen_embeddings(base, config)
         adapters.make_ready(base, config)
         if judge is not None or critic is not None:
@@ -709,6 +707,13 @@ class SharedBase(PeftModel):
         predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
         logprobs, _ = self.logprobs(self.hidden("policy", input_ids, attention_mask), input_ids, predicted)
         return -logprobs.sum() / predicted.sum()
+
+
+def _fresh(policy: LoraConfig) -> LoraConfig:
+    """Return the configuration of a fresh policy, without dropout."""
+    fresh = copy.deepcopy(policy)
+    require_harmless_start(fresh)
+    return adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
 
 
 def _reference(

@@ -96,5 +96,6 @@ def unused_card() -> str | None:
     wheel = next(wheel for least, wheel in WHEELS if cuda >= least)
     return (
         f"nvidia-smi finds {name} (driver {driver}), which this torch cannot use ({torch.__version__},"
-        f" {why}). One that can: pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{wheel}"
+        f" {why}). One that can: pip install --force-reinstall torch --index-url"
+        f" https://download.pytorch.org/whl/{wheel}"
     )

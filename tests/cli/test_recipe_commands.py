@@ -66,9 +66,10 @@ def options(**settings):
     return [word for name, value in settings.items() for word in (f"--{name}", value)]
 
 
-def test_the_wheel_holds_every_recipe_and_configuration(installed):
-    here = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.py")}
-    here |= {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml")}
+def test_the_wheel_holds_every_recipe_configuration_and_notebook(installed):
+    kinds = (".py", ".yaml", ".ipynb")
+    every = [path for path in (ROOT / "recipes").rglob("*") if path.suffix in kinds]
+    here = {path.relative_to(ROOT / "recipes") for path in every}
     folder = installed / "goose_lora" / "recipes"
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == here
 
