@@ -95,7 +95,7 @@ def test_a_secret_reaches_the_recipe_and_no_file(settings, tmp_path, monkeypatch
     def main(words):
         seen["words"], seen["file"] = words, Path(words[1]).read_text()
 
-    monkeypatch.setattr("goose_lora.cli.notebook._load", lambda script: SimpleNamespace(main=main))
+    monkeypatch.setattr("goose_lora.cli.notebook.load_recipe", lambda script: SimpleNamespace(main=main))
     goose_lora.run("sft", settings, output_dir=tmp_path / "sft", hub_token="hf_planted", eos_token="</s>")
     assert seen["words"][2:] == ["--hub_token", "hf_planted"]
     assert "planted" not in seen["file"] and "eos_token: </s>" in seen["file"]
