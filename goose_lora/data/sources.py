@@ -62,6 +62,14 @@ def read_rows(name: str, split: str, place: HubPlace | None = None) -> Dataset:
     Raises:
         UserError: none are there, or they cannot be read; it says where and what to do.
     """
+    rows = _read_rows(name, split, place)
+    # Arrow ends such a name where it begins, and finds its values no more
+    if "\\x00" in repr(rows.features):
+        raise UserError(f"{name}: a name of a column, or a key in one, has a NUL character. Rename it.")
+    return rows
+
+
+def _read_rows(name: str, split: str, place: HubPlace | None) -> Dataset:
     # In the order of what a name can be: a folder, an address, a glob, a file, the Hub
     path = Path(name).expanduser()
     if path.is_dir():

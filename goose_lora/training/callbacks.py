@@ -91,7 +91,9 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Write a line."""
         if state.is_world_process_zero and logs:
-            append_line(Path(args.output_dir or ".") / METRICS_FILE, {"step": state.global_step, **logs})
+            # Trainer's estimate of its work knows nothing of rollouts
+            shown = {name: value for name, value in logs.items() if name != "total_flos"}
+            append_line(Path(args.output_dir or ".") / METRICS_FILE, {"step": state.global_step, **shown})
 
 
 SKIPPED_IN_A_ROW = 3

@@ -24,7 +24,7 @@ from goose_lora.apps import chat_page, gradio_pages, session
 from goose_lora.apps.chat import Conversation
 from goose_lora.apps.session import PolicySession, RunInfo, SampledReply, inspect_run
 from goose_lora.cli import commands
-from goose_lora.data.rows import DataArguments, fingerprint
+from goose_lora.data.rows import fingerprint
 from goose_lora.data.tokenization import prompt_ids
 from goose_lora.errors import UserError
 from goose_lora.evaluation.policies import answer
@@ -36,7 +36,7 @@ from goose_lora.ppo.config import PPOConfig
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 6
 TYPES = {
-    "recipes/reward.py": (RewardConfig, DataArguments),
+    "recipes/reward.py": (RewardConfig, recipe("reward").RewardArguments),
     "recipes/ppo.py": (PPOConfig, recipe("ppo").RoleArguments),
 }
 

@@ -726,13 +726,16 @@ CASES = [
     c("data: glob of nothing", ("no such file. Check the path.",), "data", F + "/*.parquet"),
     c(
         "data: https malformed",
-        ("https:///x.jsonl: HTTPFileSystem requires", "Install that, or download the file first."),
+        ("https:///x.jsonl: not to be had: ", "Check the address and the network, or give a file."),
         "data",
         "https:///x.jsonl",
     ),
     c(
         "data: url offline",
-        ("https://127.0.0.1:9/x.jsonl: HTTPFileSystem", "Install that, or download the file first."),
+        (
+            "https://127.0.0.1:9/x.jsonl: not to be had: ",
+            "Check the address and the network, or give a file.",
+        ),
         "data",
         "https://127.0.0.1:9/x.jsonl",
     ),

@@ -3,6 +3,7 @@ exit code 2, before the model loads, and leaves the output folder as it was. ``p
 tests/bad_inputs`` runs them all; the recipes are imported once."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,8 @@ def test_a_process_of_its_own_ends_alike(folder):
         text=True,
         timeout=200,
     )
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.fullmatch(r"device: [^\n]*\n", done.stdout), "what it would compute on, and no more"
     error, hint = done.stderr.splitlines()[-2:]
     assert (
         error.startswith("error: reward_adapter: ")

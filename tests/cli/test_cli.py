@@ -150,11 +150,11 @@ def test_the_data_command_shows_rows_with_the_tokenizer_of_a_folder(monkeypatch,
 
 
 def test_the_data_command_answers_a_malformed_row_in_one_line(monkeypatch, capsys, tmp_path):
-    path = write(tmp_path / "rows.jsonl", '{"prompt": [{"role": "bot", "content": "ba"}]}\n')
+    path = write(tmp_path / "rows.jsonl", '{"prompt": [{"role": "narrator", "content": "ba"}]}\n')
     with pytest.raises(SystemExit) as end:
         data_command(monkeypatch, capsys, path)
     assert end.value.code == 2
-    assert f"error: {path}: row 1: prompt: message 1 has the role 'bot'" in capsys.readouterr().err
+    assert f"error: {path}: row 1: prompt: message 1 has the role 'narrator'" in capsys.readouterr().err
 
 
 def run(*command):

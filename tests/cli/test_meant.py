@@ -24,7 +24,8 @@ def settings(tmp_path, text, *words):
     config = tmp_path / "config.yaml"
     config.write_text(text)
     return cli.parse(
-        PPOConfig, args=["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "true", *words]
+        PPOConfig,
+        args=["--config", str(config), "--output_dir", str(tmp_path / "run"), "--use_cpu", "true", *words],
     )
 
 
@@ -73,7 +74,7 @@ def test_words_that_yaml_once_took_for_false_are_the_settings_own(tmp_path):
 
 def test_a_file_behind_an_equals_sign_is_read(tmp_path):
     (tmp_path / "c.yaml").write_text("kl_coef: 0.125\n")
-    words = [f"--config={tmp_path / 'c.yaml'}", f"--output_dir={tmp_path}", "--use_cpu", "true"]
+    words = [f"--config={tmp_path / 'c.yaml'}", f"--output_dir={tmp_path / 'run'}", "--use_cpu", "true"]
     assert cli.parse(PPOConfig, args=[*words, "--num_rollouts", "1"]).kl_coef == 0.125
 
 
@@ -112,7 +113,7 @@ def test_mixed_precision_of_the_launcher_against_the_recipes_is_named(
     tmp_path, monkeypatch, launched_with, kind
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    words = ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--bf16", "false"]
     words += ["--num_rollouts", "1"] if kind is PPOConfig else []
     with pytest.raises(
         ValueError, match=rf"mixed_precision {launched_with} .*Launch with --mixed_precision no"
@@ -123,7 +124,7 @@ def test_mixed_precision_of_the_launcher_against_the_recipes_is_named(
 @pytest.mark.parametrize(("launched_with", "bf16"), [("no", "false"), ("no", "true"), ("bf16", "true")])
 def test_a_launcher_that_says_the_same_or_nothing_is_let_through(tmp_path, monkeypatch, launched_with, bf16):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", bf16]
+    words = ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--bf16", bf16]
     assert cli.parse(SFTConfig, args=words).bf16 is (bf16 == "true")
 
 

@@ -122,8 +122,8 @@ PAIR = {"prompt": ASKED, "chosen": [assistant("good")], "rejected": [assistant("
         ("ppo", {"prompt": [{"content": "ba"}]}, "prompt: message 1 has no role; it has content"),
         (
             "ppo",
-            {"prompt": [{"from": "bot", "value": "ba"}]},
-            "message 1 has the role 'bot'; known are .* human and gpt. Rename it",
+            {"prompt": [{"from": "narrator", "value": "ba"}]},
+            "message 1 has the role 'narrator'; known are .* human and gpt. Rename it",
         ),
         ("ppo", {"prompt": [{"role": "user"}]}, "prompt: message 1, of the user, has no content"),
         (
@@ -133,8 +133,8 @@ PAIR = {"prompt": ASKED, "chosen": [assistant("good")], "rejected": [assistant("
         ),
         (
             "ppo",
-            {"prompt": [user("ba"), {"role": "bot", "content": "be"}]},
-            "message 2 has the role 'bot'; known are system,",
+            {"prompt": [user("ba"), {"role": "narrator", "content": "be"}]},
+            "message 2 has the role 'narrator'; known are system,",
         ),
         ("ppo", {"prompt": ["ba"]}, "message 1 is str; expected an object with role and content"),
         (
@@ -178,8 +178,8 @@ PAIR = {"prompt": ASKED, "chosen": [assistant("good")], "rejected": [assistant("
         ),
         (
             "sft",
-            {"messages": [{"role": "bot", "content": "ba"}]},
-            "messages: message 1 has the role 'bot'",
+            {"messages": [{"role": "narrator", "content": "ba"}]},
+            "messages: message 1 has the role 'narrator'",
         ),
     ],
 )

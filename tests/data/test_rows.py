@@ -440,3 +440,10 @@ def test_numbers_of_tables_are_numbers_in_parts_and_packed_too(name, tmp_path):
     packed(tmp_path / "votes.csv.bz2", lines, "bz2")
     row = load_rows(str(tmp_path / name), stage="reward")[0]
     assert (row["chosen"], row["margin"]) == ("1", 0.5)
+
+
+def test_a_name_with_a_nul_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": {"\\u0000": {}}}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="has a NUL character"):
+        load_rows(str(path))

@@ -370,15 +370,16 @@ def test_a_loop_of_ones_own_trains_over_two_turns_and_goes_on_from_a_checkpoint(
 
 # Tests/training/test_launch.py
 CONFIGS = sorted(
-    path for path in (ROOT / "recipes" / "configs").glob("*/*.yaml") if path.parent.name != "accelerate"
+    path for path in (ROOT / "recipes" / "configs").rglob("*.yaml") if path.parent.name != "accelerate"
 )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_configuration_parses_with_its_recipes_own_parser(path):
     on_cpu = [] if path.stem == "evaluate" or "use_cpu" in path.read_text() else ["--use_cpu", "True"]
-    # A configuration of one size of model has it at its end: ppo_8b
-    types = settings_of("ppo" if path.parent.name == "from_trl" else path.stem.removesuffix("_8b"))
+    # A configuration of one size of model, or of one card, has it at its end: ppo_8b_8gb
+    name = path.stem if path.stem == "own_loop" else path.stem.partition("_")[0]
+    types = settings_of("ppo" if path.parent.name == "from_trl" else name)
     parsed = cli.parse(*types, args=["--config", str(path), *on_cpu])
     settings = yaml.safe_load(path.read_text())
     assert any(

@@ -139,7 +139,7 @@ def run(tmp_path_factory):
     base = tiny.save_base(folder / "base")
     evil = {
         "path": "../../stolen",
-        "image": "/etc/passwd",
+        "folder": "/etc/passwd",
         "id": "../../../x",
         "reward_function": "evil_module_of_a_row:f",
     }
