@@ -34,7 +34,7 @@ ROLE_NAMES = {
 }
 CALLING = ("function_call", "tool_call")  # ShareGPT's roles whose text is the JSON of a call
 LEARNED_KEYS = ("train", "training", "train_on_turn", "loss")  # Axolotl's and others' for a turn's weight
-ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 
 
 def parsed(value: object) -> Cell:
@@ -53,6 +53,10 @@ def parsed(value: object) -> Cell:
         if isinstance(found, list | dict):
             return found
     return value
+
+
+# XTuner's keys of a turn, in their order, and the roles that they stand for.
+_OF_A_TURN = {"system": "system", "input": "user", "output": "assistant"}
 
 
 def is_messages(value: object) -> TypeGuard[list[Message]]:
@@ -77,9 +81,33 @@ def messages_of(value: object) -> list[Message]:
     value = parsed(value)
     if isinstance(value, dict):
         value = value["messages"] if set(value) >= {"messages"} else [value]
+    if is_turns(value):
+        value = _of_turns(value)
     if not isinstance(value, list):
         raise UserError(f"{type(value).__name__} is not a list of chat messages.")
     return [_message(message, place) for place, message in enumerate(value, 1)]
+
+
+def is_turns(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    """Return whether ``value`` is XTuner's list of turns, each a question and its answer."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(turn, dict) and {"input", "output"} <= turn.keys() <= _OF_A_TURN.keys()
+            for turn in value
+        )
+    )
+
+
+def _of_turns(turns: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return XTuner's turns as messages; what one lacks has none."""
+    return [
+        {"role": role, "content": turn[key]}
+        for turn in turns
+        for key, role in _OF_A_TURN.items()
+        if turn.get(key)
+    ]
 
 
 def turns_of(texts: Sequence[str]) -> list[Message]:

@@ -23,6 +23,7 @@ from goose_lora.data.messages import (
     check_asks,
     history_of,
     is_messages,
+    is_turns,
     messages_of,
     parsed,
     said,
@@ -30,6 +31,7 @@ from goose_lora.data.messages import (
     turns_of,
 )
 from goose_lora.errors import UserError
+from goose_lora.files import is_number
 
 StageName = Literal["sft", "reward", "ppo"]
 Row = Mapping[str, Any]
@@ -271,7 +273,7 @@ def shape_of(values: dict[str, Any], stage: StageName, reading: Reading) -> Shap
     """
     # Preferences first: fine-tuning alone looks past them
     refuse_by_name(values)
-    for look in (_labelled_pairs, _pairs, _lists, _tldr, _label_studio):
+    for look in (_labelled_pairs, _pairs, _lists, _tldr, _label_studio, _scored_sides):
         found = look(Columns(values, reading), stage)
         if found is not None and stage != "sft":
             return found if stage == "reward" else _prompts_of(found)
@@ -813,6 +815,41 @@ def two_sides(values: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
+def _scored_sides(have: Columns, stage: StageName) -> Shape | None:
+    """Look for two replies with a score each, of which the higher one is better."""
+    sides, scores = two_sides(have.values), _two_scores(have.values)
+    if sides is None or scores is None or have.reading.pairs:
+        return None
+    have.used |= {*sides, *scores}
+    asking = _asking(have, plain=False, replies=(have.values[sides[0]], have.values[sides[1]]))
+
+    def read(row: Row) -> Cells:
+        first, second = (row[name] for name in scores)
+        if not is_number(first) or not is_number(second):
+            raise LeftOut("a score is missing")
+        if first == second and stage == "reward":
+            raise LeftOut("it is a tie, no preference")
+        better, worse = sides if first >= second else sides[::-1]
+        return _pair(row, better, worse, asking)
+
+    title = f"two replies, the better one by {scores[0]} and {scores[1]}"
+    return Shape(title, ("prompt", "chosen", "rejected"), frozenset(have.used), read, True, asking)
+
+
+def _two_scores(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the only two columns of scores whose names differ as those of two replies do."""
+    # A rank is better where it is lower
+    names_ = {plain_name(name): name for name, value in values.items() if is_number(value)}
+    found = [
+        (column, names_[name[: len(name) - len(first)] + second])
+        for first, second in TWO_SIDES
+        for name, column in names_.items()
+        if re.search(rf"(score|rating|reward)s?_{first}$", name)
+        and name[: len(name) - len(first)] + second in names_
+    ]
+    return found[0] if len(found) == 1 else None
+
+
 def _may_be_reply(value: object) -> bool:
     return isinstance(value, str) or is_messages(parsed(value))
 
@@ -836,7 +873,7 @@ def _conversation_column(have: Columns) -> str | None:
         value = None if column is None else parsed(have.values[column])
         texts = isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
         # TRL's name is one whatever it holds: what is wrong with it is told by its rows
-        if column is not None and (is_messages(value) or texts or name == "messages"):
+        if column is not None and (is_messages(value) or is_turns(value) or texts or name == "messages"):
             have.used.add(column)
             return column
     return None

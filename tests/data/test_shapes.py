@@ -277,3 +277,44 @@ def test_scores_that_are_no_numbers_rank_nothing(tmp_path):
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(ValueError, match=r"row 1: scores .*: expected one number to each reply"):
         load_rows(str(path), stage="reward")
+
+
+def scored(*pairs):
+    columns = ("prompt", "response_a", "response_b", "rating_a", "rating_b")
+    return [dict(zip(columns, ("What is tea?", *pair), strict=True)) for pair in pairs]
+
+
+def test_of_two_replies_with_a_score_each_the_higher_one_is_chosen(tmp_path, caplog):
+    rows = scored(("good", "bad", 5, 2), ("bad", "good", 1, 4), ("one", "other", 3, 3))
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    taken = load_rows(path, stage="reward")
+    assert [row[-1]["content"] for row in taken["chosen"]] == ["good", "good"]
+    assert [row[-1]["content"] for row in taken["rejected"]] == ["bad", "bad"]
+    assert taken.column_names == ["prompt", "chosen", "rejected"]
+    assert "it is a tie, no preference" in caplog.text
+    assert len(load_rows(path, stage="ppo")) == 3, "a tie is a prompt all the same"
+
+
+@pytest.mark.parametrize("ends", [("rank_a", "rank_b"), ("rating_a", "rating_c"), ("rating_a", "score_b")])
+def test_columns_that_are_no_two_scores_decide_nothing(tmp_path, ends):
+    rows = [{"prompt": "p", "response_a": "x", "response_b": "y", ends[0]: 2, ends[1]: 1}]
+    with pytest.raises(ValueError, match="nothing says which is better"):
+        load_rows(tiny.write_rows(tmp_path / "rows.jsonl", rows), stage="reward")
+
+
+def test_turns_of_a_question_and_its_answer_are_a_conversation(tmp_path):
+    turns = [
+        {"system": "Be brief.", "input": "Tea?", "output": "A drink."},
+        {"input": "Rain?", "output": "Wet."},
+    ]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"conversation": turns}])
+    (row,) = load_rows(path, stage="sft")
+    want = [("system", "Be brief."), ("user", "Tea?"), ("assistant", "A drink."), ("user", "Rain?")]
+    messages = row.get("messages") or row["prompt"] + row["completion"]
+    assert [(one["role"], one["content"]) for one in messages] == [*want, ("assistant", "Wet.")]
+
+
+def test_a_speaker_is_a_role(tmp_path):
+    turns = [{"speaker": "user", "text": "Tea?"}, {"speaker": "bot", "text": "A drink."}]
+    (row,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [{"dialogue": turns}]), stage="ppo")
+    assert [(one["role"], one["content"]) for one in row["prompt"]] == [("user", "Tea?")]
