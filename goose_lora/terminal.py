@@ -58,6 +58,7 @@ class _LogFile(logging.FileHandler):
 
 
 _file: _LogFile | None = None
+_console = logging.lastResort  # what shows warnings where nobody has set up logging
 
 
 def log_into(path: Path | None, *, anew: bool = False, later: bool = False) -> None:
@@ -71,9 +72,12 @@ def log_into(path: Path | None, *, anew: bool = False, later: bool = False) -> N
     global _file
     # transformers' loggers pass nothing on to the root
     loggers = [_said, logging.getLogger(), logging.getLogger("transformers")]
+    root = logging.getLogger()
     if _file is not None:
         for logger in loggers:
             logger.removeHandler(_file)
+        if _console is not None:
+            root.removeHandler(_console)
         _file.close()
         _file = None
     if path is None:
@@ -81,6 +85,9 @@ def log_into(path: Path | None, *, anew: bool = False, later: bool = False) -> N
     _file = _LogFile(path, mode="w" if anew else "a", encoding="utf-8", errors="replace", delay=later)
     _file.held = [] if later else None
     _file.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    # A root with a handler has no last resort any more, which is what shows warnings
+    if not root.handlers and _console is not None:
+        root.addHandler(_console)
     for logger in loggers:
         logger.addHandler(_file)
 

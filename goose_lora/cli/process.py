@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 import os
 import re
 import shlex
@@ -44,10 +45,16 @@ def quiet_libraries() -> None:
     if os.environ.get(VERBOSE) != "1":
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
+        # Tensors are compared before anything loads; a fresh score head is no news
+        logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
     # What peft, trl and transformers say to one another.
     warnings.filterwarnings(
         "ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning
     )
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in str(record.msg)
 
 
 def keep_freed_memory() -> None:

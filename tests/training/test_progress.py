@@ -2,6 +2,7 @@
 
 import io
 import re
+import subprocess
 import sys
 
 import pytest
@@ -170,3 +171,27 @@ def test_a_full_disk_costs_a_line_of_the_log_alone(tmp_path, capsys):
     terminal.say("goes on")
     terminal.log_into(None)
     assert capsys.readouterr().out == "goes on\n"
+
+
+SHOWN_AND_LOGGED = """
+import logging, pathlib, sys
+from goose_lora import terminal
+path = pathlib.Path(sys.argv[1])
+warn = logging.getLogger("goose_lora.somewhere").warning
+for number, log in enumerate([path, path, None, path]):
+    terminal.log_into(log)
+    warn("warning %d", number)
+"""
+
+
+def test_warnings_are_shown_once_on_the_console_also_while_they_are_logged(tmp_path):
+    # In a process of its own: pytest's handlers at the root would show nothing of this
+    done = subprocess.run(
+        [sys.executable, "-c", SHOWN_AND_LOGGED, tmp_path / "log.txt"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stderr.splitlines() == [f"warning {number}" for number in range(4)]
+    logged = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[-1] for line in logged] == ["0", "1", "3"]
