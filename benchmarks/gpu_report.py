@@ -20,10 +20,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
+Seconds = defaultdict[str, float]  # by phase
 LAST_WORDS = 2000  # characters of what a part that failed has said
 WIDTH = {"cuda": 4096, "cpu": 256}  # of the matrices whose products are timed
 
@@ -35,12 +37,22 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@contextmanager
+def timed(seconds: Seconds, phase: str) -> Iterator[None]:
+    """Add the seconds that a phase takes, the device's work included."""
+    synchronize()
+    started = time.perf_counter()
+    yield
+    synchronize()
+    seconds[phase] += time.perf_counter() - started
+
+
 # ---- Parts, the most valuable first ----
 def environment() -> dict[str, Any]:
     """Return versions, the device, and the speed of products in each dtype (TFLOP/s)."""
     import torch
 
-    from goose_lora.sharing.lineage import versions
+    from goose_lora.training.versions import versions
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, width = platform.processor() or platform.machine(), WIDTH[device]
@@ -85,19 +97,12 @@ def ppo() -> dict[str, Any]:
         memory, arguments, sizes, found["of"] = _model(Path(name))
         for critic in ("adapter", "shared"):
             for checkpointing in (False, True):
-                seconds: dict[str, float] = defaultdict(float)
-
-                @contextmanager
-                def inside(phase: str, seconds: dict[str, float] = seconds) -> Iterator[None]:
-                    synchronize()
-                    started = time.perf_counter()
-                    yield
-                    synchronize()
-                    seconds[phase] += time.perf_counter() - started
-
+                seconds: Seconds = defaultdict(float)
                 changes = {"critic": critic, "gradient_checkpointing": checkpointing}
                 config = memory["settings"](Path(name) / "run", rollout_weights="shared", **sizes, **changes)
-                memory["ready_run"](load_tokenizer(arguments), arguments, config, None, inside).train()
+                memory["ready_run"](
+                    load_tokenizer(arguments), arguments, config, None, partial(timed, seconds)
+                ).train()
                 found[f"{critic}, checkpointing: {checkpointing}"] = dict(seconds)
     return found
 
@@ -112,19 +117,12 @@ def generation() -> dict[str, Any]:
         rows = sizes["per_device_train_batch_size"]
         for weights in ("shared", "dense"):
             for group in (rows, max(1, rows // 2)):
-                seconds = {"generate": 0.0}
-
-                @contextmanager
-                def inside(phase: str, seconds: dict[str, float] = seconds) -> Iterator[None]:
-                    synchronize()
-                    started = time.perf_counter()
-                    yield
-                    synchronize()
-                    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
-
+                seconds: Seconds = defaultdict(float)
                 changes = {"rollout_weights": weights, "local_rollout_forward_batch_size": group}
                 config = memory["settings"](Path(name) / "run", **sizes, **changes)
-                memory["ready_run"](load_tokenizer(arguments), arguments, config, None, inside).train()
+                memory["ready_run"](
+                    load_tokenizer(arguments), arguments, config, None, partial(timed, seconds)
+                ).train()
                 tokens = config.num_rollouts * rows * config.response_length
                 found[f"{weights}, groups of {group}"] = tokens / seconds["generate"]
     return found

@@ -71,8 +71,8 @@ def log_into(path: Path | None, *, anew: bool = False, later: bool = False) -> N
     """
     global _file
     # transformers' loggers pass nothing on to the root
-    loggers = [_said, logging.getLogger(), logging.getLogger("transformers")]
     root = logging.getLogger()
+    loggers = [_said, root, logging.getLogger("transformers")]
     if _file is not None:
         for logger in loggers:
             logger.removeHandler(_file)

@@ -23,7 +23,6 @@ from goose_lora.data import (
     DataArguments,
     RowSet,
     require_pairs,
-    tell_hints,
     tokenize_rankings,
     tokenize_references,
 )
@@ -155,8 +154,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
     ranked = is_ranked(sets["train"])
     sets = {key: data.used(row_set) for key, row_set in sets.items()}
     tokenizer = stage.tokenizer()
-    train = sets["train"]
-    tell_hints(train.rows, tokenizer, name=train.name, as_chat=data.as_chat, numbers=train.numbers)
+    stage.tell_hints(sets["train"])
     held_out = {
         key: prepare_held_out(
             row_set.rows,

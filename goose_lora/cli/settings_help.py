@@ -45,7 +45,7 @@ COMMON = (
     "hub_model_id",
 )
 LIBRARIES = "Settings of transformers and TRL"  # the heading of theirs
-_WIDTH, _MARGIN = 100, 34
+_WIDTH, _MARGIN, _SHORT = 100, 34, 120
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
 
@@ -90,7 +90,10 @@ def _of(kind: type, everything: bool) -> Iterator[tuple[str, Setting]]:
         if not is_own and not everything and field.name not in COMMON:
             continue
         title = _title(owner) if is_own else LIBRARIES
-        yield title, Setting(field.name, _values(hints[field.name]), _default(field), _text(field))
+        yield (
+            title,
+            Setting(field.name, _values(hints[field.name]), _default(field), _text(field, whole=is_own)),
+        )
 
 
 def _title(owner: type) -> str:
@@ -126,11 +129,10 @@ def _default(field: "dataclasses.Field[object]") -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _text(field: "dataclasses.Field[object]") -> str:
-    """Return the first sentence of a library's help, all of our own."""
+def _text(field: "dataclasses.Field[object]", *, whole: bool) -> str:
+    """Return a field's help, or its first sentence where it is long and need not be ``whole``."""
     text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
-    own = len(text) <= 120
-    return text if own else re.split(r"(?<=[.!?]) (?=[A-Z`'])", text)[0]
+    return text if whole or len(text) <= _SHORT else re.split(r"(?<=[.!?]) (?=[A-Z`'])", text)[0]
 
 
 def help_text(settings: Sequence[type], *, everything: bool, command: str, page: str | None) -> str:

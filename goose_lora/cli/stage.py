@@ -213,7 +213,7 @@ class Stage:
             found["eval"] = held_out
         rows = {key: self._noted(row_set) for key, row_set in found.items()}
         learning = Learning.of(self.config)
-        self._tell_hints(found["train"])
+        self.tell_hints(found["train"])
         return {
             key: tokenize_demonstrations(
                 rows[key],
@@ -225,7 +225,8 @@ class Stage:
             for key, row_set in found.items()
         }
 
-    def _tell_hints(self, row_set: RowSet) -> None:
+    def tell_hints(self, row_set: RowSet) -> None:
+        """Tell what in a set of rows may be meant otherwise: one process does, of several."""
         if self.config.process_index == 0:
             tell_hints(
                 row_set.rows,
@@ -318,7 +319,7 @@ class Stage:
         train = self.data.train("ppo")
         others = self.data.held_out("ppo") if held_out else None
         tokenizer = self.tokenizer()
-        self._tell_hints(train)
+        self.tell_hints(train)
         prompts = self._tokenized(train, config.max_prompt_tokens)
         evaluation = None if others is None else self._tokenized(others, config.max_prompt_tokens)
         texts = None
@@ -393,7 +394,7 @@ class Stage:
         except UserError as error:
             if not force:
                 raise
-            print(f"{error} It is set.", flush=True)
+            terminal.say(f"{error} It is set.")
             return
         # All processes count alike; one of them tells
         if config.process_index == 0:

@@ -184,8 +184,9 @@ def tokenize_texts(
     learning = Learning(max_length, completion_only_loss=False)
     made = []
     for number, row in enumerate(rows, 1):
+        cells: dict[str, Any] = dict(row)  # type: ignore[arg-type]
         try:
-            made.append({"input_ids": demonstration(dict(row), tokenizer, learning).ids})  # type: ignore[arg-type]
+            made.append({"input_ids": demonstration(cells, tokenizer, learning).ids})
         except UserError as error:
             raise UserError(f"{name}: row {number}: {error}") from error
     return Dataset.from_list(made, features=Features({"input_ids": List(Value("int64"))}))

@@ -277,16 +277,16 @@ def write_samples(
         asked_of: the prompt of each reply as its row has it: text or messages.
     """
     # The first reply to each prompt, and then others
-    prompts = [tuple(ids) for ids in rollout.prompt_ids()]
-    first = list({ids: row for row, ids in reversed(list(enumerate(prompts)))}.values())[::-1]
-    others = [row for row in range(len(prompts)) if row not in set(first)]
-    chosen = sorted([*first, *others][:rows])
+    prompts = rollout.prompt_ids()
+    first: dict[tuple[int, ...], int] = {}
+    others = [row for row, ids in enumerate(prompts) if first.setdefault(tuple(ids), row) != row]
+    chosen = sorted([*first.values(), *others][:rows])
 
     # For people: the prompt as the policy read it, the reply without its end-of-text token.
     replies = rollout.response_ids()
     lines = []
     for row in chosen:
-        prompt = tokenizer.decode(list(prompts[row]))
+        prompt = tokenizer.decode(prompts[row])
         reply = tokenizer.decode(replies[row], skip_special_tokens=True)
         line = {
             "step": step,

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -175,15 +176,13 @@ class RolloutCollector:
                 done += len(rows)
         return joined(parts, order, self.tokenizer.pad_token_id)
 
-    def _unless_short(
-        self, rows: int, make: Callable[..., Made], *inputs: Any, **options: Any
-    ) -> Made | None:
+    def _unless_short(self, rows: int, make: Callable[..., Made], *inputs: Any) -> Made | None:
         """Return what ``make`` makes of ``rows`` replies; None where memory is short for them.
 
         Groups then have half as many replies, from now on, and the caller tries again.
         """
         try:
-            return make(*inputs, **options)
+            return make(*inputs)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if rows == 1 or not should_reduce_batch_size(error):
                 raise
@@ -236,27 +235,26 @@ class RolloutCollector:
         # What the update needs is moved group by group to where it waits.
         score = score and self.reward.needs_adapter
         keep_on = self._keep_on(*rollout.input_ids.shape)
-        seen = None
-        while seen is None:
-            seen = self._in_groups(rollout, score=score, keep_graph=keep_graph, keep_on=keep_on)
+        evaluate = partial(self._evaluate_group, score=score, keep_graph=keep_graph, keep_on=keep_on)
+        # A graph is the updater's, who has other parts of it to make smaller
+        if keep_graph:
+            parts = [evaluate(group) for group in self._groups(rollout)]
+        else:
+            parts = self._in_groups(rollout, evaluate)
+        seen = _together(parts)
         return seen if rollout.trunk is None else seen._replace(trunk=rollout.trunk)
 
-    def _in_groups(
-        self, rollout: Rollout, *, score: bool, keep_graph: bool, keep_on: torch.device
-    ) -> RoleOutputs | None:
-        """Return what the roles say, a group at a time; None where memory is short for a group."""
-        parts = []
-        for group in self._groups(rollout):
-            options = {"score": score, "keep_graph": keep_graph, "keep_on": keep_on}
-            # A graph is the updater's, who has other parts of it to make smaller.
-            if keep_graph:
-                part = self._evaluate_group(group, **options)
+    def _in_groups(self, rollout: Rollout, make: Callable[[_Group], Made]) -> list[Made]:
+        """Return what ``make`` makes of each group; all anew where memory is short for one."""
+        while True:
+            parts: list[Made] = []
+            for group in self._groups(rollout):
+                part = self._unless_short(len(group.ended), make, group)
+                if part is None:
+                    break
+                parts.append(part)
             else:
-                part = self._unless_short(len(group.ended), self._evaluate_group, group, **options)
-            if part is None:
-                return None
-            parts.append(part)
-        return _together(parts)
+                return parts
 
     def _evaluate_group(
         self, group: _Group, *, score: bool, keep_graph: bool, keep_on: torch.device
@@ -332,8 +330,7 @@ class RolloutCollector:
         The reward adapter's are computed unless ``evaluate`` has given them already.
         """
         if self.reward.needs_adapter and by_adapter is None:
-            while by_adapter is None:
-                by_adapter = self._scores_of_groups(rollout)
+            by_adapter = torch.cat(self._in_groups(rollout, self._scores_of_group))
         # What a reward function gets: texts and tokens of the replies, and the prompts' columns.
         ids = rollout.response_ids()
         replies = columns | {
@@ -346,21 +343,8 @@ class RolloutCollector:
         device = rollout.input_ids.device
         return Scores(total.to(device), by_source, _moved(by_token, device))
 
-    def _scores_of_groups(self, rollout: Rollout) -> Float[Tensor, " B"] | None:
-        """Return the reward adapter's scores; None where memory is short for a group."""
-        parts = []
-        for group in self._groups(rollout):
-            part = self._unless_short(
-                len(group.ended),
-                self.shared.scores,
-                group.input_ids,
-                group.attention_mask,
-                ended=group.ended,
-            )
-            if part is None:
-                return None
-            parts.append(part)
-        return torch.cat(parts)
+    def _scores_of_group(self, group: _Group) -> Float[Tensor, " b"]:
+        return self.shared.scores(group.input_ids, group.attention_mask, ended=group.ended)
 
     def _groups(self, rollout: Rollout) -> Iterator[_Group]:
         """Yield the rollout in groups of ``batch_size`` replies."""

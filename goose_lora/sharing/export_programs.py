@@ -16,14 +16,14 @@ from typing import NamedTuple, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from goose_lora.errors import UserError
+from goose_lora.data.tokenization import apply_template
+from goose_lora.errors import TimeLimitError, UserError
 from goose_lora.files import read_json_object
-from goose_lora.models.folders import read_lineage
+from goose_lora.models.folders import local_folder, read_lineage
 from goose_lora.ownership import claim
 from goose_lora.sharing.merge import merge
 
 CONVERTER = "convert_hf_to_gguf.py"
-TARGETS = ("ollama", "gguf")
 Messages = list[dict[str, str]]
 
 
@@ -60,29 +60,30 @@ def export(run: str | Path, out: str | Path, *, to: str, base: str | None = None
         UserError: as ``merge``, no converter, or a chat template that Ollama's form cannot say.
     """
     # What can be known before a weight is read
-    out = Path(out)
-    converter = find_converter() if to == "gguf" else None
-    tokenizer = None
-    if to == "ollama" and (Path(run) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(run)
-        modelfile(tokenizer, [])
+    out, folder = Path(out), local_folder(run)
+    if to == "gguf":
+        converter = find_converter()
+        return f"{merge(run, out, base=base)}\n{_to_gguf(converter, out)}"
+    form = None
+    if (folder / "tokenizer_config.json").is_file():
+        form = chat_form(AutoTokenizer.from_pretrained(folder))
     said = merge(run, out, base=base)
 
-    # Beside the merged weights
-    if converter is not None:
-        return f"{said}\n{_to_gguf(converter, out)}"
+    # Beside the merged weights, whose tokenizer and ends are those of the run
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    form = form or chat_form(tokenizer)
     ends = read_json_object(out / "generation_config.json").get("eos_token_id", [])
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(out)
     text = modelfile(
         tokenizer,
+        form,
         ends if isinstance(ends, list) else [ends],
-        read_lineage(run).get("settings", {}).get("temperature"),
+        read_lineage(folder).get("settings", {}).get("temperature"),
     )
     claim(out, "Modelfile")
     (out / "Modelfile").write_text(text, encoding="utf-8")
-    name = Path(run).resolve().name
-    if tokenizer.chat_template is not None and chat_form(tokenizer).system is None:
+    if form is not None and form.system is None:
         said += "\nIts form of a chat has no place for a system message: one is left out."
+    name = folder.resolve().name
     return f"{said}\nLoad it: ollama create {name} --file {out / 'Modelfile'} && ollama run {name}"
 
 
@@ -90,24 +91,20 @@ def export(run: str | Path, out: str | Path, *, to: str, base: str | None = None
 
 
 def modelfile(
-    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], temperature: float | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    form: ChatForm | None,
+    ends: Sequence[int],
+    temperature: float | None = None,
 ) -> str:
     """Return a Modelfile for the weights beside it.
 
     Args:
+        form: of a chat, from ``chat_form``; None for a model of plain text.
         ends: tokens at which a reply ends.
         temperature: at which replies were sampled in training; 1 if None.
-
-    Raises:
-        UserError: Ollama's form of a chat cannot say what the chat template does.
     """
-    lines = ["FROM ."]
-    form = None
-    if tokenizer.chat_template is None:
-        lines.append('TEMPLATE """{{ .Prompt }}"""')
-    else:
-        form = chat_form(tokenizer)
-        lines.append(f'TEMPLATE """{_go_template(form)}"""')
+    template = "{{ .Prompt }}" if form is None else _go_template(form)
+    lines = ["FROM .", f'TEMPLATE """{template}"""']
     if form is not None and form.default_system is not None:
         lines.append(f'SYSTEM """{form.default_system}"""')
     for end in ends:
@@ -127,12 +124,16 @@ def _go_template(form: ChatForm) -> str:
     return "{{ range .Messages }}{{ " + "else ".join(branches) + "end }}{{ end }}" + form.begin
 
 
-def chat_form(tokenizer: PreTrainedTokenizerBase) -> ChatForm:
+def chat_form(tokenizer: PreTrainedTokenizerBase) -> ChatForm | None:
     """Find what a chat template puts around messages, and check it on conversations.
+
+    None where the tokenizer has no template.
 
     Raises:
         UserError: the template does something else than put text around each message.
     """
+    if tokenizer.chat_template is None:
+        return None
     # Texts that no template has
     system, user, reply, more = "\u2460s\u2460", "\u2461u\u2461", "\u2462a\u2462", "\u2463v\u2463"
     turns = [_said("user", user), _said("assistant", reply), _said("user", more)]
@@ -175,11 +176,9 @@ def _with_system(
     """Return a form with a system message, or None if the template has none of its own."""
     # Behind the message stand its end and the beginning of the user's: cut behind the first token
     # that is no text, and the line break that may follow
-    cuts = [after.find(token) + len(token) for token in _special(tokenizer) if token in after]
-    if not cuts:
+    cut = _behind_token(after, tokenizer)
+    if cut == 0:
         return None
-    cut = min(cuts)
-    cut += len(after[cut:]) - len(after[cut:].lstrip("\n"))
     system, user = (before, after[:cut]), after[cut:]
     if not user or not begin.endswith(user) or not after_reply.endswith(user):
         return None
@@ -190,6 +189,9 @@ def _with_system(
         if not (spoken.startswith(system[0]) and spoken.endswith(system[1])):
             return None
         default = spoken.removeprefix(system[0]).removesuffix(system[1])
+        # Programs take an empty message for none, and would leave out what stands around it
+        if not default:
+            return None
     return _form(system, user, between, after_reply.removesuffix(user), tokenizer, default)
 
 
@@ -206,9 +208,7 @@ def _form(
     Args:
         between: up to a reply that was, and up to the one to come.
     """
-    cuts = [between[1].find(token) + len(token) for token in _special(tokenizer) if token in between[1]]
-    cut = min(cuts, default=0)
-    cut += len(between[1][cut:]) - len(between[1][cut:].lstrip("\n"))
+    cut = _behind_token(between[1], tokenizer)
     # A template that closes no message of the user has one token, which begins the reply
     if cut >= len(between[1]):
         cut = 0
@@ -221,12 +221,12 @@ def _form(
     )
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return list(
-        dict.fromkeys(
-            [*tokenizer.all_special_tokens, *cast(PreTrainedTokenizerFast, tokenizer).get_added_vocab()]
-        )
-    )
+def _behind_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return where the first token that is no text ends, with line breaks; 0 if there is none."""
+    added = cast(PreTrainedTokenizerFast, tokenizer).get_added_vocab()
+    tokens = {*tokenizer.all_special_tokens, *added}
+    cut = min((text.find(token) + len(token) for token in tokens if token in text), default=0)
+    return cut and len(text) - len(text[cut:].lstrip("\n"))
 
 
 def _said(role: str, content: str) -> dict[str, str]:
@@ -236,7 +236,9 @@ def _said(role: str, content: str) -> dict[str, str]:
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str | None:
     """Return a prompt by the template, without a BOS that the tokenizer adds; None if refused."""
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=True)
+    except TimeLimitError:
+        raise
     except Exception:  # templates raise what they like
         return None
     # Programs put BOS before a prompt where the tokenizer does it by itself

@@ -85,6 +85,22 @@ def test_the_form_is_the_templates_own_and_none_of_it_is_bos(template, system):
     assert form.render(messages) == want.removeprefix(tokenizer.bos_token)
 
 
+def test_the_day_of_the_template_is_the_chains():
+    dated = WITH_DEFAULT.replace("Be a goose.", "Today is {{ strftime_now('%Y') }}.")
+    form = chat_form(tokenizer_with(dated))
+    assert form.default_system == "Today is 2024.", "what all stages write, whatever the day is"
+
+
+def test_a_header_without_a_message_is_refused_since_ollama_would_leave_it_out():
+    headed = (
+        "<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+        "<|im_end|>\n{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    with pytest.raises(UserError, match="vLLM or transformers"):
+        chat_form(tokenizer_with(headed))
+
+
 def test_a_first_token_that_the_tokenizer_does_not_add_stays_in_the_template():
     # SmolLM2's BOS is the token that begins each message
     tokenizer = tokenizer_with(CHATML)
@@ -102,7 +118,7 @@ def test_a_template_that_does_more_is_refused_with_the_way_out(template):
 def test_the_modelfile_has_template_stops_and_temperature():
     tokenizer = tokenizer_with(CHATML)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
-    text = modelfile(tokenizer, ends, 0.7)
+    text = modelfile(tokenizer, chat_form(tokenizer), ends, 0.7)
     assert text.startswith("FROM .\nTEMPLATE ") and text.endswith("PARAMETER temperature 0.7\n")
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "</s>"\n' in text
     template = text.split('"""')[1]
@@ -119,8 +135,9 @@ def test_the_modelfile_has_template_stops_and_temperature():
 
 
 def test_a_default_system_message_is_said_and_plain_text_has_a_plain_template():
-    assert 'SYSTEM """Be a goose."""' in modelfile(tokenizer_with(WITH_DEFAULT), [])
-    text = modelfile(tokenizer_with(None), [2])
+    spoken, plain = tokenizer_with(WITH_DEFAULT), tokenizer_with(None)
+    assert 'SYSTEM """Be a goose."""' in modelfile(spoken, chat_form(spoken), [])
+    text = modelfile(plain, chat_form(plain), [2])
     assert 'TEMPLATE """{{ .Prompt }}"""' in text and "PARAMETER temperature 1\n" in text
 
 
