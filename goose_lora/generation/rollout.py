@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, cast
 
 import torch
@@ -74,14 +75,18 @@ class Rollout:
 
     def response_ids(self) -> list[list[int]]:
         """Return the token ids of each reply, padding left out."""
-        replies = self.input_ids[:, self.prompt_tokens :]
-        return [ids[mask].tolist() for ids, mask in zip(replies, self.response_mask, strict=True)]
+        return _kept(self.input_ids[:, self.prompt_tokens :], self.response_mask)
 
     def prompt_ids(self) -> list[list[int]]:
         """Return the token ids of each prompt, padding left out."""
-        prompts = self.input_ids[:, : self.prompt_tokens]
-        masks = self.attention_mask[:, : self.prompt_tokens].bool()
-        return [ids[mask].tolist() for ids, mask in zip(prompts, masks, strict=True)]
+        width = self.prompt_tokens
+        return _kept(self.input_ids[:, :width], self.attention_mask[:, :width])
+
+
+def _kept(ids: Int[Tensor, "B N"], mask: Bool[Tensor, "B N"] | Int[Tensor, "B N"]) -> list[list[int]]:
+    """Return the ids of each row where its mask is true."""
+    # Two reads of the device, however many rows there are
+    return [list(compress(row, keep)) for row, keep in zip(ids.tolist(), mask.tolist(), strict=True)]
 
 
 def joined(parts: Sequence[Rollout], order: Int[Tensor, " B"], pad_token_id: SpecialTokenId) -> Rollout:

@@ -104,7 +104,7 @@ def sample(
         eta_cutoff=None,
     )
     settings.return_dict_in_generate = True
-    criteria = StoppingCriteriaList()
+    criteria = StoppingCriteriaList([sampler.until_broken])
     if stop:
         criteria.append(stop)
 
@@ -120,6 +120,7 @@ def sample(
                 stopping_criteria=criteria,
                 streamer=streamer,
             )
+        sampler.require_finite()
         sequences = output.sequences
         trunk = _trunk(model, capture, output, attention_mask) if capture else None
 
@@ -185,7 +186,7 @@ class TokenSampler:
     argmax is the token drawn. ``torch.multinomial`` draws one exponential number for every entry of
     the vocabulary, which was half the time of a rollout on a CPU; here a uniform number a row picks
     a block of the vocabulary by the blocks' probabilities, then the token within it. Everything
-    happens in the logits' own memory.
+    happens in the logits' own memory, and nothing waits for the device.
     """
 
     BLOCK = 256
@@ -193,6 +194,23 @@ class TokenSampler:
     def __init__(self, temperature: float | None):
         self.temperature = temperature
         self.columns: list[Tensor] = []
+        self.broken: Bool[Tensor, " B"] | None = None  # rows whose last logits were not finite
+
+    def until_broken(self, input_ids: Int[Tensor, "B L"], scores: object) -> Bool[Tensor, " B"]:
+        """End all rows at the first logits that are not finite: a stopping criterion."""
+        assert self.broken is not None, "asked before a token was drawn"
+        return self.broken.any().expand(len(input_ids))
+
+    def require_finite(self) -> None:
+        """Raise UserError if the last logits, at which all rows ended, were not finite."""
+        # Here and not at each token: reading the device makes it wait for the host
+        broken = 0 if self.broken is None else int(self.broken.sum())
+        if self.broken is not None and broken:
+            raise UserError(
+                f"the policy's logits are not finite in {broken} of {len(self.broken)} rows: training has"
+                " diverged, or the base overflows in this dtype. Lower the learning rate, or use dtype:"
+                " bfloat16 or float32."
+            )
 
     def __call__(self, input_ids: Int[Tensor, "B L"], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         # The likeliest is found before rounding can make two alike.
@@ -203,12 +221,7 @@ class TokenSampler:
             logits.div_(self.temperature)
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         total = weights.sum(-1, keepdim=True)
-        if not torch.isfinite(total).all():
-            raise UserError(
-                f"the policy's logits are not finite in {int((~torch.isfinite(total)).sum())} of {len(total)}"
-                " rows: training has diverged, or the base overflows in this dtype. Lower the learning rate,"
-                " or use dtype: bfloat16 or float32."
-            )
+        self.broken = ~torch.isfinite(total).squeeze(-1)
         if token is None:
             token = self._draw(weights)
         self.columns.append((weights.gather(-1, token) / total).log())
@@ -227,7 +240,8 @@ class TokenSampler:
         places = block * size + torch.arange(size, device=weights.device)
         outside = places >= weights.shape[1]
         inside = weights.gather(-1, places.masked_fill(outside, 0)).masked_fill(outside, 0.0)
-        return block * size + _inverse_cdf(inside, rest)[0]
+        # Of a row that is not finite any index may come, and must be a token
+        return (block * size + _inverse_cdf(inside, rest)[0]).clamp_(max=weights.shape[1] - 1)
 
     def logprobs(self, tokens: int) -> Float[Tensor, "B T"]:
         """Return the log-probabilities of the first ``tokens`` tokens that were drawn."""

@@ -115,9 +115,11 @@ def response_logprobs(
     Both are zero outside ``response_mask``; only positions inside it meet the LM head. With
     ``own_head`` the logits are those of ``own_logits``.
     """
-    # Selected before the product: of a long prompt no position meets the head
-    states = before_response(hidden, response_mask)[response_mask]
-    ids = input_ids[:, -response_mask.shape[1] :][response_mask]
+    # Selected before the product: of a long prompt no position meets the head. The mask is read
+    # from the device once, here.
+    places = response_mask.nonzero(as_tuple=True)
+    states = before_response(hidden, response_mask)[places]
+    ids = input_ids[:, -response_mask.shape[1] :][places]
     if own_head:
         logprobs, entropies = own_token_logprobs(
             states,
@@ -137,7 +139,8 @@ def response_logprobs(
             softcap=final_softcap(core),
             entropy_gradient=entropy_gradient,
         )
-    return _spread(logprobs, response_mask), _spread(entropies, response_mask)
+    shape = response_mask.shape
+    return _spread(logprobs, places, shape), _spread(entropies, places, shape)
 
 
 def response_kl(
@@ -154,7 +157,8 @@ def response_kl(
     It is zero outside ``response_mask``, and its gradient goes to ``hidden``. ``own_head`` is that
     of ``response_logprobs``.
     """
-    states, of_reference = hidden[response_mask], ref_hidden[response_mask]
+    places = response_mask.nonzero(as_tuple=True)
+    states, of_reference = hidden[places], ref_hidden[places]
     if own_head:
         kl = own_token_kl(states, of_reference, functools.partial(own_logits, core), temperature=temperature)
     else:
@@ -167,7 +171,7 @@ def response_kl(
             temperature=temperature,
             softcap=final_softcap(core),
         )
-    return _spread(kl, response_mask)
+    return _spread(kl, places, response_mask.shape)
 
 
 def head_output(head: nn.Linear, hidden: Float[Tensor, "*s H"], bias: float) -> Float[Tensor, "*s"]:
@@ -211,8 +215,10 @@ def output_head(core: PreTrainedModel) -> nn.Linear:
     return cast(nn.Linear, core.get_output_embeddings())
 
 
-def _spread(numbers: Tensor, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Put numbers in their places in the mask, and zeros elsewhere."""
-    # Not x * mask: a NaN of a position outside would spread
-    zeros = torch.zeros(mask.shape, dtype=numbers.dtype, device=numbers.device)
-    return zeros.masked_scatter(mask, numbers)
+def _spread(
+    numbers: Float[Tensor, " N"], places: tuple[Tensor, ...], shape: torch.Size
+) -> Float[Tensor, "B T"]:
+    """Put numbers in their places, and zeros elsewhere."""
+    # Not x * mask: a NaN of a position outside would spread. Nor by the mask itself, which the
+    # backward pass would read from the device again.
+    return torch.zeros(shape, dtype=numbers.dtype, device=numbers.device).index_put(places, numbers)

@@ -35,13 +35,13 @@ from goose_lora.models.roles import (
     of_another,
 )
 from goose_lora.models.trunk import (
+    AdaptersBelow,
     above,
     below,
     by_position,
     captured_depth,
     decoder_layers,
     only_last_columns,
-    same_below,
     trained_from,
 )
 
@@ -67,6 +67,8 @@ class SharedBase(PeftModel):
     _before_backward: Role | None = None  # the role to go back to, once a recompute has left it
     _stances: dict[str | None, adapters.Stance]  # how PEFT's modules stand, by active adapter
     _stances_of: tuple[str, ...] = ()  # the adapters that there were when they were noted
+    _below: dict[int, AdaptersBelow]  # by depth
+    _below_of: tuple[str, ...] = ()  # the adapters that there were when they were found
 
     @classmethod
     def build(
@@ -305,7 +307,15 @@ class SharedBase(PeftModel):
 
     def says_the_same(self, role: Role, other: Role) -> bool:
         """Return whether two roles have the same states: no tensor of their adapters differs."""
-        return same_below(self, self.layers, len(self.layers), self._adapter(role), self._adapter(other))
+        return self._same_below(len(self.layers), self._adapter(role), self._adapter(other))
+
+    def _same_below(self, depth: int, one: str | None, other: str | None) -> bool:
+        """Return whether two adapters (None: none) compute the same below ``depth``."""
+        if self._below_of != tuple(self.peft_config):
+            self._below, self._below_of = {}, tuple(self.peft_config)
+        if depth not in self._below:
+            self._below[depth] = AdaptersBelow(self, self.layers, depth)
+        return self._below[depth].same(one, other)
 
     # ---- Roles ----
 
@@ -475,7 +485,7 @@ class SharedBase(PeftModel):
         adapted = False
         if merged:
             rounds = any(type(module).__name__ == "Linear8bitLt" for module in self.layers.modules())
-            adapted = rounds or not same_below(self, self.layers, depth, ADAPTERS["policy"], None)
+            adapted = rounds or not self._same_below(depth, ADAPTERS["policy"], None)
         return captured_depth(depth, merged=merged, adapted_below=adapted)
 
     def _leader(self, role: Role) -> Role | None:
@@ -486,7 +496,7 @@ class SharedBase(PeftModel):
         own = self._adapter(role)
         for other, common in self.trained_from.items():
             may_share = depth in (None, common) and common > 0
-            if may_share and same_below(self, self.layers, common, own, self._adapter(other)):
+            if may_share and self._same_below(common, own, self._adapter(other)):
                 return other
         return role if depth else None
 

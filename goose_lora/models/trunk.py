@@ -205,27 +205,39 @@ def captured_depth(depth: int, *, merged: bool, adapted_below: bool) -> int:
     return 0 if merged and adapted_below else depth
 
 
-def same_below(
-    model: nn.Module, layers: nn.ModuleList, depth: int, one: str | None, other: str | None
-) -> bool:
-    """Return whether two adapters (None: none) compute the same below ``depth``, bit for bit.
+class AdaptersBelow:
+    """The adapters of ``layers[:depth]`` and of everything outside the layers."""
 
-    Compared are ``layers[:depth]`` and everything outside the layers.
-    """
-    if one == other:
-        return True
-    # All that adapters change but the upper layers, and the heads, which read what comes out
-    above = {id(module) for layer in layers[depth:] for module in layer.modules()}
-    lower = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and id(module) not in above
-    ]
-    return all(
-        _alike(_effect(module, one), _effect(module, other))
-        for name, module in lower
-        if name.rpartition(".")[2] != "score"
-    )
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, depth: int):
+        # All that adapters change but the upper layers, and the heads, which read what comes out
+        above = {id(module) for layer in layers[depth:] for module in layer.modules()}
+        self.modules = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            and id(module) not in above
+            and name.rpartition(".")[2] != "score"
+        ]
+        self._tensors = [x for module in self.modules for x in (*module.parameters(), *module.buffers())]
+        self._known: dict[tuple[str | None, str | None], bool] = {}
+        self._known_of: list[object] = []
+
+    def same(self, one: str | None, other: str | None) -> bool:
+        """Return whether two adapters (None: none) compute the same there, bit for bit.
+
+        They are compared once for each pair, and again after a tensor was written to or a scaling
+        was set: comparing reads each of them from the device.
+        """
+        if one == other:
+            return True
+        scalings = [dict(module.scaling) for module in self.modules if isinstance(module, LoraLayer)]
+        now = [*(x._version for x in self._tensors), *scalings]
+        if now != self._known_of:
+            self._known, self._known_of = {}, now
+        if (one, other) not in self._known:
+            pairs = ((_effect(module, one), _effect(module, other)) for module in self.modules)
+            self._known[one, other] = all(_alike(*pair) for pair in pairs)
+        return self._known[one, other]
 
 
 def _effect(module: Any, adapter: str | None) -> dict[str, Tensor]:

@@ -283,7 +283,7 @@ def write_samples(
     chosen = sorted([*first.values(), *others][:rows])
 
     # For people: the prompt as the policy read it, the reply without its end-of-text token.
-    replies = rollout.response_ids()
+    replies, raw_scores, in_nats = rollout.response_ids(), scores.tolist(), kl.tolist()
     lines = []
     for row in chosen:
         prompt = tokenizer.decode(prompts[row])
@@ -293,8 +293,8 @@ def write_samples(
             "prompt": prompt,
             "asked": prompt if asked_of is None else asked(asked_of[row]),
             "reply": reply,
-            "raw_score": scores[row].item(),
-            "kl": kl[row].item(),
+            "raw_score": raw_scores[row],
+            "kl": in_nats[row],
         }
         append_line(Path(folder or ".") / "samples.jsonl", line)
         lines.append(line)

@@ -163,11 +163,11 @@ class RolloutCollector:
             if whole is not None:
                 return whole
         # Like lengths together: less padding, and fewer steps that only one reply needs
-        order = attention_mask.sum(-1).argsort(stable=True)
-        parts, done = [], 0
+        lengths, order = attention_mask.sum(-1).sort(stable=True)
+        parts, done, ascending = [], 0, lengths.tolist()
         while done < len(order):
             rows = order[done : done + self.batch_size]
-            longest = int(attention_mask[rows].sum(-1).max())
+            longest = ascending[done + len(rows) - 1]
             part = self._unless_short(
                 len(rows), reply_to, input_ids[rows, -longest:], attention_mask[rows, -longest:]
             )

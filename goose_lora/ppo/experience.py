@@ -56,20 +56,25 @@ class Experience:
                 DistributedDataParallel averages gradients: see ``Microbatch``.
         """
         # Drawn on the CPU, from the random state that checkpoints carry.
-        order = torch.randperm(len(self.rollout.input_ids), device="cpu").to(self.rollout.input_ids.device)
+        order = torch.randperm(len(self.rollout.input_ids), device="cpu")
         if len(order) <= rows:
             order = order.sort().values
-        for step in order.split(rows * per_step):
-            num_tokens = mean_tokens(self.rollout.response_mask[step].sum())
+        # The counts of all steps are read from the device together.
+        device, steps = self.rollout.input_ids.device, order.split(rows * per_step)
+        lengths = self.rollout.lengths[order.to(device)]
+        sums = torch.stack([part.sum() for part in lengths.split(rows * per_step)])
+        for step, num_tokens in zip(steps, mean_tokens(sums).tolist(), strict=True):
             for chosen in step.split(rows):
                 yield self._take(chosen, num_tokens)
 
-    def _take(self, rows: Int[Tensor, " b"], num_tokens: Float[Tensor, ""]) -> Microbatch:
+    def _take(self, rows: Int[Tensor, " b"], num_tokens: float) -> Microbatch:
         """Return a microbatch of some rows; the first of all takes along the pass that was made."""
         output, self.output = self.output, None
+        device = self.rollout.input_ids.device
+        places = {torch.device("cpu"): rows, device: rows.to(device)}
 
         def chosen(x: Tensor) -> Tensor:
-            return x[rows.to(x.device)]
+            return x[places[x.device]]
 
         def chosen_if_there(x: Tensor | None) -> Tensor | None:
             return None if x is None else chosen(x)

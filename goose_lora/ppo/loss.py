@@ -79,5 +79,22 @@ def leaves_bounds(output: PolicyAndValue, batch: Microbatch, ratio_threshold: fl
     That is above ``ratio_threshold`` or below its inverse; NaN is out of bounds too.
     """
     # Written so that NaN is out of bounds: no comparison with it holds.
-    ratio = F.masked_mean((output.logprobs - batch.old_logprobs).exp(), batch.response_mask)
+    mask = batch.response_mask
+    ratio = F.masked_sum((output.logprobs - batch.old_logprobs).exp(), mask) / mask.sum()
     return ~((ratio <= ratio_threshold) & (ratio >= 1 / ratio_threshold))
+
+
+def unless(skipped: Bool[Tensor, ""], output: PolicyAndValue, batch: Microbatch) -> PolicyAndValue:
+    """Return ``output``, or numbers in its place that are finite where ``skipped``.
+
+    The backward pass reaches the same parameters either way, which DistributedDataParallel waits
+    for, and with zeros where ``skipped``. The host does not learn which it is, and so does not
+    wait.
+    """
+    # Selected before the loss: 0 times the slope of an infinite ratio is NaN
+    others = {
+        name: torch.where(skipped, 0.0, x)
+        for name, x in output._asdict().items()
+        if name != "logprobs" and x is not None
+    }
+    return output._replace(logprobs=torch.where(skipped, batch.old_logprobs, output.logprobs), **others)

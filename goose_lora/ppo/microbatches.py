@@ -3,7 +3,7 @@
 They have no columns of padding, and no more rows than fit into a number of tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -45,7 +45,7 @@ class Microbatch:
     old_logprobs: Float[Tensor, "B T"]
     ref_logprobs: Float[Tensor, "B T"]
     advantages: Float[Tensor, "B T"]
-    num_tokens: Float[Tensor, ""]
+    num_tokens: float
     old_values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
     trunk: Float[Tensor, "B L H"] | None = None
@@ -77,9 +77,7 @@ class Microbatch:
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return this with all tensors on ``device``; some may have waited in the host's memory."""
-        # The count of tokens has no rows, and moves beside them.
-        moved = self.changed(lambda name, x: x.to(device))
-        return replace(moved, num_tokens=self.num_tokens.to(device))
+        return self.changed(lambda name, x: x.to(device))
 
     def part(self, rows: list[int], *, reads_texts: bool) -> "Microbatch":
         """Return some of the rows, trimmed, without the forward pass that was made of all."""
@@ -110,8 +108,8 @@ def trimmed(batch: Microbatch) -> Microbatch:
     """
     # Prompts are padded on the left and replies on the right: padding that all rows share stands at
     # the ends. What is left are views, which need no memory.
-    attended = batch.attention_mask.any(0).nonzero().flatten()
-    first, after = int(attended[0]), int(attended[-1]) + 1
+    attended = batch.attention_mask.any(0).tolist()
+    first, after = attended.index(True), len(attended) - attended[::-1].index(True)
     response_tokens = batch.response_mask.shape[1] - (batch.attention_mask.shape[1] - after)
 
     def cut(name: str, x: Tensor) -> Tensor:
@@ -136,9 +134,10 @@ def split_by_tokens(batch: Microbatch, max_tokens: int | None) -> list[Microbatc
     # are padded apart, so that a group is as wide as its longest of each together.
     prompts, responses = _lengths(batch)
     groups: list[list[int]] = []
-    for row in _longest_first(prompts + responses):
+    for row in _longest_first(prompts, responses):
         rows = [*groups[-1], row] if groups else [row]
-        if groups and len(rows) * int(prompts[rows].max() + responses[rows].max()) <= max_tokens:
+        width = max(prompts[number] for number in rows) + max(responses[number] for number in rows)
+        if groups and len(rows) * width <= max_tokens:
             groups[-1] = rows
         else:
             groups.append([row])
@@ -148,7 +147,7 @@ def split_by_tokens(batch: Microbatch, max_tokens: int | None) -> list[Microbatc
 def split_in_two(batch: Microbatch) -> list[Microbatch]:
     """Split ``batch`` into two trimmed parts, the longer rows in the first."""
     prompts, responses = _lengths(batch)
-    order = _longest_first(prompts + responses)
+    order = _longest_first(prompts, responses)
     # An odd row goes to the first half.
     middle = -(-len(order) // 2)
     return _parts(batch, [order[:middle], order[middle:]])
@@ -159,12 +158,14 @@ def _parts(batch: Microbatch, groups: list[list[int]]) -> list[Microbatch]:
     return [batch.part(sorted(rows), reads_texts=number == 0) for number, rows in enumerate(groups)]
 
 
-def _longest_first(lengths: Int[Tensor, " B"]) -> list[int]:
-    return torch.argsort(lengths, descending=True, stable=True).tolist()
+def _longest_first(prompts: Sequence[int], responses: Sequence[int]) -> list[int]:
+    return sorted(range(len(prompts)), key=lambda row: -prompts[row] - responses[row])
 
 
-def _lengths(batch: Microbatch) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+def _lengths(batch: Microbatch) -> tuple[list[int], list[int]]:
     """Return the tokens of each row's prompt and of its response, others' tokens in it included."""
+    # In one read of the device
     width = batch.response_mask.shape[1]
     attended = batch.attention_mask.long()
-    return attended[:, :-width].sum(-1).cpu(), attended[:, -width:].sum(-1).cpu()
+    prompts, responses = torch.stack([attended[:, :-width].sum(-1), attended[:, -width:].sum(-1)]).tolist()
+    return prompts, responses

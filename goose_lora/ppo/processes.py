@@ -14,6 +14,9 @@ def gathered(accelerator: Accelerator, x: Tensor) -> Tensor:
 
 def gathered_to_one_width(accelerator: Accelerator, x: Tensor) -> Tensor:
     """Return the rows (B, T) of all processes, padded with 0 to the widest."""
+    # Alone, accelerate would still read each width from the device
+    if accelerator.num_processes == 1:
+        return x
     return gathered(accelerator, cast(Tensor, accelerator.pad_across_processes(x, dim=1)))
 
 

@@ -21,7 +21,7 @@ from goose_lora.ppo.collector import RoleOutputs, RolloutCollector
 from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.experience import Experience, ExperienceMaker
 from goose_lora.ppo.first_step_checks import FirstStepChecks
-from goose_lora.ppo.loss import leaves_bounds, total_loss
+from goose_lora.ppo.loss import leaves_bounds, total_loss, unless
 from goose_lora.ppo.memory_rules import scoring_keeps_graph
 from goose_lora.ppo.metrics import RunMetrics
 from goose_lora.ppo.microbatches import Microbatch, split_by_tokens, split_in_two
@@ -30,7 +30,7 @@ from goose_lora.ppo.sampler import PretrainingTexts
 
 logger = logging.getLogger(__name__)
 
-Gradients = dict[str, Tensor]
+Gradients = list[tuple[nn.Parameter, Tensor]]
 
 
 class Updater:
@@ -61,6 +61,7 @@ class Updater:
         self.checks, self.metrics, self.texts = checks, metrics, texts
         self._left: Iterator[Microbatch] = iter(())
         self._rollout_is_new = False  # no pass of the update has been compared with it
+        self._training: list[nn.Parameter] | None = None
         self._max_tokens = args.max_tokens_per_microbatch  # fewer after the memory was short
 
     # ---- Scoring, whose forward pass may be the update's first ----
@@ -138,7 +139,7 @@ class Updater:
         while parts:
             part = parts.pop(0)
             alone = len(part) == 1 or self.accelerator.num_processes > 1
-            gradients: Gradients = {}
+            gradients: Gradients = []
             totals = self.metrics.of_updates()
             if not alone:
                 gradients = self._set_aside()
@@ -172,6 +173,11 @@ class Updater:
             self.checks.ratio(output.logprobs, old, mask, step=step)
             self._note_gap(output.logprobs, old, mask)
 
+        # Where its ratio has left all bounds, the loss is 0 on a path that has no infinity.
+        skipped = None
+        if args.ratio_threshold is not None:
+            skipped = leaves_bounds(output, microbatch, args.ratio_threshold)
+            output = unless(skipped, output, microbatch)
         values = output.values
         if values is not None:
             values = self.experience.values(values)
@@ -180,10 +186,9 @@ class Updater:
 
         # A part whose ratio has left all bounds moves nothing, and adds 0 to each figure: on
         # another process it may stay within them, and the figures of both are averaged.
-        if args.ratio_threshold is not None:
-            skipped = leaves_bounds(output, microbatch, args.ratio_threshold)
-            if skipped:
-                loss, stats = _zero(output), {name: torch.zeros_like(value) for name, value in stats.items()}
+        if skipped is not None:
+            loss = torch.where(skipped, 0.0, loss)
+            stats = {name: torch.where(skipped, 0.0, value) for name, value in stats.items()}
             stats["policy/skipped"] = microbatch.share * skipped.float() / args.gradient_accumulation_steps
         self.metrics.add_update(stats)
         return loss
@@ -230,23 +235,32 @@ class Updater:
 
         Nothing is copied: ``_add`` puts them back on top of what the pass has left.
         """
-        aside: Gradients = {}
-        for name, parameter in self.shared.named_parameters():
+        aside: Gradients = []
+        for parameter in self.training_parameters:
             if parameter.grad is not None:
-                aside[name], parameter.grad = parameter.grad, None
+                aside.append((parameter, parameter.grad))
+                parameter.grad = None
         return aside
 
     def _add(self, gradients: Gradients) -> None:
-        if not gradients:
-            return
-        for name, parameter in self.shared.named_parameters():
-            before = gradients.get(name)
-            if before is not None:
-                parameter.grad = before if parameter.grad is None else parameter.grad.add_(before)
+        both = [(p.grad, before) for p, before in gradients if p.grad is not None]
+        for parameter, before in gradients:
+            if parameter.grad is None:
+                parameter.grad = before
+        # One call for all of them
+        if both:
+            torch._foreach_add_([grad for grad, _ in both], [before for _, before in both])
 
     def _drop_gradients(self) -> None:
-        for parameter in self.shared.parameters():
+        for parameter in self.training_parameters:
             parameter.grad = None
+
+    @property
+    def training_parameters(self) -> list[nn.Parameter]:
+        """The parameters that train; the base has hundreds more, which are looked through once."""
+        if self._training is None:
+            self._training = [p for p in self.shared.parameters() if p.requires_grad]
+        return self._training
 
     def _unsynchronised(self, model: nn.Module, *, more: bool) -> AbstractContextManager:
         """Return the context of a backward pass, after which ``more`` of the microbatch follow."""
@@ -264,12 +278,3 @@ class Updater:
             tokens // 2,
         )
         clear_device_cache(garbage_collection=True)
-
-
-def _zero(output: PolicyAndValue) -> Tensor:
-    """Return a loss of 0 whose backward pass reaches all that the forward pass did.
-
-    Not a bare 0: DistributedDataParallel waits for a backward pass.
-    """
-    reached = [x.sum() for x in (output.logprobs, output.values) if x is not None]
-    return 0.0 * torch.stack(reached).sum()

@@ -393,9 +393,8 @@ def _numbers(listed: Sequence[Any], name: str, owners: Sequence[int]) -> Float[T
             what = f"something that is {why} for reply {owners[index]}: {_shown(number)}"
             raise UserError(f"the reward function {name} returned {what}.") from error
     numbers = torch.tensor(floats)
-    broken = [
-        index for index, number in enumerate(listed) if number is not None and not numbers[index].isfinite()
-    ]
+    finite = numbers.isfinite().tolist()
+    broken = [index for index, number in enumerate(listed) if number is not None and not finite[index]]
     if broken:
         what = f"{_shown(listed[broken[0]])} for reply {owners[broken[0]]}"
         raise UserError(

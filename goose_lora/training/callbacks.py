@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from goose_lora.errors import UserError
@@ -126,17 +127,19 @@ class FiniteSteps(TrainerCallback):
         Raises:
             NotFinite: it is the third time in a row.
         """
-        # One transfer from the device, however many parameters there are
+        # One transfer from the device, however many parameters there are. The largest number and
+        # not the norm: squares may overflow where the gradient does not.
         assert model is not None
-        graded = [(p, p.grad) for p in model.parameters() if p.grad is not None]
-        if not graded or torch.stack([grad.isfinite().all() for _, grad in graded]).all():
+        graded = [p for p in model.parameters() if p.grad is not None]
+        largest = get_total_norm([p.grad for p in graded if p.grad is not None], norm_type=float("inf"))
+        if largest.isfinite():
             self.in_a_row = 0
             return
 
         # None, not 0: the optimizer passes them by, and its averages stay as they are
         self.skipped += 1
         self.in_a_row += 1
-        for parameter, _ in graded:
+        for parameter in graded:
             parameter.grad = None
         step = state.global_step + 1
         advice = (

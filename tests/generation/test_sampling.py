@@ -188,11 +188,35 @@ def test_tokens_are_drawn_with_their_probabilities(vocabulary, temperature):
     assert torch.equal(TokenSampler(None)(None, logits.repeat(2, 1)).argmax(-1), logits.argmax().repeat(2))
 
 
-def test_broken_logits_are_named_and_no_token_is_drawn_from_them():
-    logits = torch.zeros(3, 9)
-    logits[1, 4] = float("nan")
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("vocabulary", [9, 300])
+def test_broken_logits_are_named_and_end_all_rows(vocabulary, broken):
+    logits = torch.zeros(3, vocabulary)
+    logits[1, 4] = broken
+    sampler = TokenSampler(1.0)
+    assert sampler(None, logits).argmax(-1).max() < vocabulary
+    assert sampler.until_broken(torch.zeros(3, 1), None).tolist() == [True, True, True]
     with pytest.raises(ValueError, match="logits are not finite in 1 of 3 rows"):
-        TokenSampler(1.0)(None, logits)
+        sampler.require_finite()
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_a_rollout_ends_at_the_first_logits_that_are_not_finite(do_sample, monkeypatch):
+    shared = tiny.shared(tiny.base())
+    ids, mask = prompts()
+    steps = []
+    choose = TokenSampler.__call__
+
+    def breaking(self, ids, logits):
+        steps.append(len(steps))
+        if len(steps) == 3:
+            logits[1, 4] = float("nan")
+        return choose(self, ids, logits)
+
+    monkeypatch.setattr(TokenSampler, "__call__", breaking)
+    with pytest.raises(ValueError, match="logits are not finite in 1 of 3 rows: training has diverged"):
+        sample(shared, ids, mask, config(eos_token_ids=[tiny.VOCABULARY - 1], do_sample=do_sample))
+    assert len(steps) == 3
 
 
 @torch.no_grad()

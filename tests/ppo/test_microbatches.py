@@ -26,7 +26,7 @@ def batch(width=(7, 8)):
         old_logprobs=numbers + 0.25,
         ref_logprobs=numbers + 0.5,
         advantages=numbers,
-        num_tokens=torch.tensor(13.0),
+        num_tokens=13.0,
         trunk=ids[:, :, None].float().expand(-1, -1, 3),
         features=numbers[:, :, None].expand(-1, -1, 2),
     )

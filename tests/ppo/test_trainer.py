@@ -497,7 +497,7 @@ def test_a_minibatch_whose_ratio_has_left_all_bounds_moves_nothing(tmp_path):
         old_logprobs=output.logprobs.detach(),
         ref_logprobs=output.logprobs.detach(),
         advantages=torch.where(response, 1.0, 0.0),
-        num_tokens=response.sum(),
+        num_tokens=float(response.sum()),
         old_values=output.values.detach(),
         returns=torch.where(response, output.values, 0.0).detach(),
     )
