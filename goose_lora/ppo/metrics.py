@@ -14,12 +14,15 @@ from goose_lora.ppo.processes import averaged
 
 Totals = dict[str, Tensor | float]
 
+_SECONDS = "seconds/"
+
 
 class RunMetrics:
     """Figures of rollouts and of updates since the last log.
 
     Those of a rollout are averaged over rollouts. Those of the update are sums over microbatches
-    whose parts add up to a mean, and are divided by the number of optimizer steps.
+    whose parts add up to a mean, and are divided by the number of optimizer steps. Seconds are
+    those of a rollout, all of its optimizer steps together.
 
     Attributes:
         microbatches: how many were learned from since the last log.
@@ -64,23 +67,26 @@ class RunMetrics:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Count the seconds inside as a figure of the update."""
+        """Count the seconds inside, which become a figure of the rollout."""
         started = time.perf_counter()
         yield
-        self.add_update({f"seconds/{phase}": time.perf_counter() - started})
+        self.add_update({f"{_SECONDS}{phase}": time.perf_counter() - started})
 
     def take(self) -> dict[str, float]:
         """Return the means since the last log over all processes, and begin anew."""
         # Of rollouts: a mean over those since the last log, and how many they were.
-        device, steps = self.accelerator.device, self.steps
+        device, steps, rollouts = self.accelerator.device, self.steps, 1.0
         rollout = {
             name: torch.tensor(sum(seen) / len(seen), device=device) for name, seen in self._rollouts.items()
         }
         if rollout:
-            count = float(len(self._rollouts["objective/score"]))
-            rollout["rollout/count"] = torch.tensor(count, device=device)
-        # Of the update: sums whose parts make up one optimizer step each.
-        update = {name: torch.as_tensor(total, device=device) / steps for name, total in self._totals.items()}
+            rollouts = float(len(self._rollouts["objective/score"]))
+            rollout["rollout/count"] = torch.tensor(rollouts, device=device)
+        # Of the update: sums whose parts make up one optimizer step each; seconds are a rollout's.
+        update = {
+            name: torch.as_tensor(total, device=device) / (rollouts if name.startswith(_SECONDS) else steps)
+            for name, total in self._totals.items()
+        }
         # Each process has as many rollouts and steps, so that a mean of means is the mean.
         means = averaged(self.accelerator, self._in_one_order(rollout | update))
         self._rollouts.clear()

@@ -2,10 +2,12 @@
 nothing depends on how work is cut."""
 
 import inspect
+import itertools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -29,7 +31,7 @@ from goose_lora.files import read_jsonl
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.ppo import first_step_checks
+from goose_lora.ppo import first_step_checks, metrics
 from goose_lora.ppo.microbatches import Microbatch
 from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.reporting.diagnosis import diagnosis_text
@@ -142,6 +144,21 @@ def test_metrics_and_samples_are_written_once_a_rollout(tmp_path):
     assert rows[0]["objective/kl"] == 0 and rows[1]["objective/kl"] != 0
     assert all(0 <= row["rollout/eos_rate"] <= 1 and row["seconds/update"] > 0 for row in rows)
     assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [0, 0, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("logging_steps", [4, 8])
+def test_seconds_are_those_of_a_rollout_whatever_its_steps_and_however_often_it_is_logged(
+    tmp_path, monkeypatch, logging_steps
+):
+    clock = itertools.count()
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    ppo = trainer(tmp_path, num_rollouts=4, logging_steps=logging_steps)
+    ppo.train()
+    rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if "objective/score" in row]
+    assert len(rows) == 16 // logging_steps
+    # A second passes inside each part that is timed: generation, scores, each of 8 microbatches
+    for row in rows:
+        assert (row["seconds/generate"], row["seconds/score"], row["seconds/update"]) == (1, 1, 8)
 
 
 def test_normalised_scores_have_the_references_mean_and_spread(tmp_path):
