@@ -8,7 +8,7 @@ given as module:function with TRL's signature (prompts=, completions=, -> list o
 about every reply; best_of shows what the reward model alone can pick from SFT.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from goose_lora import cli
@@ -32,6 +32,7 @@ from goose_lora.models import (
     reply_ends,
     require_tokens,
     tokenizer_of,
+    usable_dtype,
 )
 from goose_lora.ownership import RESULTS, begin_in, claim, release, share
 from goose_lora.reporting import refresh_report, write_stage
@@ -202,7 +203,7 @@ def main(args: list[str] | None = None) -> None:
     begin_in(config.output_dir, "evaluate", config, model, data)
     if Path(config.policy_adapter).is_dir():
         share(config.policy_adapter)  # the card there gets the figures at the end
-    model.model_name_or_path = resolve(model.model_name_or_path)
+    model = replace(usable_dtype(model), model_name_or_path=resolve(model.model_name_or_path))
     policy, sft, reward = (
         name
         and AdapterFolder.open(setting, name, base=model.model_name_or_path, base_hub_id=model.base_hub_id)

@@ -401,7 +401,7 @@ def _add_merge(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=["bfloat16", "float32", "nf4"],
+        choices=["bfloat16", "float16", "float32", "nf4"],
         default="bfloat16",
         help="of the weights written (default: %(default)s)",
     )

@@ -28,7 +28,7 @@ from goose_lora.files import read_jsonl
 from goose_lora.generation.vllm import require_vllm
 from goose_lora.models.adapter_kinds import plain_config
 from goose_lora.models.adapters import load_weights
-from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.arguments import ModelArguments, usable_dtype
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dates import template_date
 from goose_lora.models.dense_copy import RolloutWeights, free_bytes
@@ -59,7 +59,7 @@ from goose_lora.sharing.export import save_policy
 from goose_lora.training.checkpoints import Facts, SettingRules
 from goose_lora.training.cost import cost
 from goose_lora.training.hardware import device_lines, require_supported
-from goose_lora.training.launch import require_all_processes, require_ddp
+from goose_lora.training.launch import compute_by_dtype, require_all_processes, require_ddp
 from goose_lora.training.resume import given_facts, starting_point
 
 logger = logging.getLogger(__name__)
@@ -137,11 +137,15 @@ class Stage:
         """
         # The launcher first: a wrong one would do all that follows several times
         require_all_processes(config)
-        require_ddp(config, model.quantization, roles=name in OF_PPO)
         require_supported(config.device)
+        dtype = usable_dtype(model, config.device).dtype
+        require_ddp(config, model.quantization, roles=name in OF_PPO, dtype=dtype)
         if config.process_index == 0:
             lines = device_lines(config.device, model.dtype, asked_for_cpu=config.use_cpu)
             print("\n".join(lines), flush=True)
+        model = replace(model, dtype=dtype)
+        if dtype == "float16":
+            compute_by_dtype(config)
         if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
             require_vllm()
         # From here on the base has one name, wherever it is read

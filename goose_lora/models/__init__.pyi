@@ -1,6 +1,7 @@
 """The public names of goose_lora.models."""
 
 from .arguments import ModelArguments as ModelArguments
+from .arguments import usable_dtype as usable_dtype
 from .compatibility import check_fit as check_fit
 from .dense_copy import DenseCopy as DenseCopy
 from .dense_copy import RolloutWeights as RolloutWeights

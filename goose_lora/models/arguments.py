@@ -1,16 +1,20 @@
 """The settings that name a base model, its quantization and its LoRA adapter."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 
 from goose_lora.errors import UserError
 from goose_lora.models.folders import require_hub_name, require_name
 from goose_lora.models.trunk import top_layers
 
 _LARGEST_RANK = 2**16
+# What a base computes in, and what its merged weights can be written in.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BFLOAT16_SINCE = (8, 0)  # the first capability of an NVIDIA card with instructions for bfloat16
 
 
 @dataclass
@@ -39,10 +43,13 @@ class ModelArguments:
         default="nf4",
         metadata={"help": "How the frozen base is kept: nf4 (4 bits), int8, or none (in dtype)."},
     )
-    dtype: Literal["bfloat16", "float32"] = field(
+    dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16",
         metadata={
-            "help": "Arithmetic of the base. Adapters, heads, log-probabilities and losses are fp32 always."
+            "help": (
+                "Arithmetic of the base; float16 where a card only emulates bfloat16. Adapters, heads,"
+                " log-probabilities and losses are fp32 always."
+            )
         },
     )
     embeddings: Literal["device", "host"] = field(
@@ -92,7 +99,27 @@ class ModelArguments:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
+        return DTYPES[self.dtype]
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Return whether a card has no instructions for bfloat16, which torch calls supported there."""
+    # ROCm answers by the same names, with capabilities of its own
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    card = torch.cuda.get_device_properties(device)
+    return (card.major, card.minor) < BFLOAT16_SINCE
+
+
+def usable_dtype(args: ModelArguments, device: torch.device | None = None) -> ModelArguments:
+    """Return settings whose dtype is float16 where bfloat16 would be emulated.
+
+    That is on ``device``, accelerate's own by default.
+    """
+    place = device or torch.device(PartialState().device or "cpu")
+    if args.dtype == "bfloat16" and emulates_bfloat16(place):
+        return replace(args, dtype="float16")
+    return args
 
 
 def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
-from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.arguments import ModelArguments, usable_dtype
 from goose_lora.models.base_files import require_loaded, require_whole
 from goose_lora.models.dates import note_date
 from goose_lora.models.endings import note_ends, reply_ends, shipped_ends
@@ -152,7 +152,16 @@ def _load(
     **kwargs: Any,
 ) -> PreTrainedModel:
     place = device or torch.device(PartialState().device or "cpu")
+    usable = usable_dtype(args, place)
+    if usable.dtype != args.dtype:
+        logger.warning(
+            "%s has no instructions for bfloat16: the base computes in float16.",
+            torch.cuda.get_device_name(place),
+        )
+        args = usable
     # Slow, but right: told, not refused
+    if place.type == "cpu" and args.dtype == "float16":
+        logger.warning("a CPU multiplies float16 many times slower than float32: it is for trying it.")
     if place.type == "cpu" and args.dtype == "bfloat16" and not cpu_multiplies_bf16():
         logger.warning(
             "this CPU multiplies bfloat16 many times slower than float32: set dtype: float32, and bf16: false"

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 TOKENS, PADDING, NEW_TOKENS = 7, 2, 4
 # Nats a token at most, besides the rounding of logits, of two sums taken in another order
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-ROUNDED = 0.1  # on average, of bf16 and fp16
+ROUNDED = {torch.bfloat16: 0.1, torch.float16: 0.02}  # on average
 
 
 # A protocol, since SharedBase calls these checks: to import it here would be a circle.
@@ -141,10 +141,10 @@ def check_against_model(shared: RolesOnBase, bare: OwnAnswer | None) -> None:
 def tolerance(logits: Float[Tensor, "N V"]) -> float:
     """Return the difference of log-probabilities that rounding explains, in nats."""
     # Logits arrive in fp32; how they were rounded is seen in their last bits
-    rounded = bool((logits == logits.bfloat16()).all() or (logits == logits.half()).all())
-    if not rounded:
-        return TOLERANCE.get(logits.dtype, ROUNDED)
-    return ROUNDED + 2 * torch.finfo(torch.bfloat16).eps * logits.abs().max().item()
+    for narrow, mean in ROUNDED.items():
+        if (logits == logits.to(narrow)).all():
+            return mean + 2 * torch.finfo(narrow).eps * logits.abs().max().item()
+    return TOLERANCE.get(logits.dtype, ROUNDED[torch.bfloat16])
 
 
 def _apart(differences: Tensor, allowed: float) -> float:
@@ -373,7 +373,8 @@ def _relative(one: Tensor, other: Tensor) -> float:
 
 def _same(states: Tensor) -> float:
     """Return the relative difference that another order of sums explains."""
-    return 1000 * torch.finfo(states.dtype).eps if states.dtype != torch.bfloat16 else 0.05
+    narrow = {torch.bfloat16: 0.05, torch.float16: 0.01}
+    return narrow.get(states.dtype, 1000 * torch.finfo(states.dtype).eps)
 
 
 def _refuse(core: PreTrainedModel, what: str, wanted: str, gap: float, allowed: float) -> None:

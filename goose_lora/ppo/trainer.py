@@ -219,6 +219,7 @@ class PPOTrainer(Resumable, Trainer):
         return {**super().made_of(), **self.collector.reward.made_of()}
 
     unit = "rollout"
+    forwards_in_dtype = True
 
     @property
     def steps_between_resumable(self) -> int:  # type: ignore[override]
@@ -320,7 +321,7 @@ class PPOTrainer(Resumable, Trainer):
         with self.metrics.timed("update"):
             loss = self.updater.learn(model, microbatch, one_pass)
         # Gradients are checked before any is dropped.
-        self.checks.gradients(step=step)
+        self.checks.gradients(step=step, scaled=self.accelerator.scaler is not None)
         if self.critic_warms_up:
             self.updater.drop_policy_gradients()
         self.metrics.microbatches += 1

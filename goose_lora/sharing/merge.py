@@ -28,7 +28,7 @@ from goose_lora.errors import UserError
 from goose_lora.files import read_json_object, read_jsonl, sync_all, write_json
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config, sample
-from goose_lora.models.arguments import ModelArguments, arguments_of
+from goose_lora.models.arguments import DTYPES, ModelArguments, arguments_of
 from goose_lora.models.dense_copy import DenseCopy
 from goose_lora.models.endings import reply_ends
 from goose_lora.models.folders import local_folder, read_lineage
@@ -43,8 +43,6 @@ from goose_lora.training.validation import require_output_folder
 
 # What the KL is measured on: at most so many prompts, and replies of so many tokens.
 KL_PROMPTS, KL_REPLY_TOKENS, KL_PROMPT_TOKENS = 32, 32, 512
-# What dense weights can be written in.
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def merge(
@@ -61,7 +59,7 @@ def merge(
     Tokenizer, chat template, generation settings and card are written beside the weights.
 
     Args:
-        dtype: bfloat16 or float32; nf4 goes by ``quantized``.
+        dtype: bfloat16, float16 or float32; nf4 goes by ``quantized``.
         quantized: write the weights in nf4, and measure those too.
         prompts: rows with a prompt to measure on; those in the run's samples.jsonl if unset.
         base: where the base is, if not where the run had it.

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from goose_lora.errors import UserError
 from goose_lora.files import append_line, read_sound_lines, sync, write_jsonl
 from goose_lora.ownership import claim
+from goose_lora.training.loss_scale import LEAST_SCALE
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +108,22 @@ class NotFinite(UserError):
 class FiniteSteps(TrainerCallback):
     """Skips optimizer steps with gradients that are not finite.
 
-    Each is counted and told of, and the third in a row ends the run.
+    Each is counted and told of, and the third in a row ends the run. Where the loss is scaled, a
+    finite one whose gradient overflows says that the scale is too large, which is no fault: torch
+    leaves that step out and halves the scale.
     """
 
     def __init__(self):
         self.skipped = 0  # since the last log
         self.in_a_row = 0
+        self.rescaled = 0  # steps since the last log that were left out for a smaller scale
+        self.scaler: torch.amp.GradScaler | None = None
+        self._broken: torch.Tensor | None = None  # whether a loss of this step was not finite
+
+    def see_loss(self, loss: torch.Tensor) -> None:
+        """Note whether a loss is finite, without waiting for the device."""
+        broken = ~loss.detach().isfinite().all()
+        self._broken = broken if self._broken is None else self._broken | broken
 
     def on_pre_optimizer_step(
         self,
@@ -132,7 +144,9 @@ class FiniteSteps(TrainerCallback):
         graded = [p for p in model.parameters() if p.grad is not None]
         largest = get_total_norm([p.grad for p in graded if p.grad is not None], norm_type=float("inf"))
         if largest.isfinite():
-            self.in_a_row = 0
+            self.in_a_row, self._broken = 0, None
+            return
+        if self._overflowed(args, step=state.global_step + 1):
             return
 
         # None, not 0: the optimizer passes them by, and its averages stay as they are
@@ -157,3 +171,21 @@ class FiniteSteps(TrainerCallback):
             step,
             advice,
         )
+
+    def _overflowed(self, args: TrainingArguments, *, step: int) -> bool:
+        """Return whether the scale alone is why gradients are not finite, and say so."""
+        broken, self._broken = self._broken, None
+        if self.scaler is None:
+            return False
+        scale = self.scaler.get_scale()
+        # Gradients are alike on all processes, and so all come here; a loss is of one of them
+        anywhere = torch.tensor(bool(broken), device=args.device, dtype=torch.int)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+        if anywhere.item() or scale <= LEAST_SCALE:
+            return False
+        self.rescaled += 1
+        logger.info(
+            "step %d is left out: a gradient overflowed at the loss scale %g, which is halved.", step, scale
+        )
+        return True

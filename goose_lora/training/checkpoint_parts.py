@@ -19,6 +19,7 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from goose_lora.files import brief, is_number, read_json_object
+from goose_lora.training.loss_scale import SCALER_FILE
 
 _STATE, _OPTIMIZER, _SCHEDULE = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -37,14 +38,21 @@ def why_unusable(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     if missing:
         return f"{missing[0]} is missing, without which a run does not go on as it was"
     shards = _is_sharded(files)
-    known = {*parts, "scaler.pt", *(_ADAPTER if shards else ())}
+    known = {*parts, SCALER_FILE, *(_ADAPTER if shards else ())}
     for path in sorted(folder.rglob("*")):
         # One that was sealed with the rest is no better
         name = path.relative_to(folder).as_posix()
         own = name in known or (shards and _SHARDS.fullmatch(name) and (name in files or path.is_dir()))
         if not own and (name.endswith(_LOADED) or (path.is_dir() and _SHARDS.fullmatch(name))):
             return f"it has {name}, which no run writes there: delete that file if it is yours"
-    checks = (_wrong_state, _wrong_optimizer, _wrong_schedule, _wrong_random_state, _wrong_adapters)
+    checks = (
+        _wrong_state,
+        _wrong_optimizer,
+        _wrong_schedule,
+        _wrong_scale,
+        _wrong_random_state,
+        _wrong_adapters,
+    )
     return next((why for check in checks if (why := check(folder, manifest)) is not None), None)
 
 
@@ -61,8 +69,10 @@ def _parts(manifest: Mapping[str, Any]) -> list[str]:
     roles = [name for name in manifest["adapters"] if name != "default"]
     adapters = [*_ADAPTER, *(f"{role}/{name}" for role in roles for name in _ADAPTER)]
     random_states = _random_states(manifest)
+    # A run in float16 goes on at the scale of its loss
+    scale = [SCALER_FILE] if manifest.get("base", {}).get("dtype") == "float16" else []
     if not _is_sharded(files):
-        return [_STATE, _OPTIMIZER, _SCHEDULE, *random_states, *adapters]
+        return [_STATE, _OPTIMIZER, _SCHEDULE, *scale, *random_states, *adapters]
     # Shards: one of the optimizer and the random state of each process; a scheduler that is not
     # DeepSpeed's own; weights in shards too, or whole
     parts = [_STATE, *random_states]
@@ -214,6 +224,24 @@ def _wrong_schedule(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     most = manifest["step"] * max(1, manifest["world_size"])
     if last > most:
         return f"{_SCHEDULE} is at {last}, and the run has made {manifest['step']} steps"
+    return None
+
+
+def _wrong_scale(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    if SCALER_FILE not in manifest["files"]:
+        return None
+    # What GradScaler goes on from: how large, how it moves, and steps since it was moved
+    saved = _loaded(folder / SCALER_FILE)
+    if not isinstance(saved, dict):
+        return f"{SCALER_FILE} holds no scale of a loss"
+    for name in ("scale", "growth_factor", "backoff_factor", "growth_interval"):
+        if not (is_number(saved.get(name)) and saved[name] > 0):
+            return f"{SCALER_FILE}: {name} is {saved.get(name)!r}"
+    if saved["backoff_factor"] >= 1 or saved["growth_factor"] <= 1:
+        return f"{SCALER_FILE}: a scale that overflowed would not become smaller, or none ever larger"
+    steps = saved.get("_growth_tracker")
+    if not isinstance(steps, int) or not 0 <= steps <= manifest["step"]:
+        return f"{SCALER_FILE}: its scale is {steps!r} steps old, and the run has made {manifest['step']}"
     return None
 
 

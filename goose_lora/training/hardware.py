@@ -9,10 +9,10 @@ import torch
 from accelerate import PartialState
 
 from goose_lora.errors import UserError
+from goose_lora.models.arguments import emulates_bfloat16
 
 # PyTorch's wheels by what the driver can: the first whose CUDA is not above the driver's.
 WHEELS = ((13, "cu130"), (12, "cu126"))
-NEWER_CARDS = (8, 0)  # the first capability with instructions for bfloat16
 _SMI_SECONDS = 10
 
 
@@ -58,16 +58,17 @@ def _of_card(device: torch.device, dtype: str) -> list[str]:
     if not built:
         driver = (nvidia_smi() or ("", "unknown", 0))[1]
         built = f"driver {driver}, CUDA {torch.version.cuda}"
+    instead = dtype == "bfloat16" and emulates_bfloat16(device)
+    computed = "float16, in place of bfloat16" if instead else f"{dtype}, as the settings say"
     lines = [
         f"device: {device.type}:{device.index or 0} (the first that torch finds), {card.name}, capability"
         f" {card.major}.{card.minor}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {built}; dtype:"
-        f" {dtype}, as the settings say"
+        f" {computed}"
     ]
-    # torch calls bfloat16 supported where it is emulated
-    if dtype == "bfloat16" and (card.major, card.minor) < NEWER_CARDS and not torch.version.hip:
+    if instead:
         lines.append(
-            f"{card.name} has no instructions for bfloat16 (capability {card.major}.{card.minor}; 8.0 has):"
-            " it is emulated, many times slower. Set dtype: float32, and bf16: false where a recipe has it."
+            f"{card.name} has no instructions for bfloat16 (capability {card.major}.{card.minor}; 8.0 has),"
+            " and would emulate it, many times slower: float16 it is, with a loss scale where it trains."
         )
     return lines
 

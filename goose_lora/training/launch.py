@@ -83,23 +83,24 @@ def _launched() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def require_ddp(args: TrainingArguments, quantization: str, *, roles: bool) -> None:
+def require_ddp(args: TrainingArguments, quantization: str, *, roles: bool, dtype: str = "float32") -> None:
     """Refuse launchers that cut the base into shards, before anything is loaded.
 
     Args:
         roles: several adapters share the base, as in PPO; then sharding is refused for a base that
             is not quantized too.
+        dtype: of the base.
 
     Raises:
         UserError: FSDP or DeepSpeed, by the launcher's configuration or by the settings, with a
-            quantized base or several roles.
+            quantized base, one in float16, or several roles.
     """
     # Asked for by the launcher's configuration, or by settings
     asked = {
         name for variable, name in SHARDED.items() if os.environ.get(variable, "").lower() in ("true", "1")
     }
     asked |= {name for name, value in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)) if value}
-    if not asked or not (roles or quantization != "none"):
+    if not asked or not (roles or quantization != "none" or dtype == "float16"):
         return
 
     # Why it cannot be
@@ -108,6 +109,8 @@ def require_ddp(args: TrainingArguments, quantization: str, *, roles: bool) -> N
         "policy, critic, reward model and reference are adapters on one base, switched many times a step,"
         " which shards do not follow (PEFT#2834)"
     )
+    if not roles:
+        why = "dtype: float16 needs a loss scale, which shards have in ways of their own"
     if quantization != "none":
         why = (
             f"a base in {quantization} cannot be cut into shards: bitsandbytes keeps its scales beside the"
@@ -143,3 +146,12 @@ def require_precision(settings: object, launched_with: str) -> None:
             f" --mixed_precision), and the recipe's settings for {said}: the numbers would not be those of"
             " the settings. Launch with --mixed_precision no, or set mixed_precision: 'no' in that file."
         )
+
+
+def compute_by_dtype(args: TrainingArguments) -> None:
+    """Leave mixed precision to the base's dtype: trainers scale the loss of float16 themselves.
+
+    TRL sets bf16 where nobody does.
+    """
+    args.bf16 = args.fp16 = args.bf16_full_eval = args.fp16_full_eval = False
+    args.mixed_precision = "no"

@@ -6,6 +6,7 @@ Whole checkpoints, exact continuation, a stop on request, and steps that cannot 
 import hashlib
 import json
 import logging
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,9 +35,10 @@ from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import ADAPTER_WEIGHTS, AdapterFolder, tensor_shapes
 from goose_lora.models.identity import base_content, content_of
 from goose_lora.redaction import is_secret
-from goose_lora.training import checkpoints
+from goose_lora.training import checkpoints, loss_scale
 from goose_lora.training.callbacks import METRICS_FILE, SAMPLES_FILE, FiniteSteps
 from goose_lora.training.checkpoints import Facts, SettingRules
+from goose_lora.training.launch import require_ddp
 from goose_lora.training.progress import Progress
 from goose_lora.training.signals import Stopped, StopSignals
 from goose_lora.training.versions import versions
@@ -168,6 +170,9 @@ class Resumable(_Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop, self.finite = StopSignals(), FiniteSteps()
         super().__init__(*args, **kwargs)
+        if loss_scale.is_float16(self.model):
+            self._train_in_float16()
+        self.finite.scaler = self.accelerator.scaler
         self.progress = Progress.put_into(self, every=self.steps_between_resumable, unit=self.unit)
 
     def train(
@@ -233,6 +238,37 @@ class Resumable(_Trainer):
         if args.load_best_model_at_end and best:
             self.load_best(Path(best))
         return cast(TrainOutput, result)
+
+    forwards_in_dtype: bool = False  # whether the model's own forward computes in the base's dtype
+
+    def _train_in_float16(self) -> None:
+        """Scale the loss, and compute in float16 unless the model sees to that itself."""
+        args = self.args
+        require_ddp(args, "none", roles=False, dtype="float16")
+        loss_scale.scale_loss(self.accelerator, lambda: self.optimizer)
+        if not self.forwards_in_dtype:
+            assert self.model is not None
+            loss_scale.compute_in_float16(self.model, args.device)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Train on a batch. Overridden to know whether its loss was finite, where it is scaled."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.finite.scaler is not None:
+            self.finite.see_loss(loss)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the loss scale too, and how many steps were left out for a smaller one."""
+        if self.finite.scaler is not None and "loss" in logs:
+            logs["loss_scale"] = self.finite.scaler.get_scale()
+            logs["loss_scale_skips"] = self.finite.rescaled
+            # The norm of a gradient that overflowed is no figure
+            if self.finite.rescaled and not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]
+            self.finite.rescaled = 0
+        super().log(logs, start_time)
 
     def made_of(self) -> dict[str, str]:
         """Return hashes, by what they are of, that a run which resumes this one must have alike."""

@@ -375,13 +375,13 @@ CASES = [
     ),
     c(
         "merge: dtype",
-        ("argument --dtype: invalid choice: 'float16'", "merge --help lists what there is."),
+        ("argument --dtype: invalid choice: 'float8'", "merge --help lists what there is."),
         "merge",
         F + "/sft",
         "--out",
         F + "/m",
         "--dtype",
-        "float16",
+        "float8",
         change=run(),
     ),
     c(

@@ -324,8 +324,8 @@ CASES = [
     Case(
         "dtype is unknown",
         "reward",
-        {"dtype": "float16"},
-        ("dtype: 'float16' is not one of bfloat16, float32",),
+        {"dtype": "float8"},
+        ("dtype: 'float8' is not one of bfloat16, float16, float32",),
     ),
     Case(
         "an attention that is not there",

@@ -2,11 +2,17 @@
 
 import subprocess
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
+from trl import SFTConfig
 
+from goose_lora.cli.stage import Stage
+from goose_lora.data.rows import DataArguments
 from goose_lora.errors import UserError
+from goose_lora.models.arguments import ModelArguments, usable_dtype
+from goose_lora.ownership import release
 from goose_lora.training import hardware
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -44,11 +50,36 @@ def test_a_card_is_named_with_memory_capability_driver_and_dtype(machine):
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)])
-def test_bfloat16_on_a_card_that_emulates_it_is_named(machine, capability):
+def test_a_card_that_emulates_bfloat16_computes_in_float16(machine, capability):
     machine(capability=capability, name="Tesla T4")
-    *_, line = hardware.device_lines(CUDA, "bfloat16", asked_for_cpu=False)
-    assert line.startswith("Tesla T4 has no instructions for bfloat16") and "dtype: float32" in line
-    assert len(hardware.device_lines(CUDA, "float32", asked_for_cpu=False)) == 1
+    first, second = hardware.device_lines(CUDA, "bfloat16", asked_for_cpu=False)
+    assert first.endswith("dtype: float16, in place of bfloat16")
+    assert second.startswith("Tesla T4 has no instructions for bfloat16") and "float16 it is" in second
+    assert usable_dtype(ModelArguments("base"), CUDA).dtype == "float16"
+    # What was asked for is what there is, where the card can
+    for dtype in ("float16", "float32"):
+        assert len(hardware.device_lines(CUDA, dtype, asked_for_cpu=False)) == 1
+        assert usable_dtype(ModelArguments("base", dtype=dtype), CUDA).dtype == dtype
+
+
+@pytest.mark.parametrize(("capability", "hip"), [((8, 0), None), ((12, 0), None), ((7, 0), "6.4")])
+def test_other_cards_keep_bfloat16(machine, capability, hip):
+    machine(capability=capability, hip=hip)
+    assert usable_dtype(ModelArguments("base"), CUDA).dtype == "bfloat16"
+    assert usable_dtype(ModelArguments("base"), CPU).dtype == "bfloat16"
+
+
+def test_a_stage_on_an_older_card_has_float16_in_all_that_it_passes_on(machine, tmp_path):
+    """Though bf16 is on, as TRL and the shipped configurations have it."""
+    machine(capability=(7, 5), name="Tesla T4")
+    config = SFTConfig(output_dir=str(tmp_path / "sft"), bf16=True, use_cpu=True, report_to="none")
+    vars(config)["_n_gpu"] = 1
+    with patch.object(SFTConfig, "device", CUDA):
+        stage = Stage.begin("sft", config, ModelArguments("embedded"), DataArguments("rows.jsonl"))
+    assert stage.model.dtype == "float16"
+    assert (stage.config.bf16, stage.config.mixed_precision) == (False, "no")
+    assert stage.trainer_config.bf16 is False
+    release(tmp_path / "sft")
 
 
 @pytest.mark.parametrize(("driver", "wheel"), [("550.54.14", "cu126"), ("580.65.06", "cu130")])

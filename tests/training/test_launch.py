@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from goose_lora.cli.stage import Stage
 from goose_lora.data.rows import DataArguments
+from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.ppo.trainer import PPOTrainer
 from goose_lora.training.launch import require_all_processes, require_ddp, require_one_process
@@ -168,3 +169,11 @@ def test_a_stage_begins_at_its_seed_whatever_was_drawn_before(tmp_path):
         return torch.rand(3)
 
     assert torch.equal(drawn(0, 5), drawn(0, 6)) and not torch.equal(drawn(0, 5), drawn(1, 5))
+
+
+def test_shards_have_no_loss_scale_for_float16(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    require_ddp(args, "none", roles=False, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"FSDP: dtype: float16 needs a loss scale.*DistributedDataParallel"):
+        require_ddp(args, "none", roles=False, dtype="float16")
