@@ -9,6 +9,7 @@ from goose_lora.apps.session import PolicySession, RunInfo, Turn, check_sampling
 from goose_lora.errors import UserError, printable
 
 ANEW = "/new"  # the word that begins another conversation
+AGAIN = "/again"  # the word that asks for another sample
 
 
 def chat(
@@ -62,9 +63,9 @@ def _chat_in_terminal(session: PolicySession, names: Sequence[str], *, seed: int
     lines: Iterator[str] = iter(sys.stdin)
     if interactive:
         lines = _typed()
-        how = "Type the start of a text; each model continues it"
+        how = f"Type the start of a text; each model continues it. {AGAIN} gives another sample"
         if session.info.chat:
-            how = f"Write a message; {ANEW} begins another conversation"
+            how = f"Write a message; {AGAIN} gives another sample, {ANEW} begins another conversation"
         _to_stdout(f"{session.info.describe(names)}\n{how}; Ctrl-D ends.\n")
     try:
         for line in lines:
@@ -107,6 +108,7 @@ class Conversation:
     def forget(self) -> None:
         """Begin anew: no role remembers a turn."""
         self.turns: dict[str, list[Turn]] = {name: [] for name in self.names}
+        self.last: tuple[str, dict[str, list[Turn]]] | None = None  # what was asked, after which turns
 
     def hear(self, line: str, *, alone: bool = False) -> None:
         """Answer ``line``; with ``alone`` as the only one of its conversation.
@@ -118,10 +120,18 @@ class Conversation:
             return
         if alone:
             self.write(f"> {line}\n")
-        if alone or line.strip() == ANEW:
+        word = line.strip()
+        if word == AGAIN:
+            # In place of the last replies, which no role remembers then
+            if self.last is None:
+                self.write(f"(nothing was asked yet, of which {AGAIN} could give another sample)\n")
+                return
+            line, self.turns = self.last
+        elif alone or word == ANEW:
             self.forget()
-        if line.strip() == ANEW:
+        if word == ANEW:
             return
+        self.last = line, dict(self.turns)
 
         # One role after the other
         for name in self.names:

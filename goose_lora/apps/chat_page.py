@@ -35,11 +35,13 @@ CHAT_CSS = """
 class Exchange:
     """What was asked, and what stands in the box of each role.
 
-    A box has the reply as far as it is written, and a note.
+    A box has the reply as far as it is written, and a note. ``before`` has the turns of each role
+    that it came after.
     """
 
     line: str
     boxes: dict[str, tuple[str, str]]
+    before: dict[str, list[Turn]]
 
 
 class Talk:
@@ -59,7 +61,8 @@ class Talk:
     def say(self, line: str) -> Iterator[None]:
         """Ask every role in turn; at each step there is something more to show."""
         # All boxes are there at once, and are filled one after the other
-        exchange = Exchange(line, {name: ("", "waits") for name in self.turns})
+        boxes = {name: ("", "waits") for name in self.turns}
+        exchange = Exchange(line, boxes, before=dict(self.turns))
         self.exchanges.append(exchange)
         seed = self.seed + len(self.exchanges) - 1
         for name, turns in self.turns.items():
@@ -79,6 +82,12 @@ class Talk:
             except UserError as error:
                 exchange.boxes[name] = (before, str(error))
                 yield
+
+    def again(self) -> Iterator[None]:
+        """Ask the last question once more: its next replies take the place of those in the talk."""
+        last = self.exchanges[-1]
+        self.turns = dict(last.before)
+        yield from self.say(last.line)
 
 
 def stream(session: PolicySession, name: str, prompt: Prompt, *, seed: int) -> Iterator[str | SampledReply]:
@@ -134,6 +143,7 @@ def build_chat_page(session: PolicySession, names: Sequence[str], *, seed: int) 
         )
         with gradio.Row():
             send = gradio.Button(ask, variant="primary", elem_id="send")
+            other = gradio.Button("Another sample", elem_id="again")
             anew = gradio.Button(begin_anew, elem_id="anew")
         log = gradio.HTML(elem_id="log", padding=False)
         talk = gradio.State(Talk(session, names, seed=seed))
@@ -157,11 +167,26 @@ def build_chat_page(session: PolicySession, names: Sequence[str], *, seed: int) 
             api_visibility="private",
             show_progress="hidden",
         )
+
+        def say_again(talk: Talk) -> Iterator[tuple[str, Talk]]:
+            if not talk.exchanges:
+                raise gradio.Error("Nothing was asked yet. Write something first.", print_exception=False)
+            for _ in talk.again():
+                yield _log(talk.exchanges), talk
+
+        said_again = other.click(
+            say_again,
+            [talk],
+            [log, talk],
+            concurrency_limit=None,
+            api_visibility="private",
+            show_progress="hidden",
+        )
         anew.click(
             lambda: ("", "", Talk(session, names, seed=seed)),
             None,
             [log, line, talk],
-            cancels=[said],
+            cancels=[said, said_again],
             concurrency_limit=None,
             api_visibility="private",
             show_progress="hidden",

@@ -198,6 +198,43 @@ def test_each_role_has_its_own_turns_until_the_conversation_begins_anew():
     assert [seed for *_, seed in talker.asked] == [7, 7, 8, 8, 9, 9]
 
 
+@pytest.mark.parametrize("where", ["terminal", "page"])
+def test_another_sample_takes_the_place_of_the_last_replies_with_another_seed(where):
+    talker = Talker(chat=True)
+    written = []
+    talk = Conversation(talker, ["base", "ppo"], seed=7, write=written.append)
+    tab = chat_page.Talk(talker, ["base", "ppo"], seed=7)
+    for line in ("a", "b", "/again", "/again", "c"):
+        if where == "terminal":
+            talk.hear(line)
+        else:
+            list(tab.again() if line == "/again" else tab.say(line))
+    # The second question is asked three times, each time after the first reply alone
+    first, *again, last = [ask for ask in talker.asked if ask[0] == "ppo"]
+    assert [prompt for _, prompt, _ in again] == [turns("a", "ppo 2", "b")] * 3
+    assert [seed for *_, seed in (first, *again, last)] == [7, 8, 9, 10, 11]
+    assert last[1] == turns("a", "ppo 2", "b", "ppo 8", "c"), "the last sample is what was said"
+
+
+def test_another_sample_of_nothing_is_said_and_the_next_line_is_answered():
+    written = []
+    talk = Conversation(Talker(chat=True), ["ppo"], seed=0, write=written.append)
+    talk.hear("/again")
+    talk.hear("a")
+    talk.hear("/new")
+    talk.hear("/again")
+    refused = ["nothing was asked" in text for text in written]
+    assert refused[0] and refused[-1] and refused.count(True) == 2
+
+
+def test_a_pipe_can_ask_for_another_sample_of_its_last_line():
+    talker = Talker(chat=False)
+    talk = Conversation(talker, ["ppo"], seed=0, write=lambda text: None)
+    for line in ("a", "/again", "b"):
+        talk.hear(line, alone=True)
+    assert talker.asked == [("ppo", "a", 0), ("ppo", "a", 1), ("ppo", "b", 2)]
+
+
 def test_lines_of_a_pipe_are_conversations_of_their_own_and_text_has_no_turns():
     for chat, alone in ((True, True), (False, False)):
         talker = Talker(chat)
