@@ -17,7 +17,7 @@ from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.evaluation import Replies, answer, best_of, judge_all, summary
 from goose_lora.files import import_function, write_json, write_jsonl
-from goose_lora.generation import generation_config
+from goose_lora.generation import RolloutCompile, StaticCache, generation_config, make_static_cache
 from goose_lora.models import (
     AdapterFolder,
     DenseCopy,
@@ -84,6 +84,7 @@ class EvaluationArguments:
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 for greedy replies."})
     batch_size: int = field(default=64, metadata={"help": "Replies at a time."})
     rollout_weights: RolloutWeights = field(default="auto", metadata={"help": "As in recipes/ppo.py."})
+    rollout_compile: RolloutCompile = field(default="auto", metadata={"help": "As in recipes/ppo.py."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code from the model's repository."}
@@ -116,6 +117,7 @@ class Answers:
     prompts: list[list[int]]
     config: EvaluationArguments
     dense: DenseCopy | None
+    static: StaticCache | None
 
     def of(self, role: Role, label: str, *, seed: int) -> Replies:
         """Let a role answer all prompts."""
@@ -128,6 +130,7 @@ class Answers:
             batch_size=self.config.batch_size,
             stop_strings=self.config.stop_strings,
             dense=self.dense,
+            static=self.static,
             seed=seed,
             label=label,
         )
@@ -238,14 +241,17 @@ def main(args: list[str] | None = None) -> None:
     base = load_base(model, tokenizer, trust_remote_code=config.trust_remote_code)
     shared = SharedBase.build(base, policy, reward=reward, reference=sft or "base")
     dense = make_dense_copy(shared, config.rollout_weights)
-    answers = Answers(shared, tokenizer, ids, config, dense)
-
-    # 3. Ask everybody the same, and leave the figures.
     roles: dict[str, Role] = {"base": "base", "sft": "reference", "ppo": "policy"}
     against = "sft"
     if sft is None:
         del roles["sft"]
         against = "base"
+    groups = -(-len(ids) // config.batch_size) * (len(roles) + config.best_of)
+    steps = groups * config.response_length
+    static = make_static_cache(dense, config.rollout_compile, base.device, steps=steps)
+    answers = Answers(shared, tokenizer, ids, config, dense, static)
+
+    # 3. Ask everybody the same, and leave the figures.
     replies = {name: answers.of(role, name, seed=config.seed) for name, role in roles.items()}
     if config.best_of:
         replies[f"{against} best of {config.best_of}"] = answers.best_of(against)

@@ -13,7 +13,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from goose_lora.data.tokenization import left_pad
 from goose_lora.errors import UserError
 from goose_lora.evaluation import statistics
+from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import sample
+from goose_lora.generation.static_cache import StaticCache
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.models.dense_copy import DenseCopy
 from goose_lora.models.endings import reply_ends
@@ -53,6 +55,7 @@ def answer(
     label: str = "",
     dense: DenseCopy | None = None,
     stop_strings: Sequence[str] | None = None,
+    static: StaticCache | None = None,
 ) -> Replies:
     """Answer all prompts (token ids) under ``role``, and measure the replies.
 
@@ -68,8 +71,12 @@ def answer(
     for start in tqdm(range(0, len(prompts), batch_size), desc=label or role, disable=None):
         # One group of replies
         ids, mask = left_pad(prompts[start : start + batch_size], tokenizer.pad_token_id, device)
-        stop = StopStrings(tokenizer, stop_strings, ids.shape[1]) if stop_strings else None
-        rollout = sample(shared, ids, mask, config, role=role, dense=dense, stop=stop)
+
+        def written(static: StaticCache | None, ids: Tensor = ids, mask: Tensor = mask) -> Rollout:
+            stop = StopStrings(tokenizer, stop_strings, ids.shape[1]) if stop_strings else None
+            return sample(shared, ids, mask, config, role=role, dense=dense, stop=stop, static=static)
+
+        rollout = written(None) if static is None else static.try_first(written)
         ids, mask, counted = rollout.input_ids, rollout.attention_mask, rollout.response_mask
         # Layers that two roles have in common are run once
         trunks = shared.trunks(ids, mask, [role, "reference", "reward"])

@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout, SpecialTokenId
+from goose_lora.generation.static_cache import StaticCache
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.models.dense_copy import DenseCopy
 from goose_lora.models.roles import Role
@@ -77,6 +78,7 @@ def sample(
     trunk_depth: int = 0,
     keep_trunk_on: torch.device | None = None,
     streamer: BaseStreamer | None = None,
+    static: StaticCache | None = None,
 ) -> Rollout:
     """Return one reply to each left-padded prompt.
 
@@ -89,7 +91,15 @@ def sample(
             anyway.
         keep_trunk_on: the device that the output goes to; the model's if None.
         streamer: gets the tokens of one reply as they are drawn.
+        static: a cache of fixed size for ``dense``, in place of one that grows.
+
+    Raises:
+        UserError: logits that are not finite.
+        ValueError: a static cache without a dense copy, or with a trunk that is kept: the hooks
+            that note it are no part of a compiled step.
     """
+    if static and (dense is None or trunk_depth):
+        raise ValueError("a static cache serves a dense copy, and keeps no trunk")
     # The sampler draws, and hands generate numbers of which the greedy choice is what it drew.
     sampler = TokenSampler(config.temperature if config.do_sample else None)
     settings = copy.deepcopy(config)
@@ -108,9 +118,12 @@ def sample(
     if stop:
         criteria.append(stop)
 
-    columns = input_ids.shape[1] + config.max_new_tokens
+    columns, head = input_ids.shape[1] + config.max_new_tokens, _contiguous_head
+    if static:
+        static.apply_to(settings, columns)
+        head = nullcontext
     acting = nullcontext(dense.model) if dense else shared.role(role, generating=True)
-    with acting as model, _nothing_shipped(model), _contiguous_head(model), shared.autocast():
+    with acting as model, _nothing_shipped(model), head(model), shared.autocast():
         with _capturing(model, trunk_depth, columns, keep_trunk_on) as capture:
             output = model.generate(
                 input_ids=input_ids,

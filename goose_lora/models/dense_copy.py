@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 RolloutWeights = Literal["auto", "shared", "dense"]
 SHARE_OF_FREE_MEMORY = 0.5  # the rest is for cache and activations
+_BLOCK = 64  # columns by which a static cache grows
 
 
 class DenseCopy:
@@ -183,6 +184,23 @@ def make_dense_copy(shared: SharedBase, wanted: RolloutWeights) -> DenseCopy | N
         )
     logger.warning("rollouts use the shared weights: a merged copy of %s is not the same model", name)
     return None
+
+
+def why_not_compiled(model: PreTrainedModel) -> str | None:
+    """Say why a model's decoding cannot be compiled to a graph; None where it can."""
+    if not model._can_compile_fullgraph:
+        return f"transformers does not say that {type(model).__name__} can be"
+    if any(isinstance(module, HostEmbedding) for module in model.modules()):
+        return "the input embeddings are on the host (embeddings: host)"
+    return None
+
+
+def whole_columns(columns: int) -> int:
+    """Return the columns of a static cache for so many tokens: whole blocks.
+
+    Each other size is compiled anew.
+    """
+    return -(-columns // _BLOCK) * _BLOCK
 
 
 def unmergeable(shared: SharedBase) -> str | None:

@@ -214,7 +214,7 @@ class AdaptersBelow:
         self.modules = [
             module
             for name, module in model.named_modules()
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            if issubclass(type(module), (BaseTunerLayer, AuxiliaryTrainingWrapper))
             and id(module) not in above
             and name.rpartition(".")[2] != "score"
         ]

@@ -20,7 +20,12 @@ from transformers import PreTrainedModel
 from goose_lora.errors import UserError
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
-from goose_lora.models.dense_copy import RolloutWeights, takes_dense_copy
+from goose_lora.models.dense_copy import (
+    RolloutWeights,
+    takes_dense_copy,
+    whole_columns,
+    why_not_compiled,
+)
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.trunk import captured_depth
 from goose_lora.planning.costs import PassCosts
@@ -234,14 +239,21 @@ class Planner:
             return {"vllm": self._vllm_bytes(sizes)}
         model = self.model
         rows = min(sizes.rollout_rows, self.most_replies(sizes))
-        one_layer = rows * sizes.length * self._cache_of_token
+        columns = sizes.length
+        if self._static_cache:
+            columns = whole_columns(columns)
+        one_layer = rows * columns * self._cache_of_token
         cache = one_layer * model.layers
 
         # The widest points are the pass over the prompt, when the reply's part of the cache is not
-        # there yet, and the moment when one layer's cache is copied to one token more.
+        # there yet, and the moment when one layer's cache is copied to one token more. A cache of
+        # fixed size is there from the beginning, and never copied.
         active = None if self.dense else self.roles.policy
         prompt = self.costs.forward(rows, sizes.prompt_tokens, active)
-        prompt -= cache * sizes.response_tokens // sizes.length
+        if self._static_cache:
+            one_layer = 0
+        else:
+            prompt -= cache * sizes.response_tokens // sizes.length
         logits = rows * model.vocabulary * (model.compute + FP32)
 
         # Replies that only learn the scale of scores, or evaluate, leave no trunk.
@@ -254,6 +266,13 @@ class Planner:
             "activations": max(prompt - logits, one_layer),
             "logits": logits,
         }
+
+    @property
+    def _static_cache(self) -> bool:
+        """Whether replies may be decoded by CUDA graphs; short runs leave it out, and need less."""
+        asked = self.config.rollout_compile == "auto" and self.device == "cuda"
+        on_device = self.dense > 0 and not self.model.on_host
+        return asked and on_device and why_not_compiled(self.core) is None
 
     @property
     def _captures_trunk(self) -> bool:

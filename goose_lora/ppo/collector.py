@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout, joined
 from goose_lora.generation.sampling import sample
+from goose_lora.generation.static_cache import RolloutCompile, StaticCache, make_static_cache
 from goose_lora.generation.stopping import StopStrings
 from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.dense_copy import RolloutWeights, free_bytes, make_dense_copy
@@ -79,6 +80,8 @@ class RolloutCollector:
             left.
         engine: what generates in place of transformers; the lengths, stop texts and sampling are
             its own.
+        compile_rollouts: ``auto`` decodes by CUDA graphs where that is possible and worth it.
+        decoding_steps: of the whole run, by which that is judged.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class RolloutCollector:
         entropy_gradient: bool = False,
         trunk_memory: TrunkMemory = "auto",
         engine: VLLMEngine | None = None,
+        compile_rollouts: RolloutCompile = "off",
+        decoding_steps: int = 0,
     ):
         self.shared, self.tokenizer, self.generation = shared, tokenizer, generation
         self.batch_size, self.reuse_trunk, self.reward = batch_size, reuse_trunk, reward
@@ -104,6 +109,8 @@ class RolloutCollector:
         self.engine = engine
         # An engine generates from weights of its own, so that a copy here would be for nothing.
         self.dense = make_dense_copy(shared, "shared" if engine else weights)
+        wanted: RolloutCompile = "off" if engine else compile_rollouts
+        self.static = make_static_cache(self.dense, wanted, self.device, steps=decoding_steps)
 
     @property
     def device(self) -> torch.device:
@@ -141,22 +148,27 @@ class RolloutCollector:
 
         # Where the trunk's output is noted, it waits where the update will look for it.
         depth, keep_on = 0, None
-        if keep_trunk and self.reuse_trunk:
+        if keep_trunk and self.reuse_trunk and self.static is None:
             depth = self.shared.capture_depth(merged=self.dense is not None)
         if depth:
             keep_on = self._keep_on(len(input_ids), input_ids.shape[1] + config.max_new_tokens)
 
         def reply_to(ids: Int[Tensor, "b P"], mask: Int[Tensor, "b P"]) -> Rollout:
-            return sample(
+            made = partial(
+                sample,
                 self.shared,
                 ids,
                 mask,
                 config,
                 dense=self.dense,
-                stop=self._stop(ids.shape[1]),
                 trunk_depth=depth,
                 keep_trunk_on=keep_on,
             )
+
+            def by(static: StaticCache | None) -> Rollout:
+                return made(stop=self._stop(ids.shape[1]), static=static)
+
+            return by(None) if self.static is None else self.static.try_first(by)
 
         if len(input_ids) <= self.batch_size:
             whole = self._unless_short(len(input_ids), reply_to, input_ids, attention_mask)

@@ -24,6 +24,7 @@ RESUME_RULES = SettingRules(
         "max_prompt_tokens",
         "local_rollout_forward_batch_size",
         "rollout_weights",
+        "rollout_compile",
         "rollout_engine",
         "vllm_memory_share",
         "kl_coef",
@@ -93,6 +94,15 @@ class PPOConfig(TrainingArguments):
             "help": (
                 "dense: generate with an unquantized merged copy, faster but larger. auto: where half of the"
                 " free memory holds it."
+            )
+        },
+    )
+    rollout_compile: Literal["auto", "off"] = field(
+        default="auto",
+        metadata={
+            "help": (
+                "auto: on CUDA, a dense copy decodes with a static cache and CUDA graphs, in runs that are"
+                " long enough to earn the minute of compiling."
             )
         },
     )

@@ -170,7 +170,7 @@ class PPOTrainer(Resumable, Trainer):
         # 3. The parts of a step: each owns what it keeps from one step to the next.
         pad = cast(int, processing_class.pad_token_id)
         self.collate = PromptCollator(pad)
-        self.collector = _collector(model, args, processing_class, reward)
+        self.collector = _collector(model, args, processing_class, reward, rollouts=self._rollouts_of_run())
         # Other sources have a scale of their own
         in_units_of_scores = model.values_are_scores and reward.needs_adapter
         self.experience = ExperienceMaker(
@@ -200,6 +200,13 @@ class PPOTrainer(Resumable, Trainer):
             texts=texts,
         )
         self.own_loop = OwnLoop(args.device, self.stop)
+
+    def _rollouts_of_run(self) -> int:
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps // args.steps_per_rollout
+        prompts = args.rollout_batch_size // args.num_generations * args.world_size
+        return int(args.num_train_epochs * (len(self.train_dataset) // prompts))
 
     @property
     def stage(self) -> str:  # type: ignore[override]
@@ -643,9 +650,14 @@ def _unread_rows(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
 
 
 def _collector(
-    shared: SharedBase, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardMix
+    shared: SharedBase,
+    args: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: RewardMix,
+    *,
+    rollouts: int,
 ) -> RolloutCollector:
-    """Return what generates and evaluates by these settings."""
+    """Return what generates and evaluates by these settings, in a run of ``rollouts``."""
     # Replies end at these tokens, at the stop texts, and at their greatest length.
     generation = generation_config(
         response_tokens=args.response_length,
@@ -653,6 +665,7 @@ def _collector(
         eos_token_ids=reply_ends(tokenizer, args.stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
+    groups = -(-args.rollout_batch_size // args.local_rollout_forward_batch_size)
     engine = None
     if args.rollout_engine == "vllm":
         engine = VLLMEngine(
@@ -677,4 +690,6 @@ def _collector(
         entropy_gradient=args.entropy_coef > 0,
         trunk_memory=args.trunk_memory,
         engine=engine,
+        compile_rollouts=args.rollout_compile,
+        decoding_steps=rollouts * groups * args.response_length,
     )

@@ -169,6 +169,23 @@ def test_auto_takes_the_dense_copy_only_where_the_whole_run_then_fits():
     assert auto(shared.needed() - 1).lack(shared.needed() - 1) is not None
 
 
+def test_a_static_cache_is_there_from_the_first_token_in_whole_blocks():
+    model = ModelArguments("m", quantization="nf4", dtype="bfloat16")
+
+    def generating(**changes):
+        plan = plan_of(model, response_length=300, max_prompt_tokens=500, **changes)
+        return plan.plan().phases["generate"], plan
+
+    off, _ = generating(rollout_weights="dense", rollout_compile="off")
+    on, plan = generating(rollout_weights="dense", rollout_compile="auto")
+    assert on["cache"] / off["cache"] == pytest.approx(832 / 800)
+    # Nothing of it is copied, and all of it beside the pass over the prompt
+    whole = plan.costs.forward(4, 500, None)
+    assert on["activations"] == whole - on["logits"] > off["activations"]
+    shared, elsewhere = generating()[1], Planner(plan.core, plan.args, plan.config, device="cpu")
+    assert not shared._static_cache and not elsewhere._static_cache
+
+
 def test_checkpointing_and_adapters_in_fewer_layers_take_less():
     plain = plan_of().plan().total("update")
     assert plan_of(gradient_checkpointing=True).plan().total("update") < plain

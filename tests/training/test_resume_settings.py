@@ -52,7 +52,16 @@ ENDS_OTHERWISE = {
 }
 OF_PPO = {
     *("response_length", "temperature", "max_prompt_tokens", "local_rollout_forward_batch_size", "vf_coef"),
-    *("rollout_weights", "rollout_engine", "vllm_memory_share", "kl_coef", "max_kl", "kl_target", "lam"),
+    *(
+        "rollout_weights",
+        "rollout_compile",
+        "rollout_engine",
+        "vllm_memory_share",
+        "kl_coef",
+        "max_kl",
+        "kl_target",
+        "lam",
+    ),
     *("kl_horizon", "score_calibration_prompts", "score_clip", "length_penalty", "missing_eos_penalty"),
     *("reward_timeout", "max_tokens_per_microbatch", "cliprange", "cliprange_value", "ratio_threshold"),
     *("gamma", "entropy_coef", "ptx_coef", "reuse_trunk", "trunk_memory", "num_eval_prompts"),
