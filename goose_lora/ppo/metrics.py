@@ -15,6 +15,8 @@ from goose_lora.ppo.processes import averaged
 Totals = dict[str, Tensor | float]
 
 _SECONDS = "seconds/"
+LEFT_OUT = "left out of "  # before a figure's name: the part of its mean that was skipped
+NOTHING = 1e-6  # a mean over less than this part of its tokens is one over none, but for rounding
 
 
 class RunMetrics:
@@ -52,6 +54,10 @@ class RunMetrics:
         """Note one more figure of the rollout, which became known later."""
         self._rollouts[name].append(value)
 
+    def leave_out(self, shares: Mapping[str, Tensor]) -> None:
+        """Take what was skipped out of the means of figures: ``shares`` of an optimizer step."""
+        self.add_update({LEFT_OUT + name: share for name, share in shares.items()})
+
     def add_update(self, figures: Mapping[str, Tensor | float]) -> None:
         """Add what a microbatch contributes to the figures of its optimizer step."""
         for name, value in figures.items():
@@ -73,7 +79,10 @@ class RunMetrics:
         self.add_update({f"{_SECONDS}{phase}": time.perf_counter() - started})
 
     def take(self) -> dict[str, float]:
-        """Return the means since the last log over all processes, and begin anew."""
+        """Return the means since the last log over all processes, and begin anew.
+
+        A figure of which all was skipped is not among them.
+        """
         # Of rollouts: a mean over those since the last log, and how many they were.
         device, steps, rollouts = self.accelerator.device, self.steps, 1.0
         rollout = {
@@ -89,6 +98,12 @@ class RunMetrics:
         }
         # Each process has as many rollouts and steps, so that a mean of means is the mean.
         means = averaged(self.accelerator, self._in_one_order(rollout | update))
+        # What was skipped added 0 to the sums. It is no part of the means either.
+        skipped = {name: means.pop(name) for name in list(means) if name.startswith(LEFT_OUT)}
+        for name, share in skipped.items():
+            mean = means.pop(name.removeprefix(LEFT_OUT), 0.0)
+            if share < 1 - NOTHING:
+                means[name.removeprefix(LEFT_OUT)] = mean / (1 - share)
         self._rollouts.clear()
         self._totals.clear()
         self.microbatches = 0

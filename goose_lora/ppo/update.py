@@ -4,7 +4,7 @@ There are as few passes as there need be, and each is as small as the memory wan
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -184,14 +184,22 @@ class Updater:
         loss, stats = total_loss(output, microbatch, values, args, kl_coef=self.experience.kl_coef)
         stats = {name: value.detach() for name, value in stats.items()}
 
-        # A part whose ratio has left all bounds moves nothing, and adds 0 to each figure: on
-        # another process it may stay within them, and the figures of both are averaged.
+        # A part whose ratio has left all bounds moves nothing, and figures are means over the rest:
+        # on another process it may stay within them, and the figures of both are averaged.
         if skipped is not None:
             loss = torch.where(skipped, 0.0, loss)
+            self._leave_out(stats, microbatch, skipped)
             stats = {name: torch.where(skipped, 0.0, value) for name, value in stats.items()}
             stats["policy/skipped"] = microbatch.share * skipped.float() / args.gradient_accumulation_steps
         self.metrics.add_update(stats)
         return loss
+
+    def _leave_out(self, stats: Collection[str], microbatch: Microbatch, skipped: Bool[Tensor, ""]) -> None:
+        """Take a part that is skipped out of the means: its tokens, or its pretraining text."""
+        tokens = microbatch.response_mask.sum() / microbatch.num_tokens
+        text = 1 / self.args.gradient_accumulation_steps
+        shares = {name: text if name == "loss/ptx" else tokens for name in stats}
+        self.metrics.leave_out({name: skipped * share for name, share in shares.items()})
 
     def _note_gap(
         self,

@@ -9,7 +9,7 @@ import torch
 from ranks import on_ranks
 
 from goose_lora.ppo import update
-from goose_lora.ppo.metrics import RunMetrics
+from goose_lora.ppo.metrics import LEFT_OUT, RunMetrics
 
 SETTINGS = {
     "num_rollouts": 2,
@@ -21,22 +21,28 @@ SETTINGS = {
 }
 
 
-def run_on_two(folder, skips, **changes):
-    """A run on two processes of which each skips what ``skips(rank, call)`` says; what each has
-    logged, what went into it, and its weights."""
+def run_on(folder, skips, processes=2, **changes):
+    """A run on some processes of which each skips what ``skips(rank, call)`` says; what each has
+    logged, what went into it, ratios and entropies of all that was not skipped, and its weights."""
 
     def work(rank):
-        calls, seen = [], {"local": [], "logged": []}
+        calls, seen = [], {"local": [], "logged": [], "kept": []}
         real, take = update.leaves_bounds, RunMetrics.take
 
         def leaves(output, inputs, threshold):
             calls.append(0)
             said = skips(rank, len(calls))
-            return real(output, inputs, threshold) if said is None else torch.tensor(said)
+            left = real(output, inputs, threshold) if said is None else torch.tensor(said)
+            if not left:
+                mask = inputs.response_mask
+                ratio = (output.logprobs.detach() - inputs.old_logprobs).exp()[mask]
+                seen["kept"].append([ratio.sum(), output.entropy.detach()[mask].sum(), mask.sum()])
+            return left
 
         def noting(self):
             steps = self.steps
             seen["local"].append({name: float(total) / steps for name, total in self._totals.items()})
+            seen["kept"] = [*seen["kept"], None]  # a log
             seen["logged"].append(take(self))
             return seen["logged"][-1]
 
@@ -47,7 +53,7 @@ def run_on_two(folder, skips, **changes):
         trainer.train()
         return seen | {"weights": tiny_runs.trained_parameters(trainer.shared)}
 
-    return on_ranks(work, folder / "ranks")
+    return on_ranks(work, folder / "ranks", processes)
 
 
 def assert_one_log_and_one_policy(ranks):
@@ -57,9 +63,15 @@ def assert_one_log_and_one_policy(ranks):
     for name, weight in one["weights"].items():
         assert torch.equal(weight, other["weights"][name]), name
     for row, mine, theirs in zip(one["logged"], one["local"], other["local"], strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            assert row[name] == pytest.approx((mine[name] + theirs[name]) / 2, rel=1e-4, abs=1e-6), name
+        both = {
+            name: (mine.get(name, 0.0) + theirs.get(name, 0.0)) / 2 for name in mine.keys() | theirs.keys()
+        }
+        for name in (name for name in both if not name.startswith(LEFT_OUT)):
+            counted = 1 - both.get(LEFT_OUT + name, 0.0)  # the part of all tokens that was not skipped
+            if counted < 1e-6:
+                assert name not in row, "a mean of nothing"
+            else:
+                assert row[name] == pytest.approx(both[name] / counted, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize(
@@ -72,7 +84,40 @@ def assert_one_log_and_one_policy(ranks):
     ids=["first on one", "all on one", "all"],
 )
 def test_a_microbatch_skipped_on_one_process_leaves_each_figure_its_own(tmp_path, skips):
-    assert_one_log_and_one_policy(run_on_two(tmp_path, skips, ratio_threshold=2.0))
+    assert_one_log_and_one_policy(run_on(tmp_path, skips, ratio_threshold=2.0))
+
+
+@pytest.mark.parametrize("one_process", [True, False])
+def test_figures_are_means_over_what_was_not_skipped(one_process, tmp_path):
+    def skips(rank, call):
+        return call % 3 == rank  # in each step another part, and here and there a whole one
+
+    settings = {"ratio_threshold": 2.0, "logging_steps": 1, "num_mini_batches": 2, "num_ppo_epochs": 2}
+    ranks = run_on(tmp_path, skips, 1 if one_process else 2, **settings)
+    kept = [_by_log(rank["kept"]) for rank in ranks]
+    seen = 0
+    for number, row in enumerate(ranks[0]["logged"]):
+        ratios, entropies, tokens = torch.stack([each[number] for each in kept]).sum(0).tolist()
+        if not tokens:
+            assert "policy/ratio_mean" not in row and "policy/entropy" not in row
+            assert row["policy/skipped"] == pytest.approx(1)
+            continue
+        seen += row["policy/skipped"] > 0
+        assert row["policy/ratio_mean"] == pytest.approx(ratios / tokens, rel=1e-5)
+        assert row["policy/entropy"] == pytest.approx(entropies / tokens, rel=1e-5)
+    assert seen >= 2
+
+
+def _by_log(kept):
+    """Sums of what was not skipped between one log and the next: a row each."""
+    sums, rows = torch.zeros(3), []
+    for part in kept:
+        if part is None:
+            rows.append(sums)
+            sums = torch.zeros(3)
+        else:
+            sums = sums + torch.stack([torch.as_tensor(x, dtype=torch.float32) for x in part])
+    return rows
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,5 +130,5 @@ def test_fuzzed_skipping_near_a_ratio_of_1(tmp_path, seed):
         "logging_steps": chance.choice([1, 2, 3]),
         "max_tokens_per_microbatch": chance.choice([None, 12]),
     }
-    ranks = run_on_two(tmp_path, lambda rank, call: None, **changes)
+    ranks = run_on(tmp_path, lambda rank, call: None, **changes)
     assert_one_log_and_one_policy(ranks)
