@@ -704,7 +704,9 @@ class SharedBase(PeftModel):
         elif self.critic == "shared":
             values = self.values(hidden, response_mask)
         else:
-            own_trunk = trunk if value_trunk is None else value_trunk
+            # None of its own: it shares the policy's, or trains from the lowest layer on
+            shared_trunk = trunk if self.trunk_depth("value") else None
+            own_trunk = shared_trunk if value_trunk is None else value_trunk
             states = self.hidden("value", input_ids, attention_mask, own_trunk, read)
             values = self.values(states, response_mask)
         return PolicyAndValue(logprobs, entropy, values, kl, ptx_loss)

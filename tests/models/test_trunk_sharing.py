@@ -51,6 +51,19 @@ def test_each_role_resumed_from_its_trunk_is_the_role(folders, role):
     )
 
 
+@torch.no_grad()
+def test_a_critic_that_trains_from_the_bottom_has_no_trunk_where_the_policy_has(folders):
+    """A policy in the top layers, and a critic that starts as a reward model in all of them."""
+    base, (ids, mask) = tiny.base(), tiny.batch()
+    shared = SharedBase.build(
+        base, tiny.lora(base, layers="top-2"), reward=folders["reward"], critic="adapter"
+    )
+    trunks, counted = shared.trunks(ids, mask, ROLES), tiny.response_mask()
+    assert trunks["policy"] is not None and trunks["value"] is None
+    whole, resumed = shared(ids, mask, counted), shared(ids, mask, counted, trunk=trunks["policy"])
+    assert torch.equal(whole.values, resumed.values) and torch.equal(whole.logprobs, resumed.logprobs)
+
+
 def test_gradients_from_two_trunks_are_those_without(folders):
     shared, (ids, mask) = build(folders), tiny.batch()
     tiny.randomise(shared, "value", seed=9)  # below too: it is another adapter than the reward model's now

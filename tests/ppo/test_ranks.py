@@ -41,7 +41,9 @@ def run_on(folder, skips, processes=2, **changes):
 
         def noting(self):
             steps = self.steps
-            seen["local"].append({name: float(total) / steps for name, total in self._totals.items()})
+            rollouts = len(self._rollouts.get("objective/score", [])) or 1
+            of_one = {name: rollouts if name.startswith("seconds/") else steps for name in self._totals}
+            seen["local"].append({name: float(total) / of_one[name] for name, total in self._totals.items()})
             seen["kept"] = [*seen["kept"], None]  # a log
             seen["logged"].append(take(self))
             return seen["logged"][-1]
