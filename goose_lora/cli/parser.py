@@ -169,6 +169,7 @@ def check_settings(settings: "DataclassInstance") -> None:
     from transformers import TrainingArguments
 
     from goose_lora.training.late_settings import check_late_settings
+    from goose_lora.training.unread_settings import check_unread_settings
     from goose_lora.training.validation import (
         check_finite,
         check_no_secrets,
@@ -185,6 +186,7 @@ def check_settings(settings: "DataclassInstance") -> None:
     if isinstance(settings, TrainingArguments):
         check_training(settings)
         check_late_settings(settings)
+        check_unread_settings(settings)
         token_to_environment(settings)
     if vars(settings).get("output_dir") is not None:
         require_output_folder(vars(settings)["output_dir"])

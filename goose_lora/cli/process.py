@@ -1,6 +1,7 @@
 """A command as a process: one line for each error of the user's, signals, exit codes."""
 
 import ctypes
+import errno
 import functools
 import logging
 import os
@@ -11,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from goose_lora.cli.consoles import guard_consoles
 from goose_lora.errors import UserError
@@ -24,6 +25,14 @@ REPORT = (
     " above, the command and the output of pip freeze."
 )
 _TOO_LONG = re.compile(r"(\S{80})\S{200,}(\S{20})")  # of a file that is one word
+# What the system says of a name that was given, and what to do
+_OF_NAMES = {
+    errno.ENAMETOOLONG: "Give a shorter one.",
+    errno.ELOOP: "Mend the link, or give what it should lead to.",
+    errno.EACCES: "Change its rights, or give another.",
+    errno.EPERM: "Change its rights, or give another.",
+    errno.ENOTDIR: "A part of its path is a file. Check the path.",
+}
 VERBOSE = "GOOSE_LORA_VERBOSE"  # set to 1 by --verbose, also for the processes of stages
 # Options of mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
@@ -105,13 +114,13 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             )
             sys.exit(EXIT_INTERRUPTED)
         except UserError as error:
-            if debug:
-                print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-            if not debug:
-                print("(--debug shows where)", file=sys.stderr)
-            sys.exit(EXIT_BAD_INPUT)
+            _end_in_one_line(error, debug)
         except Exception as error:
+            # A name that the system does not take, or take us to, was given
+            if isinstance(error, OSError) and error.errno in _OF_NAMES and error.filename is not None:
+                way_out = _OF_NAMES[error.errno]
+                name = os.fsdecode(error.filename)
+                _end_in_one_line(UserError(f"{name}: {error.strerror}. {way_out}"), debug)
             error.add_note(REPORT)  # Python shows it below the traceback
             sys.excepthook = _show_without_secrets
             raise
@@ -119,6 +128,16 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             release()
 
     return run
+
+
+def _end_in_one_line(error: UserError, debug: bool) -> NoReturn:
+    """Print an error as the user of a command should see it, and end with its exit code."""
+    if debug:
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    if not debug:
+        print("(--debug shows where)", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
 
 
 def _one_line(error: UserError) -> str:

@@ -14,7 +14,7 @@ from goose_lora.data.columns import SET_ASIDE, is_text
 from goose_lora.data.formats import Taken, describe_dropped, take
 from goose_lora.data.labelled import BEST_FIRST, pair_words, parse_pairs
 from goose_lora.data.shapes import Reading, StageName
-from goose_lora.data.sources import HubPlace, is_table, numbers_again, read_rows
+from goose_lora.data.sources import HubPlace, has_splits, is_of_hub, is_table, numbers_again, read_rows
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 
@@ -105,13 +105,15 @@ class DataArguments:
 
     def train(self, stage: StageName) -> "RowSet":
         """Read the rows to train on, as ``stage`` takes them."""
-        return self._read(self.dataset_name, self.dataset_split, stage)
+        return self._read(self.dataset_name, self.dataset_split, stage, "dataset_split")
 
     def held_out(self, stage: StageName) -> "RowSet | None":
         """Read the held-out rows, as ``stage`` takes them; None if none are named."""
         if self.eval_dataset_name is None:
+            if self.eval_dataset_split != DataArguments.eval_dataset_split:
+                logger.warning("Without effect here: eval_dataset_split (needs eval_dataset_name).")
             return None
-        return self._read(self.eval_dataset_name, self.eval_dataset_split, stage)
+        return self._read(self.eval_dataset_name, self.eval_dataset_split, stage, "eval_dataset_split")
 
     def beside(self, name: str, max_rows: int | None = None) -> "RowSet":
         """Read a further file of texts or conversations, as fine-tuning takes them.
@@ -124,8 +126,17 @@ class DataArguments:
         taken = take_rows(name, self.dataset_split, max_rows, mapping, "sft", reading)
         return RowSet(name, self.dataset_split, taken.rows, tuple(taken.numbers))
 
-    def _read(self, name: str, split: str, stage: StageName) -> "RowSet":
-        taken = take_rows(name, split, self.max_rows, self.column_mapping, stage, self.reading, self.place)
+    def _read(self, name: str, split: str, stage: StageName, setting: str) -> "RowSet":
+        # A file is one split, whose name only the default may be silent about
+        if split != vars(DataArguments)[setting] and not has_splits(name):
+            raise UserError(
+                f"{setting}={split}: {name} has no splits. Leave it out, or name that split's file."
+            )
+        # One place for both files, of which one may lie here
+        names = (self.dataset_name, self.eval_dataset_name)
+        elsewhere = not is_of_hub(name) and any(is_of_hub(other) for other in names if other)
+        place = None if elsewhere else self.place
+        taken = take_rows(name, split, self.max_rows, self.column_mapping, stage, self.reading, place)
         return RowSet(name, split, taken.rows, tuple(taken.numbers))
 
 

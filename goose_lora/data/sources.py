@@ -7,6 +7,7 @@ wrong in words of the file.
 import csv
 import glob
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from urllib.request import urlopen
 import fsspec
 import pandas
 import pyarrow
+import yaml
 from datasets import (
     Dataset,
     DatasetDict,
@@ -27,11 +29,15 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.data_files import get_data_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import constants
+from huggingface_hub import DatasetCard, constants
 
+from goose_lora.embedded import MODEL
 from goose_lora.errors import UserError
 from goose_lora.files import brief
+
+logger = logging.getLogger(__name__)
 
 READERS = {
     ".jsonl": "json",
@@ -48,6 +54,9 @@ SEPARATORS = ",;\t|"
 WRAPPERS = ("data", "rows", "examples", "train")  # keys under which a JSON object has its rows
 
 
+_PLACE = ("dataset_config", "data_dir", "dataset_revision")  # settings, in the order of HubPlace
+
+
 class HubPlace(NamedTuple):
     """Which part of a Hub dataset: configuration, folder and revision."""
 
@@ -58,6 +67,9 @@ class HubPlace(NamedTuple):
 
 def read_rows(name: str, split: str, place: HubPlace | None = None) -> Dataset:
     """Read rows from a file, a glob, a folder or the Hub.
+
+    A folder whose files are named for splits, as those of the Hub are (``train.jsonl``,
+    ``data/test-00000-of-00001.parquet``), gives the rows of ``split`` alone.
 
     Raises:
         UserError: none are there, or they cannot be read; it says where and what to do.
@@ -72,6 +84,14 @@ def read_rows(name: str, split: str, place: HubPlace | None = None) -> Dataset:
 def _read_rows(name: str, split: str, place: HubPlace | None) -> Dataset:
     # In the order of what a name can be: a folder, an address, a glob, a file, the Hub
     path = Path(name).expanduser()
+    if path.is_dir() and _is_hub_copy(path):
+        return _from_hub(str(path), split, place or HubPlace())
+    given = [f"{setting}={value}" for setting, value in zip(_PLACE, place or (), strict=False) if value]
+    if given and (path.exists() or "://" in name or _suffix(path) in READERS):
+        raise UserError(
+            f"{given[0]}: {name} is no dataset of the Hub, which alone has that. Leave it out, or name the"
+            " files of that part."
+        )
     if path.is_dir():
         return _folder(path, split)
     if "://" in name:
@@ -147,6 +167,21 @@ def _folder(path: Path, split: str) -> Dataset:
                 f" {next(iter(rows))}."
             )
         return rows[split]
+    # Rows of all splits in one would train on those that are held out
+    splits = splits_of(path)
+    if splits and split not in splits:
+        first, files = next(iter(splits.items()))
+        raise UserError(
+            f"{path}: no split {split}. Its files are named for {', '.join(splits)}: dataset_split: {first}."
+            f" Or name the files: dataset_name: {files[0]}."
+        )
+    if splits:
+        read = {file for files in splits.values() for file in files}
+        others = [part.name for part in sorted(path.iterdir()) if _suffix(part) in READERS]
+        others = [other for other in others if str((path / other).absolute()) not in read]
+        if others:
+            logger.warning("%s: %s: of no split by its name, and not read.", path, ", ".join(others))
+        return _parts(splits[split], f"{path} ({split})")
     # Hidden files and notes beside the parts are none of them
     parts = [str(part) for part in sorted(path.iterdir()) if _suffix(part) in READERS]
     if not parts:
@@ -155,6 +190,62 @@ def _folder(path: Path, split: str) -> Dataset:
             " save_to_disk wrote."
         )
     return _parts(parts, str(path))
+
+
+def _is_hub_copy(path: Path) -> bool:
+    """Return whether a folder has the card of a Hub dataset, which says what belongs together."""
+    card = path / "README.md"
+    if not card.is_file():
+        return False
+    try:
+        return bool(DatasetCard.load(card).data.get("configs"))
+    except (ValueError, OSError, yaml.YAMLError):  # a note of the user's
+        return False
+
+
+def is_of_hub(name: str) -> bool:
+    """Return whether ``name`` is a Hub dataset's, or a folder that is a copy of one."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _is_hub_copy(path)
+    is_file = path.exists() or "://" in name or _suffix(path) in READERS or name.startswith(f"{MODEL}/")
+    return not is_file and not any(letter in name for letter in "*?[")
+
+
+def has_splits(name: str) -> bool:
+    """Return whether a split's name chooses among the rows of ``name``; of a file it does not."""
+    path = Path(name).expanduser()
+    return is_of_hub(name) or (
+        path.is_dir() and ((path / "dataset_dict.json").is_file() or bool(splits_of(path)))
+    )
+
+
+def splits_of(path: Path) -> dict[str, list[str]]:
+    """Return the files of each split that names of files in a folder tell; none if none do.
+
+    The names are those that ``datasets`` knows: train, validation, dev, test and others, in the
+    file's name or its folder's.
+    """
+    try:
+        patterns = get_data_patterns(str(path))
+    except FileNotFoundError:  # an empty folder
+        return {}
+    found: dict[str, list[str]] = {}
+    for split, ways in patterns.items():
+        if ways == ["**"]:  # no name tells a split
+            return {}
+        files = {file for way in ways for file in _resolved(way, path) if _suffix(Path(file)) in READERS}
+        if files:
+            found[str(split)] = sorted(files)
+    return found
+
+
+def _resolved(pattern: str, path: Path) -> list[str]:
+    """Return the files of a pattern of ``datasets``, below ``path``."""
+    try:
+        return resolve_pattern(pattern, str(path))
+    except FileNotFoundError:  # nothing has such a name
+        return []
 
 
 def _parts(parts: Sequence[str], name: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -96,6 +97,11 @@ class ModelArguments:
         top_layers(self.lora_layers, 10**6)
         if self.base_hub_id is not None:
             require_hub_name("base_hub_id", self.base_hub_id)
+        if self.model_revision is not None and _is_here(self.model_name_or_path):
+            raise UserError(
+                f"model_revision={self.model_revision}: {self.model_name_or_path} is no model of the Hub,"
+                " which alone has revisions. Leave it out, or name the folder of that revision."
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -120,6 +126,11 @@ def usable_dtype(args: ModelArguments, device: torch.device | None = None) -> Mo
     if args.dtype == "bfloat16" and emulates_bfloat16(place):
         return replace(args, dtype="float16")
     return args
+
+
+def _is_here(name: str) -> bool:
+    """Return whether a base is a folder, or the embedded one."""
+    return name == "embedded" or Path(name).expanduser().is_dir()
 
 
 def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:
@@ -156,7 +167,9 @@ def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArgu
         ) from error
     return ModelArguments(
         base or noted["id"],
-        model_revision=None if base else noted.get("commit") or noted.get("revision"),
+        model_revision=None
+        if base or _is_here(noted["id"])
+        else noted.get("commit") or noted.get("revision"),
         base_hub_id=noted.get("hub_id"),
         quantization=noted["quantization"],
         dtype=noted["dtype"],

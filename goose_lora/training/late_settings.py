@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.training_args import ParallelMode, trainer_log_levels
+from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
 from goose_lora.errors import UserError
@@ -26,8 +26,6 @@ from goose_lora.models.folders import require_hub_name
 _CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 _SFT_LOSSES = ("nll", "dft")
 _WORDS = {
-    "truncation_mode": ("keep_start", "keep_end"),
-    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
     "torch_compile_mode": (
         "default",
         "lite",
@@ -99,9 +97,6 @@ def check_late_settings(args: TrainingArguments) -> None:
 def _check_names(args: TrainingArguments) -> None:
     """Raise UserError for words that are looked up, and packages that are imported, late."""
     values = vars(args)
-    for name in ("log_level", "log_level_replica"):
-        if values[name] not in trainer_log_levels:
-            raise UserError(f"{name}={values[name]}: there are {', '.join(trainer_log_levels)}.")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise UserError(
             "use_liger_kernel: true: liger_kernel is not installed. pip install liger-kernel, or leave it"

@@ -49,7 +49,9 @@ _ABOVE_ZERO = (
     "save_total_limit",
     "dataset_num_proc",
     "ddp_timeout",
+    "eval_accumulation_steps",
 )
+_LONGEST_NAME = 255  # bytes, on Linux and macOS
 LARGEST_SEED = 2**32 - 1  # numpy's
 _LARGEST_COUNT = 2**53
 _LARGEST, _SMALLEST = 3.4e38, 1e-37  # of float32, with a margin
@@ -70,8 +72,12 @@ def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: s
     """
     # The dataclasses' own annotations say what a value may be
     hints: dict[str, object] = {}
+    choices: dict[str, list[object]] = {}
     for dataclass in dataclasses:
         hints |= get_type_hints(dataclass)
+        for field in fields(dataclass):
+            if field.name != "loss_type":  # of which there are fewer here
+                choices[field.name] = list(field.metadata.get("choices") or [])
     for name, value in config.items():
         if name in hints and _is_no_number(value, hints[name]):
             raise UserError(f"{where}{name}={value}: must be a finite number.")
@@ -84,6 +90,10 @@ def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: s
             if "text" in _words(hints[name]) and isinstance(value, (int, float)):
                 quotes = " Put it in quotes."
             raise UserError(f"{where}{name}: {found} is not {_words(hints[name])}.{quotes}")
+        # argparse compares words of the command line with them, and no default from a file
+        if value is not None and choices.get(name) and value not in choices[name]:
+            known = ", ".join(map(str, choices[name]))
+            raise UserError(f"{where}{name}: {_short.repr(value)} is none of {known}.")
 
 
 def check_words(words: Sequence[str], dataclasses: Sequence[type]) -> None:
@@ -257,15 +267,20 @@ def require_output_folder(name: str, option: str = "output_dir") -> None:
 def check_not_empty(settings: "DataclassInstance") -> None:
     """Raise UserError for the name of a folder, file, model or function that is no name.
 
-    An empty one would mean the working directory to some readers, and nothing to others.
+    An empty one would mean the working directory to some readers, and nothing to others; of one
+    that is too long the system says so to each reader in another place.
     """
     names = {field.name for field in fields(settings)}
     if isinstance(settings, TrainingArguments):  # others of transformers mean "as it is"
-        names &= {"resume_from_checkpoint", "hub_model_id"}
+        names &= {"output_dir", "resume_from_checkpoint", "hub_model_id"}
     for name in sorted(names):
         value = vars(settings)[name]
         if isinstance(value, str) and not value.strip() and name != "output_dir":
             raise UserError(f"{name}={value!r}: is empty. Give a name, or leave it out.")
+        # Signed addresses of the web may be as long as they like
+        is_name = isinstance(value, str) and "://" not in value
+        if is_name and any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(value).parts):
+            raise UserError(f"{name}={_short.repr(value)}: no file system takes so long a name. Shorten it.")
 
 
 def check_no_secrets(settings: "DataclassInstance") -> None:

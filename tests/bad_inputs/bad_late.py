@@ -35,6 +35,63 @@ def config_of_base(name, says, **changes):
 
 
 CASES = [
+    # What a stage would pass over, though training or a checkpoint depends on it
+    setting("sft", "bf16_full_eval", True, "bf16_full_eval=True", "adapters stay in float32", "Leave it out"),
+    setting("ppo", "fp16_full_eval", True, "fp16_full_eval=True", "adapters stay in float32", "Leave it out"),
+    setting(
+        "reward", "save_only_model", True, "save_only_model=True", "no run could go on", "save_total_limit"
+    ),
+    setting("sft", "ignore_data_skip", True, "ignore_data_skip=True", "the same rows again", "Leave it out"),
+    setting("reward", "label_names", ["x"], "label_names=['x']", "names its labels itself", "Leave it out"),
+    setting("sft", "dataset_kwargs", {"a": 1}, "dataset_kwargs={'a': 1}", "prepares the rows itself"),
+    setting("ppo", "fsdp_config", "none.json", "fsdp_config=none.json", "with fsdp alone", "leave it out"),
+    setting("sft", "fsdp_config", {"a": 1}, "fsdp_config={'a': 1", "with fsdp alone", "leave it out"),
+    setting(
+        "sft", "dataloader_multiprocessing_context", "spawn", "context=spawn", "dataloader_num_workers to"
+    ),
+    setting("reward", "dataloader_multiprocessing_context", "x", "context: 'x' is none of fork, spawn"),
+    setting(
+        "ppo", "label_smoothing_factor", 0.1, "label_smoothing_factor=0.1", "fine-tuning", "Leave it out"
+    ),
+    setting("reward", "label_smoothing_factor", 0.1, "label_smoothing_factor=0.1", "fine-tuning", "margins"),
+    setting("ppo", "neftune_noise_alpha", 5.0, "neftune_noise_alpha=5.0", "have no noise", "Leave it out"),
+    setting(
+        "own_loop", "auto_find_batch_size", True, "auto_find_batch_size=True", "halves a microbatch itself"
+    ),
+    setting("ppo", "warmup_steps", 10, "warmup_steps=10", "no warm-up", "constant_with_warmup"),
+    setting("ppo", "warmup_steps", 0.1, "warmup_steps=0.1", "no warm-up", "constant_with_warmup"),
+    setting("ppo", "debug", "underflow_overflow", "debug=underflow_overflow", "Leave it out"),
+    setting("ppo", "train_sampling_strategy", "x", "train_sampling_strategy: 'x' is none of random"),
+    setting("sft", "train_sampling_strategy", "x", "train_sampling_strategy: 'x' is none of random"),
+    setting("ppo", "train_sampling_strategy", "sequential", "=sequential: this stage has random."),
+    setting("reward", "train_sampling_strategy", "group_by_length", "this stage has random and sequential"),
+    setting("sft", "packing_strategy", "x", "packing_strategy: 'x' is none of bfd"),
+    setting("sft", "ddp_backend", "x", "ddp_backend: 'x' is none of nccl, gloo"),
+    setting("reward", "eval_accumulation_steps", 0, "eval_accumulation_steps=0", "must be above 0"),
+    setting(
+        "sft",
+        "accelerator_config",
+        {"gradient_accumulation_kwargs": {"num_steps": 3}},
+        "num_steps=3: here it is gradient_accumulation_steps: 3",
+    ),
+    setting("ppo", "accelerator_config", {"split_batches": True}, "split_batches: true", "Leave it out"),
+    setting("sft", "model_revision", "v1", "model_revision=v1", "is no model of the Hub", "Leave it out"),
+    setting("evaluate", "dataset_split", "dev", "dataset_split=dev", "has no splits", "Leave it out"),
+    setting("reward", "eval_dataset_split", "dev", "eval_dataset_split=dev", "has no splits", "Leave it out"),
+    setting(
+        "ppo", "dataset_config", "main", "dataset_config=main", "is no dataset of the Hub", "Leave it out"
+    ),
+    setting("sft", "data_dir", "d", "data_dir=d", "is no dataset of the Hub", "Leave it out"),
+    setting("own_loop", "dataset_revision", "v1", "dataset_revision=v1", "no dataset of the Hub"),
+    *(
+        setting(recipe, name, ending.rjust(300, "x"), f"{name}=", "takes so long a name. Shorten it.")
+        for recipe, name, ending in (
+            ("sft", "output_dir", "y"),
+            ("ppo", "policy_adapter", "/sft"),
+            ("reward", "dataset_name", ".jsonl"),
+            ("evaluate", "model_name_or_path", "/base"),
+        )
+    ),
     # Trackers
     setting("sft", "report_to", "wandb", "report_to: wandb is not installed", "report_to: none"),
     setting("ppo", "report_to", ["tensorboard", "mlflow"], "report_to: mlflow is not installed", "none"),

@@ -209,6 +209,24 @@ def test_an_error_of_the_users_asks_for_no_report(monkeypatch, capsys):
     assert end.value.code == 2 and "Traceback" not in printed and process.REPORT not in printed
 
 
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda folder: folder / ("x" * 400), "File name too long. Give a shorter one."),
+        (lambda folder: folder / "loop", "Too many levels of symbolic links. Mend the link"),
+        (lambda folder: folder / "file" / "rows", "Not a directory. A part of its path is a file."),
+    ],
+)
+def test_a_name_that_the_system_does_not_take_is_no_bug(made, says, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        cli.command(lambda: made(tmp_path).open())()
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert says in printed and printed.count("error:") == 1 and "bug" not in printed
+
+
 def test_an_interrupt_ends_with_130_and_no_traceback(capsys):
     def interrupted():
         raise KeyboardInterrupt

@@ -1,0 +1,106 @@
+"""Folders whose files are named for splits, and settings that only a dataset of the Hub has."""
+
+import pytest
+import tiny
+from datasets import Dataset, load_dataset
+
+from goose_lora.data import sources
+from goose_lora.data.rows import DataArguments
+from goose_lora.errors import UserError
+
+CARD = """---
+configs:
+- config_name: main
+  data_files: [{split: train, path: main/train.jsonl}]
+- config_name: extra
+  data_files: [{split: train, path: extra/train.jsonl}]
+---
+"""
+LAYOUTS = {
+    "names": ["train.jsonl", "test.jsonl"],
+    "parts": ["train-1.jsonl", "train-2.jsonl", "dev.jsonl"],
+    "words around": ["my_train_rows.jsonl", "my_validation_rows.jsonl"],
+    "a copy of the Hub's": ["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"],
+    "folders": ["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"],
+    "no splits": ["contest.jsonl", "latest.jsonl"],
+}
+
+
+def write(folder, files):
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        tiny.write_rows(folder / file, [{"prompt": f"of {file}"}])
+    return str(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_split_of_a_folder_has_the_rows_that_datasets_gives_it(layout, tmp_path):
+    folder = write(tmp_path / "rows", LAYOUTS[layout])
+    for split, rows in load_dataset(folder).items():
+        assert sorted(sources.read_rows(folder, str(split))["prompt"]) == sorted(rows["prompt"])
+
+
+def test_held_out_rows_of_a_folder_are_not_trained_on(tmp_path):
+    folder = write(tmp_path / "rows", LAYOUTS["names"])
+    data = DataArguments(folder, eval_dataset_name=folder)
+    assert data.train("ppo").rows["prompt"][:] == ["of train.jsonl"]
+    assert data.held_out("ppo").rows["prompt"][:] == ["of test.jsonl"]
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    folder = write(tmp_path / "rows", LAYOUTS["names"])
+    with pytest.raises(UserError, match=r"no split validation\. Its files are named for train, test"):
+        DataArguments(folder, dataset_split="validation").train("ppo")
+
+
+def test_a_file_of_no_split_beside_others_is_told(tmp_path, caplog):
+    folder = write(tmp_path / "rows", ["train.jsonl", "more.jsonl"])
+    assert sources.read_rows(folder, "train")["prompt"][:] == ["of train.jsonl"]
+    assert "more.jsonl: of no split by its name, and not read" in caplog.text
+
+
+def test_a_copy_with_a_card_of_configurations_is_read_by_its_card(tmp_path):
+    folder = write(tmp_path / "rows", ["main/train.jsonl", "extra/train.jsonl"])
+    (tmp_path / "rows" / "README.md").write_text(CARD)
+    data = DataArguments(folder, dataset_config="extra")
+    assert data.train("ppo").rows["prompt"][:] == ["of extra/train.jsonl"]
+    with pytest.raises(UserError, match=r"several configurations: .*dataset_config: NAME"):
+        DataArguments(folder).train("ppo")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "folder", "folder/*.jsonl", "embedded/prompts"])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("dataset_split", "validation"),
+        ("dataset_split", "train[:9]"),
+        ("dataset_config", "main"),
+        ("data_dir", "d"),
+        ("dataset_revision", "v1"),
+    ],
+)
+def test_what_only_a_dataset_of_the_hub_has_is_refused_for_another(
+    name, setting, value, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("goose_lora.data.rows.resolve", lambda name: name.removeprefix("embedded/"))
+    write(tmp_path, ["rows.jsonl", "folder/a.jsonl", "prompts"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"{setting}={value.replace('[', '.')[:6]}.*Leave it out, or name"):
+        DataArguments(name, **{setting: value}).train("ppo")
+
+
+def test_held_out_rows_may_be_of_the_hub_beside_a_file(tmp_path, monkeypatch):
+    rows = write(tmp_path, ["rows.jsonl"]) + "/rows.jsonl"
+    monkeypatch.setattr(
+        sources,
+        "load_dataset",
+        lambda *names, **place: Dataset.from_list([{"prompt": f"{names[1]} {place['split']}"}]),
+    )
+    data = DataArguments(rows, eval_dataset_name="org/name", dataset_config="main", eval_dataset_split="dev")
+    assert data.held_out("ppo").rows["prompt"][:] == ["main dev"]
+
+
+def test_a_split_of_held_out_rows_that_nobody_names_is_told(tmp_path, caplog):
+    rows = write(tmp_path, ["rows.jsonl"]) + "/rows.jsonl"
+    assert DataArguments(rows, eval_dataset_split="dev").held_out("ppo") is None
+    assert "Without effect here: eval_dataset_split (needs eval_dataset_name)" in caplog.text
