@@ -478,6 +478,9 @@ class Stage:
         # ``tokenizer`` has put the template on it; TRL would add a folder's tokens to the base
         if vars(config).get("chat_template_path"):
             config.chat_template_path = None
+        # These orders go by a column that the collator of pairs does not read
+        if self.name == "reward" and config.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            config.remove_unused_columns = False
         if self._rollout_weights is not None:
             config.rollout_weights = self._rollout_weights
         return config

@@ -175,13 +175,12 @@ def _given(args: TrainingArguments) -> set[str]:
 
 
 def _check_sampling(args: TrainingArguments) -> None:
-    """Raise UserError for an order of rows that the stage cannot have."""
-    order, values = args.train_sampling_strategy, vars(args)
-    if order == "random" or _is_fine_tuning(values):
-        return
-    if _is_ppo(values) or order != "sequential":
-        known = "random" if _is_ppo(values) else "random and sequential"
-        raise UserError(f"train_sampling_strategy={order}: this stage has {known}.")
+    """Raise UserError for another order of prompts than PPO's."""
+    order = args.train_sampling_strategy
+    if order != "random" and _is_ppo(vars(args)):
+        raise UserError(
+            f"train_sampling_strategy={order}: rollouts draw their prompts at random. Leave it out."
+        )
 
 
 def _check_accelerator(args: TrainingArguments) -> None:

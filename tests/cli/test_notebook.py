@@ -103,3 +103,15 @@ def test_a_secret_reaches_the_recipe_and_no_file(settings, tmp_path, monkeypatch
 
 def test_the_version_is_the_packages():
     assert goose_lora.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("order", ["sequential", "group_by_length", "batch_rebalance"])
+def test_rows_come_in_each_order_that_transformers_has(stage, order, settings, tmp_path):
+    texts, preferences = tiny.texts(16), tiny.preferences(16)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", texts if stage == "sft" else preferences)
+    settings |= {"train_sampling_strategy": order, "bf16": False, "max_steps": 2}
+    if stage == "reward":
+        settings["eval_dataset_name"] = rows
+    done = goose_lora.run(stage, settings, dataset_name=rows, output_dir=tmp_path / "run")
+    assert done.figures["steps"] == 2
