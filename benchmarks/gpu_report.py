@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,27 @@ def generation() -> dict[str, Any]:
     return found
 
 
+def float16() -> dict[str, Any]:
+    """Return seconds of each phase, the gap of sampling (nats a token) and loss scale, by dtype."""
+    from goose_lora.models.loading import load_tokenizer
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        memory, arguments, sizes, found["of"] = _model(Path(name))
+        for dtype in ("bfloat16", "float16"):
+            seconds: Seconds = defaultdict(float)
+            config = memory["settings"](Path(name) / "run", rollout_weights="shared", **sizes)
+            of_dtype = replace(arguments, dtype=dtype)
+            run = memory["ready_run"](
+                load_tokenizer(of_dtype), of_dtype, config, None, partial(timed, seconds)
+            )
+            run.train()
+            logs = {key: value for row in run.state.log_history for key, value in row.items()}
+            shown = ("rollout/sampling_gap", "policy/first_ratio_gap", "loss_scale", "loss_scale_skips")
+            found[dtype] = dict(seconds) | {key: logs[key] for key in shown if key in logs}
+    return found
+
+
 def plan() -> dict[str, Any]:
     """Return the memory plan's bytes beside the allocator's peaks, by phase; on a GPU alone."""
     import torch
@@ -157,6 +179,7 @@ PARTS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
     "environment": (environment, 60),
     "ppo": (ppo, 180),
     "generation": (generation, 120),
+    "float16": (float16, 90),
     "plan": (plan, 90),
     "tests": (tests, 120),
 }

@@ -17,14 +17,17 @@ def script():
 def test_the_report_in_miniature_has_speeds_and_seconds_of_each_phase(script, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     output = tmp_path / "runs" / "report.json"
-    script["report"](["environment", "ppo", "plan"], output)
+    script["report"](["environment", "ppo", "float16", "plan"], output)
     written = json.loads(output.read_text())
+    assert set(script["PARTS"]) > {"environment", "ppo", "float16", "plan"}
     assert set(written["environment"]["result"]["TFLOP/s"]) >= {"torch.float32", "torch.bfloat16"}
     phases = {name: found for name, found in written["ppo"]["result"].items() if name != "of"}
     assert len(phases) == 4 and all(
         seconds.keys() == {"generate", "score", "update"} and min(seconds.values()) > 0
         for seconds in phases.values()
     )
+    assert written["float16"]["result"]["float16"]["loss_scale"] == 4096
+    assert written["float16"]["result"]["bfloat16"]["rollout/sampling_gap"] < 0.1
     assert "result" in written["plan"]
 
 
