@@ -28,8 +28,7 @@ from goose_lora.embedded import (
 )
 from goose_lora.errors import UserError
 from goose_lora.files import read_json, write_json
-from goose_lora.sharing.export import loading_snippet
-from goose_lora.terminal import table
+from goose_lora.terminal import side_by_side, table
 from goose_lora.training.signals import EXIT_INTERRUPTED
 
 VADER = Package(
@@ -45,9 +44,20 @@ VADER = Package(
 def vader(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """Return VADER's compound sentiment of prompt and completion together, -1 to 1.
 
-    It is the judge, which no stage of training sees.
+    It is the demo's judge, which no stage of training sees.
     """
+    return _sentiments([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
 
+
+def vader_of_reply(completions: Sequence[str], **columns: object) -> list[float]:
+    """Return VADER's compound sentiment of replies alone, -1 to 1.
+
+    It is the judge of chats. What was asked for has no say: a film about war may be praised.
+    """
+    return _sentiments(completions)
+
+
+def _sentiments(texts: Sequence[str]) -> list[float]:
     def unpack(folder: Path) -> None:
         with zipfile.ZipFile(fetch(VADER)) as wheel:
             wheel.extractall(folder)
@@ -59,15 +69,14 @@ def vader(prompts: Sequence[str], completions: Sequence[str], **columns: object)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     analyzer = module.SentimentIntensityAnalyzer()
-    return [
-        analyzer.polarity_scores(prompt + completion)["compound"]
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    return [analyzer.polarity_scores(text)["compound"] for text in texts]
 
 
 # ---- The demo ----
 
-STAGES = ("sft", "reward", "ppo", "evaluation")
+# The stages, each with its share of the time that all of them take
+STAGES = {"sft": 0.14, "reward": 0.38, "ppo": 0.36, "evaluation": 0.12}
+JUDGED_BY = "VADER"
 
 
 def run_demo(output: Path, *, seed: int = 0) -> None:
@@ -87,27 +96,38 @@ def run_demo(output: Path, *, seed: int = 0) -> None:
         print("Model and ratings are in the cache", flush=True)
     else:
         print("Fetching the model and the ratings", flush=True)
-    model, _ = model_folder(), data_folder()
+    for fetch_once in (model_folder, data_folder):
+        fetch_once()
     device = gpu()
     if device is None:
         print("On the CPU", flush=True)
     else:
         print(f"On {device} (for the CPU: ACCELERATE_USE_CPU=true)", flush=True)
 
-    # The stages that are not done yet
+    # The stages that are not done yet; those that were done in this call tell how fast it is here
+    spent, share = 0.0, 0.0
     for number, stage in enumerate(STAGES, 1):
         place = f"[{number}/{len(STAGES)}] {stage}"
         if (output / stage / "stage.json").is_file():
             print(f"{place}: already in {output / stage}; delete that folder to run it again", flush=True)
             continue
-        print(f"\n{place}", flush=True)
+        print(f"\n{place}{_time_left(stage, spent, share)}", flush=True)
+        began = time.monotonic()
         _run_stage(recipes, stage, output, seed)
+        spent, share = spent + time.monotonic() - began, share + STAGES[stage]
 
     # What came of them
     summary = _summarise(output, round(time.monotonic() - started, 1))
     write_json(output / "summary.json", summary)
     shutil.copyfile(output / "ppo" / "curves.png", output / "curves.png")
-    _print_summary(output, summary, model)
+    _print_summary(output, summary, read_json(output / "evaluation" / "evaluation.json")["greedy"])
+
+
+def _time_left(stage: str, spent: float, share: float) -> str:
+    """Return what this stage and those after it will take, at the pace of those before."""
+    names = list(STAGES)
+    to_do = sum(STAGES[name] for name in names[names.index(stage) :])
+    return f", about {max(1, round(spent / share * to_do / 60))} min left" if share else ""
 
 
 # The folders of earlier stages that a stage starts from, by setting.
@@ -136,8 +156,10 @@ def _run_stage(recipes: Path, stage: str, output: Path, seed: int) -> None:
         if stage != "evaluation":  # which takes what there is
             command += ["--use_cpu", "false"]
 
-    # Its own words are above; Ctrl-C ends the demo with it
-    done = subprocess.run([sys.executable, *command, "--seed", str(seed)], env=environment)
+    # Its own words are above; what the evaluation prints is said at the end. Ctrl-C ends the demo
+    # with it.
+    shown = subprocess.DEVNULL if stage == "evaluation" else None
+    done = subprocess.run([sys.executable, *command, "--seed", str(seed)], env=environment, stdout=shown)
     if done.returncode == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if done.returncode != 0:
@@ -175,10 +197,10 @@ def _slow_bf16_options(stage: str) -> list[str]:
 def _summarise(output: Path, seconds: float) -> dict[str, Any]:
     stages = {stage: read_json(output / stage / "stage.json") for stage in STAGES}
     verdict = read_json(output / "reward" / "verdict.json")
-    evaluation = read_json(output / "evaluation" / "evaluation.json")["figures"]
-    summary: dict[str, Any] = {"reward": verdict}
-    for name in ("base", "sft", "ppo"):
-        summary[name] = {key.replace("judge", "vader"): value for key, value in evaluation[name].items()}
+    evaluation = read_json(output / "evaluation" / "evaluation.json")
+    summary: dict[str, Any] = {"reward": verdict, "prompts": evaluation["prompts"]}
+    for name, figures in evaluation["figures"].items():
+        summary[name] = {key.replace("judge", "vader"): value for key, value in figures.items()}
     summary["seconds"] = {stage: figures["seconds"] for stage, figures in stages.items()} | {
         "this_command": seconds
     }
@@ -186,20 +208,49 @@ def _summarise(output: Path, seconds: float) -> dict[str, Any]:
     return summary
 
 
-def _print_summary(output: Path, summary: dict[str, Any], model: Path) -> None:
+def _print_summary(output: Path, summary: dict[str, Any], greedy: list[dict[str, str]]) -> None:
+    # What changed, to be read
     reward = summary["reward"]
     low, high = reward["accuracy_ci"]
-    print(f"\nReward model: accuracy {reward['accuracy']:.3f} on held-out pairs ({low:.3f} to {high:.3f})")
-    columns = ["", "score", "vader", "kl", "tokens", "distinct_2", "score_win_rate"]
-    print(table([{"": name, **summary[name]} for name in ("base", "sft", "ppo")], columns))
+    replies = {_NAMES[name]: [row[name] for row in greedy] for name in ("sft", "ppo")}
+    print("\nThree held-out prompts, before PPO and after it (greedy replies):\n")
+    print(side_by_side([row["asked"] for row in greedy], replies))
+
+    # The same in figures
     print(
-        table(
-            [{"": "seconds", **summary["seconds"]}, {"": "peak memory (GB)", **summary["peak_rss_gb"]}],
-            ["", *STAGES],
-        )
+        f"\nReward model: right on {reward['accuracy']:.3f} of held-out pairs ({low:.3f} to {high:.3f}).\n"
+        f"{summary['prompts']} held-out prompts at temperature 1; {JUDGED_BY} judges, which no stage of"
+        " training has seen:\n"
     )
+    rows: list[dict[str, object]] = [
+        {"": title} | {_NAMES[name]: summary[name].get(key) for name in _NAMES}
+        for key, title in _FIGURES.items()
+    ]
+    print(table(rows, ["", *_NAMES.values()]))
+    seconds = ", ".join(f"{stage} {round(number)} s" for stage, number in summary["seconds"].items())
+    print(f"\nTime: {seconds}. Peak memory: {max(summary['peak_rss_gb'].values()):.1f} GB.")
+
+    # Where to go from here
     print(
-        f"\nCurves: {output / 'curves.png'}\nFigures: {output / 'summary.json'}\nReplies:"
-        f" {output / 'evaluation' / 'replies.jsonl'}"
+        f"""
+What to do next:
+  look      open {output / "ppo" / "report.html"} in a browser: curves, samples, diagnosis
+  talk      goose-lora chat {output / "ppo"}
+  check     goose-lora doctor {output / "ppo"}
+  take it   goose-lora export {output / "ppo"} --to ollama
+  own data  goose-lora data FILE, then goose-lora sft --config consumer_gpu/sft --dataset_name FILE
+All figures: {output / "summary.json"}. All replies: {output / "evaluation" / "replies.jsonl"}."""
     )
-    print(f"The adapter, in plain PEFT:\n  {loading_snippet(str(model), output / 'ppo')}")
+
+
+_NAMES = {"base": "untrained", "sft": "after SFT", "ppo": "after PPO"}
+_FIGURES = {
+    "vader": f"{JUDGED_BY}, -1 to 1",
+    "score": "score of the reward model",
+    "score_win_rate": "share that it prefers to SFT's",
+    "kl": "KL to SFT, nats a reply",
+    "ended": "share of replies that end",
+    "tokens": "tokens a reply",
+    "distinct_2": "distinct bigrams",
+    "base_loss": "the untrained model's loss on them, a token",
+}

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,17 +19,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from goose_lora.errors import UserError
+from goose_lora.film_subjects import FORMS, HELD_OUT, NAMED, TRAINED
 
 logger = logging.getLogger(__name__)
 
 MODEL = "embedded"
-DATASETS = ("sft", "preferences", "preferences-test", "random-pairs-test", "prompts", "prompts-test")
+# Sentences and beginnings of sentences, as plain text
+TEXTS = ("sft", "preferences", "preferences-test", "random-pairs-test", "prompts", "prompts-test")
+# The same sentences as replies to a request for a review, as chat
+CHATS = tuple(f"chat-{name}" for name in TEXTS)
+DATASETS = (*TEXTS, *CHATS)
 SPLIT_SEED = 0
 # Shares of the sentences: to train SFT and reward model, to take training prompts from, and held
 # out from everything.
 TRAIN_SHARE, PROMPT_SHARE = 0.6, 0.2
 MAX_TRAIN_WORDS = 28  # longer sentences cost most of the time on a CPU; held-out ones are of any length
+# A reply is asked to be one sentence: what shows it how is short, and reads as one
+DEMONSTRATION_WORDS = (5, 16)
+REPLY_WORDS = (4, 16)
 TEST_PAIRS = 400
+
+
+# SmolLM2's own template begins each conversation with a system turn of 24 tokens, more than a
+# request and its reply together; without it all stages take half the time on a CPU
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 class Package(NamedTuple):
@@ -84,7 +102,8 @@ def resolve(name: str) -> str:
             raise UserError(
                 f"{name}: no such embedded data. There are {', '.join(f'{MODEL}/{d}' for d in DATASETS)}."
             )
-        return str(data_folder() / f"{dataset}.jsonl")
+        folder = chat_folder() if dataset in CHATS else data_folder()
+        return str(folder / f"{dataset}.jsonl")
     return name
 
 
@@ -156,8 +175,11 @@ def make_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
 
 
 def model_folder() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in bf16, its pad token ``<|endoftext|>``."""
-    return make_folder(cache_dir() / "smollm2-135m-instruct", _convert_model)
+    """Return the folder of SmolLM2-135M-Instruct in bf16, its pad token ``<|endoftext|>``.
+
+    Its chat template is ``CHATML``.
+    """
+    return make_folder(cache_dir() / "smollm2-135m-chatml", _convert_model)
 
 
 def _convert_model(folder: Path) -> None:
@@ -175,6 +197,7 @@ def _convert_model(folder: Path) -> None:
             dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.chat_template = CHATML
     # The file has no pad token; this one is not what ends a turn
     tokenizer.pad_token = "<|endoftext|>"
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -193,8 +216,21 @@ def data_folder() -> Path:
     return make_folder(cache_dir() / "film-ratings", _write_data)
 
 
+def chat_folder() -> Path:
+    """Return the folder with the data of ``CHATS`` as jsonl, split as those of ``TEXTS``."""
+    return make_folder(cache_dir() / "film-chats", _write_chats)
+
+
 def _write_data(folder: Path) -> None:
-    for name, rows in datasets_from(read_ratings(fetch(RATINGS))).items():
+    _write_rows(folder, datasets_from(read_ratings(fetch(RATINGS))))
+
+
+def _write_chats(folder: Path) -> None:
+    _write_rows(folder, chats_from(read_ratings(fetch(RATINGS))))
+
+
+def _write_rows(folder: Path, datasets: dict[str, list[dict[str, Any]]]) -> None:
+    for name, rows in datasets.items():
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -220,13 +256,9 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def datasets_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each of ``DATASETS``."""
-    # Each sentence is in one part, whichever data set it comes to stand in
+    """Return the rows of each of ``TEXTS``."""
     rng = random.Random(SPLIT_SEED)
-    unique = list({rating.text: rating for rating in ratings}.values())
-    rng.shuffle(unique)
-    first, second = int(TRAIN_SHARE * len(unique)), int((TRAIN_SHARE + PROMPT_SHARE) * len(unique))
-    train, for_prompts, held_out = unique[:first], unique[first:second], unique[second:]
+    train, for_prompts, held_out = split(ratings, rng)
     train = [rating for rating in train if len(rating.text.split()) <= MAX_TRAIN_WORDS]
     return {
         "sft": [{"text": rating.text} for rating in train],
@@ -236,6 +268,109 @@ def datasets_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
         "prompts": [{"prompt": opening(rating.text, rng)} for rating in for_prompts],
         "prompts-test": [{"prompt": opening(rating.text, rng)} for rating in held_out],
     }
+
+
+def split(ratings: Sequence[Rating], rng: random.Random) -> tuple[list[Rating], list[Rating], list[Rating]]:
+    """Return the ratings to train on, those to take beginnings from, and those held out.
+
+    Each sentence is in one part, whichever data set it comes to stand in.
+    """
+    unique = list({rating.text: rating for rating in ratings}.values())
+    rng.shuffle(unique)
+    first, second = int(TRAIN_SHARE * len(unique)), int((TRAIN_SHARE + PROMPT_SHARE) * len(unique))
+    return unique[:first], unique[first:second], unique[second:]
+
+
+# ---- Ratings as replies ----
+
+
+def chats_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each of ``CHATS``: somebody asks for a review, a rated sentence answers.
+
+    Held-out subjects are asked for in the data of tests alone.
+    """
+    rng = random.Random(SPLIT_SEED)
+    train, _, held_out = split(ratings, rng)
+    subjects = (*NAMED, *TRAINED)
+    prompts = [{"prompt": request(subject, form)} for subject in subjects for form in FORMS]
+    prompts_test = [{"prompt": request(subject, form)} for subject in HELD_OUT for form in FORMS]
+    rng.shuffle(prompts)
+    rng.shuffle(prompts_test)
+    return {
+        "chat-sft": demonstrations(train, rng),
+        "chat-preferences": reply_pairs(train, subjects, rng),
+        "chat-preferences-test": reply_pairs(held_out, HELD_OUT, rng)[:TEST_PAIRS],
+        "chat-random-pairs-test": reply_pairs(held_out, HELD_OUT, rng, far=False)[:TEST_PAIRS],
+        "chat-prompts": prompts,
+        "chat-prompts-test": prompts_test,
+    }
+
+
+def request(subject: str, form: str) -> list[dict[str, str]]:
+    """Return a conversation that asks for a review of a film about ``subject``."""
+    return [{"role": "user", "content": form.format(subject)}]
+
+
+def reply(text: str) -> list[dict[str, str]]:
+    """Return the turn that answers."""
+    return [{"role": "assistant", "content": text}]
+
+
+def demonstrations(ratings: Sequence[Rating], rng: random.Random) -> list[dict[str, Any]]:
+    """Return whole sentences as replies to a request that names what they speak of.
+
+    Sentences that speak of nothing in ``NAMED`` are left out.
+    """
+    low, high = DEMONSTRATION_WORDS
+    names = {word: subject for subject, words in NAMED.items() for word in words.split()}
+    rows = []
+    for text, _ in ratings:
+        words = re.findall(r"[a-z]+", text.lower())
+        subject = next((names[word] for word in words if word in names), None)
+        whole = re.fullmatch(r"[A-Z][^()]*[.!?]", text) and "..." not in text and "  " not in text
+        if subject and whole and low <= len(text.split()) <= high:
+            rows.append({"prompt": request(subject, rng.choice(FORMS)), "completion": reply(text)})
+    return rows
+
+
+def reply_pairs(
+    ratings: Sequence[Rating],
+    subjects: Sequence[str],
+    rng: random.Random,
+    *,
+    gap: float = 1.0,
+    far: bool = True,
+) -> list[dict[str, Any]]:
+    """Return pairs of replies to one request, rated ``gap`` or more apart.
+
+    Each sentence is in at most one. With ``far``, a sentence of the worse half stands against one
+    of the better half; otherwise any two may meet.
+    """
+    low, high = REPLY_WORDS
+    fitting = [rating for rating in ratings if low <= len(rating.text.split()) <= high]
+    rng.shuffle(fitting)
+    if far:
+        fitting.sort(key=lambda rating: rating.mean)
+        half = len(fitting) // 2
+        couples = list(zip(fitting[:half], fitting[len(fitting) - half :], strict=True))
+    else:
+        ordered = (
+            sorted(couple, key=lambda rating: rating.mean)
+            for couple in zip(fitting[::2], fitting[1::2], strict=False)
+        )
+        couples = [(worse, better) for worse, better in ordered]
+    rows = [
+        {
+            "prompt": request(rng.choice(subjects), rng.choice(FORMS)),
+            "chosen": reply(better.text),
+            "rejected": reply(worse.text),
+            "margin": round(better.mean - worse.mean, 3),
+        }
+        for worse, better in couples
+        if better.mean - worse.mean >= gap
+    ]
+    rng.shuffle(rows)
+    return rows
 
 
 def opening(text: str, rng: random.Random) -> str:

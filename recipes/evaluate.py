@@ -3,9 +3,10 @@
     accelerate launch recipes/evaluate.py --config recipes/configs/demo_cpu/evaluate.yaml
     [--any_field value]
 
-Prints a table and samples, and writes evaluation.json and replies.jsonl to output_dir. A judge,
-given as module:function with TRL's signature (prompts=, completions=, -> list of numbers), is asked
-about every reply; best_of shows what the reward model alone can pick from SFT.
+Prints greedy replies to three prompts and a table, and writes evaluation.json and replies.jsonl to
+output_dir. A judge, given as module:function with TRL's signature (prompts=, completions=, -> list
+of numbers), is asked about every reply; best_of shows what the reward model alone can pick from
+SFT.
 """
 
 from dataclasses import dataclass, field, replace
@@ -51,10 +52,14 @@ COLUMNS = [
     "tokens",
     "ended",
     "distinct_2",
+    "base_loss",
     "score_win_rate",
     "judge_win_rate",
     "judge_gain_at_equal_length",
 ]
+
+
+SHOWN = 3  # prompts whose greedy replies are printed
 
 
 @dataclass
@@ -135,6 +140,22 @@ class Answers:
             label=label,
         )
 
+    def greedy(self, roles: dict[str, Role], questions: list[str]) -> list[dict[str, str]]:
+        """Let all roles answer the first prompts with what they find likeliest, a row a prompt."""
+        first = replace(
+            self,
+            prompts=self.prompts[:SHOWN],
+            config=replace(self.config, temperature=0.0, best_of=0),
+        )
+        said = {
+            name: first.of(role, f"{name}, greedy", seed=self.config.seed).texts
+            for name, role in roles.items()
+        }
+        return [
+            {"asked": question} | {name: texts[row] for name, texts in said.items()}
+            for row, question in enumerate(questions[:SHOWN])
+        ]
+
     def _sampling(self) -> GenerationConfig:
         return generation_config(
             response_tokens=self.config.response_length,
@@ -153,11 +174,16 @@ class Answers:
         return best_of([self.of("reference", f"{name} {i}", seed=self.config.seed + i) for i in tries])
 
 
-def show(replies: dict[str, Replies], texts: list[str], figures: dict, against: str) -> None:
-    """Print some prompts with everybody's replies, and the table of figures."""
+def show(greedy: list[dict[str, str]], prompts: int, figures: dict, against: str) -> None:
+    """Print some prompts with everybody's greedy replies, and the table of figures."""
+    asked_for = [row["asked"] for row in greedy]
+    names = [name for name in greedy[0] if name != "asked"]
     found = [column for column in COLUMNS if any(column in row for row in figures.values())]
-    print("\n" + side_by_side(texts, {name: given.texts for name, given in replies.items()}, limit=3))
-    print(f"\n{len(texts)} held-out prompts; win rates and gains against {against}:\n")
+    print(
+        "\nGreedy replies:\n"
+        + side_by_side(asked_for, {name: [row[name] for row in greedy] for name in names})
+    )
+    print(f"\n{prompts} held-out prompts; win rates and gains against {against}:\n")
     print(table([{"": name, **row} for name, row in figures.items()], ["", *found]))
 
 
@@ -169,6 +195,7 @@ def leave(
     questions: list[str],
     texts: list[str],
     figures: dict,
+    greedy: list[dict[str, str]],
     against: str,
     judge: str | None,
 ) -> None:
@@ -178,6 +205,7 @@ def leave(
         "dataset": dataset,
         "against": against,
         "figures": figures,
+        "greedy": greedy,
     }
     if judge is not None:
         evaluation["judge"] = judge
@@ -260,6 +288,7 @@ def main(args: list[str] | None = None) -> None:
         judge_all(replies, texts, judge.numbers)
     figures = summary(replies, against=against)
     questions = [asked(prompt) for prompt in prompts["prompt"]]
+    greedy = answers.greedy(roles, questions)
     leave(
         config.output_dir,
         data.dataset_name,
@@ -268,10 +297,11 @@ def main(args: list[str] | None = None) -> None:
         questions,
         texts,
         figures,
+        greedy,
         against,
         config.judge,
     )
-    show(replies, questions, figures, against)  # last: a console may fail, and the figures are saved
+    show(greedy, len(texts), figures, against)  # last: a console may fail, and the figures are saved
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ Judge = Callable[..., Any]
 class Replies:
     """One reply to each of N prompts: texts and figures.
 
-    For each reply its raw score, its KL to the reference (nats), its length (tokens), and whether
-    it ended.
+    For each reply its raw score, its KL to the reference (nats), the bare base's own loss on it
+    (nats, summed over its tokens), its length (tokens), and whether it ended.
     """
 
     texts: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    base_loss: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
     judged: list[float] = field(default_factory=list)
@@ -60,7 +61,8 @@ def answer(
     """Answer all prompts (token ids) under ``role``, and measure the replies.
 
     They are scored if there is a reward adapter. KL is the sum over a reply's tokens of log-
-    probability under ``role`` minus that under the reference, in nats.
+    probability under ``role`` minus that under the reference, in nats, at the temperature of
+    sampling. The base's loss is at temperature 1: text that it finds unlikely is seldom good text.
     """
     # The same seed for every role: what differs between their replies is the role
     torch.manual_seed(seed)
@@ -79,16 +81,19 @@ def answer(
         rollout = written(None) if static is None else static.try_first(written)
         ids, mask, counted = rollout.input_ids, rollout.attention_mask, rollout.response_mask
         # Layers that two roles have in common are run once
-        trunks = shared.trunks(ids, mask, [role, "reference", "reward"])
+        trunks = shared.trunks(ids, mask, [role, "reference", "reward", "base"])
 
-        def logprobs(of: Role, ids=ids, mask=mask, counted=counted, trunks=trunks) -> Tensor:
-            return shared.logprobs(
-                shared.hidden(of, ids, mask, trunks[of]), ids, counted, temperature=config.temperature
-            )[0]
+        def logprobs(
+            of: Role, temperature: float, ids=ids, mask=mask, counted=counted, trunks=trunks
+        ) -> Tensor:
+            hidden = shared.hidden(of, ids, mask, trunks[of])
+            return shared.logprobs(hidden, ids, counted, temperature=temperature)[0]
 
         # Texts and figures of the group
         replies.texts += tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
-        replies.kl += (logprobs(role) - logprobs("reference")).sum(-1).tolist()
+        own, reference = (logprobs(of, config.temperature) for of in (role, "reference"))
+        replies.kl += (own - reference).sum(-1).tolist()
+        replies.base_loss += (-logprobs("base", 1.0)).sum(-1).tolist()
         replies.lengths += rollout.lengths.tolist()
         replies.ended += rollout.ended.tolist()
         if shared.has("reward"):
@@ -109,7 +114,7 @@ def best_of(tries: Sequence[Replies]) -> Replies:
     for row in range(len(tries[0].texts)):
         # A tie goes to the first try, which is a reply like any other
         chosen = max(tries, key=lambda replies: replies.scores[row])
-        for name in ("texts", "scores", "lengths", "ended"):
+        for name in ("texts", "scores", "base_loss", "lengths", "ended"):
             getattr(best, name).append(getattr(chosen, name)[row])
         best.kl.append(bound)
     return best
@@ -142,6 +147,8 @@ def summary(named: dict[str, Replies], *, against: str) -> dict[str, dict[str, A
             "distinct_2": statistics.distinct_n(replies.texts, 2),
             "repetition": statistics.repetition(replies.texts),
         }
+        if replies.base_loss:
+            row["base_loss"] = sum(replies.base_loss) / sum(replies.lengths)
         # Scores of the reward model, and of a judge that PPO did not see
         for kind, values, others in (
             ("score", replies.scores, named[against].scores),

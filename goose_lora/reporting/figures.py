@@ -20,6 +20,7 @@ MEASURES = {
     "tokens": "tokens",
     "ended": "share that ended",
     "distinct_2": "distinct bigrams",
+    "base_loss": "the base's own loss on them, nats a token",
     "score_win_rate": "win rate by score",
     "judge_win_rate": "win rate by judge",
 }

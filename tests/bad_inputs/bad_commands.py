@@ -789,7 +789,10 @@ CASES = [
     ),
     c(
         "data: unknown embedded",
-        ("embedded/x: no such embedded data. There are", "embedded/prompts, embedded/prompts-test."),
+        (
+            "embedded/x: no such embedded data. There are",
+            "embedded/prompts, embedded/prompts-test, embedded/chat-sft",
+        ),
         "data",
         "embedded/x",
     ),

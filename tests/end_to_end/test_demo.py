@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goose_lora import demo, embedded
 from goose_lora.embedded import Rating
+from goose_lora.film_subjects import HELD_OUT, NAMED, TRAINED
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 
@@ -55,6 +56,82 @@ def test_each_sentence_is_in_at_most_one_pair_and_pairs_begin_alike_and_differ()
 
 def test_the_data_are_the_same_each_time():
     assert embedded.datasets_from(ratings()) == embedded.datasets_from(ratings())
+    assert embedded.chats_from(ratings()) == embedded.chats_from(ratings())
+
+
+# ---- The same ratings as replies ----
+
+
+def said(rows, *columns):
+    return {row[column][0]["content"] for row in rows for column in columns}
+
+
+def spoken(count=600):
+    """Made-up sentences of which half name a subject."""
+    return [
+        Rating(rating.text.replace("word1 ", "war ").replace("word2 ", "love ") + ".", rating.mean)
+        for rating in ratings(count)
+    ]
+
+
+def test_no_reply_and_no_subject_is_shared_between_training_and_held_out_chats():
+    data = embedded.chats_from(spoken())
+    train = said(data["chat-preferences"], "chosen", "rejected") | said(data["chat-sft"], "completion")
+    pairs = [data["chat-preferences-test"], data["chat-random-pairs-test"]]
+    held_out = set().union(*(said(rows, "chosen", "rejected") for rows in pairs))
+    assert len(train) > 100 and len(held_out) > 50 and not train & held_out
+
+    def asked_of(*names):
+        return set().union(*(said(data[name], "prompt") for name in names))
+
+    trained_on = asked_of("chat-sft", "chat-preferences", "chat-prompts")
+    judged_on = asked_of("chat-preferences-test", "chat-random-pairs-test", "chat-prompts-test")
+    assert not trained_on & judged_on
+    subjects = {*NAMED, *TRAINED}
+    assert len(subjects) == len(NAMED) + len(TRAINED) >= 100 and not subjects & {*HELD_OUT}
+    assert len(HELD_OUT) == len(set(HELD_OUT)), "a prompt is asked once"
+    assert len(asked_of("chat-prompts-test")) == len(data["chat-prompts-test"]) == 200
+
+
+def test_a_demonstration_speaks_of_what_was_asked_for_and_is_one_whole_short_sentence():
+    given = [
+        Rating("The war is long and loud here.", 1.0),
+        Rating("A film about nothing that has a name.", 1.0),  # no subject
+        Rating("the war is long and loud here.", 1.0),  # begins in the middle
+        Rating("The war is long and loud", 1.0),  # does not end
+        Rating("The war is long... and loud here.", 1.0),  # left out some of it
+        Rating("War is loud.", 1.0),  # short
+        Rating(f"The war is {'very ' * 20}long.", 1.0),  # long
+    ]
+    (row,) = embedded.demonstrations(given, random.Random(0))
+    assert "war" in row["prompt"][0]["content"]
+    assert row["completion"] == [{"role": "assistant", "content": given[0].text}]
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_each_sentence_is_one_reply_and_the_better_rated_one_is_chosen(far):
+    source = {rating.text: rating.mean for rating in ratings()}
+    pairs = embedded.reply_pairs(ratings(), ["war"], random.Random(0), far=far)
+    assert len(pairs) > 100
+    assert len(said(pairs, "chosen", "rejected")) == 2 * len(pairs)
+    for pair in pairs:
+        high, low = (source[pair[side][0]["content"]] for side in ("chosen", "rejected"))
+        assert high - low == pytest.approx(pair["margin"], abs=1e-3) and pair["margin"] >= 1
+
+
+def test_the_judge_of_replies_does_not_hear_what_was_asked_for(monkeypatch):
+    heard = []
+    monkeypatch.setattr(demo, "_sentiments", lambda texts: heard.extend(texts) or [0.5] * len(texts))
+    assert demo.vader_of_reply(prompts=["A terrible war"], completions=["Good."]) == [0.5]
+    demo.vader(prompts=["A terrible war"], completions=[" is good."])
+    assert heard == ["Good.", "A terrible war is good."]
+
+
+def test_the_time_left_is_what_is_to_do_at_the_pace_so_far():
+    assert demo._time_left("sft", 0.0, 0.0) == "", "nothing is known yet"
+    assert sum(demo.STAGES.values()) == pytest.approx(1)
+    done = demo.STAGES["sft"] + demo.STAGES["reward"]
+    assert demo._time_left("ppo", 600 * done, done) == f", about {round(10 * (1 - done))} min left"
 
 
 def test_training_sentences_are_short_and_prompts_have_one_to_three_words():
@@ -216,7 +293,9 @@ def test_the_stages_run_on_any_gpu_unless_the_cpu_is_asked_for(capability, asked
         monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
     ran = []
     monkeypatch.setattr(
-        demo.subprocess, "run", lambda words, env: ran.append((words, env)) or SimpleNamespace(returncode=0)
+        demo.subprocess,
+        "run",
+        lambda words, env, stdout: ran.append((words, env)) or SimpleNamespace(returncode=0),
     )
     for stage in demo.STAGES:
         demo._run_stage(tmp_path, stage, tmp_path, 0)

@@ -4,8 +4,12 @@ import math
 import random
 
 import pytest
+import tiny
+import torch
 
-from goose_lora.evaluation.policies import Replies, best_of, summary
+from goose_lora.evaluation import policies
+from goose_lora.evaluation.policies import Replies, answer, best_of, summary
+from goose_lora.generation.sampling import generation_config
 
 PROMPTS = 4000
 
@@ -15,6 +19,7 @@ def tries(random_numbers):
         texts=["a b"] * PROMPTS,
         scores=[random_numbers.gauss(0, 1) for _ in range(PROMPTS)],
         kl=[0.0] * PROMPTS,
+        base_loss=[2.0] * PROMPTS,
         lengths=[2] * PROMPTS,
         ended=[True] * PROMPTS,
     )
@@ -29,3 +34,31 @@ def test_the_kl_of_best_of_n_is_its_bound_and_it_wins_n_of_n_plus_1(number):
     # Of N + 1 independent scores each is the highest equally often
     error = 3 * (number / (number + 1) ** 2 / PROMPTS) ** 0.5
     assert row["score_win_rate"] == pytest.approx(number / (number + 1), abs=error)
+
+
+@torch.no_grad()
+def test_the_bases_loss_on_replies_is_that_of_a_separately_loaded_base_at_temperature_1(monkeypatch):
+    shared = tiny.shared(tiny.base())
+    rollouts, plain = [], policies.sample
+    monkeypatch.setattr(
+        policies, "sample", lambda *args, **kwargs: rollouts.append(plain(*args, **kwargs)) or rollouts[-1]
+    )
+    sampling = generation_config(
+        response_tokens=6, temperature=0.7, eos_token_ids=[tiny.EOS], pad_token_id=tiny.PAD
+    )
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    replies = answer(shared, "policy", prompts, tiny.tokenizer(), sampling, batch_size=2)
+
+    model, wanted, count = tiny.base().eval(), [], 0
+    for rollout in rollouts:
+        for ids, mask, counted in zip(
+            rollout.input_ids, rollout.attention_mask, rollout.response_mask, strict=True
+        ):
+            kept = ids[mask.bool()][None]
+            labels = kept.clone()
+            labels[:, : -int(counted.sum())] = -100
+            # transformers' own loss is the mean over the labels
+            wanted.append(model(input_ids=kept, labels=labels).loss.item() * int(counted.sum()))
+            count += int(counted.sum())
+    assert replies.base_loss == pytest.approx(wanted, rel=1e-4)
+    assert summary({"it": replies}, against="it")["it"]["base_loss"] == pytest.approx(sum(wanted) / count)

@@ -18,8 +18,8 @@ FILES = {f"goose_lora.{name}": path for name, path in PACKAGE.items()}
 FILES |= {f"recipes.{name}": path for name, path in RECIPES.items()}
 
 # Which rooms each room may import, and no other. A room is a folder, or a file at the package's
-# top; files and embedded are one, and so are cli and demo. All but functional may import errors,
-# which imports nothing. The order is from low to high: a line names lines above it only.
+# top; SAME_ROOM has files that share one. All but functional may import errors, which imports
+# nothing. The order is from low to high: a line names lines above it only.
 MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "terminal": {"files"},
@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 SAME_ROOM = {
     "embedded": "files",
+    "film_subjects": "files",
     "ownership": "files",
     "redaction": "files",
     "deadline": "files",
