@@ -188,6 +188,7 @@ def _trunk(
                 past_key_values=output.past_key_values,
                 use_cache=True,
             )
+    capture.wait()
     return capture.states[:, :length]
 
 

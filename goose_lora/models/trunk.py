@@ -118,7 +118,8 @@ def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
 class Capture:
     """Keeps the output of ``layers[depth - 1]`` while a model generates.
 
-    It is that of the prompt, then of one token after another.
+    It is that of the prompt, then of one token after another. States that go to another device are
+    on their way when a token is drawn: ``wait`` ends when they are there.
 
     Args:
         columns: how many tokens there will be at most, prompt and reply together.
@@ -129,16 +130,34 @@ class Capture:
         self.layers, self.depth, self.columns, self.keep_on = layers, depth, columns, keep_on
         self.states: Any = None
         self.seen = 0
+        self._from: torch.device | None = None  # where states come from, if they leave it
 
     def note(self, module: nn.Module, args: object, output: Tensor) -> None:
+        rows, tokens, width = output.shape
         if self.states is None:
-            self.states = output.new_zeros(
-                output.shape[0], self.columns, output.shape[2], device=self.keep_on
-            )
+            leaves = self.keep_on is not None and self.keep_on != output.device
+            shape = (rows, self.columns, width)
+            if leaves:
+                # A token's states lie together, and in memory that the device can write to by
+                # itself: nobody waits for a copy
+                self._from, shape = output.device, (self.columns, rows, width)
+            pinned = leaves and output.is_cuda
+            self.states = output.new_zeros(shape, device=self.keep_on, pin_memory=pinned)
+            if leaves:
+                self.states = self.states.transpose(0, 1)
         # Generate may sample on while it learns that all have ended
-        until = min(self.columns, self.seen + output.shape[1])
-        self.states[:, self.seen : until] = output[:, : until - self.seen]
+        until = min(self.columns, self.seen + tokens)
+        noted = output[:, : until - self.seen]
+        if self._from is None:
+            self.states[:, self.seen : until] = noted
+        else:
+            by_token = self.states.transpose(0, 1)[self.seen : until]
+            by_token.copy_(noted.transpose(0, 1).contiguous(), non_blocking=True)
         self.seen = until
+
+    def wait(self) -> None:
+        if self._from is not None and self._from.type == "cuda":
+            torch.cuda.synchronize(self._from)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -67,3 +67,15 @@ def test_states_are_noted_where_they_are_to_wait():
     capture = Capture(layers, 2, 8, keep_on=torch.device("meta"))
     capture.note(layers[1], (), torch.ones(2, 3, tiny.HIDDEN))
     assert capture.states.device.type == "meta" and capture.states.shape == (2, 8, tiny.HIDDEN)
+
+
+def test_states_that_leave_the_device_are_those_that_stay(monkeypatch):
+    layers, parts = decoder_layers(tiny.base()), torch.randn(3, 9, tiny.HIDDEN).split([4, 1, 1, 3], dim=1)
+    stay, leave = Capture(layers, 2, 7), Capture(layers, 2, 7, keep_on=torch.device("cpu", 0))
+    for part in parts:
+        stay.note(layers[1], (), part)
+        leave.note(layers[1], (), part)
+    leave.wait()
+    assert leave._from == torch.device("cpu"), "another name of the device stands for another device"
+    assert torch.equal(leave.states, stay.states) and stay.states.any(-1).all()
+    assert not leave.states.is_contiguous()
