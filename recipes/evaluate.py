@@ -222,6 +222,13 @@ def leave(
     release(policy)
 
 
+def _static_cache(
+    shared: SharedBase, dense: DenseCopy | None, config: EvaluationArguments, replies: int
+) -> StaticCache | None:
+    steps = -(-replies // config.batch_size) * config.response_length
+    return make_static_cache(dense, config.rollout_compile, shared.core.device, steps=steps)
+
+
 def main(args: list[str] | None = None) -> None:
     """Compare base, SFT and PPO."""
     config, model, data = cli.parse(EvaluationArguments, ModelArguments, DataArguments, args=args)
@@ -270,13 +277,10 @@ def main(args: list[str] | None = None) -> None:
     shared = SharedBase.build(base, policy, reward=reward, reference=sft or "base")
     dense = make_dense_copy(shared, config.rollout_weights)
     roles: dict[str, Role] = {"base": "base", "sft": "reference", "ppo": "policy"}
-    against = "sft"
+    against = "base" if sft is None else "sft"
     if sft is None:
         del roles["sft"]
-        against = "base"
-    groups = -(-len(ids) // config.batch_size) * (len(roles) + config.best_of)
-    steps = groups * config.response_length
-    static = make_static_cache(dense, config.rollout_compile, base.device, steps=steps)
+    static = _static_cache(shared, dense, config, len(ids) * (len(roles) + config.best_of))
     answers = Answers(shared, tokenizer, ids, config, dense, static)
 
     # 3. Ask everybody the same, and leave the figures.

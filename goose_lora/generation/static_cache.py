@@ -19,7 +19,7 @@ from goose_lora.models.dense_copy import DenseCopy, whole_columns, why_not_compi
 logger = logging.getLogger(__name__)
 
 RolloutCompile = Literal["auto", "off"]
-Made = TypeVar("Made")
+Rolled = TypeVar("Rolled")
 
 # Compiling takes a minute or more, and a step is some 20 ms shorter (an estimate from its launches;
 # not measured): fewer steps would not earn it.
@@ -53,7 +53,7 @@ class StaticCache:
             disable_compile=self.compile_config is None,
         )
 
-    def try_first(self, make: Callable[["StaticCache | None"], Made]) -> Made:
+    def try_first(self, make: Callable[["StaticCache | None"], Rolled]) -> Rolled:
         """Return what ``make`` makes with this cache, or without where the first time has failed.
 
         The cause is told, and the random numbers that it has drawn are drawn again.
