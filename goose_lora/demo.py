@@ -223,7 +223,7 @@ def _print_summary(output: Path, summary: dict[str, Any], greedy: list[dict[str,
         " training has seen:\n"
     )
     rows: list[dict[str, object]] = [
-        {"": title} | {_NAMES[name]: summary[name].get(key) for name in _NAMES}
+        {"": title, **{_NAMES[name]: summary[name].get(key) for name in _NAMES}}
         for key, title in _FIGURES.items()
     ]
     print(table(rows, ["", *_NAMES.values()]))

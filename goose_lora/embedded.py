@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 MODEL = "embedded"
 # Sentences and beginnings of sentences, as plain text
-TEXTS = ("sft", "preferences", "preferences-test", "random-pairs-test", "prompts", "prompts-test")
+TEXT_DATASETS = ("sft", "preferences", "preferences-test", "random-pairs-test", "prompts", "prompts-test")
 # The same sentences as replies to a request for a review, as chat
-CHATS = tuple(f"chat-{name}" for name in TEXTS)
-DATASETS = (*TEXTS, *CHATS)
+CHAT_DATASETS = tuple(f"chat-{name}" for name in TEXT_DATASETS)
+DATASETS = (*TEXT_DATASETS, *CHAT_DATASETS)
 SPLIT_SEED = 0
 # Shares of the sentences: to train SFT and reward model, to take training prompts from, and held
 # out from everything.
@@ -102,7 +102,7 @@ def resolve(name: str) -> str:
             raise UserError(
                 f"{name}: no such embedded data. There are {', '.join(f'{MODEL}/{d}' for d in DATASETS)}."
             )
-        folder = chat_folder() if dataset in CHATS else data_folder()
+        folder = chat_folder() if dataset in CHAT_DATASETS else data_folder()
         return str(folder / f"{dataset}.jsonl")
     return name
 
@@ -217,7 +217,10 @@ def data_folder() -> Path:
 
 
 def chat_folder() -> Path:
-    """Return the folder with the data of ``CHATS`` as jsonl, split as those of ``TEXTS``."""
+    """Return the folder with the data of ``CHAT_DATASETS`` as jsonl.
+
+    They are split as those of ``TEXT_DATASETS``.
+    """
     return make_folder(cache_dir() / "film-chats", _write_chats)
 
 
@@ -256,7 +259,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def datasets_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each of ``TEXTS``."""
+    """Return the rows of each of ``TEXT_DATASETS``."""
     rng = random.Random(SPLIT_SEED)
     train, for_prompts, held_out = split(ratings, rng)
     train = [rating for rating in train if len(rating.text.split()) <= MAX_TRAIN_WORDS]
@@ -285,9 +288,10 @@ def split(ratings: Sequence[Rating], rng: random.Random) -> tuple[list[Rating], 
 
 
 def chats_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each of ``CHATS``: somebody asks for a review, a rated sentence answers.
+    """Return the rows of each of ``CHAT_DATASETS``.
 
-    Held-out subjects are asked for in the data of tests alone.
+    Somebody asks for a review, and a rated sentence answers. Held-out subjects are asked for in
+    the data of tests alone.
     """
     rng = random.Random(SPLIT_SEED)
     train, _, held_out = split(ratings, rng)

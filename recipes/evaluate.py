@@ -146,6 +146,7 @@ class Answers:
             self,
             prompts=self.prompts[:SHOWN],
             config=replace(self.config, temperature=0.0, best_of=0),
+            static=None,  # made for groups of another size
         )
         said = {
             name: first.of(role, f"{name}, greedy", seed=self.config.seed).texts
@@ -252,8 +253,7 @@ def main(args: list[str] | None = None) -> None:
         )
     )
     judge = RewardMix([import_function(config.judge)]) if config.judge else None
-    rows: Dataset = data.train("ppo").rows
-    rows = rows.select(range(min(config.num_prompts, len(rows))))
+    rows: Dataset = data.train("ppo").rows.take(config.num_prompts)
     tokenizer = tokenizer_of(policy.path, args=model, trust_remote_code=config.trust_remote_code)
     require_tokens(tokenizer, config.stop_token_ids, model.model_name_or_path)
     print(ends_text(tokenizer, config.stop_token_ids), flush=True)
