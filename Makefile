@@ -70,7 +70,7 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# All 480 cells of docs/reliability.md, in five minutes of one CPU thread; the suite runs 120 of them.
+# All 480 cells of docs/reliability_measured.md, in five minutes of one CPU thread; the suite runs 120 of them.
 matrix: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/end_to_end/test_matrix.py --full
 
