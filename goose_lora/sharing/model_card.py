@@ -4,6 +4,8 @@ Every number in it stands in one of them.
 """
 
 import html
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +33,8 @@ MARK = (
     "<!-- Written by goose_lora from the files of the run, and again when they change. Take this line out to"
     " keep your own text. -->"
 )
+# A path from the root of this machine, in a word of a command; what stands after : or // is none
+_ABSOLUTE = re.compile(r"(?<![\w.~/:-])/[^'\"\],]+")
 SAMPLES, CELL = 4, 300  # rows of the table of samples, and most characters of a reply in it
 # What every card says, whatever was measured.
 _LIMITS = [
@@ -213,13 +217,24 @@ def _introduction(lineage: Lineage) -> str:
     base = lineage["base"]
     what = "The weights of" if lineage["stage"] == "merge" else "A LoRA adapter for"
     how = {"nf4": "kept in nf4", "int8": "kept in int8", "none": "not quantized"}[base["quantization"]]
-    start = f"{what} `{hub_base(base) or base['id']}`, by {STAGE_TITLES[lineage['stage']]}"
+    start = f"{what} `{hub_base(base) or Path(base['id']).name}`, by {STAGE_TITLES[lineage['stage']]}"
     return f"{start}. In training the base was {how}, with arithmetic in {base['dtype']}."
 
 
 def _use(folder: Path, lineage: Lineage) -> list[str]:
-    plain, quantized = loading_code(lineage, hub_repo(lineage) or str(folder))
-    parts = [_code(plain)]
+    # A folder has its name alone: where it lies on this machine is nobody's business
+    base, repo, own = lineage["base"], hub_repo(lineage), folder.resolve().name
+    base_name = hub_base(base) or Path(base["id"]).name
+    shown = cast(Lineage, {**lineage, "base": {**base, "id": base_name}})
+    plain, quantized = loading_code(shown, repo or own)
+    folders = [] if repo else [own]
+    if hub_base(base) is None and lineage["stage"] != "merge":
+        folders.append(base_name)
+    parts = []
+    if folders:
+        named = " and ".join(f"`{name}`" for name in folders)
+        parts.append(f"To be run where {named} can be found, or with the paths that they have:")
+    parts.append(_code(plain))
     if quantized:
         parts += ["On the base as it was trained on:", _code(quantized)]
     return parts
@@ -230,7 +245,7 @@ def _making(lineage: Lineage) -> list[str]:
     # Stages and commands from the first to this one
     stages = recorded_stages(lineage)
     parts = [_stages_table(stages)]
-    commands = [stage["command"] or "" for stage in stages if stage.get("command")]
+    commands = [_anywhere(stage["command"] or "") for stage in stages if stage.get("command")]
     if commands:
         parts.append(_code("\n".join(commands), "bash"))
 
@@ -245,6 +260,14 @@ def _making(lineage: Lineage) -> list[str]:
     parts_of_it = ", ".join([*machine["gpus"], f"{machine['processor']}, {machine['cores']} cores"])
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     return [*parts, _bullets([*data, f"Hardware: {parts_of_it}", f"Versions: {packages}"])]
+
+
+def _anywhere(command: str) -> str:
+    """Return a command with the names of files and folders alone, without where they are here."""
+    if command.endswith(")"):  # a call from Python
+        return _ABSOLUTE.sub(lambda found: Path(found[0]).name, command)
+    words = [_ABSOLUTE.sub(lambda found: Path(found[0]).name, word) for word in shlex.split(command)]
+    return shlex.join(words)
 
 
 def _stages_table(stages: Sequence[Lineage]) -> str:
@@ -297,6 +320,8 @@ def _measured(lineage: Lineage, evaluation: EvaluationFile | None) -> list[str]:
         f"{evaluation['prompts']} held-out prompts{where}. Win rates are against {evaluation['against']};"
         " intervals in brackets."
     )
+    if judge := evaluation.get("judge"):
+        text += f" The judge is `{_anywhere(judge)}`."
     return ["## Measured", text, _table(["", *(MEASURES[key] for key in measured)], rows)]
 
 

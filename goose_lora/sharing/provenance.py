@@ -306,7 +306,7 @@ def _adapter_code(auto: str, imports: Sequence[str], options: Sequence[str], res
 def _place(name: str) -> str:
     """Return the arguments of from_pretrained for a folder, or for user/repo[/folder]@commit."""
     repo, at, revision = name.partition("@")
-    if not at:
+    if not at or "/" not in repo:  # a folder, whose name may have one too
         return f'"{name}"'
     owner, repo, *inside = repo.split("/")
     subfolder = "".join(f', subfolder="{part}"' for part in inside)

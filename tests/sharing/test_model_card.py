@@ -1,5 +1,8 @@
 """The model card: metadata that the Hub takes, and no number that the run did not measure."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 import tiny_chain
 from cards import unexplained
@@ -175,3 +178,35 @@ def test_parents_of_other_origin_have_no_history_to_tell(run):
     text = model_card.render_card(run / "ppo")
     assert not unexplained(run / "ppo", text)
     assert "recipes/ppo.py" in text and "recipes/sft.py" not in text
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_card_says_nothing_of_where_things_lie_on_this_machine(run, stage):
+    noted = read_lineage(run / stage)
+    words = ["recipes/ppo.py", "--config", "/home/ann/my own/p.yaml", f"--dataset_name={run}/rows.jsonl"]
+    words += ["--reward_function", f"{run}/words.py:brief", "hf://org/model", "--seed", "0"]
+    noted["command"] = shlex.join(words)
+    write_lineage(run / stage, **noted)
+    evaluation = {**EVALUATION, "judge": f"{run}/judges.py:kind"}
+    if stage == "ppo":
+        model_card.add_evaluation(run / stage, evaluation, REPLIES)
+    text = model_card.render_card(run / stage)
+    assert str(run) not in text and "/home/ann" not in text and str(Path.home()) not in text
+    assert "recipes/ppo.py --config p.yaml --dataset_name=rows.jsonl" in text
+    assert "--reward_function words.py:brief hf://org/model --seed 0" in text
+    assert f'from_pretrained(base, "{stage}")' in text and 'from_pretrained("base"' in text
+    assert f"where `{stage}` and `base` can be found" in text
+    assert ("The judge is `judges.py:kind`" in text) == (stage == "ppo")
+
+
+def test_the_code_of_a_card_runs_where_the_named_folders_are(run, monkeypatch):
+    monkeypatch.chdir(run)
+    code = model_card.render_card(run / "sft").split("```python")[1].split("```")[0]
+    found: dict = {}
+    exec(code, found)
+    assert found["model"].peft_config["default"].r == 3
+
+
+def test_a_folder_with_an_at_in_its_name_has_a_card(run):
+    (run / "sft").rename(run / "sft@home")
+    assert '"sft@home"' in model_card.render_card(run / "sft@home")
