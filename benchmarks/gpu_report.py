@@ -241,7 +241,7 @@ def busy() -> dict[str, Any]:
 
 
 def busy_share(spans: list[tuple[str, int, int]], working: list[tuple[int, int]]) -> dict[str, float]:
-    """Return the part of each phase's spans that lies in ``working`` intervals, overlapping ones once."""
+    """Return the part of each phase's spans in which one of the ``working`` intervals runs."""
     # In the order of their beginnings, each from where those before it end
     apart, reached = [], 0
     for start, end in sorted(working):
