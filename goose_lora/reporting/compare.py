@@ -9,7 +9,7 @@ from typing import Any
 
 from goose_lora.errors import UserError
 from goose_lora.reporting import plots
-from goose_lora.reporting.figures import MEASURES, measured_in, setting_text, with_interval
+from goose_lora.reporting.figures import MEASURES, measured_in, rounded, setting_text, with_interval
 from goose_lora.reporting.findings import rollouts_of
 from goose_lora.reporting.html_report import data_uri, fill
 from goose_lora.reporting.run_files import (
@@ -157,14 +157,43 @@ def figures(runs: Mapping[str, Run]) -> list[list[str]]:
     """Return a row for each measure: what was measured, and each run's figure.
 
     Figures are means, with 95 % intervals in brackets where there are any. The first row says what
-    they were measured on.
+    they were measured on. Scores of two rewards, and ratings of two judges, have rows of their own;
+    a reward or judge that is not known is another one.
     """
     found = {name: _row(run) for name, run in runs.items()}
-    rows = [
-        [MEASURES[key], *(with_interval(row, key) for _, row in found.values())]
-        for key in measured_in([row for _, row in found.values()])
+    rows = [["measured on", *(where for where, _ in found.values())]]
+    for key in measured_in([row for _, row in found.values()]):
+        alike = _measured_alike(key, {name: run for name, run in runs.items() if key in found[name][1]})
+        for what, names in alike:
+            cells = [with_interval(found[name][1], key) if name in names else rounded(None) for name in runs]
+            rows.append([f"{MEASURES[key]}{what}", *cells])
+    return rows
+
+
+def _measured_alike(key: str, runs: Mapping[str, Run]) -> list[tuple[str, list[str]]]:
+    """Return groups of runs whose figures of a measure can stand in one row.
+
+    Each has what to add to the measure's name, nothing where there is one group.
+    """
+    # By what a measure depends on beside the replies; None is not known
+    by: dict[str, str | None] = dict.fromkeys(runs, "")
+    of = key.partition("_")[0]
+    if key.startswith("score"):
+        by = {name: _scorer(run.lineage) if run.lineage else None for name, run in runs.items()}
+    elif key.startswith("judge"):
+        by = {name: (run.evaluation or {}).get("judge") for name, run in runs.items()}
+
+    # Runs of one kind, and each unknown one by itself
+    groups: dict[str, list[str]] = {}
+    for name, kind in by.items():
+        groups.setdefault(f"? {name}" if kind is None else f"= {kind}", []).append(name)
+    if len(groups) == 1:
+        return [("", list(runs))]
+    unknown = {"score": "its reward is not known", "judge": "its judge is not known"}
+    return [
+        (f" ({names[0]}; {unknown[of]})" if kind.startswith("?") else f" ({', '.join(names)})", names)
+        for kind, names in groups.items()
     ]
-    return [["measured on", *(where for where, _ in found.values())], *rows]
 
 
 def _row(run: Run) -> tuple[str, Mapping[str, Any]]:
@@ -223,6 +252,8 @@ def compare(folders: Sequence[str | Path], output: str | Path = "compare.html") 
 
     # For a terminal
     differ = "No setting differs."
+    if not all(run.lineage for run in runs.values()):
+        differ = "No setting is known to differ."
     if settings:
         differ = _text(["setting", *runs], settings)
     parts = [

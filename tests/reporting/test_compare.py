@@ -112,6 +112,49 @@ def test_what_keeps_hand_made_runs_from_being_compared_is_said(tmp_path, noted, 
     assert [words in line for line in lines] == [True] if words else lines == []
 
 
+def judged(**judge):
+    ppo = {**hand_made.EVALUATION["figures"]["ppo"], "judge": 0.5, "judge_win_rate": 0.75}
+    return {**hand_made.EVALUATION, "figures": {"ppo": ppo}, **judge}
+
+
+@pytest.mark.parametrize(
+    ("noted", "evaluation", "apart"),
+    [
+        (hand_made.lineage(), judged(judge="m:a"), {}),
+        (
+            hand_made.lineage(reward_function=["m:f"]),
+            judged(judge="m:a"),
+            {"score": [" (one)", " (other)"]},
+        ),
+        (
+            {},
+            judged(judge="m:a"),
+            {"score": [" (one)", " (other; its reward is not known)"]},
+        ),
+        (hand_made.lineage(), judged(judge="m:b"), {"judge": [" (one)", " (other)"]}),
+        (
+            hand_made.lineage(),
+            judged(),
+            {"judge": [" (one)", " (other; its judge is not known)"]},
+        ),
+    ],
+)
+def test_figures_by_two_rewards_or_judges_are_never_in_one_row(tmp_path, noted, evaluation, apart):
+    hand_made.write(tmp_path / "one", evaluation=judged(judge="m:a"))
+    hand_made.write(tmp_path / "other", noted=noted, evaluation=evaluation)
+    rows = {
+        name: cells
+        for name, *cells in compare.figures(compare.read_runs([tmp_path / "one", tmp_path / "other"]))
+    }
+    for key in ("score", "judge", "judge_win_rate", "kl"):
+        kinds = apart.get(key.partition("_")[0], [""])
+        found = [rows[f"{compare.MEASURES[key]}{kind}"] for kind in kinds]
+        if kinds == [""]:
+            assert "-" not in found[0]
+        else:
+            assert [cells.index("-") for cells in found] == [1, 0] and compare.MEASURES[key] not in rows
+
+
 def test_markup_in_the_name_of_a_hand_made_run_is_shown(tmp_path):
     names = ["<script>x</script>", "_b$a$"]
     for name in names:
