@@ -8,6 +8,7 @@ data.
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -230,15 +231,19 @@ def _print_summary(output: Path, summary: dict[str, Any], greedy: list[dict[str,
     seconds = ", ".join(f"{stage} {round(number)} s" for stage, number in summary["seconds"].items())
     print(f"\nTime: {seconds}. Peak memory: {max(summary['peak_rss_gb'].values()):.1f} GB.")
 
-    # Where to go from here
+    # Where to go from here, by the program that was called: it need not be on the path
+    own = sys.argv[0] if Path(sys.argv[0]).name == "goose-lora" else "goose-lora"
+    program = "goose-lora" if shutil.which("goose-lora") else shlex.quote(own)
+    policy, ollama = (shlex.quote(str(output / name)) for name in ("ppo", "ollama"))
     print(
         f"""
 What to do next:
   look      open {output / "ppo" / "report.html"} in a browser: curves, samples, diagnosis
-  talk      goose-lora chat {output / "ppo"}
-  check     goose-lora doctor {output / "ppo"}
-  take it   goose-lora export {output / "ppo"} --to ollama
-  own data  goose-lora data FILE, then goose-lora sft --config consumer_gpu/sft --dataset_name FILE
+  talk      {program} chat {policy}
+  check     {program} doctor {policy}
+  take it   {program} export {policy} --to ollama --out {ollama}
+  own data  {program} data FILE
+            {program} sft --config consumer_gpu/sft --dataset_name FILE
 All figures: {output / "summary.json"}. All replies: {output / "evaluation" / "replies.jsonl"}."""
     )
 

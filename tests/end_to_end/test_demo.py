@@ -3,6 +3,9 @@ here."""
 
 import json
 import random
+import re
+import shlex
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -13,7 +16,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goose_lora import demo, embedded
+from goose_lora import cli, demo, embedded
+from goose_lora.cli.recipes import configurations
 from goose_lora.embedded import Rating
 from goose_lora.film_subjects import HELD_OUT, NAMED, TRAINED
 from goose_lora.models.loading import load_base, load_tokenizer
@@ -304,3 +308,30 @@ def test_the_stages_run_on_any_gpu_unless_the_cpu_is_asked_for(capability, asked
     assert [
         ("--use_cpu false" in " ".join(words), "--dtype float32" in " ".join(words)) for words, _ in ran
     ] == ([(True, False)] * 3 + [(False, False)] if gpu else [(False, True)] * 4)
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_demo_ends_with_three_prompts_a_table_and_commands_that_their_programs_take(
+    on_path, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "my runs"
+    figures = {"vader": 0.16234, "score": 1.5, "kl": 8.5, "ended": 0.9, "tokens": 12.5, "distinct_2": 0.9}
+    summary = {name: dict(figures) for name in ("base", "sft", "ppo")}
+    summary |= {"reward": {"accuracy": 0.91, "accuracy_ci": [0.88, 0.93]}, "prompts": 200}
+    summary |= {"seconds": {"sft": 42.4}, "peak_rss_gb": {"sft": 3.06, "ppo": 2.7}}
+    greedy = [{"asked": f"ask {n}", "base": "b", "sft": f"before {n}", "ppo": f"after {n}"} for n in range(3)]
+    monkeypatch.setattr(sys, "argv", [".venv/bin/goose-lora", "demo"])
+    monkeypatch.setattr(demo.shutil, "which", lambda name: "/bin/goose-lora" if on_path else None)
+    demo._print_summary(output, summary, greedy)
+    said = capsys.readouterr().out
+    for n in range(3):
+        assert said.index(f"ask {n}") < said.index(f"before {n}") < said.index(f"after {n}")
+    assert "greedy" in said and "0.162" in said and "right on 0.910 of held-out pairs" in said
+    assert "42 s" in said and "3.1 GB" in said and str(output / "ppo" / "report.html") in said
+
+    program = "goose-lora" if on_path else ".venv/bin/goose-lora"
+    commands = [shlex.split(line) for line in re.findall(rf"(?m)^.* {re.escape(program)} (.*)$", said)]
+    assert [words[0] for words in commands] == ["chat", "doctor", "export", "data", "sft"]
+    for words in commands[:-1]:
+        assert cli.command_line().parse_args(words)
+    assert "consumer_gpu/sft" in configurations()
