@@ -32,6 +32,8 @@ test-gpu: $(INSTALLED)
 # A chosen set of tests on the oldest versions that pyproject.toml allows, and on the newest there are; each in an environment of its own, made by uv.
 # torch may be another build: TORCH_OLDEST=torch==2.13.0+cpu.
 UV := .venv-uv/bin/uv
+# Where pip looks for wheels, uv does, too.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH_OLDEST ?= torch==2.13.0
 CHOSEN := tests/functional/test_losses.py tests/generation tests/models/test_host_embeddings.py tests/ppo/test_update.py tests/rewards
 OF_TESTS := pytest pytest-timeout hypothesis beartype rich pandas
