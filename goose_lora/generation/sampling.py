@@ -210,7 +210,9 @@ class TokenSampler:
         self.columns: list[Tensor] = []
         self.broken: Bool[Tensor, " B"] | None = None  # rows whose last logits were not finite
 
-    def until_broken(self, input_ids: Int[Tensor, "B L"], scores: object) -> Bool[Tensor, " B"]:
+    def until_broken(
+        self, input_ids: Int[Tensor, "B L"], scores: object, **kwargs: object
+    ) -> Bool[Tensor, " B"]:
         """End all rows at the first logits that are not finite: a stopping criterion."""
         assert self.broken is not None, "asked before a token was drawn"
         return self.broken.any().expand(len(input_ids))

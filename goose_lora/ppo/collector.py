@@ -148,7 +148,8 @@ class RolloutCollector:
 
         # Where the trunk's output is noted, it waits where the update will look for it.
         depth, keep_on = 0, None
-        if keep_trunk and self.reuse_trunk and self.static is None:
+        compiled = self.static is not None and self.static.serves is not False
+        if keep_trunk and self.reuse_trunk and not compiled:
             depth = self.shared.capture_depth(merged=self.dense is not None)
         if depth:
             keep_on = self._keep_on(len(input_ids), input_ids.shape[1] + config.max_new_tokens)

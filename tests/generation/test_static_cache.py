@@ -116,6 +116,15 @@ def test_what_cannot_be_compiled_is_told_once_and_the_tokens_stay(caplog):
     assert caplog.text.count("compiling failed (RuntimeError: no kernel image).") == 1
 
 
+@pytest.mark.parametrize(("serves", "noted"), [(None, False), (True, False), (False, True)])
+def test_the_trunk_is_noted_while_generating_unless_steps_are_compiled(serves, noted, tmp_path):
+    run = trainer(tmp_path, rollout_weights="dense")
+    run.collector.static = StaticCache()
+    run.collector.static.serves = serves
+    ids, mask = tiny.batch((7, 4, 5))
+    assert (run.collector.generate(ids, mask, keep_trunk=True).trunk is not None) == noted
+
+
 def test_random_numbers_of_a_failed_try_are_drawn_again():
     def failing(static):
         number = torch.rand(())
