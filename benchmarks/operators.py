@@ -8,6 +8,7 @@ those inside the model of a compiled rollout, which are one. CPU seconds are of 
 of one microbatch, one thread, the best of five.
 """
 
+import argparse
 import tempfile
 import time
 from collections import Counter
@@ -108,6 +109,9 @@ def update(shared: SharedBase) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
