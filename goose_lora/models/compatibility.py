@@ -139,7 +139,7 @@ def _check_adapter(adapter: AdapterFolder, base: str, core: PreTrainedModel) -> 
             " adapter of a policy, the output_dir of recipes/sft.py or recipes/ppo.py."
         )
     require_known(adapter)
-    _require_shared_parts(adapter, core)
+    require_shared_parts(adapter, core)
     # Tensor by tensor; an adapter without any fits nothing
     wrong = [problem for name, shape in shapes.items() if (problem := _problem(name, shape, modules, core))]
     if wrong or not shapes:
@@ -150,7 +150,7 @@ def _check_adapter(adapter: AdapterFolder, base: str, core: PreTrainedModel) -> 
         )
 
 
-def _require_shared_parts(adapter: AdapterFolder, core: Any) -> None:
+def require_shared_parts(adapter: AdapterFolder, core: Any) -> None:
     """Refuse an adapter that changes the head, or tokens of a tied one: roles share one head."""
     modules = {id(module): name for name, module in core.named_modules()}
     head = modules[id(core.get_output_embeddings())]

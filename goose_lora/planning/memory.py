@@ -182,7 +182,7 @@ class Planner:
 
     def _dense_bytes(self) -> int:
         """Return the bytes of the merged copy for rollouts; 0 where there is none."""
-        if self._by_vllm:
+        if self._by_vllm or not self.roles.mergeable:
             return 0
         # The copy has the quantized and the adapted matrices; the rest is the base's own.
         adapted = self.roles.policy.ranks
@@ -191,7 +191,8 @@ class Planner:
             for linear in self.model.linears
             if self.model.quantization != "none" or linear.name in adapted
         ]
-        need = sum(linear.numbers for linear in copied) * self.model.compute
+        numbers = sum(linear.numbers for linear in copied) + self.roles.policy.embeddings
+        need = numbers * self.model.compute
         taken = takes_dense_copy(self.config.rollout_weights, need=need, free=self.free)
         return need if taken else 0
 

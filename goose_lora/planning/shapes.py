@@ -6,6 +6,7 @@ memory, and its parameters are counted there.
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.errors import UserError
+from goose_lora.models.adapter_kinds import kept_base, plain_config
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.compatibility import require_shared_parts
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.host_embeddings import tied
 from goose_lora.models.loading import lora_config
@@ -139,6 +142,8 @@ class AdapterShape:
     trained: int  # parameters in the layers that train
     trained_from: int  # the lowest of these layers
     head: int = 0  # features that its scalar head reads; 0 without one
+    mergeable: bool = True  # whether it is a sum of two matrices everywhere
+    embeddings: int = 0  # numbers of the tables that LoRA on embeddings adapts
 
     @property
     def with_head(self) -> int:
@@ -155,6 +160,12 @@ class RoleShapes:
     reward: AdapterShape | None
     plan: RolePlan
     value_starts_as_policy: bool  # it is the policy's copy, or neither changes anything yet
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether a dense copy can hold what the adapters are."""
+        adapters = (self.policy, self.value, self.reward)
+        return all(adapter.mergeable for adapter in adapters if adapter is not None)
 
     @property
     def trained(self) -> int:
@@ -299,24 +310,69 @@ def _norm_width(name: str, module: nn.Module, hidden: int, queries: int, keys: i
 
 
 def read_adapter(
-    config: LoraConfig, model: ModelShape, *, train_layers: str = "all", head: bool = False
+    config: LoraConfig,
+    model: ModelShape,
+    *,
+    train_layers: str = "all",
+    head: bool = False,
+    tensors: Mapping[str, Sequence[int]] | None = None,
 ) -> AdapterShape:
-    """Return which linears a LoRA configuration adapts, by PEFT's own rule."""
+    """Return which linears a LoRA configuration adapts, by PEFT's own rule, and what else it has.
+
+    Args:
+        tensors: names and shapes of a trained adapter's tensors, which tell what it has besides
+            LoRA on linears: whole modules, embeddings, magnitudes, biases, tokens.
+    """
     chosen = [linear for linear in model.linears if check_target_module_exists(config, linear.name)]
     ranks = {linear.name: _rank(config, linear.name) for linear in chosen}
-    sizes = {linear: ranks[linear.name] * (linear.inputs + linear.outputs) for linear in chosen}
+    sizes = [(linear.layer, ranks[linear.name] * (linear.inputs + linear.outputs)) for linear in chosen]
+    others = _other_tensors(tensors or {}, ranks, model)
 
-    # Of what train_layers leaves out, nothing trains.
+    # Of what train_layers leaves out, nothing trains; of all, nothing is below what is in no layer.
     first = top_layers(train_layers, model.layers, "train_layers")[0]
-    lowest = min((linear.layer for linear in chosen), default=model.layers)
+    inside = [(layer, size) for layer, size in sizes + others if layer is not None]
+    lowest = min((layer for layer, _ in inside), default=model.layers)
+    outside = sum(size for layer, size in others if layer is None)
+    everywhere = train_layers == "all" and outside > 0
+    trained = sum(size for layer, size in inside if layer >= first) + everywhere * outside
+    trained_from = 0 if everywhere else max(lowest, first)
+    odd = (config.use_dora, config.lora_bias, config.target_parameters, config.trainable_token_indices)
+    whole = set(config.modules_to_save or []) - {"score"}
     return AdapterShape(
         ranks=ranks,
-        parameters=sum(sizes.values()),
-        lowest_layer=lowest,
-        trained=sum(size for linear, size in sizes.items() if linear.layer >= first),
-        trained_from=max(lowest, first),
+        parameters=sum(size for _, size in inside) + outside,
+        lowest_layer=0 if outside else lowest,
+        trained=trained,
+        trained_from=trained_from,
         head=model.states if head else 0,
+        mergeable=not any(odd) and not whole,
+        embeddings=_adapted_embeddings(tensors or {}),
     )
+
+
+def _adapted_embeddings(tensors: Mapping[str, Sequence[int]]) -> int:
+    """Return the numbers of tables under LoRA, whose factors are (r, words) and (features, r)."""
+    words, features = ".lora_embedding_A", ".lora_embedding_B"
+    places = [name.removesuffix(words) for name in tensors if name.endswith(words)]
+    return sum(tensors[place + words][1] * tensors[place + features][0] for place in places)
+
+
+def _other_tensors(
+    tensors: Mapping[str, Sequence[int]], ranks: Mapping[str, int], model: ModelShape
+) -> list[tuple[int | None, int]]:
+    """Return layer (None outside of them) and size of all that is no LoRA on a counted linear."""
+    found: list[tuple[int | None, int]] = []
+    place = model.linears[0].name.partition(f".{model.linears[0].layer}.")[0] if model.linears else ""
+    for name, shape in tensors.items():
+        # The head is counted by itself, and the base's own matrix is there already
+        inner = name.removeprefix("base_model.model.")
+        counted = inner.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") in ranks
+        if counted or inner.endswith("score.weight") or kept_base(inner):
+            continue
+        index = inner.removeprefix(f"{place}.").partition(".")[0]
+        layer = int(index) if inner.startswith(f"{place}.") and index.isdecimal() else None
+        found.append((layer, math.prod(shape)))
+    return found
 
 
 def _rank(config: LoraConfig, name: str) -> int:
@@ -344,19 +400,28 @@ def read_roles(
     An adapter that is not trained yet counts as the settings say.
 
     Raises:
-        UserError: a critic that ``RolePlan.of`` refuses.
+        UserError: a critic that ``RolePlan.of`` refuses, or an adapter that cannot be a role.
     """
     plan = config.role_plan(has_policy=policy is not None, has_reward=reward is not None)
 
-    def lora_of(adapter: AdapterFolder | str | None) -> LoraConfig:
+    def shape_of(setting: str, adapter: AdapterFolder | str | None, *, head: bool) -> AdapterShape:
         if adapter is None or (isinstance(adapter, str) and not is_trained(adapter)):
-            return lora_config(args, core)
-        return AdapterFolder.of("an adapter", adapter).lora_config()
+            fresh = lora_config(args, core)
+            return read_adapter(fresh, model, train_layers=config.train_layers, head=head)
+        # As it will be on the base: a start that is subtracted takes twice the rank
+        folder = AdapterFolder.of(setting, adapter)
+        require_shared_parts(folder, core)
+        return read_adapter(
+            plain_config(folder),
+            model,
+            train_layers=config.train_layers,
+            head=head,
+            tensors=folder.shapes,
+        )
 
-    layers = config.train_layers
-    adapters = {"policy": read_adapter(lora_of(policy), model, train_layers=layers)}
+    adapters = {"policy": shape_of("policy_adapter", policy, head=False)}
     if reward is not None:
-        adapters["reward"] = read_adapter(lora_of(reward), model, train_layers=layers, head=True)
+        adapters["reward"] = shape_of("reward_adapter", reward, head=True)
 
     # The critic has the form of what it copies, or is a head alone.
     value = None

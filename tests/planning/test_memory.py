@@ -10,12 +10,15 @@ import pytest
 import tiny
 import tiny_runs
 import torch
-from transformers import AutoConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from goose_lora import cli
+from goose_lora.errors import UserError
 from goose_lora.models import loading
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
+from goose_lora.models.dense_copy import dense_bytes, make_dense_copy
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.planning import ways
 from goose_lora.planning.memory import Planner, plan_run, read_memory
@@ -379,6 +382,75 @@ def test_adapters_in_folders_are_counted_with_their_own_rank(tmp_path):
     ).roles
     assert counted.policy.parameters == sum(p.numel() for _, p in shared.role_parameters("policy"))
     assert counted.plan.policy_copies == 1  # the reference
+
+
+PARTS = {
+    "PiSSA": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "DoRA": {"use_dora": True},
+    "bias": {"lora_bias": True, "target_modules": ["q_proj", "gate_proj"]},
+    "norms": {"modules_to_save": ["input_layernorm"]},
+    "norm on top": {"modules_to_save": ["norm"]},
+    "embeddings": {"modules_to_save": ["embed_tokens"]},
+    "LoRA on embeddings": {"target_modules": ["embed_tokens", "v_proj"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [5, 7]}},
+}
+
+
+def on_other_parts(core, changes):
+    """LoRA as everywhere here, with these settings in place of its own."""
+    config = tiny.lora(core)
+    return LoraConfig(**{"r": 3, "target_modules": config.target_modules, "task_type": "CAUSAL_LM"} | changes)
+
+
+@pytest.mark.parametrize("train_layers", ["all", "top-1"])
+@pytest.mark.parametrize("part", PARTS)
+def test_all_that_an_adapter_has_is_counted_as_the_run_has_it(part, train_layers, tmp_path):
+    core: Any = tiny.base(tie_word_embeddings=False)
+    core.save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(core, on_other_parts(core, PARTS[part]))
+    adapter.save_pretrained(tmp_path / "policy")
+    shared = SharedBase.build(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        tmp_path / "policy",
+        critic="adapter",
+        critic_init="policy",
+        train_layers=train_layers,
+    )
+    model = tiny.arguments(str(tmp_path / "base"))
+    config = settings(
+        tmp_path,
+        critic="adapter",
+        critic_init="policy",
+        train_layers=train_layers,
+        rollout_weights="auto",
+    )
+    plan = plan_run(model, config, policy=str(tmp_path / "policy"), reward=None, memory=10**12, device="cpu")
+    roles = {role: dict(shared.role_parameters(role)) for role in ("policy", "value", "reference")}
+    assert plan.roles.policy.parameters == sum(p.numel() for p in roles["policy"].values())
+    assert plan.roles.bytes == sum(
+        p.numel() * p.element_size() for named in roles.values() for p in named.values()
+    )
+    assert plan.roles.trained == sum(p.numel() for p in shared.parameters() if p.requires_grad)
+    assert plan.roles.policy.trained_from == shared.trained_from["policy"]
+    assert plan.dense == (dense_bytes(shared) if make_dense_copy(shared, "auto") else 0)
+
+
+@pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}])
+def test_an_adapter_on_the_head_is_refused_by_the_plan_too(changes, tmp_path):
+    core: Any = tiny.base(tie_word_embeddings=False)
+    core.save_pretrained(tmp_path / "base")
+    get_peft_model(core, on_other_parts(core, changes)).save_pretrained(tmp_path / "policy")
+    model = tiny.arguments(str(tmp_path / "base"))
+    with pytest.raises(UserError, match=r"policy_adapter: .* changes the language-model head"):
+        plan_run(
+            model,
+            settings(tmp_path),
+            policy=str(tmp_path / "policy"),
+            reward=None,
+            memory=None,
+            device="cpu",
+        )
 
 
 DECISIONS = {
