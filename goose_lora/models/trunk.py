@@ -115,6 +115,18 @@ def below(layers: nn.ModuleList, depth: int) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+@contextmanager
+def entering_last(layers: nn.ModuleList) -> Iterator[list[object]]:
+    """Note what the last but one layer gives in each forward of the model inside."""
+    output: list[object] = []
+    hooks = [layer.register_forward_hook(lambda *call: output.append(call[2])) for layer in layers[-2:-1]]
+    try:
+        yield output
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class Capture:
     """Keeps the output of ``layers[depth - 1]`` while a model generates.
 

@@ -13,6 +13,7 @@ from goose_lora.errors import UserError
 from goose_lora.models import role_checks
 from goose_lora.models.dense_copy import DenseCopy, make_dense_copy
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.models.trunk import decoder_layers
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "up_proj"]
 SIZES = {
@@ -280,3 +281,13 @@ def test_logits_that_overflow_in_the_models_dtype_are_said_to_be_that():
             layer.mlp.up_proj.weight.fill_(6e4)
     with pytest.raises(UserError, match=r"its own tensors are\. Use a wider dtype than torch.float16"):
         built(base)
+
+
+def test_the_checks_take_six_passes_and_the_last_layer_once_more():
+    """The base before and after, and of the policy its own pass, ours, a prompt and one step."""
+    base = tiny.base()
+    layers, calls = decoder_layers(base), []
+    for index, layer in enumerate(layers):
+        layer.self_attn.register_forward_hook(lambda *call, index=index: calls.append(index))
+    SharedBase.build(base, tiny.lora(base), reference="copy", critic="adapter")
+    assert [calls.count(index) for index in range(len(layers))] == [6] * (len(layers) - 1) + [7]
