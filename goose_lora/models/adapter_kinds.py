@@ -202,4 +202,8 @@ def as_plain(
         # The start with its sign turned, beside what was trained
         plain[name] = torch.cat([weights[name], factor_a.to(weights[name])])
         plain[twin] = torch.cat([weights[twin], -factor_b.to(weights[twin])], dim=1)
+    # Of embeddings PEFT takes nothing out: what is beside their factors is 0
+    for part, dim in ((".lora_embedding_A", 0), (".lora_embedding_B", 1)):
+        for name in [name for name in weights if name.endswith(part)]:
+            plain[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=dim)
     return plain

@@ -411,12 +411,19 @@ def read_roles(
         # As it will be on the base: a start that is subtracted takes twice the rank
         folder = AdapterFolder.of(setting, adapter)
         require_shared_parts(folder, core)
+        plain, tensors = plain_config(folder), dict(folder.shapes)
+        growth = plain.r // folder.lora_config().r
+        for part, place in ((".lora_embedding_A", 0), (".lora_embedding_B", 1)):
+            for name in [name for name in tensors if name.endswith(part)]:
+                shape = list(tensors[name])
+                shape[place] *= growth
+                tensors[name] = shape
         return read_adapter(
-            plain_config(folder),
+            plain,
             model,
             train_layers=config.train_layers,
             head=head,
-            tensors=folder.shapes,
+            tensors=tensors,
         )
 
     adapters = {"policy": shape_of("policy_adapter", policy, head=False)}

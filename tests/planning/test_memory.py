@@ -387,6 +387,7 @@ def test_adapters_in_folders_are_counted_with_their_own_rank(tmp_path):
 PARTS = {
     "PiSSA": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}},
     "OLoRA": {"init_lora_weights": "olora"},
+    "PiSSA, embeddings": {"init_lora_weights": "pissa", "target_modules": ["embed_tokens", "v_proj"]},
     "DoRA": {"use_dora": True},
     "bias": {"lora_bias": True, "target_modules": ["q_proj", "gate_proj"]},
     "norms": {"modules_to_save": ["input_layernorm"]},
