@@ -71,9 +71,30 @@ def reply_ends(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Iterable[int]
 
 
 def ends_text(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Iterable[int] | None = None) -> str:
-    """Return in one line which tokens end a reply, and what says so."""
+    """Return in one line which tokens end a reply, what says so, and what ends none."""
     ends = ends_with_sources(tokenizer, stop_token_ids or ())
-    return "replies end at " + ", ".join(f"{end.token} ({end.id}: {end.source})" for end in ends)
+    said = "replies end at " + ", ".join(f"{end.token} ({end.id}: {end.source})" for end in ends)
+    text = closing_text(tokenizer)
+    if text is None:
+        return said
+    return (
+        f"{said}; the chat template closes a turn with the text {text!r}, which is no token: no reply ends"
+        f" there unless you set stop_strings: [{json.dumps(text, ensure_ascii=False)}]"
+    )
+
+
+def closing_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the text with which the chat template closes an assistant's turn.
+
+    None where a token that ends a reply stands in it, where it closes turns by nothing, or without
+    a template.
+    """
+    if not tokenizer.chat_template or closing_token(tokenizer) is not None:
+        return None
+    tail = _after_reply(tokenizer, [{"role": "user", "content": "ask"}, _said()])
+    if not tail or any(end.token in tail for end in ends_with_sources(tokenizer)):
+        return None
+    return tail
 
 
 def note_ends(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int], source: str) -> None:
@@ -127,7 +148,7 @@ def closing_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     state = json.dumps([tokenizer.chat_template, tokenizer.eos_token, len(tokenizer)])
     if tokenizer in _rendered and _rendered[tokenizer][0] == state:
         return _rendered[tokenizer][1]
-    ask, said = {"role": "user", "content": "ask"}, {"role": "assistant", "content": _REPLY}
+    ask, said = {"role": "user", "content": "ask"}, _said()
     tail = _after_reply(tokenizer, [ask, said])
     if tail == "":
         tail = _after_reply(tokenizer, [ask, said, ask])
@@ -157,6 +178,11 @@ def template_limit() -> AbstractContextManager[None]:
     return time_limit(
         _LONGEST_RENDERING, "the chat template", ". Does it come to an end? Give another: chat_template_path."
     )
+
+
+def _said() -> dict[str, str]:
+    """Return the turn of an assistant whose words are found again in what a template writes."""
+    return {"role": "assistant", "content": _REPLY}
 
 
 def _after_reply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str | None:

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from goose_lora.data.preferences import encode_reply
 from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.errors import UserError
-from goose_lora.models.endings import closing_token, ends_text, ends_with_sources, note_ends, reply_ends
+from goose_lora.models.endings import (
+    closing_text,
+    closing_token,
+    ends_text,
+    ends_with_sources,
+    note_ends,
+    reply_ends,
+)
 from goose_lora.models.loading import change_ends, load_base, load_tokenizer, tokenizer_of
 from goose_lora.models.shared_base import SharedBase
 
@@ -84,6 +91,20 @@ def test_the_token_that_closes_a_turn_is_read_from_the_template(template, closin
     tokenizer = chatty(template)
     number = closing_token(tokenizer)
     assert (None if number is None else tokenizer.convert_ids_to_tokens(number)) == closing
+
+
+IN_TEXT = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n### End\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [(IN_TEXT, "### End"), (IN_TEXT + "{{ eos_token }}", None), (GEMMA, None), (GLM, None), (None, None)],
+    ids=["text", "text and EOS", "token", "nothing", "no template"],
+)
+def test_a_turn_that_closes_in_text_of_several_tokens_is_told_with_the_setting(template, text):
+    tokenizer = chatty(template)
+    assert closing_text(tokenizer) == text
+    assert ('set stop_strings: ["### End"]' in ends_text(tokenizer)) == (text is not None)
 
 
 def test_a_template_that_changes_is_read_again():
