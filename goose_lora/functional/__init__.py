@@ -14,6 +14,7 @@ have no mask: responses have a fixed length there, and every mean is over all po
 """
 
 from goose_lora.functional.advantages import (
+    alike_share,
     explained_variance,
     gae,
     group_normalised,
@@ -40,6 +41,7 @@ __all__ = [
     "KLEstimator",
     "Moments",
     "TokenCount",
+    "alike_share",
     "entropy",
     "exact_kl",
     "explained_variance",

@@ -66,6 +66,18 @@ def group_normalised(
     return ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + eps)).flatten()
 
 
+def alike_share(scores: Float[Tensor, "B"], group_size: int) -> Float[Tensor, ""]:
+    """Return the share of prompts whose replies all score alike, and so teach nothing of scores.
+
+    DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2, which samples anew in their place. Groups
+    as in ``leave_one_out``; alike is within 1e-5 of the score, or 1e-8. TRL's GRPOTrainer logs it
+    as frac_reward_zero_std. Raises ValueError for groups of one.
+    """
+    # The ends, not a deviation: that of equal numbers is rounded.
+    groups = _groups(_upcast(scores), group_size)
+    return torch.isclose(groups.amax(-1), groups.amin(-1)).float().mean()
+
+
 def _groups(returns: Float[Tensor, "B"], group_size: int) -> Float[Tensor, "P G"]:
     """Return the replies' returns as a row a prompt."""
     if group_size < 2 or len(returns) % group_size:

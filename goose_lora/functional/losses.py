@@ -14,12 +14,15 @@ def policy_loss(
     mask: Bool[Tensor, "*shape"],
     *,
     cliprange: float,
+    cliprange_high: float | None = None,
     num_tokens: TokenCount | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return PPO's clipped objective, negated to be minimised, as a mean over tokens; and stats.
 
     Schulman et al. 2017, arXiv:1707.06347, eq. 7:
     max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(logprobs - old_logprobs).
+    ``cliprange_high`` is an upper bound of its own, 1 + cliprange_high ("clip-higher", DAPO, Yu et
+    al. 2025, arXiv:2503.14476, eq. 10): unlikely tokens may gain more before they are clipped.
     Log-probabilities in nats, of the sampled tokens, old ones from the policy that sampled them. No
     gradient flows into the old log-probabilities and the advantages.
 
@@ -35,7 +38,8 @@ def policy_loss(
     log_ratio = _select(logprobs, mask) - _select(old_logprobs, mask).detach()
     advantages = _select(advantages, mask).detach()
     ratio = log_ratio.exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    high = cliprange if cliprange_high is None else cliprange_high
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + high)
     loss = masked_mean(torch.maximum(plain, clipped), mask, num_tokens=num_tokens)
 
     # expm1 keeps the digits of k3 where the ratio is near 1.

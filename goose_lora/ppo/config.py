@@ -38,6 +38,7 @@ RESUME_RULES = SettingRules(
         "reward_timeout",
         "max_tokens_per_microbatch",
         "cliprange",
+        "cliprange_high",
         "cliprange_value",
         "ratio_threshold",
         "vf_coef",
@@ -205,6 +206,15 @@ class PPOConfig(TrainingArguments):
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass."})
     cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
+    cliprange_high: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "An upper bound of its own, 1 + this: DAPO's clip-higher (arXiv:2503.14476), 0.28 there;"
+                " cliprange if unset."
+            )
+        },
+    )
     ratio_threshold: float | None = field(
         default=10.0,
         metadata={
@@ -527,6 +537,11 @@ class PPOConfig(TrainingArguments):
     def _check_update(self) -> None:
         """Check the bounds of the update, what of the policy trains, and when it stops."""
         self._require("cliprange", 0 < self.cliprange < 1, "must lie between 0 and 1; 0.2 is usual")
+        self._require(
+            "cliprange_high",
+            self.cliprange_high is None or self.cliprange_high >= self.cliprange,
+            f"must not be below cliprange={self.cliprange}, or null for cliprange; DAPO's is 0.28 beside 0.2",
+        )
         self._require(
             "max_tokens_per_microbatch",
             self.max_tokens_per_microbatch is None or self.max_tokens_per_microbatch >= 1,

@@ -190,6 +190,8 @@ class ExperienceMaker:
         # 5. Figures.
         figures = {"objective/score": normalised.mean(), "objective/raw_score": scores.total.mean()}
         figures |= self._of_replies(rollout, seen)
+        if args.num_generations > 1:
+            figures["rollout/alike_groups"] = F.alike_share(shaped, args.num_generations)
         figures |= self._of_sources(scores)
         figures["objective/reward"] = rewards.sum(-1).mean()
         figures["objective/kl_coef"] = torch.tensor(self.kl_coef)

@@ -39,6 +39,7 @@ def total_loss(
         batch.advantages,
         mask,
         cliprange=args.cliprange,
+        cliprange_high=args.cliprange_high,
         num_tokens=num_tokens,
     )
     entropy = F.masked_mean(output.entropy, mask, num_tokens=num_tokens)

@@ -89,6 +89,19 @@ def test_group_normalised_counts_in_the_groups_deviations(drawn):
     )
 
 
+@given(groups(), st.booleans())
+def test_the_share_of_groups_that_score_alike_is_counted(drawn, level):
+    scores, size = drawn
+    scores = scores.round() if level else torch.where(torch.arange(len(scores)) < size, scores[0], scores)
+    close(F.alike_share(scores, size), torch.tensor(reference.alike_share(scores.tolist(), size)))
+
+
+def test_alike_is_but_for_rounding():
+    scores = torch.tensor([0.1 + 0.2, 0.3, 1.0, 1.001, 0.0, 0.0])
+    close(F.alike_share(scores, 2), torch.tensor(2 / 3))
+    assert F.alike_share(scores.bfloat16()[:2], 2).dtype == torch.float32
+
+
 def test_groups_by_hand():
     returns = torch.tensor([1.0, 3.0, 10.0, 10.0])
     close(F.leave_one_out(returns, 2), torch.tensor([-2.0, 2.0, 0.0, 0.0]))
@@ -101,7 +114,7 @@ def test_groups_by_hand():
 
 
 @pytest.mark.parametrize(("count", "size"), [(4, 1), (4, 3), (4, 0)])
-@pytest.mark.parametrize("function", [F.leave_one_out, F.group_normalised])
+@pytest.mark.parametrize("function", [F.leave_one_out, F.group_normalised, F.alike_share])
 def test_groups_of_one_or_of_unequal_size_are_refused(function, count, size):
     with pytest.raises(ValueError, match=f"4 returns in groups of {size}.*num_generations"):
         function(torch.ones(count), size)

@@ -30,6 +30,33 @@ def test_policy_loss_and_stats_match_the_token_by_token_reference(batch, clipran
         close(got, want[name])
 
 
+@given(ragged(tensors=3, holes=True), CLIPRANGES, CLIPRANGES)
+def test_clip_higher_bounds_what_rises_by_a_number_of_its_own(batch, cliprange, more):
+    mask, *tensors = batch
+    both = {"cliprange": cliprange, "cliprange_high": cliprange + more}
+    loss, stats = policy_loss(*tensors, mask, **both)
+    want = reference.policy_loss(*reference.tokens(mask, *tensors), **both)
+    for name, got in {"loss": loss, **stats}.items():
+        close(got, want[name])
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "slope"),
+    [
+        (1.0, 1.25, -1.25, -1.25),  # above 1.2, and within 1.28
+        (1.0, 1.3, -1.28, 0.0),
+        (-1.0, 0.75, 0.8, 0.0),  # the lower bound stays 0.8
+    ],
+)
+def test_clip_higher_by_hand(advantage, ratio, loss, slope):
+    logprobs = tensor(math.log(ratio)).requires_grad_()
+    ranges = {"cliprange": 0.2, "cliprange_high": 0.28}
+    got, _ = policy_loss(logprobs, tensor(0.0), tensor(advantage), torch.tensor([True]), **ranges)
+    got.backward()
+    close(got.detach(), loss)
+    close(logprobs.grad, [slope])
+
+
 @given(ragged(tensors=2, holes=True), CLIPRANGES)
 def test_on_policy_the_gradient_is_that_of_reinforce(batch, cliprange):
     mask, logprobs, advantages = batch

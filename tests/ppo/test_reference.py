@@ -278,7 +278,8 @@ class Slow:
             for t, token in enumerate(self.replies[row]):
                 advantage = self.advantages[row][t]
                 ratio = torch.exp(log_p[t, token] - self.old[row][t])
-                bound = torch.clamp(ratio, 1 - config.cliprange, 1 + config.cliprange)
+                high = config.cliprange_high or config.cliprange
+                bound = torch.clamp(ratio, 1 - config.cliprange, 1 + high)
                 gain = min(ratio * advantage, bound * advantage)
                 self.clipped += bool(bound != ratio and bound * advantage < ratio * advantage)
                 self.policy_terms.append(-gain)
@@ -313,6 +314,10 @@ MODES = {
     "gae, critic on the policy": {"critic": "shared"},
     "gae, critic on the reward model": {"critic": "reward_features", "value_learning_rate": 0.3},
     "rloo": {"critic": None, "advantage_estimator": "rloo", "num_generations": 2, "cliprange": 0.002},
+    "rloo, clip-higher": (
+        {"critic": None, "advantage_estimator": "rloo", "num_generations": 2}
+        | {"cliprange": 0.002, "cliprange_high": 0.01}
+    ),
     "grpo": {"critic": None, "advantage_estimator": "grpo", "num_generations": 2, "cliprange": 0.002},
     "grpo, k3 in the loss": (
         {"critic": None, "advantage_estimator": "grpo", "num_generations": 2, "cliprange": 0.002}

@@ -437,6 +437,26 @@ def test_each_prompt_is_answered_num_generations_times_in_a_row(tmp_path, monkey
     assert set(seen[1][1]).isdisjoint(seen[2][1]), "each rollout has prompts of its own"
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_prompts_whose_replies_score_alike_are_counted(penalty, tmp_path):
+    groups = []
+
+    def watch(completion_ids, **columns):
+        scores = [float(ids[0] % 2) for ids in completion_ids]
+        lengths = [len(ids) for ids in completion_ids]
+        learned = [score - penalty * length for score, length in zip(scores, lengths, strict=True)]
+        groups.append([learned[i : i + 2] for i in range(0, len(learned), 2)])
+        return scores
+
+    settings = {"num_generations": 2, "score_normalization": "none", "length_penalty": penalty}
+    trainer(tmp_path, reward=watch, **settings).train()
+    shares = [sum(abs(a - b) < 1e-6 for a, b in pairs) / len(pairs) for pairs in groups]
+    got = [row["rollout/alike_groups"] for row in logged(tmp_path, "rollout/alike_groups")]
+    assert got == pytest.approx(shares) and len(got) == 2 and 0 < min(shares) <= max(shares) < 1
+    trainer(tmp_path / "one", num_rollouts=1).train()
+    assert logged(tmp_path / "one", "rollout/alike_groups") == []
+
+
 def test_the_advantages_of_a_group_are_its_returns_against_the_others(tmp_path):
     shared = SharedBase.build(base := tiny.base(), tiny.lora(base, layers="top-2"))
     ppo = trainer(tmp_path, shared=shared, advantage_estimator="rloo", num_generations=2)

@@ -36,13 +36,14 @@ def gae_row(rewards, values, gamma, lam):
     return [average(t) for t in range(len(values))]
 
 
-def policy_loss(logprobs, old_logprobs, advantages, cliprange):
+def policy_loss(logprobs, old_logprobs, advantages, cliprange, cliprange_high=None):
     """A ratio that leaves [1 - c, 1 + c] in its advantage's favour earns no more than at the
-    border; one against it pays in full."""
+    border; one against it pays in full. DAPO's range is [1 - c, 1 + high]."""
+    high = cliprange if cliprange_high is None else cliprange_high
     losses, clipped, kls, ratios = [], [], [], []
     for new, old, advantage in zip(logprobs, old_logprobs, advantages, strict=True):
         ratio = math.exp(new) / math.exp(old)
-        earned = min(ratio, 1 + cliprange) if advantage > 0 else max(ratio, 1 - cliprange)
+        earned = min(ratio, 1 + high) if advantage > 0 else max(ratio, 1 - cliprange)
         losses.append(-advantage * earned)
         clipped.append(advantage != 0 and earned != ratio)
         kls.append(ratio - 1 - math.log(ratio))
@@ -125,3 +126,10 @@ def group_normalised(returns, group_size, eps):
         group = returns[start : start + group_size]
         found.append((own - fmean(group)) / (stdev(group) + eps))
     return found
+
+
+def alike_share(scores, group_size):
+    """Of all prompts, those whose best and worst reply score alike but for rounding."""
+    groups = [scores[start : start + group_size] for start in range(0, len(scores), group_size)]
+    alike = [max(group) - min(group) <= 1e-8 + 1e-5 * abs(min(group)) for group in groups]
+    return sum(alike) / len(groups)
