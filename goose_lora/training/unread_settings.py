@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.debug_utils import DebugOption
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from goose_lora.errors import UserError
 
@@ -185,7 +186,7 @@ def _check_sampling(args: TrainingArguments) -> None:
 
 def _check_accelerator(args: TrainingArguments) -> None:
     """Raise UserError for settings of accelerate that contradict those of the run."""
-    config = args.accelerator_config
+    config = cast(AcceleratorConfig, args.accelerator_config)  # of a file's words, once they are read
     steps = (config.gradient_accumulation_kwargs or {}).get("num_steps")
     if steps is not None:
         raise UserError(
