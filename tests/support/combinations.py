@@ -85,6 +85,7 @@ class Combination(NamedTuple):
 
     quantization: str
     dtype: str
+    embeddings: str  # device or host
     layers: str  # of the policy's adapter
     start: str | None  # a kind of trained adapter, or None for a fresh one
     reference: str | None  # None, copy, or folder
@@ -139,7 +140,8 @@ def draw(seed: int) -> Combination:
     sources, weights = _sources(chance, has_reward=has_reward)
     return Combination(
         quantization=quantization,
-        dtype=pick(["float32", "float32", "bfloat16"]),
+        dtype=pick(["float32", "float32", "bfloat16", "float16"]),
+        embeddings=pick(["device", "device", "host"]),
         layers=pick(["all", "top-2", "top-2"]),
         start=start,
         reference=pick([None, None, "copy", "folder"]),
@@ -274,6 +276,7 @@ class Bases:
             self.base,
             quantization=made.quantization,
             dtype=made.dtype,
+            embeddings=made.embeddings,
             lora_layers=made.layers,
         )
         tokenizer = load_tokenizer(args)
