@@ -22,7 +22,7 @@ from goose_lora.functional.advantages import (
     shaped_scores,
     token_rewards,
 )
-from goose_lora.functional.kl import KLEstimator, exact_kl, kl_per_token
+from goose_lora.functional.kl import KLEstimator, exact_kl, kl_per_token, weighted_kl
 from goose_lora.functional.logprobs import CHUNK_TOKENS, entropy, gather_logprobs, token_kl, token_logprobs
 from goose_lora.functional.losses import pairwise_loss, policy_loss, ranking_loss, untied_pairs, value_loss
 from goose_lora.functional.masked import (
@@ -64,5 +64,6 @@ __all__ = [
     "token_rewards",
     "untied_pairs",
     "value_loss",
+    "weighted_kl",
     "whiten",
 ]

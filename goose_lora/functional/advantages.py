@@ -22,7 +22,8 @@ def gae(
     last counted token the episode is over and its value is 0. Time is counted in counted tokens:
     one outside the mask, such as a user turn between two replies, is passed over, neither
     discounting nor bootstrapped from, and its reward is lost (put it on the counted token before).
-    Returns are advantages + values.
+    Returns are advantages + values; the critic's may have a ``lam`` of their own, by a second call
+    (VC-PPO, Yuan et al. 2025, arXiv:2503.01491).
 
     OpenAI and CleanRL run to the fixed length. TRL runs to one position past the response, where it
     puts the score, and so bootstraps from the value after the last token. None of them knows holes.

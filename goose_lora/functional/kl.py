@@ -3,10 +3,10 @@
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from goose_lora.functional.masked import _upcast
+from goose_lora.functional.masked import _select, _upcast
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -36,6 +36,31 @@ def kl_per_token(
     if estimator == "k3":
         return torch.expm1(-difference) + difference
     raise ValueError(f"kl_estimator={estimator!r} is unknown. Use one of {', '.join(get_args(KLEstimator))}.")
+
+
+def weighted_kl(
+    logprobs: Float[Tensor, "*shape"],
+    old_logprobs: Float[Tensor, "*shape"],
+    ref_logprobs: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"],
+    *,
+    estimator: KLEstimator,
+) -> Float[Tensor, "*shape"]:
+    """Return an estimate of KL(policy || reference) by an older policy's tokens, 0 elsewhere.
+
+    That of ``kl_per_token`` times exp(logprobs - old_logprobs), for a loss. As such, both have the
+    gradient of the KL on average over the older policy's tokens: k2 with a weight that has no
+    gradient (Liu et al. 2025, arXiv:2510.01555), k3 with one that has (DeepSeek-V3.2,
+    arXiv:2512.02556; TRL's use_bias_correction_kl), which changes its gradient where the two
+    policies are still one. In nats. Raises ValueError for k1, which no source has so.
+    """
+    if estimator == "k1":
+        raise ValueError("weighted_kl has k2 and k3: in the loss k1 has no gradient on average.")
+    logprobs, old_logprobs = _select(logprobs, mask), _select(old_logprobs, mask).detach()
+    weight = (logprobs - old_logprobs).exp()
+    if estimator == "k2":
+        weight = weight.detach()
+    return weight * kl_per_token(logprobs, _select(ref_logprobs, mask).detach(), estimator=estimator)
 
 
 def exact_kl(

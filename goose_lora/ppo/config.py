@@ -29,6 +29,7 @@ RESUME_RULES = SettingRules(
         "vllm_memory_share",
         "kl_coef",
         "max_kl",
+        "kl_importance_weight",
         "kl_target",
         "kl_horizon",
         "score_calibration_prompts",
@@ -44,6 +45,7 @@ RESUME_RULES = SettingRules(
         "vf_coef",
         "gamma",
         "lam",
+        "lam_critic",
         "entropy_coef",
         "ptx_coef",
         "reuse_trunk",
@@ -139,11 +141,15 @@ class PPOConfig(TrainingArguments):
         default="reward",
         metadata={"help": "Charge the KL as part of each token's reward, or as a term of the loss (not k1)."},
     )
+    kl_importance_weight: bool = field(
+        default=False,
+        metadata={"help": "Weigh a KL in the loss by the policy's ratio (k2 or k3; arXiv:2510.01555)."},
+    )
     max_kl: float | None = field(
-        default=None, metadata={"help": "Stop the run at a rollout whose KL (nats a reply) is above this."}
+        default=None, metadata={"help": "Stop at a rollout whose KL (nats a reply) is above this."}
     )
     kl_target: float | None = field(
-        default=None, metadata={"help": "Adapt kl_coef towards this KL (nats a reply); fixed if unset."}
+        default=None, metadata={"help": "Adapt kl_coef towards this KL (nats a reply); null: fixed."}
     )
     kl_horizon: int = field(default=10000, metadata={"help": "Replies over which an adaptive kl_coef moves."})
     score_normalization: Literal["reference", "running", "none"] = field(
@@ -156,7 +162,7 @@ class PPOConfig(TrainingArguments):
         },
     )
     score_calibration_prompts: int = field(
-        default=192, metadata={"help": "Prompts answered before training to learn the reference's scale."}
+        default=192, metadata={"help": "Prompts answered first, to learn the reference's scale."}
     )
     score_clip: float | None = field(
         default=None, metadata={"help": "Bound on a score's size, after normalisation; null: none."}
@@ -192,7 +198,7 @@ class PPOConfig(TrainingArguments):
         },
     )
     num_generations: int = field(
-        default=1, metadata={"help": "Replies to each prompt of a rollout; 2 or more for rloo and grpo."}
+        default=1, metadata={"help": "Replies to a prompt of a rollout; rloo and grpo: 2 or more."}
     )
     max_tokens_per_microbatch: int | None = field(
         default=None,
@@ -207,13 +213,7 @@ class PPOConfig(TrainingArguments):
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass."})
     cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
     cliprange_high: float | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "An upper bound of its own, 1 + this: DAPO's clip-higher (arXiv:2503.14476), 0.28 there;"
-                " cliprange if unset."
-            )
-        },
+        default=None, metadata={"help": "Above, within 1 + this: DAPO's clip-higher (0.28 there)."}
     )
     ratio_threshold: float | None = field(
         default=10.0,
@@ -258,6 +258,9 @@ class PPOConfig(TrainingArguments):
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
     lam: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
+    lam_critic: float | None = field(
+        default=None, metadata={"help": "lam of what the critic learns: VC-PPO's, 1.0 there."}
+    )
     entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy in the loss."})
     ema_decay: float | None = field(
         default=None,
@@ -291,7 +294,7 @@ class PPOConfig(TrainingArguments):
     # Evaluation on held-out prompts while training. eval_strategy, eval_steps and
     # load_best_model_at_end are those of transformers.
     num_eval_prompts: int = field(
-        default=64, metadata={"help": "Held-out prompts that an evaluation answers, the same ones each time."}
+        default=64, metadata={"help": "Held-out prompts of an evaluation, the same ones each time."}
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better eval_objective."}
@@ -305,11 +308,11 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "In optimizer steps; once a rollout if unset."}
     )
     save_steps: float | None = field(
-        default=None, metadata={"help": "In optimizer steps, whole rollouts; every tenth rollout if unset."}
+        default=None, metadata={"help": "Optimizer steps, in whole rollouts; 10 rollouts if unset."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     eval_steps: float | None = field(
-        default=None, metadata={"help": "In optimizer steps, whole rollouts; as save_steps if unset."}
+        default=None, metadata={"help": "Optimizer steps, in whole rollouts; save_steps if unset."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: columns go to reward functions."}
@@ -527,6 +530,14 @@ class PPOConfig(TrainingArguments):
             not in_loss,
             "in the loss k1 has no gradient on average; use k2 or k3 with kl_location=loss",
         )
+        # The exact KL is of all tokens, whichever was drawn: a weight would add noise alone.
+        weighed = self.kl_location == "loss" and self.kl_estimator in ("k2", "k3")
+        self._require(
+            "kl_importance_weight",
+            weighed or not self.kl_importance_weight,
+            "only a KL of drawn tokens in the loss has a weight; set kl_location: loss and kl_estimator: k2"
+            " or k3, or leave it false",
+        )
         self._require_positive_or_null("kl_target", "a fixed kl_coef")
         self._require(
             "kl_coef",
@@ -569,6 +580,11 @@ class PPOConfig(TrainingArguments):
             "critic_warmup_rollouts",
             self.needs_critic or not self.critic_warmup_rollouts,
             "rloo and grpo have no critic to warm up",
+        )
+        own = self.lam_critic
+        self._require("lam_critic", own is None or 0 <= own <= 1, "must lie between 0 and 1; 1.0 is VC-PPO's")
+        self._require(
+            "lam_critic", own is None or self.needs_critic, "rloo and grpo have no critic to learn by it"
         )
         # ReduceLROnPlateau goes by a metric, not by the step alone.
         schedules = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -97,6 +98,14 @@ class Experience:
         )
 
 
+class Advantages(NamedTuple):
+    """Advantages as the policy learns from them, and before whitening; what the critic learns."""
+
+    advantages: Float[Tensor, "B T"]
+    plain: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"] | None
+
+
 class ExperienceMaker:
     """Turns rollouts into what the update needs, by the settings of one run.
 
@@ -185,7 +194,7 @@ class ExperienceMaker:
         values = None
         if seen.values is not None:
             values = torch.where(mask, self.values(seen.values), 0.0)
-        advantages, returns = self.advantages(rewards, values, mask)
+        made = self.advantages(rewards, values, mask)
 
         # 5. Figures.
         figures = {"objective/score": normalised.mean(), "objective/raw_score": scores.total.mean()}
@@ -195,15 +204,15 @@ class ExperienceMaker:
         figures |= self._of_sources(scores)
         figures["objective/reward"] = rewards.sum(-1).mean()
         figures["objective/kl_coef"] = torch.tensor(self.kl_coef)
-        figures |= self._of_advantages(advantages, values, returns, mask)
+        figures |= self._of_advantages(made, values, mask)
 
         experience = Experience(
             rollout,
             seen.logprobs,
             seen.ref_logprobs,
-            advantages,
+            made.advantages,
             values,
-            returns,
+            made.returns,
             trunk=seen.trunk,
             value_trunk=seen.value_trunk,
             features=seen.features,
@@ -222,21 +231,27 @@ class ExperienceMaker:
 
     def advantages(
         self, rewards: Float[Tensor, "B T"], values: Float[Tensor, "B T"] | None, mask: Bool[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
+    ) -> Advantages:
         """Return advantages, and what the critic is to learn where there is one."""
         args = self.args
         # Without a critic, the replies to one prompt are compared with one another.
         if values is None:
             compare = {"rloo": F.leave_one_out, "grpo": F.group_normalised}[args.advantage_estimator]
             compared = compare(rewards.sum(-1), args.num_generations)
-            return torch.where(mask, compared[:, None], 0.0), None
+            plain = torch.where(mask, compared[:, None], 0.0)
+            return Advantages(plain, plain, None)
 
         # With one, GAE; whitening goes by the moments over all processes.
         if args.whiten_rewards:
             rewards = F.whiten(rewards, mask, shift_mean=False, statistics=self._moments(rewards, mask))
-        advantages = F.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
-        whitened = F.whiten(advantages, mask, statistics=self._moments(advantages, mask))
-        return whitened, torch.where(mask, advantages + values, 0.0)
+        plain = F.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        whitened = F.whiten(plain, mask, statistics=self._moments(plain, mask))
+
+        # The critic's targets may look further ahead than the policy's advantages.
+        ahead = plain
+        if args.lam_critic is not None:
+            ahead = F.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam_critic)
+        return Advantages(whitened, plain, torch.where(mask, ahead + values, 0.0))
 
     def _moments(self, x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> F.Moments:
         """Return the moments of ``x`` over the rollouts of all processes."""
@@ -284,27 +299,21 @@ class ExperienceMaker:
         }
 
     def _of_advantages(
-        self,
-        advantages: Float[Tensor, "B T"],
-        values: Float[Tensor, "B T"] | None,
-        returns: Float[Tensor, "B T"] | None,
-        mask: Bool[Tensor, "B T"],
+        self, made: Advantages, values: Float[Tensor, "B T"] | None, mask: Bool[Tensor, "B T"]
     ) -> dict[str, Tensor]:
         """Return the spread of the unwhitened advantages, and how good the critic is."""
         # Over all processes at once: a variance is no mean of variances.
         everyones = self._everyones(mask)
-        if values is None or returns is None:
-            spread, of_critic = advantages, {}
-        else:
-            spread = returns - values
-            all_values, all_returns = self._everywhere(values), self._everywhere(returns)
+        of_critic = {}
+        if values is not None and made.returns is not None:
+            all_values, all_returns = self._everywhere(values), self._everywhere(made.returns)
             of_critic = {
                 "value/explained_variance": F.explained_variance(all_values, all_returns, everyones),
                 "value/mean": F.masked_mean(all_values, everyones),
             }
         return {
-            "advantage/std": F.moments(self._everywhere(spread), everyones).var.sqrt(),
-            "advantage/largest": self._everywhere(advantages).abs().max(),
+            "advantage/std": F.moments(self._everywhere(made.plain), everyones).var.sqrt(),
+            "advantage/largest": self._everywhere(made.advantages).abs().max(),
         } | of_critic
 
     def _everyones(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "N T"]:

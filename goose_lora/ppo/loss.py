@@ -48,10 +48,7 @@ def total_loss(
 
     # What holds the policy back: the KL, where it is no part of the reward, and pretraining text.
     if args.kl_location == "loss":
-        kl = output.kl
-        if kl is None:
-            kl = F.kl_per_token(output.logprobs, batch.ref_logprobs, estimator=args.sampled_kl_estimator)
-        stats["loss/kl"] = F.masked_mean(kl, mask, num_tokens=num_tokens)
+        stats["loss/kl"] = F.masked_mean(_kl(output, batch, args), mask, num_tokens=num_tokens)
         loss = loss + kl_coef * stats["loss/kl"]
     if output.ptx_loss is not None:
         stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
@@ -71,6 +68,17 @@ def total_loss(
         loss = loss + args.vf_coef * value_loss
         stats |= value_stats | {"loss/value": value_loss}
     return loss, stats
+
+
+def _kl(output: PolicyAndValue, batch: Microbatch, args: PPOConfig) -> Float[Tensor, "B T"]:
+    """Return the KL to the reference that is a term of the loss, per token."""
+    if output.kl is not None:
+        return output.kl
+    # In later passes the tokens are an older policy's, of which the weight takes account.
+    new, reference, estimator = output.logprobs, batch.ref_logprobs, args.sampled_kl_estimator
+    if args.kl_importance_weight:
+        return F.weighted_kl(new, batch.old_logprobs, reference, batch.response_mask, estimator=estimator)
+    return F.kl_per_token(new, reference, estimator=estimator)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from goose_lora.functional import (
     exact_kl,
     gather_logprobs,
     kl_per_token,
+    weighted_kl,
 )
 
 
@@ -48,6 +49,42 @@ def test_k2_is_right_to_second_order():
     # 4; 5 % for the fourth order.
     close(error(2e-3) / error(1e-3), torch.full((7,), 8.0), rtol=0.05, atol=0)
     assert (error(2e-3).abs() < 1e-2 * exact_kl(logits, logits + 2e-3 * direction)).all()
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@given(both=two_logits())
+def test_weighed_both_have_the_gradient_of_the_kl_on_another_policys_tokens(estimator, both):
+    logits, ref_logits = both
+    sampler = logits.flip(-1).log_softmax(-1)  # another distribution, which drew the tokens
+
+    def gradient(function):
+        x = logits.clone().requires_grad_()
+        return torch.autograd.grad(function(x).sum(), x)[0]
+
+    def average(x):
+        mask = torch.ones_like(x, dtype=torch.bool)
+        new, ref = x.log_softmax(-1), ref_logits.log_softmax(-1)
+        return sampler.exp() * weighted_kl(new, sampler, ref, mask, estimator=estimator)
+
+    want = gradient(lambda x: exact_kl(x, ref_logits))
+    close(gradient(average), want, rtol=1e-6, atol=1e-6)
+    if estimator == "k3":  # and its value is the KL's
+        close(average(logits).sum(-1), exact_kl(logits, ref_logits), rtol=1e-6, atol=1e-6)
+
+
+def test_a_weighed_k2_is_as_before_where_the_policy_is_the_one_that_sampled():
+    new, ref = (torch.randn(9, generator=torch.Generator().manual_seed(i)).double() for i in (0, 1))
+    mask = torch.arange(9) < 7
+    gradients = []
+    for function in (
+        lambda x: weighted_kl(x, new, ref, mask, estimator="k2"),
+        lambda x: kl_per_token(x, ref, estimator="k2")[mask],
+    ):
+        x = new.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(function(x).sum(), x)[0])
+    assert torch.equal(*gradients)
+    with pytest.raises(ValueError, match="in the loss k1 has no gradient"):
+        weighted_kl(new, new, ref, mask, estimator="k1")
 
 
 @given(two_logits())

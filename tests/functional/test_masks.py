@@ -30,6 +30,7 @@ from goose_lora.functional import (
     policy_loss,
     token_rewards,
     value_loss,
+    weighted_kl,
     whiten,
 )
 
@@ -46,6 +47,7 @@ MASKED = {
     "token_rewards": lambda a, b, c, d, mask, **_: token_rewards(
         a.new_ones(len(a)), a, mask, kl_coef=0.1, by_token=b
     ),
+    "weighted_kl": lambda a, b, c, d, mask, **_: weighted_kl(a, b, c, mask, estimator="k3"),
     "explained_variance": lambda a, b, c, d, mask, **_: explained_variance(a, b, mask),
 }
 SHARED = ("masked_mean", "policy_loss", "value_loss")
@@ -98,7 +100,7 @@ def test_padding_has_no_say_in_value_or_gradient(name, batch, junk):
         assert (gradient[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["whiten", "gae"])
+@pytest.mark.parametrize("name", ["whiten", "gae", "weighted_kl"])
 @given(batch=ragged(tensors=4, holes=True), junk=JUNK)
 def test_what_is_outside_the_mask_comes_back_as_zero(name, batch, junk):
     mask, *tensors = batch
@@ -112,7 +114,7 @@ def test_whiten_without_shift_and_with_given_statistics_is_zero_outside_the_mask
     assert (whiten(x, mask, shift_mean=False, statistics=statistics)[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(MASKED) - {"masked_sum", "gae", "token_rewards"}))
+@pytest.mark.parametrize("name", sorted(set(MASKED) - {"masked_sum", "gae", "token_rewards", "weighted_kl"}))
 def test_an_empty_mask_is_an_error_that_says_the_way_out(name):
     x, nothing = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"\(2, 3\) selects no token.*Drop empty responses.*num_tokens"):

@@ -228,9 +228,12 @@ class Slow:
             self.rewards = [
                 [(r - fmean(flat)) / deviation + fmean(flat) for r in row] for row in self.rewards
             ]
-        plain = [self.gae(*both) for both in zip(self.rewards, self.old_values, strict=True)]
+        plain = [self.gae(*both, config.lam) for both in zip(self.rewards, self.old_values, strict=True)]
+        # The critic's by a lambda of its own (VC-PPO): with 1, all that is earned from there on
+        lam = config.lam if config.lam_critic is None else config.lam_critic
+        ahead = [self.gae(*both, lam) for both in zip(self.rewards, self.old_values, strict=True)]
         self.returns = [
-            [a + v for a, v in zip(*both, strict=True)] for both in zip(plain, self.old_values, strict=True)
+            [a + v for a, v in zip(*both, strict=True)] for both in zip(ahead, self.old_values, strict=True)
         ]
         flat = [a for row in plain for a in row]
         centre = fmean(flat)
@@ -250,10 +253,10 @@ class Slow:
                 found.append((own - fmean(group)) / (stdev(group) + 1e-4))
         return found
 
-    def gae(self, rewards, values):
+    def gae(self, rewards, values, lam):
         """Each advantage as the sum over all later steps of (gamma lambda)^k delta
         (arXiv:1506.02438, eq. 16)."""
-        gamma, lam, end = self.config.gamma, self.config.lam, len(rewards)
+        gamma, end = self.config.gamma, len(rewards)
         ahead = [*values[1:], 0.0]
         delta = [rewards[t] + gamma * ahead[t] - values[t] for t in range(end)]
         return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, end)) for t in range(end)]
@@ -293,7 +296,10 @@ class Slow:
                     self.value_terms.append(squared / 2)
                     term = term + config.vf_coef * squared / 2
                 if config.kl_location == "loss":
-                    term = term + config.kl_coef * self.kl_of(log_p[t], log_q[t], token)
+                    weight = 1.0
+                    if config.kl_importance_weight:
+                        weight = ratio.item() if config.kl_estimator == "k2" else ratio
+                    term = term + config.kl_coef * weight * self.kl_of(log_p[t], log_q[t], token)
                 terms.append(term)
         return sum(terms) / len(terms)
 
@@ -311,6 +317,10 @@ MODES = {
         "kl_estimator": "exact",
         "kl_location": "loss",
     },
+    "gae, a lambda for the critic": {"critic": "adapter", "lam_critic": 1.0},
+    "gae, own critic, weighed k2 in the loss": (
+        {"critic": "adapter", "kl_estimator": "k2", "kl_location": "loss", "kl_importance_weight": True}
+    ),
     "gae, critic on the policy": {"critic": "shared"},
     "gae, critic on the reward model": {"critic": "reward_features", "value_learning_rate": 0.3},
     "rloo": {"critic": None, "advantage_estimator": "rloo", "num_generations": 2, "cliprange": 0.002},
@@ -322,6 +332,10 @@ MODES = {
     "grpo, k3 in the loss": (
         {"critic": None, "advantage_estimator": "grpo", "num_generations": 2, "cliprange": 0.002}
         | {"kl_estimator": "k3", "kl_location": "loss"}
+    ),
+    "grpo, weighed k3 in the loss": (
+        {"critic": None, "advantage_estimator": "grpo", "num_generations": 2, "cliprange": 0.002}
+        | {"kl_estimator": "k3", "kl_location": "loss", "kl_importance_weight": True}
     ),
 }
 
@@ -398,3 +412,27 @@ def test_every_trainable_tensor_was_compared(tmp_path):
     }
     assert watch.steps[0][1].keys() == names and len(names) == 2 * 2 * 7 * 2 + 1
     assert {gradient.dtype for gradient in watch.steps[0][1].values()} == {torch.float64}
+
+
+def test_with_a_lambda_of_one_the_critic_learns_what_is_earned_and_the_policy_as_before(tmp_path):
+    runs = {}
+    for lam in (None, 1.0):
+        folder = tmp_path / str(lam)
+        trainer, watch, rollout = watched_run(
+            folder, "adapter", num_rollouts=1, num_ppo_epochs=1, lam_critic=lam
+        )
+        shown = next(row for row in trainer.state.log_history if "advantage/std" in row)
+        runs[lam] = Slow(rollout, trainer.args, "adapter"), watch.steps[0][0], shown
+    slow, calls, shown = runs[1.0]
+    slow.experience(calls[0].weights)
+    gamma = trainer.args.gamma
+    earned = [
+        [sum(gamma ** (k - t) * row[k] for k in range(t, len(row))) for t in range(len(row))]
+        for row in slow.rewards
+    ]
+    for got, want in beside(slow, earned, calls, "returns"):
+        torch.testing.assert_close(got, want, **TOLERANCE)
+    for one, other in zip(calls, runs[None][1], strict=True):
+        assert torch.equal(one.inputs.advantages, other.inputs.advantages)
+        assert not torch.allclose(one.inputs.returns, other.inputs.returns)
+    assert shown["advantage/std"] == runs[None][2]["advantage/std"]

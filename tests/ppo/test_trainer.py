@@ -462,8 +462,8 @@ def test_the_advantages_of_a_group_are_its_returns_against_the_others(tmp_path):
     ppo = trainer(tmp_path, shared=shared, advantage_estimator="rloo", num_generations=2)
     mask = tiny.response_mask((3, 2, 3, 1))
     rewards = torch.where(mask, torch.tensor([[1.0], [2.0], [3.0], [4.0]]), 0.0)
-    advantages, returns = ppo.experience.advantages(rewards, None, mask)
-    assert returns is None
+    advantages, plain, returns = ppo.experience.advantages(rewards, None, mask)
+    assert returns is None and torch.equal(plain, advantages)
     assert advantages.tolist() == [[-1.0] * 3, [1.0, 1.0, 0.0], [5.0] * 3, [-5.0, 0.0, 0.0]]
 
 

@@ -176,15 +176,19 @@ def _of_critic(chance: random.Random, *, has_reward: bool) -> dict:
         "whiten_rewards": chance.random() < 0.3,
         "gamma": pick([1.0, 0.9]),
         "lam": pick([0.95, 1.0, 0.0]),
+        "lam_critic": pick([None, None, 1.0]),
     }
 
 
 def _of_rewards(chance: random.Random) -> dict:
     pick = chance.choice
     location, normalization = pick(["reward", "reward", "loss"]), pick(["reference", "running", "none"])
+    estimator = pick((["k1"] if location == "reward" else []) + ["k2", "k3", "exact"])
+    weighed = location == "loss" and estimator != "exact"
     return {
         "kl_location": location,
-        "kl_estimator": pick((["k1"] if location == "reward" else []) + ["k2", "k3", "exact"]),
+        "kl_estimator": estimator,
+        "kl_importance_weight": weighed and chance.random() < 0.5,
         "kl_coef": pick([0.05, 0.5]),
         "kl_target": pick([None, None, 1.0]),
         "kl_horizon": 50,
