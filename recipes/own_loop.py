@@ -85,6 +85,11 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         )
     if config.ema_decay is not None:
         raise UserError(f"ema_decay={config.ema_decay}: this loop keeps no average. Leave it out.")
+    if config.sampling_correction is not None:
+        raise UserError(
+            f"sampling_correction={config.sampling_correction}: this loop's replies come without the"
+            " probabilities that they were drawn with. Leave it out."
+        )
     stage = cli.Stage.begin("own_loop", config, model, data, game, command=args)
 
     # 1. Everything that can be known before a weight is read.

@@ -24,7 +24,15 @@ from goose_lora.functional.advantages import (
 )
 from goose_lora.functional.kl import KLEstimator, exact_kl, kl_per_token, weighted_kl
 from goose_lora.functional.logprobs import CHUNK_TOKENS, entropy, gather_logprobs, token_kl, token_logprobs
-from goose_lora.functional.losses import pairwise_loss, policy_loss, ranking_loss, untied_pairs, value_loss
+from goose_lora.functional.losses import (
+    SamplingCorrection,
+    pairwise_loss,
+    policy_loss,
+    ranking_loss,
+    sampling_weights,
+    untied_pairs,
+    value_loss,
+)
 from goose_lora.functional.masked import (
     Moments,
     TokenCount,
@@ -40,6 +48,7 @@ __all__ = [
     "CHUNK_TOKENS",
     "KLEstimator",
     "Moments",
+    "SamplingCorrection",
     "TokenCount",
     "alike_share",
     "entropy",
@@ -58,6 +67,7 @@ __all__ = [
     "pairwise_loss",
     "policy_loss",
     "ranking_loss",
+    "sampling_weights",
     "shaped_scores",
     "token_kl",
     "token_logprobs",

@@ -1,10 +1,40 @@
 """Losses of the policy, the critic and the reward model."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from goose_lora.functional.masked import TokenCount, _select, _upcast, masked_mean
+
+SamplingCorrection = Literal["truncate", "mask"]
+
+
+def sampling_weights(
+    logprobs: Float[Tensor, "*shape"],
+    sampling_logprobs: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"],
+    *,
+    correction: SamplingCorrection,
+    cap: float,
+) -> tuple[Float[Tensor, "*shape"], dict[str, Float[Tensor, "*shape"]]]:
+    """Return a token's weight for the gap between sampler and update; and stats, per token.
+
+    exp(logprobs - sampling_logprobs), both of the policy before the update: as the update computes
+    them, and as the sampler had them, which may have other kernels, dtypes or weights. Above
+    ``cap`` it is the cap (truncate: TIS, Yao et al. 2025, fengyao.notion.site/off-policy-rl) or 0
+    (mask: MIS, TRL's token_mask). Of one token: what came before it is not weighed. 0 outside the
+    mask, without gradient. Stats: "rollout/sampling_weight", and "rollout/sampling_capped", 1 where
+    the cap was met. Raises nothing.
+    """
+    # What is outside the mask has weight 0, and not exp(0).
+    ratio = (_select(logprobs, mask) - _select(sampling_logprobs, mask)).detach().exp()
+    above = ratio > cap
+    bound = ratio.clamp(max=cap) if correction == "truncate" else ratio.masked_fill(above, 0.0)
+    weights = _select(bound, mask)
+    capped = _select(above.to(ratio.dtype), mask)
+    return weights, {"rollout/sampling_weight": weights, "rollout/sampling_capped": capped}
 
 
 def policy_loss(
@@ -15,6 +45,7 @@ def policy_loss(
     *,
     cliprange: float,
     cliprange_high: float | None = None,
+    weights: Float[Tensor, "*shape"] | None = None,
     num_tokens: TokenCount | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return PPO's clipped objective, negated to be minimised, as a mean over tokens; and stats.
@@ -23,8 +54,9 @@ def policy_loss(
     max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange)) with r = exp(logprobs - old_logprobs).
     ``cliprange_high`` is an upper bound of its own, 1 + cliprange_high ("clip-higher", DAPO, Yu et
     al. 2025, arXiv:2503.14476, eq. 10): unlikely tokens may gain more before they are clipped.
+    ``weights``, one a token, multiply the terms, and not the stats: ``sampling_weights``.
     Log-probabilities in nats, of the sampled tokens, old ones from the policy that sampled them. No
-    gradient flows into the old log-probabilities and the advantages.
+    gradient flows into the old log-probabilities, the advantages and the weights.
 
     Stats, without gradient and shared out by ``num_tokens`` like the loss: "policy/clip_fraction"
     (tokens whose clipped term is the larger: leaving the range in the advantage's favour),
@@ -40,7 +72,10 @@ def policy_loss(
     ratio = log_ratio.exp()
     high = cliprange if cliprange_high is None else cliprange_high
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + high)
-    loss = masked_mean(torch.maximum(plain, clipped), mask, num_tokens=num_tokens)
+    terms = torch.maximum(plain, clipped)
+    if weights is not None:
+        terms = terms * _select(weights, mask).detach()
+    loss = masked_mean(terms, mask, num_tokens=num_tokens)
 
     # expm1 keeps the digits of k3 where the ratio is near 1.
     with torch.no_grad():

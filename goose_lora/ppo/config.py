@@ -40,6 +40,8 @@ RESUME_RULES = SettingRules(
         "max_tokens_per_microbatch",
         "cliprange",
         "cliprange_high",
+        "sampling_correction",
+        "sampling_correction_cap",
         "cliprange_value",
         "ratio_threshold",
         "vf_coef",
@@ -214,6 +216,18 @@ class PPOConfig(TrainingArguments):
     cliprange: float = field(default=0.2, metadata={"help": "The policy's ratio counts within 1 +- this."})
     cliprange_high: float | None = field(
         default=None, metadata={"help": "Above, within 1 + this: DAPO's clip-higher (0.28 there)."}
+    )
+    sampling_correction: Literal["truncate", "mask"] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Weigh tokens by the update's probability over the sampler's: above the cap, the cap"
+                " (truncate, TIS) or 0 (mask, MIS)."
+            )
+        },
+    )
+    sampling_correction_cap: float = field(
+        default=3.0, metadata={"help": "Largest weight of sampling_correction; TRL's is 3."}
     )
     ratio_threshold: float | None = field(
         default=10.0,
@@ -552,6 +566,11 @@ class PPOConfig(TrainingArguments):
             "cliprange_high",
             self.cliprange_high is None or self.cliprange_high >= self.cliprange,
             f"must not be below cliprange={self.cliprange}, or null for cliprange; DAPO's is 0.28 beside 0.2",
+        )
+        self._require(
+            "sampling_correction_cap",
+            self.sampling_correction_cap >= 1,
+            "must be 1 or more, the weight of a token that both find equally likely; 3 is TRL's",
         )
         self._require(
             "max_tokens_per_microbatch",

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import goose_lora.functional as F
+from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout
 from goose_lora.models.role_outputs import PolicyAndValue
 from goose_lora.ppo.callbacks import RolloutState
@@ -25,7 +26,8 @@ from goose_lora.rewards.sources import Scores
 class Experience:
     """A rollout with what the update needs, all (B, T) and fp32.
 
-    Values and returns are there where there is a critic. Besides, the output of the policy's trunk,
+    Values and returns are there where there is a critic, the weights of tokens where
+    ``sampling_correction`` asks for them. Besides, the output of the policy's trunk,
     and of the critic's if it is another, (B, L, H) where it is reused; the states that the critic's
     head reads (B, T, H) where they are frozen; and the reference's (B, T, H) where the exact KL to
     it is part of the loss. These may be in the host's memory. ``output`` is the first forward pass
@@ -42,6 +44,7 @@ class Experience:
     value_trunk: Float[Tensor, "B L H"] | None = None
     features: Float[Tensor, "B T H"] | None = None
     ref_hidden: Float[Tensor, "B T H"] | None = None
+    sampling_weights: Float[Tensor, "B T"] | None = None
     output: PolicyAndValue | None = None
 
     def microbatches(
@@ -94,6 +97,7 @@ class Experience:
             value_trunk=chosen_if_there(self.value_trunk),
             features=chosen_if_there(self.features),
             ref_hidden=chosen_if_there(self.ref_hidden),
+            sampling_weights=chosen_if_there(self.sampling_weights),
             output=output,
         )
 
@@ -206,6 +210,7 @@ class ExperienceMaker:
         figures["objective/kl_coef"] = torch.tensor(self.kl_coef)
         figures |= self._of_advantages(made, values, mask)
 
+        weights, of_weights = self._sampling_weights(rollout, seen)
         experience = Experience(
             rollout,
             seen.logprobs,
@@ -217,10 +222,35 @@ class ExperienceMaker:
             value_trunk=seen.value_trunk,
             features=seen.features,
             ref_hidden=seen.ref_hidden,
+            sampling_weights=weights,
             output=seen.output,
         )
         # Each process has as many replies; a figure that counts tokens is equal on all.
-        return experience, averaged(self.accelerator, figures)
+        return experience, averaged(self.accelerator, figures | of_weights)
+
+    def _sampling_weights(
+        self, rollout: Rollout, seen: RoleOutputs
+    ) -> tuple[Float[Tensor, "B T"] | None, dict[str, Tensor]]:
+        """Return the tokens' weights for the gap between sampler and update, and figures of them.
+
+        Raises:
+            UserError: nobody knows how likely the tokens were to their sampler.
+        """
+        correction, cap = self.args.sampling_correction, self.args.sampling_correction_cap
+        if correction is None:
+            return None, {}
+        if rollout.sampling_logprobs is None:
+            raise UserError(
+                f"sampling_correction={correction}: these replies come without the probabilities that they"
+                " were drawn with, as in a loop of your own. Leave it out."
+            )
+        mask = rollout.response_mask
+        weights, stats = F.sampling_weights(
+            seen.logprobs, rollout.sampling_logprobs, mask, correction=correction, cap=cap
+        )
+        everyones = self._everyones(mask)
+        figures = {name: F.masked_mean(self._everywhere(x), everyones) for name, x in stats.items()}
+        return weights, figures
 
     def _kl(self, seen: RoleOutputs) -> Float[Tensor, "B T"]:
         """Return the KL to the reference that is charged: the exact one where the roles give it."""

@@ -40,6 +40,7 @@ def total_loss(
         mask,
         cliprange=args.cliprange,
         cliprange_high=args.cliprange_high,
+        weights=batch.sampling_weights,
         num_tokens=num_tokens,
     )
     entropy = F.masked_mean(output.entropy, mask, num_tokens=num_tokens)

@@ -22,6 +22,7 @@ BY_RESPONSE = (  # (B, T, ...)
     "returns",
     "features",
     "ref_hidden",
+    "sampling_weights",
 )
 
 
@@ -52,6 +53,7 @@ class Microbatch:
     value_trunk: Float[Tensor, "B L H"] | None = None
     features: Float[Tensor, "B T H"] | None = None
     ref_hidden: Float[Tensor, "B T H"] | None = None
+    sampling_weights: Float[Tensor, "B T"] | None = None
     whole_rows: int | None = None
     reads_texts: bool = True
     output: PolicyAndValue | None = None

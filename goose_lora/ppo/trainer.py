@@ -556,7 +556,15 @@ class PPOTrainer(Resumable, Trainer):
 
         Returns:
             How many rollouts are behind it.
+
+        Raises:
+            UserError: the loop has been started before, or ``sampling_correction`` is set.
         """
+        if self.args.sampling_correction is not None:
+            raise UserError(
+                f"sampling_correction={self.args.sampling_correction}: a loop of your own gives replies"
+                " without the probabilities that they were drawn with. Leave it out."
+            )
         self.own_loop.start(partial(self.train, resume_from_checkpoint=resume_from_checkpoint))
         return self.state.global_step // self.args.steps_per_rollout
 

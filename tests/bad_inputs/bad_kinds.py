@@ -267,6 +267,8 @@ CASES = [
     s("ppo", "lam_critic", 1.5, "lam_critic=1.5: must lie between 0 and 1; 1.0 is VC-PPO's"),
     s("ppo", "cliprange_value", 0.0, "cliprange_value=0.0: must be positive, or null"),
     s("ppo", "cliprange_high", 0.1, "cliprange_high=0.1: must not be below cliprange=0.2"),
+    s("ppo", "sampling_correction_cap", 0.5, "sampling_correction_cap=0.5: must be 1 or more"),
+    s("ppo", "sampling_correction", "clip", "sampling_correction: 'clip' is not one of"),
     s("ppo", "ratio_threshold", 1.0, "ratio_threshold=1.0: must be above 1, or null"),
     s("ppo", "score_clip", -1.0, "score_clip=-1.0: must be positive, or null for"),
     s("ppo", "max_kl", 0.0, "max_kl=0.0: must be positive, or null for no"),

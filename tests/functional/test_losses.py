@@ -15,6 +15,7 @@ from goose_lora.functional import (
     pairwise_loss,
     policy_loss,
     ranking_loss,
+    sampling_weights,
     untied_pairs,
     value_loss,
 )
@@ -55,6 +56,33 @@ def test_clip_higher_by_hand(advantage, ratio, loss, slope):
     got.backward()
     close(got.detach(), loss)
     close(logprobs.grad, [slope])
+
+
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+@given(ragged(tensors=2, holes=True), st.floats(1, 5))
+def test_weights_of_the_gap_to_the_sampler_match_the_reference(correction, batch, cap):
+    mask, *both = batch
+    weights, stats = sampling_weights(*both, mask, correction=correction, cap=cap)
+    want = reference.sampling_weights(*reference.tokens(mask, *both), correction, cap)
+    close(weights[mask], want)
+    assert (weights[~mask] == 0).all()
+    above = [new - drawn > math.log(cap) for new, drawn in zip(*reference.tokens(mask, *both), strict=True)]
+    assert stats["rollout/sampling_capped"][mask].bool().tolist() == above
+
+
+@given(ragged(tensors=4, holes=True), CLIPRANGES)
+def test_weights_multiply_each_tokens_term_and_leave_the_stats(batch, cliprange):
+    mask, logprobs, old, advantages, weights = batch
+    loss, stats = policy_loss(logprobs, old, advantages, mask, cliprange=cliprange, weights=weights)
+    each = [
+        weight * reference.policy_loss([new], [before], [gain], cliprange)["loss"]
+        for new, before, gain, weight in zip(
+            *reference.tokens(mask, logprobs, old, advantages, weights), strict=True
+        )
+    ]
+    close(loss, sum(each) / len(each))
+    plain = policy_loss(logprobs, old, advantages, mask, cliprange=cliprange)[1]
+    assert stats == plain
 
 
 @given(ragged(tensors=2, holes=True), CLIPRANGES)

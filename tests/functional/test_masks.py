@@ -28,6 +28,7 @@ from goose_lora.functional import (
     moments,
     pairwise_loss,
     policy_loss,
+    sampling_weights,
     token_rewards,
     value_loss,
     weighted_kl,
@@ -42,12 +43,17 @@ MASKED = {
     "moments": lambda a, b, c, d, mask, **_: tuple(moments(a, mask))[1:],
     "whiten": lambda a, b, c, d, mask, **_: whiten(a, mask),
     "gae": lambda a, b, c, d, mask, **_: gae(a, b, mask, gamma=0.9, lam=0.8),
-    "policy_loss": lambda a, b, c, d, mask, **share: policy_loss(a, b, c, mask, cliprange=0.2, **share),
+    "policy_loss": lambda a, b, c, d, mask, **share: policy_loss(
+        a, b, c, mask, cliprange=0.2, weights=d, **share
+    ),
     "value_loss": lambda a, b, c, d, mask, **share: value_loss(a, b, c, mask, cliprange_value=0.5, **share),
     "token_rewards": lambda a, b, c, d, mask, **_: token_rewards(
         a.new_ones(len(a)), a, mask, kl_coef=0.1, by_token=b
     ),
     "weighted_kl": lambda a, b, c, d, mask, **_: weighted_kl(a, b, c, mask, estimator="k3"),
+    "sampling_weights": lambda a, b, c, d, mask, **_: sampling_weights(
+        a, b, mask, correction="truncate", cap=2.0
+    ),
     "explained_variance": lambda a, b, c, d, mask, **_: explained_variance(a, b, mask),
 }
 SHARED = ("masked_mean", "policy_loss", "value_loss")
@@ -114,7 +120,9 @@ def test_whiten_without_shift_and_with_given_statistics_is_zero_outside_the_mask
     assert (whiten(x, mask, shift_mean=False, statistics=statistics)[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(MASKED) - {"masked_sum", "gae", "token_rewards", "weighted_kl"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MASKED) - {"masked_sum", "gae", "token_rewards", "weighted_kl", "sampling_weights"})
+)
 def test_an_empty_mask_is_an_error_that_says_the_way_out(name):
     x, nothing = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"\(2, 3\) selects no token.*Drop empty responses.*num_tokens"):

@@ -339,3 +339,11 @@ def test_score_is_what_the_reward_adapter_says(tmp_path):
     assert [reply.tolist() for reply in replies] != [
         reply.tolist() for reply in ppo.generate(queries(), greedy=True)
     ]
+
+
+def test_a_loop_of_ones_own_cannot_be_corrected_for_its_sampler(tmp_path):
+    ppo = own(tmp_path, sampling_correction="mask")
+    with pytest.raises(
+        ValueError, match="sampling_correction=mask: a loop of your own gives replies without"
+    ):
+        ppo.start()

@@ -10,6 +10,7 @@ The trainer is only watched: its rollout is frozen, and each ``compute_loss`` (a
 what it was given and what came out.
 """
 
+import math
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -55,9 +56,9 @@ def frozen_rollout(group_size):
         ids[row, width : width + reply] = tokens
         attention[row, width - len(prompts[-1]) : width + reply] = 1
         mask[row, :reply] = True
-    return Rollout(
-        ids, attention, mask, torch.tensor([ended for _, _, ended in LENGTHS]), torch.zeros(mask.shape)
-    )
+    # As another sampler drew them, which found some a third as likely as the policy, and less
+    drawn = -2.0 - 3.0 * torch.rand(mask.shape, generator=torch.Generator().manual_seed(6))
+    return Rollout(ids, attention, mask, torch.tensor([ended for _, _, ended in LENGTHS]), drawn)
 
 
 @dataclass
@@ -153,6 +154,10 @@ class Slow:
 
     def __init__(self, rollout, config, critic):
         self.base: Any = tiny.base().double()
+        self.drawn = [
+            row[keep].tolist()
+            for row, keep in zip(rollout.sampling_logprobs, rollout.response_mask, strict=True)
+        ]
         self.config, self.critic, self.ended = config, critic, rollout.ended.tolist()
         self.prompts, self.replies = rollout.prompt_ids(), rollout.response_ids()
 
@@ -269,11 +274,21 @@ class Slow:
             self.config.kl_estimator
         ]
 
+    def weight(self, row, t):
+        """The truncated (TIS) or masked (MIS) weight of a token, by what its sampler thought."""
+        correction, cap = self.config.sampling_correction, self.config.sampling_correction_cap
+        if correction is None:
+            return 1.0
+        weight = math.exp(self.old[row][t] - self.drawn[row][t])
+        self.capped += weight > cap
+        return min(weight, cap) if correction == "truncate" else weight * (weight <= cap)
+
     def loss(self, weights):
         """Everything that one optimizer step minimises: a mean over the rollout's tokens. Counts
         the clipped ones."""
         config, terms = self.config, []
         self.policy_terms, self.value_terms, self.clipped, self.values_clipped = [], [], 0, 0
+        self.capped = 0
         for row in range(ROWS):
             log_p = self.distributions(weights, "default", row)
             log_q = self.distributions(weights, "no adapter", row).detach()
@@ -285,6 +300,7 @@ class Slow:
                 bound = torch.clamp(ratio, 1 - config.cliprange, 1 + high)
                 gain = min(ratio * advantage, bound * advantage)
                 self.clipped += bool(bound != ratio and bound * advantage < ratio * advantage)
+                gain = gain * self.weight(row, t)
                 self.policy_terms.append(-gain)
                 entropy = -(log_p[t].exp() * log_p[t]).sum()
                 term = -gain - config.entropy_coef * entropy
@@ -320,6 +336,14 @@ MODES = {
     "gae, a lambda for the critic": {"critic": "adapter", "lam_critic": 1.0},
     "gae, own critic, weighed k2 in the loss": (
         {"critic": "adapter", "kl_estimator": "k2", "kl_location": "loss", "kl_importance_weight": True}
+    ),
+    "grpo, truncated weights": (
+        {"critic": None, "advantage_estimator": "grpo", "num_generations": 2, "cliprange": 0.002}
+        | {"sampling_correction": "truncate"}
+    ),
+    "rloo, masked weights": (
+        {"critic": None, "advantage_estimator": "rloo", "num_generations": 2, "cliprange": 0.002}
+        | {"sampling_correction": "mask", "sampling_correction_cap": 2.0}
     ),
     "gae, critic on the policy": {"critic": "shared"},
     "gae, critic on the reward model": {"critic": "reward_features", "value_learning_rate": 0.3},
@@ -391,6 +415,7 @@ def test_the_trainer_is_the_papers(mode, tmp_path):
     assert abs(slow.kl) > 1e-3, "the policy of the second rollout is still the reference"
     assert 0 < slow.clipped < len(slow.policy_terms)
     assert slow.critic is None or 0 < slow.values_clipped < len(slow.value_terms)
+    assert trainer.args.sampling_correction is None or 0 < slow.capped < len(slow.policy_terms)
     shown = [row for row in trainer.state.log_history if "objective/kl" in row][-1]
     assert shown["objective/kl"] == pytest.approx(slow.kl, abs=1e-6)
 

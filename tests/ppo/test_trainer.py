@@ -377,6 +377,27 @@ def test_rollouts_tell_how_far_their_probabilities_are_from_the_updates(weights,
     assert len(gaps) == 2 and all(0 <= gap < 1e-5 for gap in gaps), gaps
 
 
+@pytest.mark.parametrize(("correction", "weight"), [("truncate", 2.0), ("mask", 0.0)])
+def test_tokens_that_the_sampler_found_unlikely_are_weighed(correction, weight, tmp_path):
+    ends = {}
+    for shift in (0.0, 1.5):  # nats that all tokens were likelier to the update than to the sampler
+        folder = tmp_path / str(shift)
+        ppo = trainer(folder, sampling_correction=correction, sampling_correction_cap=2.0, num_rollouts=1)
+        generate = ppo.collector.generate
+
+        def shifted(*args, generate=generate, shift=shift, **how):
+            rollout = generate(*args, **how)
+            return replace(rollout, sampling_logprobs=rollout.sampling_logprobs - shift)
+
+        ppo.collector.generate = shifted
+        ppo.train()
+        ends[shift] = logged(folder, "rollout/sampling_weight")[0]
+    assert ends[0.0]["rollout/sampling_weight"] == pytest.approx(1.0, abs=1e-5)
+    assert ends[0.0]["rollout/sampling_capped"] == 0 and ends[1.5]["rollout/sampling_capped"] == 1
+    assert ends[1.5]["rollout/sampling_weight"] == pytest.approx(weight)
+    assert (ends[1.5]["loss/policy"] == 0) == (correction == "mask")
+
+
 def test_the_ratio_gate_allows_rounding_and_no_drift():
     mask = torch.ones(3, 5, dtype=torch.bool)
     old = torch.zeros(3, 5)

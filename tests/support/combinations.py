@@ -208,6 +208,8 @@ def _of_updates(chance: random.Random) -> dict:
         "entropy_coef": pick([0.0, 0.01]),
         "cliprange": pick([0.1, 0.2]),
         "cliprange_high": pick([None, None, 0.28]),
+        "sampling_correction": pick([None, None, "truncate", "mask"]),
+        "sampling_correction_cap": pick([3.0, 1.0]),
         "ema_decay": pick([None, 0.9]),
         "ratio_threshold": pick([10.0, None, 1.0001]),
         "max_tokens_per_microbatch": pick([None, None, 20, 1]),

@@ -133,3 +133,13 @@ def alike_share(scores, group_size):
     groups = [scores[start : start + group_size] for start in range(0, len(scores), group_size)]
     alike = [max(group) - min(group) <= 1e-8 + 1e-5 * abs(min(group)) for group in groups]
     return sum(alike) / len(groups)
+
+
+def sampling_weights(logprobs, sampling_logprobs, correction, cap):
+    """How much likelier each token is to the update than it was to its sampler; too much is cut to
+    the cap, or not learned from."""
+    found = []
+    for new, drawn in zip(logprobs, sampling_logprobs, strict=True):
+        weight = math.exp(new) / math.exp(drawn)
+        found.append(weight if weight <= cap else {"truncate": cap, "mask": 0.0}[correction])
+    return found

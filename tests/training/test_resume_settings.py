@@ -64,7 +64,8 @@ OF_PPO = {
     ),
     *("kl_horizon", "score_calibration_prompts", "score_clip", "length_penalty", "missing_eos_penalty"),
     *("reward_timeout", "max_tokens_per_microbatch", "cliprange", "cliprange_value", "ratio_threshold"),
-    *("cliprange_high", "lam_critic", "kl_importance_weight"),
+    *("cliprange_high", "lam_critic", "kl_importance_weight", "sampling_correction"),
+    "sampling_correction_cap",
     *("gamma", "entropy_coef", "ptx_coef", "reuse_trunk", "trunk_memory", "num_eval_prompts"),
 }
 
