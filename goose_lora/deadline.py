@@ -41,3 +41,19 @@ def time_limit(seconds: float | None, what: str, way_out: str) -> Iterator[None]
             signal.ITIMER_REAL, max(before - (time.monotonic() - began), 0.001) if before else 0, interval
         )
         signal.signal(signal.SIGALRM, handler)
+
+
+@contextmanager
+def kept_alarm() -> Iterator[None]:
+    """Set the caller's alarm again after code that sets, and so ends, an alarm of its own."""
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began, (before, interval) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
+    try:
+        yield
+    finally:
+        # One that has become due meanwhile rings at once
+        if before:
+            left = before - (time.monotonic() - began)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), interval)

@@ -49,8 +49,9 @@ class RoleArguments:
         default=None,
         metadata={
             "help": (
-                "Scores replies in place of the reward adapter: module:function, or model:NAME, a classifier;"
-                " or several, also 'adapter'."
+                "Scores replies in place of the reward adapter: module:function; trl:NAME or"
+                " check:NAME, ready rewards, with (argument=value); or model:NAME, a classifier; or several,"
+                " also 'adapter'."
             )
         },
     )

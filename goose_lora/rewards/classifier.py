@@ -12,7 +12,8 @@ from goose_lora.files import import_function
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import reading, require_model
 from goose_lora.models.loading import read_weights, spare_token
-from goose_lora.rewards.sources import RewardMix, RewardSource
+from goose_lora.rewards.named import READY, ReadyReward
+from goose_lora.rewards.sources import RewardFunction, RewardMix, RewardSource
 
 PREFIX = "model:"
 
@@ -140,7 +141,7 @@ def reward_sources(
 ) -> list[Any]:
     """Return what ``--reward_function`` names; weights are not loaded yet.
 
-    A name is ``adapter``, ``module:function`` or ``model:NAME``.
+    A name is ``adapter``, ``module:function``, ``model:NAME``, ``trl:NAME`` or ``check:NAME``.
 
     Raises:
         UserError: ``adapter`` is wanted, also by default, and there is none; a name that leads
@@ -160,9 +161,14 @@ def reward_sources(
         if name.startswith(PREFIX)
     }
     return [
-        models[name] if name in models else name if name == "adapter" else import_function(name)
+        models[name] if name in models else name if name == "adapter" else reward_function(name)
         for name in listed
     ]
+
+
+def reward_function(name: str) -> RewardFunction:
+    """Return the function of ``module:function``, ``trl:NAME(...)`` or ``check:NAME(...)``."""
+    return ReadyReward(name) if name.startswith(READY) else import_function(name)
 
 
 def check_sources(
