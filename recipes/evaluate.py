@@ -4,9 +4,9 @@
     [--any_field value]
 
 Prints greedy replies to three prompts and a table, and writes evaluation.json and replies.jsonl to
-output_dir. A judge, given as module:function with TRL's signature (prompts=, completions=, -> list
-of numbers), is asked about every reply; best_of shows what the reward model alone can pick from
-SFT.
+output_dir. A judge, given and called as a reward function is (module:function, trl:NAME or
+check:NAME), is asked about every reply, and about one before anything loads; best_of shows what the
+reward model alone can pick from SFT.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ from goose_lora.data import DataArguments, asked, tokenize_prompts
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.evaluation import Replies, answer, best_of, judge_all, summary
-from goose_lora.files import import_function, write_json, write_jsonl
+from goose_lora.files import write_json, write_jsonl
 from goose_lora.generation import RolloutCompile, StaticCache, generation_config, make_static_cache
 from goose_lora.models import (
     AdapterFolder,
@@ -37,7 +37,7 @@ from goose_lora.models import (
 )
 from goose_lora.ownership import RESULTS, begin_in, claim, release, share
 from goose_lora.reporting import refresh_report, write_stage
-from goose_lora.rewards import RewardMix
+from goose_lora.rewards import RewardMix, reward_function
 from goose_lora.sharing import add_evaluation
 from goose_lora.terminal import side_by_side, table
 from goose_lora.training import device_text, require_at_least_one, require_one_process
@@ -76,7 +76,11 @@ class EvaluationArguments:
     reward_adapter: str | None = field(default=None, metadata={"help": "Folder of the reward adapter."})
     judge: str | None = field(
         default=None,
-        metadata={"help": "module:function that rates replies; training should not have seen it."},
+        metadata={
+            "help": (
+                "Rates replies: module:function, trl:NAME or check:NAME; training should not have seen it."
+            )
+        },
     )
     best_of: int = field(
         default=0, metadata={"help": "Also take the best of so many SFT replies by the reward model."}
@@ -223,6 +227,11 @@ def leave(
     release(policy)
 
 
+def _columns(prompts: Dataset) -> dict[str, list]:
+    """Return what a judge is given of the prompts' rows, as a reward function is."""
+    return {name: list(prompts[name]) for name in prompts.column_names if name not in ("prompt", "input_ids")}
+
+
 def _static_cache(
     shared: SharedBase, dense: DenseCopy | None, config: EvaluationArguments, replies: int
 ) -> StaticCache | None:
@@ -252,7 +261,7 @@ def main(args: list[str] | None = None) -> None:
             ("reward_adapter", config.reward_adapter),
         )
     )
-    judge = RewardMix([import_function(config.judge)]) if config.judge else None
+    judge = RewardMix([reward_function(config.judge)]) if config.judge else None
     rows: Dataset = data.train("ppo").rows.take(config.num_prompts)
     tokenizer = tokenizer_of(policy.path, args=model, trust_remote_code=config.trust_remote_code)
     require_tokens(tokenizer, config.stop_token_ids, model.model_name_or_path)
@@ -262,7 +271,8 @@ def main(args: list[str] | None = None) -> None:
     )
     ids = list(prompts["input_ids"])
     if judge is not None:
-        judge.check(prompts[0]["prompt"])
+        first = {name: column[0] for name, column in _columns(prompts).items()}
+        judge.check(prompts[0]["prompt"], first, tokenizer.encode("ok", add_special_tokens=False))
     check_fit(
         model,
         tokenizer,
@@ -289,7 +299,7 @@ def main(args: list[str] | None = None) -> None:
         replies[f"{against} best of {config.best_of}"] = answers.best_of(against)
     texts = tokenizer.batch_decode(ids)
     if judge is not None:
-        judge_all(replies, texts, judge.numbers)
+        judge_all(replies, prompts["prompt"], judge.numbers, _columns(prompts))
     figures = summary(replies, against=against)
     questions = [asked(prompt) for prompt in prompts["prompt"]]
     greedy = answers.greedy(roles, questions)

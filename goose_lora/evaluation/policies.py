@@ -1,7 +1,7 @@
 """Replies of base, SFT and PPO to the same held-out prompts, and what can be said of them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Replies:
     """One reply to each of N prompts: texts and figures.
 
     For each reply its raw score, its KL to the reference (nats), the bare base's own loss on it
-    (nats, summed over its tokens), its length (tokens), and whether it ended.
+    (nats, summed over its tokens), its length (tokens), its tokens, and whether it ended.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -41,6 +41,7 @@ class Replies:
     lengths: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
     judged: list[float] = field(default_factory=list)
+    token_ids: list[list[int]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -90,6 +91,7 @@ def answer(
             return shared.logprobs(hidden, ids, counted, temperature=temperature)[0]
 
         # Texts and figures of the group
+        replies.token_ids += rollout.response_ids()
         replies.texts += tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
         own, reference = (logprobs(of, config.temperature) for of in (role, "reference"))
         replies.kl += (own - reference).sum(-1).tolist()
@@ -116,14 +118,28 @@ def best_of(tries: Sequence[Replies]) -> Replies:
         chosen = max(tries, key=lambda replies: replies.scores[row])
         for name in ("texts", "scores", "base_loss", "lengths", "ended"):
             getattr(best, name).append(getattr(chosen, name)[row])
+        if chosen.token_ids:
+            best.token_ids.append(chosen.token_ids[row])
         best.kl.append(bound)
     return best
 
 
-def judge_all(named: dict[str, Replies], prompts: Sequence[str], judge: Judge) -> None:
-    """Ask ``judge(prompts=, completions=)`` about all replies: one number a reply."""
+def judge_all(
+    named: dict[str, Replies],
+    prompts: Sequence[object],
+    judge: Judge,
+    columns: Mapping[str, Sequence[object]] | None = None,
+) -> None:
+    """Ask a judge about all replies: one number a reply.
+
+    It is called like a reward function. ``columns`` are the other columns of the prompts' rows.
+    """
     for name, replies in named.items():
-        replies.judged = [float(value) for value in judge(prompts=list(prompts), completions=replies.texts)]
+        asked: dict[str, Any] = {key: list(values) for key, values in (columns or {}).items()}
+        asked |= {"prompts": list(prompts), "completions": replies.texts}
+        if replies.token_ids:
+            asked["completion_ids"] = replies.token_ids
+        replies.judged = [float(value) for value in judge(**asked)]
         if len(replies.judged) != len(replies.texts):
             raise UserError(
                 f"the judge returned {len(replies.judged)} numbers for {len(replies.texts)} replies of"

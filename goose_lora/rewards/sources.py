@@ -89,9 +89,9 @@ class RewardMix:
             found[f"reward {name}"] = f"{digest} with weight {weight:g}"
         return {"rewards": ", ".join(sorted(self.names)), **found}
 
-    def numbers(self, *, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        """Return one number a reply, from functions that are given prompts and texts alone."""
-        return self(None, prompts=prompts, completions=completions).total.tolist()
+    def numbers(self, **replies: Any) -> list[float]:
+        """Return one number a reply, from functions alone, as a call does."""
+        return self(None, **replies).total.tolist()
 
     def check(
         self,

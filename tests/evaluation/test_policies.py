@@ -62,3 +62,22 @@ def test_the_bases_loss_on_replies_is_that_of_a_separately_loaded_base_at_temper
             count += int(counted.sum())
     assert replies.base_loss == pytest.approx(wanted, rel=1e-4)
     assert summary({"it": replies}, against="it")["it"]["base_loss"] == pytest.approx(sum(wanted) / count)
+
+
+def test_a_judge_is_given_what_a_reward_function_is_given():
+    given = {}
+
+    def judge(**asked):
+        given.update(asked)
+        return [1.0, 0.0]
+
+    prompts = [[{"role": "user", "content": "2 + 2?"}], [{"role": "user", "content": "1 + 4?"}]]
+    replies = policies.Replies(texts=["4", "6"], token_ids=[[4], [6]])
+    policies.judge_all({"ppo": replies}, prompts, judge, {"solution": ["4", "5"]})
+    assert replies.judged == [1.0, 0.0]
+    assert given == {
+        "prompts": prompts,
+        "completions": ["4", "6"],
+        "completion_ids": [[4], [6]],
+        "solution": ["4", "5"],
+    }
