@@ -1,7 +1,7 @@
 """``goose-lora chat``: base, SFT and PPO of a run answer the same, in a terminal or on a page."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from goose_lora.apps import gradio_pages
 from goose_lora.apps.chat_page import serve_chat
@@ -60,9 +60,9 @@ def _chat_in_terminal(session: PolicySession, names: Sequence[str], *, seed: int
     # A pipe has no one to be told what to type
     conversation = Conversation(session, names, seed=seed, write=_to_stdout)
     interactive = sys.stdin.isatty()
-    lines: Iterator[str] = iter(sys.stdin)
+    lines = readable(sys.stdin)
     if interactive:
-        lines = _typed()
+        lines = readable(_typed())
         how = f"Type the start of a text; each model continues it. {AGAIN} gives another sample"
         if session.info.chat:
             how = f"Write a message; {AGAIN} gives another sample, {ANEW} begins another conversation"
@@ -157,6 +157,17 @@ def _to_stdout(text: str) -> None:
     # Flushed, since a reply is shown as it is written; what a model writes moves no cursor
     sys.stdout.write(printable(text, keep="\n\t"))
     sys.stdout.flush()
+
+
+def readable(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines; raise UserError for one that is not in the console's encoding."""
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"stdin: is not {error.encoding}, which the console is said to have: {error.reason}. Set"
+            " PYTHONIOENCODING=utf-8, or write it in that encoding."
+        ) from error
 
 
 def _typed() -> Iterator[str]:

@@ -21,7 +21,7 @@ from trl import RewardConfig
 
 from goose_lora import cli
 from goose_lora.apps import chat_page, gradio_pages, session
-from goose_lora.apps.chat import Conversation
+from goose_lora.apps.chat import Conversation, readable
 from goose_lora.apps.session import PolicySession, RunInfo, SampledReply, inspect_run
 from goose_lora.cli import commands
 from goose_lora.data.rows import fingerprint
@@ -400,3 +400,9 @@ def test_commands_in_the_documentation_of_chat_and_label_are_ones_that_the_parse
         else:
             assert words == ["pip", "install", "goose-lora[web]"]
     assert len(taken) == len([line for line in lines if "goose-lora " in line]) >= 2
+
+
+def test_a_line_in_another_encoding_than_the_consoles_is_told_with_the_way_out():
+    lines = readable(io.TextIOWrapper(io.BytesIO("ba\n你好\n".encode()), encoding="ascii"))
+    with pytest.raises(UserError, match=r"stdin: is not ascii.*PYTHONIOENCODING=utf-8"):
+        list(lines)
