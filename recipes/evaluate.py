@@ -239,6 +239,18 @@ def _static_cache(
     return make_static_cache(dense, config.rollout_compile, shared.core.device, steps=steps)
 
 
+def _checked_judge(
+    name: str | None, prompts: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> RewardMix | None:
+    """Return the judge of a name, once it has judged a made-up reply to the first prompt."""
+    if name is None:
+        return None
+    judge = RewardMix([reward_function(name)])
+    first = {column: values[0] for column, values in _columns(prompts).items()}
+    judge.check(prompts[0]["prompt"], first, tokenizer.encode("ok", add_special_tokens=False))
+    return judge
+
+
 def main(args: list[str] | None = None) -> None:
     """Compare base, SFT and PPO."""
     config, model, data = cli.parse(EvaluationArguments, ModelArguments, DataArguments, args=args)
@@ -261,7 +273,6 @@ def main(args: list[str] | None = None) -> None:
             ("reward_adapter", config.reward_adapter),
         )
     )
-    judge = RewardMix([reward_function(config.judge)]) if config.judge else None
     rows: Dataset = data.train("ppo").rows.take(config.num_prompts)
     tokenizer = tokenizer_of(policy.path, args=model, trust_remote_code=config.trust_remote_code)
     require_tokens(tokenizer, config.stop_token_ids, model.model_name_or_path)
@@ -270,9 +281,7 @@ def main(args: list[str] | None = None) -> None:
         rows, tokenizer, name=data.dataset_name, max_prompt_tokens=config.max_prompt_tokens
     )
     ids = list(prompts["input_ids"])
-    if judge is not None:
-        first = {name: column[0] for name, column in _columns(prompts).items()}
-        judge.check(prompts[0]["prompt"], first, tokenizer.encode("ok", add_special_tokens=False))
+    judge = _checked_judge(config.judge, prompts, tokenizer)
     check_fit(
         model,
         tokenizer,

@@ -69,7 +69,7 @@ class ReadyReward:
             return self.function(**replies, **bound)
 
 
-def _parsed(spec: str, call: str) -> tuple[str, dict[str, Any]]:
+def _parsed(spec: str, call: str) -> tuple[str, dict[str, object]]:
     """Return the name and the arguments of ``NAME`` or ``NAME(key=literal, ...)``."""
     refusal = UserError(
         f"{spec!r}: write NAME or NAME(argument=value, ...) with numbers, texts, lists or mappings."
@@ -87,8 +87,8 @@ def _parsed(spec: str, call: str) -> tuple[str, dict[str, Any]]:
 
 
 def _trl_reward(
-    spec: str, name: str, arguments: Mapping[str, Any]
-) -> tuple[Callable[..., Any], dict[str, Any], str]:
+    spec: str, name: str, arguments: Mapping[str, object]
+) -> tuple[Callable[..., Any], dict[str, object], str]:
     """Return a function of ``trl.rewards``, the arguments of its calls, and what it is made of."""
     from trl import rewards
 
@@ -112,8 +112,8 @@ def _trl_reward(
 
 
 def _check(
-    spec: str, name: str, arguments: Mapping[str, Any]
-) -> tuple[Callable[..., Any], dict[str, Any], str]:
+    spec: str, name: str, arguments: Mapping[str, object]
+) -> tuple[Callable[..., Any], dict[str, object], str]:
     """Return a function of ``checks``, the arguments of its calls, and what it is made of."""
     if name not in _CHECKS:
         raise _unknown(spec, list(_CHECKS))
@@ -122,7 +122,7 @@ def _check(
     return function, dict(arguments), f"{spec} {inspect.getsource(function)}"
 
 
-def _require_arguments(spec: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+def _require_arguments(spec: str, function: Callable[..., Any], arguments: Mapping[str, object]) -> None:
     """Raise UserError for an argument that the function does not take."""
     known = [key for key in inspect.signature(function).parameters if key not in _GIVEN]
     unknown = [key for key in arguments if key not in known]

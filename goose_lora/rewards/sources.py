@@ -89,7 +89,7 @@ class RewardMix:
             found[f"reward {name}"] = f"{digest} with weight {weight:g}"
         return {"rewards": ", ".join(sorted(self.names)), **found}
 
-    def numbers(self, **replies: Any) -> list[float]:
+    def numbers(self, **replies: object) -> list[float]:
         """Return one number a reply, from functions alone, as a call does."""
         return self(None, **replies).total.tolist()
 
