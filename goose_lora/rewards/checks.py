@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from goose_lora.errors import UserError
 
@@ -52,9 +52,7 @@ def json_schema(
     scores = []
     for reply, wanted in zip(completions, schema, strict=True):
         try:
-            rules: Any = wanted
-            if isinstance(wanted, str):
-                rules = json.loads(wanted)
+            rules = json.loads(wanted) if isinstance(wanted, str) else wanted
             kind = validators.validator_for(rules, default=Draft202012Validator)
             kind.check_schema(rules)
         except (ValueError, TypeError, SchemaError) as error:
