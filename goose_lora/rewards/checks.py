@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from goose_lora.errors import UserError
 
@@ -52,7 +52,8 @@ def json_schema(
     scores = []
     for reply, wanted in zip(completions, schema, strict=True):
         try:
-            rules = json.loads(wanted) if isinstance(wanted, str) else wanted
+            read = json.loads(wanted) if isinstance(wanted, str) else wanted
+            rules = cast("dict[str, object]", read)  # or true or false, which allow all or nothing
             kind = validators.validator_for(rules, default=Draft202012Validator)
             kind.check_schema(rules)
         except (ValueError, TypeError, SchemaError) as error:
