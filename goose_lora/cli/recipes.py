@@ -4,6 +4,7 @@ A checkout has its recipes in recipes/; the wheel has a copy of that folder insi
 """
 
 import difflib
+import filecmp
 import logging
 import os
 import shlex
@@ -136,21 +137,27 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def copy_recipes(target: Path) -> list[Path]:
     """Copy the scripts and configurations into ``target``; return the files.
 
+    A copy that was cut off is completed by the next.
+
     Raises:
-        UserError: a file of that name is there already.
+        UserError: another file of such a name is there already.
     """
     # Scripts and configurations, and nothing that Python has left beside them
     source = recipes_folder()
     found = [path for path in sorted(source.rglob("*")) if path.suffix in (".py", ".yaml")]
     files = [target / path.relative_to(source) for path in found]
     # All or nothing: no file of the user's is written over
-    there = [path for path in files if path.exists()]
-    if there:
-        raise UserError(f"{there[0]} is there already. Give a new folder, or move it away.")
+    pairs = zip(found, files, strict=True)
+    there = [copy for path, copy in pairs if copy.exists() and not filecmp.cmp(path, copy, shallow=False)]
+    if there or all(copy.exists() for copy in files):
+        raise UserError(f"{(there or files)[0]} is there already. Give a new folder, or move it away.")
     try:
         for path, copy in zip(found, files, strict=True):
+            # Whole or not there
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            half = copy.with_name(f".{copy.name}.half")
+            shutil.copyfile(path, half)
+            half.replace(copy)
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}. Give another folder.") from error
     return files

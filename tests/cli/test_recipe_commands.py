@@ -143,3 +143,32 @@ def test_env_prints_what_a_report_needs(monkeypatch, capsys):
         "CUDA of torch",
     ):
         assert name in shown
+
+
+def test_a_copy_of_the_recipes_that_was_cut_off_is_completed_and_a_strangers_file_is_kept(
+    tmp_path, monkeypatch
+):
+    copied, copy = [], shutil.copyfile
+
+    def killed(source, target):
+        if len(copied) == 5:
+            target.write_text("half")
+            raise KeyboardInterrupt
+        copied.append(target)
+        return copy(source, target)
+
+    monkeypatch.setattr(recipes.shutil, "copyfile", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.copy_recipes(tmp_path / "mine")
+    monkeypatch.setattr(recipes.shutil, "copyfile", copy)
+    files = recipes.copy_recipes(tmp_path / "mine")
+    source = recipes.recipes_folder()
+    assert len(files) > 20
+    assert all(
+        file.read_bytes() == (source / file.relative_to(tmp_path / "mine")).read_bytes() for file in files
+    )
+    assert {path for path in (tmp_path / "mine").rglob("*") if path.is_file()} == set(files)
+    files[3].write_text("mine now")
+    with pytest.raises(UserError, match="is there already"):
+        recipes.copy_recipes(tmp_path / "mine")
+    assert files[3].read_text() == "mine now"
