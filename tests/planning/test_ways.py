@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from goose_lora import cli
 from goose_lora.errors import UserError
@@ -88,11 +89,10 @@ def test_no_more_is_changed_than_it_takes():
 
 
 def test_an_adapter_that_is_trained_already_keeps_its_layers_and_its_base(tmp_path):
-    from peft import LoraConfig
-
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    LoraConfig(r=16, target_modules=linears, task_type="CAUSAL_LM").save_pretrained(str(tmp_path))
-    (tmp_path / "adapter_model.safetensors").touch()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
+    lora = LoraConfig(r=16, target_modules=linears, task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(str(tmp_path))
     settings = {}
     for way in ways.ways_to_fit(planner(quantization="none", policy=str(tmp_path)), 1)[0]:
         settings |= way.settings
