@@ -168,6 +168,7 @@ def check_settings(settings: "DataclassInstance") -> None:
     """
     from transformers import TrainingArguments
 
+    from goose_lora.models.arguments import ModelArguments, check_revision
     from goose_lora.training.late_settings import check_late_settings
     from goose_lora.training.unread_settings import check_unread_settings
     from goose_lora.training.validation import (
@@ -183,6 +184,8 @@ def check_settings(settings: "DataclassInstance") -> None:
     check_finite(settings)
     check_no_secrets(settings)
     check_not_empty(settings)
+    if isinstance(settings, ModelArguments):
+        check_revision(settings)
     if isinstance(settings, TrainingArguments):
         check_training(settings)
         check_late_settings(settings)

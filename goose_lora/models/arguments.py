@@ -97,11 +97,6 @@ class ModelArguments:
         top_layers(self.lora_layers, 10**6)
         if self.base_hub_id is not None:
             require_hub_name("base_hub_id", self.base_hub_id)
-        if self.model_revision is not None and _is_here(self.model_name_or_path):
-            raise UserError(
-                f"model_revision={self.model_revision}: {self.model_name_or_path} is no model of the Hub,"
-                " which alone has revisions. Leave it out, or name the folder of that revision."
-            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -126,6 +121,15 @@ def usable_dtype(args: ModelArguments, device: torch.device | None = None) -> Mo
     if args.dtype == "bfloat16" and emulates_bfloat16(place):
         return replace(args, dtype="float16")
     return args
+
+
+def check_revision(args: ModelArguments) -> None:
+    """Raise UserError for a revision of a base that is not the Hub's: it would be passed over."""
+    if args.model_revision is not None and _is_here(args.model_name_or_path):
+        raise UserError(
+            f"model_revision={args.model_revision}: {args.model_name_or_path} is no model of the Hub, which"
+            " alone has revisions. Leave it out, or name the folder of that revision."
+        )
 
 
 def _is_here(name: str) -> bool:

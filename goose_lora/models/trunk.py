@@ -249,7 +249,6 @@ class AdaptersBelow:
             and id(module) not in above
             and name.rpartition(".")[2] != "score"
         ]
-        self._tensors = [x for module in self.modules for x in (*module.parameters(), *module.buffers())]
         self._known: dict[tuple[str | None, str | None], bool] = {}
         self._known_of: list[object] = []
 
@@ -262,7 +261,9 @@ class AdaptersBelow:
         if one == other:
             return True
         scalings = [dict(module.scaling) for module in self.modules if isinstance(module, LoraLayer)]
-        now = [*(x._version for x in self._tensors), *scalings]
+        # Of the tensors that there are now: adapters are added, and storages exchanged
+        tensors = (x for module in self.modules for x in (*module.parameters(), *module.buffers()))
+        now = [*((id(x), x._version, x.data_ptr()) for x in tensors), *scalings]
         if now != self._known_of:
             self._known, self._known_of = {}, now
         if (one, other) not in self._known:

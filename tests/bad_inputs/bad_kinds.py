@@ -373,8 +373,8 @@ CASES = [
     s("sft", "torch_compile_backend", "nope", "torch_compile_backend='nope': there are", "inductor"),
     s("sft", "torch_compile_mode", "nope", "torch_compile_mode='nope': there are default", "max-autotune."),
     s("sft", "fsdp", "full_shard", "fsdp: needs several processes", "accelerate launch, or leave it out."),
-    s("sft", "truncation_mode", "x", "truncation_mode='x': there are keep_start, keep_end."),
-    s("sft", "packing_strategy", "x", "packing_strategy='x': there are bfd, bfd_split", packing=True),
+    s("sft", "truncation_mode", "x", "truncation_mode: 'x' is none of keep_end, keep_start."),
+    s("sft", "packing_strategy", "x", "packing_strategy: 'x' is none of bfd, bfd_split", packing=True),
     s("sft", "padding_free", True, "padding_free: true: without packing, max_length=", "max_length: null."),
     s(
         "reward",

@@ -83,7 +83,7 @@ def test_a_stage_on_an_older_card_has_float16_in_all_that_it_passes_on(machine, 
     config = SFTConfig(output_dir=str(tmp_path / "sft"), bf16=True, use_cpu=True, report_to="none")
     vars(config)["_n_gpu"] = 1
     with patch.object(SFTConfig, "device", CUDA):
-        stage = Stage.begin("sft", config, ModelArguments("embedded"), DataArguments("rows.jsonl"))
+        stage = Stage.begin("sft", config, ModelArguments("org/base"), DataArguments("rows.jsonl"))
     assert stage.model.dtype == "float16"
     assert (stage.config.bf16, stage.config.mixed_precision) == (False, "no")
     assert stage.trainer_config.bf16 is False
