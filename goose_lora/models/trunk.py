@@ -9,6 +9,7 @@ and final norms stay the library's.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -249,27 +250,36 @@ class AdaptersBelow:
             and id(module) not in above
             and name.rpartition(".")[2] != "score"
         ]
+        # What was found of pairs of adapters, and of which state of them
         self._known: dict[tuple[str | None, str | None], bool] = {}
-        self._known_of: list[object] = []
+        self._known_tensors: list[Tensor] = []
+        self._known_state: list[object] = []
 
     def same(self, one: str | None, other: str | None) -> bool:
         """Return whether two adapters (None: none) compute the same there, bit for bit.
 
-        They are compared once for each pair, and again after a tensor was written to or a scaling
-        was set: comparing reads each of them from the device.
+        Comparing reads each of them from the device. Where all stand still, they are compared once
+        for each pair, and again after a tensor was written to or exchanged, or a scaling was set.
         """
         if one == other:
             return True
-        scalings = [dict(module.scaling) for module in self.modules if isinstance(module, LoraLayer)]
-        # Of the tensors that there are now: adapters are added, and storages exchanged
-        tensors = (x for module in self.modules for x in (*module.parameters(), *module.buffers()))
-        now = [*((id(x), x._version, x.data_ptr()) for x in tensors), *scalings]
-        if now != self._known_of:
-            self._known, self._known_of = {}, now
+        tensors = [x for module in self.modules for x in (*module.parameters(), *module.buffers())]
+        # Fused optimizers, torch's and bitsandbytes', write past the count of a tensor's versions
+        if any(x.requires_grad for x in tensors):
+            return self._compare(one, other)
+        state: list[object] = [(x._version, x.data_ptr()) for x in tensors]
+        state += [dict(module.scaling) for module in self.modules if isinstance(module, LoraLayer)]
+        # By identity: tensors compare their numbers
+        stand = len(tensors) == len(self._known_tensors) and all(map(is_, tensors, self._known_tensors))
+        if not stand or state != self._known_state:
+            self._known, self._known_tensors, self._known_state = {}, tensors, state
         if (one, other) not in self._known:
-            pairs = ((_effect(module, one), _effect(module, other)) for module in self.modules)
-            self._known[one, other] = all(_alike(*pair) for pair in pairs)
+            self._known[one, other] = self._compare(one, other)
         return self._known[one, other]
+
+    def _compare(self, one: str | None, other: str | None) -> bool:
+        pairs = ((_effect(module, one), _effect(module, other)) for module in self.modules)
+        return all(_alike(*pair) for pair in pairs)
 
 
 def _effect(module: Any, adapter: str | None) -> dict[str, Tensor]:

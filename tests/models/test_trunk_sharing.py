@@ -1,6 +1,7 @@
 """goose_lora.models.trunk: roles that are the same below share one trunk, each resumes from its
 own, and only the layers above train."""
 
+import bitsandbytes
 import pytest
 import tiny
 import tiny_runs
@@ -103,6 +104,23 @@ def test_an_adapter_that_adds_nothing_below_is_the_base_there():
         ).fill_(0.1)
     trunks = shared.trunks(*tiny.batch(), ["policy", "base"])
     assert trunks["base"] is None and trunks["policy"] is not None
+
+
+@pytest.mark.parametrize("optimizer", ["torch, fused", "torch, each", "bitsandbytes"])
+def test_what_an_optimizer_has_written_is_seen(optimizer):
+    """Fused ones leave a tensor's count of versions as it is."""
+    shared = SharedBase.build(tiny.base(), tiny.lora(tiny.base()), critic="adapter", reference="base")
+    assert shared.says_the_same("policy", "base")
+    weights = [p for _, p in shared.training_parameters("policy")]
+    made = {
+        "torch, fused": lambda: torch.optim.AdamW(weights, fused=True),
+        "torch, each": lambda: torch.optim.AdamW(weights, foreach=False),
+        "bitsandbytes": lambda: bitsandbytes.optim.AdamW8bit(weights),
+    }[optimizer]()
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    made.step()
+    assert not shared.says_the_same("policy", "base")
 
 
 def test_another_scaling_is_another_effect(folders):
