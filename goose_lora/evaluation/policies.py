@@ -84,18 +84,21 @@ def answer(
         # Layers that two roles have in common are run once
         trunks = shared.trunks(ids, mask, [role, "reference", "reward", "base"])
 
-        def logprobs(
-            of: Role, temperature: float, ids=ids, mask=mask, counted=counted, trunks=trunks
-        ) -> Tensor:
+        # Each role's states once, of which the base's may be asked at two temperatures
+        logprobs: dict[tuple[Role, float], Tensor] = {}
+        for of in dict.fromkeys((role, "reference", "base")):
             hidden = shared.hidden(of, ids, mask, trunks[of])
-            return shared.logprobs(hidden, ids, counted, temperature=temperature)[0]
+            temperatures = {config.temperature} if of in (role, "reference") else set()
+            for temperature in temperatures | ({1.0} if of == "base" else set()):
+                logprobs[of, temperature] = shared.logprobs(hidden, ids, counted, temperature=temperature)[0]
+        own, reference = (logprobs[of, config.temperature] for of in (role, "reference"))
 
         # Texts and figures of the group
-        replies.token_ids += rollout.response_ids()
-        replies.texts += tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
-        own, reference = (logprobs(of, config.temperature) for of in (role, "reference"))
+        token_ids = rollout.response_ids()
+        replies.token_ids += token_ids
+        replies.texts += tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         replies.kl += (own - reference).sum(-1).tolist()
-        replies.base_loss += (-logprobs("base", 1.0)).sum(-1).tolist()
+        replies.base_loss += (-logprobs["base", 1.0]).sum(-1).tolist()
         replies.lengths += rollout.lengths.tolist()
         replies.ended += rollout.ended.tolist()
         if shared.has("reward"):
