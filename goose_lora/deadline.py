@@ -20,11 +20,7 @@ def time_limit(seconds: float | None, what: str, way_out: str) -> Iterator[None]
     Raises:
         TimeLimitError: the time is over.
     """
-    if (
-        seconds is None
-        or sys.platform == "win32"
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    if seconds is None or not _has_alarms():
         yield
         return
 
@@ -37,23 +33,32 @@ def time_limit(seconds: float | None, what: str, way_out: str) -> Iterator[None]
     try:
         yield
     finally:
-        signal.setitimer(
-            signal.ITIMER_REAL, max(before - (time.monotonic() - began), 0.001) if before else 0, interval
-        )
+        _set_again(before, interval, began)
         signal.signal(signal.SIGALRM, handler)
 
 
 @contextmanager
 def kept_alarm() -> Iterator[None]:
     """Set the caller's alarm again after code that sets, and so ends, an alarm of its own."""
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+    if not _has_alarms():
         yield
         return
     began, (before, interval) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
     try:
         yield
     finally:
-        # One that has become due meanwhile rings at once
         if before:
-            left = before - (time.monotonic() - began)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), interval)
+            _set_again(before, interval, began)
+
+
+def _has_alarms() -> bool:
+    return sys.platform != "win32" and threading.current_thread() is threading.main_thread()
+
+
+def _set_again(before: float, interval: float, began: float) -> None:
+    """Set an alarm that had ``before`` seconds left at ``began``; 0 is none.
+
+    One that has become due meanwhile rings at once.
+    """
+    left = max(before - (time.monotonic() - began), 0.001) if before else 0
+    signal.setitimer(signal.ITIMER_REAL, left, interval)

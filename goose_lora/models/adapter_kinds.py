@@ -58,12 +58,13 @@ _HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 _WAY_OUT = (
     "Train one of plain LoRA, or merge it into the base with PEFT's merge_and_unload and use that base."
 )
+# Factors of LoRA on embeddings, (r, words) and (features, r), and which dimension is the rank
+OF_EMBEDDINGS = {".lora_embedding_A": 0, ".lora_embedding_B": 1}
 _KNOWN_TENSORS = (
     ".lora_A.weight",
     ".lora_B.weight",
     ".lora_B.bias",
-    ".lora_embedding_A",
-    ".lora_embedding_B",
+    *OF_EMBEDDINGS,
     ".lora_magnitude_vector",
     ".lora_magnitude_vector.weight",
     ".token_adapter.trainable_tokens_delta",
@@ -203,7 +204,7 @@ def as_plain(
         plain[name] = torch.cat([weights[name], factor_a.to(weights[name])])
         plain[twin] = torch.cat([weights[twin], -factor_b.to(weights[twin])], dim=1)
     # Of embeddings PEFT takes nothing out: what is beside their factors is 0
-    for part, dim in ((".lora_embedding_A", 0), (".lora_embedding_B", 1)):
+    for part, dim in OF_EMBEDDINGS.items():
         for name in [name for name in weights if name.endswith(part)]:
             plain[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=dim)
     return plain

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
+from goose_lora.embedded import MODEL
 from goose_lora.errors import UserError
 from goose_lora.models.folders import require_hub_name, require_name
 from goose_lora.models.trunk import top_layers
@@ -112,13 +113,17 @@ def emulates_bfloat16(device: torch.device) -> bool:
     return (card.major, card.minor) < BFLOAT16_SINCE
 
 
+def device_of_process() -> torch.device:
+    """Return the device that accelerate gives this process."""
+    return torch.device(PartialState().device or "cpu")
+
+
 def usable_dtype(args: ModelArguments, device: torch.device | None = None) -> ModelArguments:
     """Return settings whose dtype is float16 where bfloat16 would be emulated.
 
-    That is on ``device``, accelerate's own by default.
+    That is on ``device``, the process's own by default.
     """
-    place = device or torch.device(PartialState().device or "cpu")
-    if args.dtype == "bfloat16" and emulates_bfloat16(place):
+    if args.dtype == "bfloat16" and emulates_bfloat16(device or device_of_process()):
         return replace(args, dtype="float16")
     return args
 
@@ -134,7 +139,7 @@ def check_revision(args: ModelArguments) -> None:
 
 def _is_here(name: str) -> bool:
     """Return whether a base is a folder, or the embedded one."""
-    return name == "embedded" or Path(name).expanduser().is_dir()
+    return name == MODEL or Path(name).expanduser().is_dir()
 
 
 def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:
@@ -169,11 +174,12 @@ def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArgu
             f"the run's base was {noted['id']}, and that is not here.{known} Say where it is: --base"
             " PATH_OR_HUB_ID."
         ) from error
+    revision = None
+    if not base and not _is_here(noted["id"]):
+        revision = noted.get("commit") or noted.get("revision")
     return ModelArguments(
         base or noted["id"],
-        model_revision=None
-        if base or _is_here(noted["id"])
-        else noted.get("commit") or noted.get("revision"),
+        model_revision=revision,
         base_hub_id=noted.get("hub_id"),
         quantization=noted["quantization"],
         dtype=noted["dtype"],

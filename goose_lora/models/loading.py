@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig
 from torch import nn
 from transformers import (
@@ -21,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
-from goose_lora.models.arguments import ModelArguments, usable_dtype
+from goose_lora.models.arguments import ModelArguments, device_of_process, usable_dtype
 from goose_lora.models.base_files import require_loaded, require_whole
 from goose_lora.models.dates import note_date
 from goose_lora.models.endings import note_ends, reply_ends, shipped_ends
@@ -151,7 +150,7 @@ def _load(
     device: torch.device | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    place = device or torch.device(PartialState().device or "cpu")
+    place = device or device_of_process()
     usable = usable_dtype(args, place)
     if usable.dtype != args.dtype:
         logger.warning(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.errors import UserError
-from goose_lora.models.adapter_kinds import kept_base, plain_config
+from goose_lora.models.adapter_kinds import OF_EMBEDDINGS, kept_base, plain_config
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import require_shared_parts
 from goose_lora.models.folders import AdapterFolder
@@ -351,8 +351,8 @@ def read_adapter(
 
 
 def _adapted_embeddings(tensors: Mapping[str, Sequence[int]]) -> int:
-    """Return the numbers of tables under LoRA, whose factors are (r, words) and (features, r)."""
-    words, features = ".lora_embedding_A", ".lora_embedding_B"
+    """Return the numbers of tables under LoRA."""
+    words, features = OF_EMBEDDINGS
     places = [name.removesuffix(words) for name in tensors if name.endswith(words)]
     return sum(tensors[place + words][1] * tensors[place + features][0] for place in places)
 
@@ -413,18 +413,12 @@ def read_roles(
         require_shared_parts(folder, core)
         plain, tensors = plain_config(folder), dict(folder.shapes)
         growth = plain.r // folder.lora_config().r
-        for part, place in ((".lora_embedding_A", 0), (".lora_embedding_B", 1)):
+        for part, dim in OF_EMBEDDINGS.items():
             for name in [name for name in tensors if name.endswith(part)]:
                 shape = list(tensors[name])
-                shape[place] *= growth
+                shape[dim] *= growth
                 tensors[name] = shape
-        return read_adapter(
-            plain,
-            model,
-            train_layers=config.train_layers,
-            head=head,
-            tensors=tensors,
-        )
+        return read_adapter(plain, model, train_layers=config.train_layers, head=head, tensors=tensors)
 
     adapters = {"policy": shape_of("policy_adapter", policy, head=False)}
     if reward is not None:

@@ -6,6 +6,7 @@ Each is tried here in the way in which it will be used, on nothing.
 import difflib
 import importlib.metadata
 import os
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -35,10 +36,12 @@ _WORDS = {
     ),
 }
 _MANY_WORKERS = 128
-# Figures of an evaluation by which a best checkpoint can be chosen, by a setting that the stage
-# alone has; recipes/reward.py names those of its held-out pairs itself.
+# Stages by a setting that each of them alone has.
+_TELLS = {"kl_coef": "ppo", "assistant_only_loss": "sft"}
+# Figures of an evaluation by which a best checkpoint can be chosen; recipes/reward.py names those
+# of its held-out pairs itself.
 _EVALUATED = {
-    "kl_coef": (
+    "ppo": (
         "objective",
         "score",
         "greedy_score",
@@ -47,10 +50,15 @@ _EVALUATED = {
         "response_tokens",
         "greedy_response_tokens",
     ),
-    "assistant_only_loss": ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"),
+    "sft": ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss"),
 }
 # Needs a metric at each step, which the schedule's other forms do not.
 _STEPWISE = SchedulerType.REDUCE_ON_PLATEAU
+
+
+def stage_of(values: Mapping[str, object]) -> str:
+    """Return whose settings these are: ppo's (and a loop's of one's own), sft's, or another's."""
+    return next((stage for setting, stage in _TELLS.items() if setting in values), "another")
 
 
 def check_late_settings(args: TrainingArguments) -> None:
@@ -125,8 +133,7 @@ def _check_best(args: TrainingArguments) -> None:
             "load_best_model_at_end, save_strategy: there is no best without an evaluation. Set"
             " eval_strategy: steps."
         )
-    # Whose settings these are, told by one that no other stage has
-    figures = next((names for setting, names in _EVALUATED.items() if setting in vars(args)), None)
+    figures = _EVALUATED.get(stage_of(vars(args)))
     metric = str(args.metric_for_best_model or "loss")
     if not metric.startswith("eval_"):
         metric = f"eval_{metric}"

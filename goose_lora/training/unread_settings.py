@@ -14,6 +14,7 @@ from transformers.debug_utils import DebugOption
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from goose_lora.errors import UserError
+from goose_lora.training.late_settings import stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,12 @@ class _Unread(NamedTuple):
     why: str
 
 
-# A setting that one stage alone has tells the stage
 def _is_ppo(values: Mapping[str, object]) -> bool:
-    return "kl_coef" in values
+    return stage_of(values) == "ppo"
 
 
 def _is_fine_tuning(values: Mapping[str, object]) -> bool:
-    return "assistant_only_loss" in values
+    return stage_of(values) == "sft"
 
 
 def _never(values: Mapping[str, object]) -> bool:
