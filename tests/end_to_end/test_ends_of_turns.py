@@ -1,6 +1,7 @@
 """A chat model whose turn ends in a token that is not the tokenizer's EOS, from fine-tuning to the
 merged model: each stage ends replies where the template does."""
 
+import io
 import json
 
 import pytest
@@ -8,7 +9,11 @@ import tiny
 from recipe_runs import options, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from goose_lora.apps.chat import chat
+from goose_lora.apps.label import open_queue
+from goose_lora.apps.session import PolicySession, inspect_run
 from goose_lora.files import read_json, read_jsonl
+from goose_lora.sharing.export_programs import export
 from goose_lora.sharing.merge import merge
 
 # Turns close with a token of their own, and the tokenizer's EOS is never written
@@ -110,6 +115,34 @@ def test_the_merged_model_generates_to_the_end_of_the_turn(folder):
     )
     out = model.generate(**asked, max_new_tokens=6, do_sample=False)
     assert tokenizer.decode(out[0, asked["input_ids"].shape[1] :]) == "good <over>"
+
+
+def test_chat_answers_to_the_end_of_the_turn(folder, capsys, monkeypatch):
+    """A line of a pipe is a conversation; both roles say what they were taught, and are not cut."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("ba de\n"))
+    chat(str(folder / "ppo"), roles=["sft", "ppo"], temperature=0)
+    printed = capsys.readouterr().out
+    assert printed.count("good") == 2
+    assert printed.count("ended") == 2 and "cut off" not in printed and "<over>" not in printed
+
+
+def test_replies_to_label_are_those_of_such_a_session(folder, tmp_path):
+    """A labeler sees whether a reply ended, and not the token that ended it."""
+    session = PolicySession(inspect_run(folder / "ppo"))
+    replies = session.reply("ppo", [tiny.user("ba de")], seed=0, count=16)
+    assert sum(reply.ended for reply in replies) >= 14
+    assert {reply.text for reply in replies if reply.ended and reply.tokens == 2} == {"good"}
+    # Hot enough for two that differ, cut or ended
+    asked = tiny.write_rows(tmp_path / "asked.jsonl", [{"prompt": [tiny.user("ba de")]}])
+    queue = open_queue(folder / "ppo", str(asked), tmp_path / "out.jsonl", candidates=32, temperature=4.0)
+    pair = queue.next("me")
+    assert pair is not None and "<over>" not in pair.left.text + pair.right.text
+
+
+def test_ollama_is_told_the_end_of_the_turn(folder, tmp_path):
+    export(folder / "ppo", tmp_path / "out", to="ollama")
+    written = (tmp_path / "out" / "Modelfile").read_text()
+    assert 'PARAMETER stop "<over>"' in written and "{{ .Content }} <over>" in written
 
 
 def _flat(figures, name=""):
