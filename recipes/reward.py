@@ -18,11 +18,19 @@ calibration, and how often an empty, repeated, cut off or flattering reply beats
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
 from goose_lora import cli
 from goose_lora.data import (
     DataArguments,
     RowSet,
+    count_made,
+    made_text,
+    parse_shares,
     require_pairs,
+    share_words,
+    tokenize_augmented,
     tokenize_rankings,
     tokenize_references,
 )
@@ -35,13 +43,13 @@ from goose_lora.evaluation import (
     write_verdict,
 )
 from goose_lora.models import AdapterFolder, ModelArguments, write_lineage
-from goose_lora.rewards import RankedRewardTrainer
+from goose_lora.rewards import PairRewardTrainer, RankedRewardTrainer
 from goose_lora.training import Resumable
 
 from trl import RewardConfig, RewardTrainer  # isort: skip  (after cli, which quiets bitsandbytes)
 
 
-class PairTrainer(Resumable, RewardTrainer):
+class PairTrainer(Resumable, PairRewardTrainer):
     stage = "reward"
 
 
@@ -72,10 +80,23 @@ class RewardArguments(DataArguments):
     use_margin: bool = field(
         default=True, metadata={"help": "Use the data's margin column in the loss where there is one."}
     )
+    augment_pairs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Pairs made of the best replies, KIND=SHARE of the pairs to train on: other_prompt, neutral,"
+                " empty, cut, repeated. In YAML {other_prompt: 0.5}."
+            )
+        },
+    )
     append_eos: bool = field(
         default=True,
         metadata={"help": "End each text with the end-of-text token, as TRL does; false: PPO hides it too."},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.augment_pairs = share_words(self.augment_pairs)
 
     def row_sets(self) -> dict[str, RowSet]:
         """Read the rows to train on and those held out, as ``train``, ``eval`` and ``any``.
@@ -97,6 +118,38 @@ class RewardArguments(DataArguments):
         for row_set in sets.values():
             require_pairs(row_set.rows, row_set.name, or_lists=ranked)
         return sets
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each kind of pairs that are made of those to train on."""
+        return parse_shares(self.augment_pairs or [])
+
+    def tokens(
+        self,
+        row_set: RowSet,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RewardConfig,
+        *,
+        shares: dict[str, float] | None = None,
+    ) -> Dataset:
+        """Tokenize pairs or lists, with the pairs that are made of them by ``shares``."""
+        if shares:
+            return tokenize_augmented(
+                row_set,
+                tokenizer,
+                shares,
+                seed=config.seed,
+                append_eos=self.append_eos,
+                max_length=config.max_length,
+            )
+        return tokenize_rankings(
+            row_set.rows,
+            tokenizer,
+            name=row_set.name,
+            append_eos=self.append_eos,
+            max_length=config.max_length,
+            numbers=row_set.numbers,
+        )
 
     def check_ending(self, adapter: AdapterFolder | None) -> None:
         """Raise UserError where texts would end otherwise than those of ``adapter``."""
@@ -177,17 +230,11 @@ def main(args: list[str] | None = None) -> RewardTrainer:
             append_eos=data.append_eos,
             max_length=config.max_length,
         )
-    rows = {
-        key: tokenize_rankings(
-            row_set.rows,
-            tokenizer,
-            name=row_set.name,
-            append_eos=data.append_eos,
-            max_length=config.max_length,
-            numbers=row_set.numbers,
-        )
-        for key, row_set in sets.items()
-    }
+    rows = {key: data.tokens(row_set, tokenizer, config) for key, row_set in sets.items() if key != "train"}
+    training_rows = data.tokens(sets["train"], tokenizer, config, shares=data.shares)
+    if made := count_made(training_rows):
+        noted[0]["augmented"] = made
+        stage.say(made_text(made, training_rows))
     settings = best_by(stage.trainer_config, sets=len(held_out))
     stage.check_fit(tokenizer, start, chat=True)
 
@@ -196,7 +243,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
     trainer = (ListTrainer if ranked else PairTrainer)(
         model=base,
         args=settings,
-        train_dataset=rows.pop("train"),
+        train_dataset=training_rows,
         eval_dataset=rows,
         processing_class=tokenizer,
         peft_config=stage.lora(base, start),

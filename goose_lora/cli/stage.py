@@ -466,10 +466,14 @@ class Stage:
         if start is not None:
             load_weights(cast(PeftModel, trainer.model), "policy", start)
 
-    def _say_loading(self) -> None:
+    def say(self, text: str) -> None:
+        """Print lines for the user, and log them: one process does, of several."""
         if self.config.process_index == 0:
-            model = self.model
-            terminal.say(f"loading {model.model_name_or_path}, {model.quantization}, {model.dtype}")
+            terminal.say(text)
+
+    def _say_loading(self) -> None:
+        model = self.model
+        self.say(f"loading {model.model_name_or_path}, {model.quantization}, {model.dtype}")
 
     @property
     def trainer_config(self) -> Any:

@@ -1,5 +1,10 @@
 """The public names of goose_lora.data."""
 
+from .augmentation import count_made as count_made
+from .augmentation import made_text as made_text
+from .augmentation import parse_shares as parse_shares
+from .augmentation import share_words as share_words
+from .augmentation import tokenize_augmented as tokenize_augmented
 from .demonstrations import Learning as Learning
 from .demonstrations import tokenize_demonstrations as tokenize_demonstrations
 from .demonstrations import tokenize_texts as tokenize_texts

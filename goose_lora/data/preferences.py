@@ -136,6 +136,7 @@ def tokenize_ranked(
     append_eos: bool = True,
     max_length: int | None = None,
     margins: list[float] | None = None,
+    ties: bool = False,
 ) -> Dataset:
     """Tokenize ranked lists.
 
@@ -147,11 +148,15 @@ def tokenize_ranked(
     different rank remain; both are counted. ``chosen_ids`` and ``rejected_ids``, the best and the
     worst, are what ``trl.RewardTrainer`` takes for the sign that data is tokenized.
 
+    With ``ties`` lists of one rank stay, and ``target`` has the probability that the chosen reply
+    is the better one: 0.5 for them, 1 for others.
+
     Raises:
         ValueError: no list is left, or a margin that is no number.
     """
     # Token lists, best first; a list needs two of different rank to teach anything
-    made, cut = [], 0
+    made: list[dict[str, Any]] = []
+    cut = 0
     for index, row in enumerate(rows):
         try:
             if margins is not None:
@@ -164,7 +169,8 @@ def tokenize_ranked(
             raise UserError(f"{name}: row {row.number}: {error}") from error
         fitting = within(list(map(len, encoded)), max_length)
         cut += len(encoded) - len(fitting)
-        if len({row.ranks[place] for place in fitting}) > 1:
+        decided = len({row.ranks[place] for place in fitting}) > 1
+        if decided or (ties and len(fitting) > 1):
             fitting.sort(key=lambda place: row.ranks[place])
             ranks, ids = [row.ranks[place] for place in fitting], [encoded[place] for place in fitting]
             made.append(
@@ -177,6 +183,8 @@ def tokenize_ranked(
                     "rejected_ids": ids[-1],
                 }
             )
+            if ties:
+                made[-1]["target"] = 1.0 if decided else 0.5
     # What was left out is told
     if len(made) < len(rows) or cut:
         logger.warning(

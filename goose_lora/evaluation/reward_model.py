@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardTrainer
 
+from goose_lora.data.augmentation import saying, split_prompt, words_of
 from goose_lora.data.preferences import Ranked, Reply, encode_reply, ranked_rows, tokenize_ranked
 from goose_lora.data.tokenization import right_pad
 from goose_lora.evaluation.verdict import PROBES, ProbeScores, RewardVerdict, reward_verdict
@@ -85,17 +86,12 @@ def probe_replies(row: Ranked) -> tuple[Reply | None, dict[str, Reply]]:
     and praise of the asker. Without a prompt it is what all completions begin with. There are none
     to replies that are not text.
     """
-    # What the best reply says: a text, or the text of its last message
-    best = row.completions[row.ranks.index(min(row.ranks))]
-    prompt = row.prompt
-    if prompt is None:
-        prompt = _common_start(row.completions)
-        best = best[len(prompt) :]
-    said = best if isinstance(best, str) else best[-1]["content"] if best else None
-    words = said.split() if isinstance(said, str) else []
-    if not words:
+    prompt, replies = split_prompt(row)
+    best = replies[row.ranks.index(min(row.ranks))]
+    said = words_of(best)
+    words = [] if said is None else said.split()
+    if said is None or not words:
         return prompt, {}
-    assert isinstance(said, str)
     # Each probe begins with the reply's own space: a token without it is another token
     start = said[: len(said) - len(said.lstrip())]
     few = words[: max(1, min(4, len(words) // 3))]
@@ -105,35 +101,7 @@ def probe_replies(row: Ranked) -> tuple[Reply | None, dict[str, Reply]]:
         "truncated": start + " ".join(words[: -(-len(words) // 2)]),
         "flattering": start + PRAISE,
     }
-    return prompt, {
-        name: text if isinstance(best, str) else [*best[:-1], {**best[-1], "content": text}]
-        for name, text in texts.items()
-    }
-
-
-def _common_start(replies: Sequence[Reply]) -> Reply:
-    """Return what all replies begin with: whole words, or whole messages.
-
-    The space after the words is left to the replies, and the last message of each is left to it.
-    """
-    if isinstance(replies[0], str):
-        # What the first and the last by alphabet share, all between them do
-        low, high = min(map(str, replies)), max(map(str, replies))
-        length = next(
-            (place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low)
-        )
-        return low[: max((place for place in range(length) if low[place].isspace()), default=0)]
-    # Chat: turns that all replies share, the last of each left out
-    turns = list(zip(*(reply[:-1] for reply in replies), strict=False))
-    same = next(
-        (
-            place
-            for place, messages in enumerate(turns)
-            if any(message != messages[0] for message in messages)
-        ),
-        len(turns),
-    )
-    return replies[0][:same]
+    return prompt, {name: saying(best, text) for name, text in texts.items()}
 
 
 @torch.no_grad()

@@ -138,14 +138,20 @@ def value_loss(
 
 
 def pairwise_loss(
-    chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"], margin: Float[Tensor, "B"] | None = None
+    chosen: Float[Tensor, "B"],
+    rejected: Float[Tensor, "B"],
+    margin: Float[Tensor, "B"] | None = None,
+    target: Float[Tensor, "B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return Bradley and Terry's loss of pairs: -log sigmoid(chosen - rejected - margin), a mean.
 
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1. The margin is that of Llama 2 (arXiv:2307.09288,
-    eq. 2). In nats; log 2 for a model that knows nothing. Finite at any difference, unlike
-    -log(sigmoid(x)). The same as TRL's RewardTrainer and CleanRL's summarize/reward.py; OpenAI
-    learns the best of four by cross-entropy. Raises ValueError for an empty batch.
+    eq. 2). ``target`` is the probability that the chosen reply is the better one, 1 by default; the
+    loss is then the cross-entropy to it, which for 0.5, a tie, is least where both score alike (the
+    neutral pairs of RRM, arXiv:2409.13156). In nats; log 2 for a model that knows nothing. Finite
+    at any difference, unlike -log(sigmoid(x)). The same as TRL's RewardTrainer and CleanRL's
+    summarize/reward.py, which have no ties; OpenAI learns the best of four by cross-entropy. Raises
+    ValueError for an empty batch.
     """
     if not len(chosen):
         raise ValueError(
@@ -155,7 +161,11 @@ def pairwise_loss(
     difference = _upcast(chosen) - _upcast(rejected)
     if margin is not None:
         difference = difference - _upcast(margin)
-    return -torch.nn.functional.logsigmoid(difference).mean()
+    losses = -torch.nn.functional.logsigmoid(difference)
+    if target is not None:
+        # -log(1 - sigmoid(x)) is -log sigmoid(x) + x.
+        losses = losses + (1 - _upcast(target)) * difference
+    return losses.mean()
 
 
 def untied_pairs(

@@ -53,6 +53,7 @@ class DataRecord(TypedDict):
     rows: int
     sha256: str  # of the rows as lines of JSON
     chat: bool  # whether they are chat messages
+    augmented: NotRequired[dict[str, int]]  # pairs made of them, by kind
 
 
 class HardwareRecord(TypedDict):

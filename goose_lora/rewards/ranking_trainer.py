@@ -41,6 +41,12 @@ def collate_ranked(
     }
 
 
+def pad_id(args: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills up texts, which TRL gives the tokenizer only as it is made."""
+    token = cast(str, args.pad_token or tokenizer.pad_token)
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
+
+
 class RankedRewardTrainer(RewardTrainer):
     """``trl.RewardTrainer`` for data of ``preferences.tokenize_ranked``.
 
@@ -60,7 +66,7 @@ class RankedRewardTrainer(RewardTrainer):
         args.remove_unused_columns = False  # what RewardTrainer counts as used are its own columns, not these
         # Our collator, since a row has any number of completions
         multiple: Any = args.pad_to_multiple_of
-        pad = cast(int, processing_class.pad_token_id)
+        pad = pad_id(args, processing_class)
         self.seen: dict[str, list[float]] = defaultdict(list)
         kwargs["data_collator"] = lambda rows: collate_ranked(rows, pad, multiple)
         super().__init__(args=args, processing_class=processing_class, **kwargs)

@@ -19,6 +19,7 @@ from goose_lora.ownership import claim
 from goose_lora.reporting.figures import MEASURES, STAGE_TITLES, measured_in, rounded, with_interval
 from goose_lora.reporting.run_files import (
     BaseRecord,
+    DataRecord,
     EvaluationFile,
     Lineage,
     VerdictFile,
@@ -174,6 +175,12 @@ def _on_hub(name: str) -> bool:
     )
 
 
+def _made_of(row: DataRecord) -> str:
+    """Return how many pairs a stage has made of its rows, and of which kind."""
+    made = ", ".join(f"{count} {kind}" for kind, count in row.get("augmented", {}).items())
+    return f"; pairs made of them: {made}" if made else ""
+
+
 def _data_name(name: str) -> str:
     """Return a data set's name as others may know it: of a file, its name without the folder."""
     return name if _on_hub(name) or name.startswith("embedded/") else Path(name).name
@@ -252,7 +259,7 @@ def _making(lineage: Lineage) -> list[str]:
     # What they read, and what they ran on
     data = [
         f"{stage['stage']}: `{_data_name(row['name'])}`, split {row['split'] or 'all'}, {row['rows']} rows,"
-        f" sha256 `{row['sha256']}`"
+        f" sha256 `{row['sha256']}`{_made_of(row)}"
         for stage in stages
         for row in stage.get("data", [])
     ]

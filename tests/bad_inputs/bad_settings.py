@@ -15,6 +15,39 @@ BOMB = (
     + b"]\n"
 )
 CASES = [
+    # Pairs made of others
+    Case(
+        "a kind of pairs that there is not",
+        "reward",
+        {"augment_pairs": {"other_prompts": 0.5}},
+        ("augment_pairs: 'other_prompts=0.5'", "other_prompt, neutral, empty, cut, repeated"),
+    ),
+    Case(
+        "a share of pairs that is none",
+        "reward",
+        {"augment_pairs": {"cut": "half"}},
+        ("augment_pairs: cut=half", "a number from 0 to 1"),
+    ),
+    Case(
+        "more than one made pair to each",
+        "reward",
+        {},
+        ("augment_pairs: empty=2", "0.5 for half as many more"),
+        ("--augment_pairs", "empty=2"),
+    ),
+    Case(
+        "a share without its number",
+        "reward",
+        {},
+        ("augment_pairs: 'neutral'", "augment_pairs: {other_prompt: 0.5}"),
+        ("--augment_pairs", "cut=1", "neutral"),
+    ),
+    Case(
+        "a list of shares for one kind",
+        "reward",
+        {"augment_pairs": {"cut": [0.5, 1]}},
+        ("augment_pairs: cut=[0.5, 1]", "a number from 0 to 1"),
+    ),
     # The file of settings
     Case(
         "a typo in YAML",

@@ -17,6 +17,7 @@ from recipe_runs import ROOT, count_good, options, recipe, settings_of
 from safetensors.torch import load_file
 
 from goose_lora import cli
+from goose_lora.errors import UserError
 from goose_lora.files import read_json, read_jsonl
 from goose_lora.generation.sampling import generation_config
 from goose_lora.models.arguments import ModelArguments
@@ -436,3 +437,45 @@ def test_sft_evaluates_on_its_held_out_rows_and_asks_for_them_where_it_should(tm
         recipe("sft").main(options(**settings, eval_strategy="steps"))
     recipe("sft").main(options(**settings, eval_dataset_name=rows))
     assert any("eval_loss" in logged for logged in read_jsonl(tmp_path / "sft" / "metrics.jsonl"))
+
+
+def test_a_reward_model_is_trained_on_pairs_made_of_others_and_says_so(tmp_path, capsys):
+    base = tiny.save_base(tmp_path / "base")
+    pairs = tiny.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(24))
+    held = tiny.write_rows(tmp_path / "held.jsonl", tiny.preferences(8))
+    settings = {
+        "model_name_or_path": base,
+        "dataset_name": pairs,
+        "eval_dataset_name": held,
+        "augment_pairs": {"other_prompt": 0.5, "neutral": 0.25},
+        "output_dir": str(tmp_path / "reward"),
+        "quantization": "none",
+        "dtype": "float32",
+        "lora_r": 3,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "gradient_checkpointing": False,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    main, config = recipe("reward").main, ["--config", str(tmp_path / "config.yaml")]
+    trainer = main(config)
+
+    # Told, and trained on, and the held-out rows left alone
+    assert "augment_pairs: 18 pairs made beside 24 of the data" in capsys.readouterr().out
+    assert len(trainer.train_dataset) == 42 and len(trainer.eval_dataset["eval"]) == 8
+    lineage = read_json(tmp_path / "reward" / "goose_lora.json")
+    assert lineage["settings"]["augment_pairs"] == ["other_prompt=0.5", "neutral=0.25"]
+    assert [row.get("augmented") for row in lineage["data"]] == [{"other_prompt": 12, "neutral": 6}, None]
+    assert "pairs made of them: " in (tmp_path / "reward" / "README.md").read_text()
+
+    # Part of what a run that goes on must have alike; the command line says the same as the file
+    with pytest.raises(UserError, match="augment_pairs"):
+        main([*config, "--augment_pairs", "other_prompt=1", "--resume_from_checkpoint", "latest"])
+    main(
+        [*config, "--augment_pairs", "other_prompt=0.5", "neutral=0.25", "--resume_from_checkpoint", "latest"]
+    )

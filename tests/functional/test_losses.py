@@ -190,6 +190,23 @@ def test_without_a_value_range_the_loss_is_half_the_squared_error():
     assert (got, values.grad, stats["value/clip_fraction"]) == (0.5, -1, 0)
 
 
+@given(pairs(), st.lists(st.sampled_from([0.5, 1.0, 0.25]), min_size=20, max_size=20))
+def test_pairwise_loss_with_a_target_is_the_cross_entropy_to_it(scores, targets):
+    chosen, rejected, margin = scores
+    target = torch.tensor(targets[: len(chosen)], dtype=torch.float64)
+    close(
+        pairwise_loss(chosen, rejected, margin, target),
+        reference.pairwise_loss_with_targets(*(x.tolist() for x in (*scores, target))),
+    )
+
+
+def test_a_tie_pulls_two_scores_together_from_either_side_and_rests_where_they_are_alike():
+    chosen = torch.tensor([2.0, -2.0, 1.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    pairwise_loss(chosen, rejected, None, torch.full((3,), 0.5, dtype=torch.float64)).backward()
+    assert chosen.grad[0] > 0 > chosen.grad[1] and chosen.grad[2] == 0
+
+
 @given(pairs())
 def test_pairwise_loss_is_minus_the_log_probability_of_the_preference(scores):
     chosen, rejected, margin = scores

@@ -96,6 +96,17 @@ def pairwise_loss(chosen, rejected, margin):
     return fmean(math.log1p(math.exp(r + m - c)) for c, r, m in zip(chosen, rejected, margin, strict=True))
 
 
+def pairwise_loss_with_targets(chosen, rejected, margin, target):
+    """The cross-entropy between the wished and the model's probability that chosen is preferred."""
+    losses = []
+    for c, r, m, wished in zip(chosen, rejected, margin, target, strict=True):
+        better, worse = math.exp(c), math.exp(r + m)
+        losses.append(
+            -wished * math.log(better / (better + worse)) - (1 - wished) * math.log(worse / (better + worse))
+        )
+    return fmean(losses)
+
+
 def ranking_loss(scores, ranks, prompts):
     """For each prompt the mean of -log P(better is preferred) over its (K choose 2) couples less
     the ties; then the mean of the prompts."""
