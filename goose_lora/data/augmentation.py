@@ -9,7 +9,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ MOST = 1.0  # pairs of a kind, for each that there is
 _LONGEST_RUN = 4  # words that are repeated
 
 
-class Made(NamedTuple):
+class MadePair(NamedTuple):
     """A made pair: its kind, the place of the row that it was made of, and the pair."""
 
     kind: str
@@ -81,7 +81,9 @@ def parse_shares(words: Sequence[str]) -> dict[str, float]:
     return {kind: found[kind] for kind in KINDS if found.get(kind)}
 
 
-def made_pairs(rows: Sequence[Ranked], shares: Mapping[str, float], *, seed: int, name: str) -> list[Made]:
+def made_pairs(
+    rows: Sequence[Ranked], shares: Mapping[str, float], *, seed: int, name: str
+) -> list[MadePair]:
     """Return pairs made of the best replies of ``rows``, as many of each kind as its share says.
 
     The chosen reply is the row's best; a neutral pair has two replies to two other prompts, ranked
@@ -92,7 +94,7 @@ def made_pairs(rows: Sequence[Ranked], shares: Mapping[str, float], *, seed: int
         UserError: a kind that cannot be made of any row.
     """
     sources = [_source(row) for row in rows]
-    made: list[Made] = []
+    made: list[MadePair] = []
     for kind, share in shares.items():
         # Rows in an order of the kind's own, until there are enough
         rng = random.Random(f"{seed} {kind}")
@@ -105,7 +107,7 @@ def made_pairs(rows: Sequence[Ranked], shares: Mapping[str, float], *, seed: int
                 ranks = [1, 1] if kind == "neutral" else [1, 2]
                 row = rows[place]
                 pair = Ranked(sources[place].prompt, replies, ranks, row.template, row.number)
-                found.append(Made(kind, place, pair))
+                found.append(MadePair(kind, place, pair))
             if len(found) == wanted:
                 break
         if not found:
@@ -277,7 +279,7 @@ def _ends_of_words(said: str) -> Iterator[int]:
             yield place + 1
 
 
-def _common_start(replies: Sequence[Reply]) -> Any:
+def _common_start(replies: Sequence[Reply]) -> Reply:
     """Return what all replies begin with: whole words, or whole messages.
 
     The space after the words is left to the replies, and the last message of each is left to it.

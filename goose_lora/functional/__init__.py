@@ -22,6 +22,7 @@ from goose_lora.functional.advantages import (
     shaped_scores,
     token_rewards,
 )
+from goose_lora.functional.ensembles import Aggregation, aggregate_scores, disagreement
 from goose_lora.functional.kl import KLEstimator, exact_kl, kl_per_token, weighted_kl
 from goose_lora.functional.logprobs import CHUNK_TOKENS, entropy, gather_logprobs, token_kl, token_logprobs
 from goose_lora.functional.losses import (
@@ -46,11 +47,14 @@ from goose_lora.functional.masked import (
 
 __all__ = [
     "CHUNK_TOKENS",
+    "Aggregation",
     "KLEstimator",
     "Moments",
     "SamplingCorrection",
     "TokenCount",
+    "aggregate_scores",
     "alike_share",
+    "disagreement",
     "entropy",
     "exact_kl",
     "explained_variance",

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from goose_lora.errors import UserError
 from goose_lora.files import brief, is_number, read_json_object
+from goose_lora.models.ensembles import MEMBERS_FILE, RewardEnsemble, read_ensemble
 from goose_lora.models.identity import BaseName, same_base
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,7 +33,14 @@ LINEAGE = "goose_lora.json"
 Template = str | dict[str, str] | list[dict[str, str]] | None  # of chat: one, several by name, or none
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<folder>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
-_READ_BESIDE = (LINEAGE, "verdict.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json")
+_READ_BESIDE = (
+    LINEAGE,
+    MEMBERS_FILE,
+    "verdict.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
 
 
 @contextmanager
@@ -388,6 +396,8 @@ class AdapterFolder:
         folder = cls(setting, str(name), path, read_adapter_config(setting, str(path)))
         # Read now, so that a damaged one is told before anything loads
         read_lineage(path)
+        for member in folder.members[1:]:
+            read_lineage(member.path)
         if base is not None:
             folder._check_base(base, base_hub_id)
         return folder
@@ -412,6 +422,19 @@ class AdapterFolder:
     def lineage(self) -> dict[str, Any]:
         """What this project noted beside the adapter; nothing where it is of other origin."""
         return read_lineage(self.path)
+
+    @cached_property
+    def ensemble(self) -> RewardEnsemble | None:
+        """The ensemble of reward models whose first member it is; None where it is one alone."""
+        return read_ensemble(self.path)
+
+    @cached_property
+    def members(self) -> tuple["AdapterFolder", ...]:
+        """The members of the ensemble, itself the first of them; itself alone where it is none."""
+        if self.ensemble is None:
+            return (self,)
+        others = [self.path / member.folder for member in self.ensemble.members[1:]]
+        return (self, *(AdapterFolder.of(self.setting, other) for other in others))
 
     @cached_property
     def chat_template(self) -> str | None:

@@ -6,8 +6,10 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -37,19 +39,31 @@ class PairRewardTrainer(RewardTrainer):
     def __init__(
         self,
         *,
+        model: PreTrainedModel,
         args: RewardConfig,
         train_dataset: Dataset,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase,
-        **kwargs: Any,
+        peft_config: PeftConfig | None = None,
     ):
         self.seen: dict[str, list[float]] = defaultdict(list)
+        collator = None
         if TARGET in train_dataset.column_names:
             args = copy.copy(args)
+            multiple = cast(int | None, args.pad_to_multiple_of)
             args.remove_unused_columns = False  # what TRL counts as used are its own columns, not this one
-            kwargs["data_collator"] = TargetCollator(
-                pad_token_id=pad_id(args, processing_class), pad_to_multiple_of=args.pad_to_multiple_of
+            collator = TargetCollator(
+                pad_token_id=pad_id(args, processing_class), pad_to_multiple_of=multiple
             )
-        super().__init__(args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+        )
 
     def compute_loss(
         self,
@@ -57,7 +71,7 @@ class PairRewardTrainer(RewardTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
         """Return the loss. Overridden for rows with ``target``, which TRL's loss does not know."""
         target = inputs.pop(TARGET, None)
         if target is None:

@@ -165,10 +165,14 @@ MUTANTS = [
     (ADVANTAGES, "is_constant = returns[mask].min() == returns[mask].max()", "is_constant = total == 0"),
     (ADVANTAGES, "moments(residual, mask).var", "masked_mean(residual.square(), mask)"),
     (ADVANTAGES, "@torch.no_grad()\ndef explained_variance", "def explained_variance"),
-    (LOSSES, "-torch.nn.functional.logsigmoid(difference).mean()", "-torch.sigmoid(difference).log().mean()"),
     (
         LOSSES,
-        "-torch.nn.functional.logsigmoid(difference).mean()",
+        "losses = -torch.nn.functional.logsigmoid(difference)",
+        "-torch.sigmoid(difference).log().mean()",
+    ),
+    (
+        LOSSES,
+        "losses = -torch.nn.functional.logsigmoid(difference)",
         "-torch.nn.functional.logsigmoid(difference).sum()",
     ),
     (LOSSES, "difference - _upcast(margin)", "difference + _upcast(margin)"),

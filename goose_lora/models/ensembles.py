@@ -1,0 +1,148 @@
+"""Several reward models on one base that score as one: ``members.json`` beside the first of them.
+
+The folder is the first member itself, which loads alone as any reward model does; the file names
+where the others are, and on which scale all of them are compared.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from goose_lora.errors import UserError
+from goose_lora.files import file_sha256, is_number, read_json_object
+from goose_lora.functional import Aggregation, aggregate_scores, disagreement
+
+MEMBERS_FILE = "members.json"
+MOST_MEMBERS = 8
+MEMBERS_FORMAT = 1
+MemberKind = Literal["adapters", "heads"]
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A reward model of an ensemble.
+
+    Attributes:
+        folder: where it is, from the folder of ``members.json``; ``.`` for that folder itself.
+        sha256: of its weights.
+        origin: the score, less the member's own bias, that counts as 0 among the members: its mean
+            over the best held-out replies, or 0 where there are references.
+        spread: the standard deviation of its scores of those replies.
+        seed: that it was trained with.
+        augmented: whether it has seen the pairs of ``augment_pairs``.
+    """
+
+    folder: str
+    sha256: str
+    origin: float
+    spread: float
+    seed: int = 0
+    augmented: bool = False
+
+
+@dataclass(frozen=True)
+class RewardEnsemble:
+    """The members of an ensemble, and the scale on which they score as one.
+
+    A score is ``shift + scale * aggregate((score_k - origin_k) / spread_k)``: each member is
+    counted in its own spread, and the result in their mean spread, so that K equal members score as
+    one.
+
+    Attributes:
+        kind: adapters: each member has LoRA of its own; heads: all have the first one's.
+    """
+
+    kind: MemberKind
+    scale: float
+    shift: float
+    members: tuple[Member, ...]
+
+    def aligned(self, place: int, scores: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        """Return a member's scores, less its own bias, in the units of all."""
+        member = self.members[place]
+        return self.shift + self.scale * (scores - member.origin) / member.spread
+
+    def score(
+        self, scores: Sequence[Float[Tensor, " B"]], *, aggregation: Aggregation, uncertainty_coef: float
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Return the score of all members, and their disagreement in units of their spread."""
+        aligned = torch.stack([self.aligned(place, own) for place, own in enumerate(scores)])
+        whole = aggregate_scores(aligned, aggregation=aggregation, uncertainty_coef=uncertainty_coef)
+        return whole, disagreement(aligned) / self.scale
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``members.json``."""
+        content = {
+            "format": MEMBERS_FORMAT,
+            **asdict(self),
+            "members": [asdict(member) for member in self.members],
+        }
+        (Path(folder) / MEMBERS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_ensemble(folder: str | Path) -> RewardEnsemble | None:
+    """Return the ensemble in ``folder``; None where it is one reward model, or none.
+
+    Raises:
+        UserError: ``members.json`` is damaged, a member is missing, or its weights are others.
+    """
+    path = Path(folder) / MEMBERS_FILE
+    if not path.is_file():
+        return None
+    found = _read(path, read_json_object(path))
+    for member in found.members:
+        weights = path.parent / member.folder / _WEIGHTS
+        if not weights.is_file():
+            raise UserError(f"{path}: the member {member.folder} has no {_WEIGHTS}. {_WAY_OUT}")
+        if file_sha256(weights) != member.sha256:
+            raise UserError(
+                f"{path}: {weights} is not the one that it was written with, so that the members' scale is"
+                f" not known. {_WAY_OUT}"
+            )
+    return found
+
+
+_WAY_OUT = (
+    "Copy the whole folder again, train it again, or give one member's folder in its place, such as member_0."
+)
+
+
+def _read(path: Path, content: dict[str, Any]) -> RewardEnsemble:
+    """Return what ``members.json`` says, if it can be."""
+    try:
+        members = tuple(Member(**member) for member in content["members"])
+        found = RewardEnsemble(content["kind"], content["scale"], content["shift"], members)
+        numbers = [found.scale, found.shift]
+        numbers += [number for member in members for number in (member.origin, member.spread)]
+        spreads = [found.scale, *(member.spread for member in members)]
+        sound = (
+            content["format"] == MEMBERS_FORMAT
+            and found.kind in ("adapters", "heads")
+            and 2 <= len(members) <= MOST_MEMBERS
+            and all(map(is_number, numbers))
+            and min(spreads) > 0
+            and [place for place, member in enumerate(members) if member.folder == "."] == [0]
+            and all(isinstance(member.sha256, str) and _is_near(member.folder) for member in members)
+        )
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(
+            f"{path}: damaged, or of another version (this one reads format {MEMBERS_FORMAT}). {_WAY_OUT}"
+        )
+    return found
+
+
+def _is_near(folder: str) -> bool:
+    """Return whether a member lies in the folder, or beside it as in the result of PPO."""
+    parts = Path(folder).parts
+    name = parts[-1] if parts else "."
+    inside = folder == "." or parts == (name,) or parts == ("..", name)
+    return inside and name not in ("..", "/")
