@@ -24,7 +24,7 @@ from goose_lora.film_subjects import FORMS, HELD_OUT, NAMED, TRAINED
 logger = logging.getLogger(__name__)
 
 MODEL = "embedded"
-# Sentences and beginnings of sentences, as plain text
+# Rated sentences and beginnings of sentences, as plain text
 TEXT_DATASETS = ("sft", "preferences", "preferences-test", "random-pairs-test", "prompts", "prompts-test")
 # The same sentences as replies to a request for a review, as chat
 CHAT_DATASETS = tuple(f"chat-{name}" for name in TEXT_DATASETS)
@@ -221,7 +221,7 @@ def chat_folder() -> Path:
 
     They are split as those of ``TEXT_DATASETS``.
     """
-    return make_folder(cache_dir() / "film-chats", _write_chats)
+    return make_folder(cache_dir() / "film-chats-2", _write_chats)
 
 
 def _write_data(folder: Path) -> None:
@@ -323,16 +323,19 @@ def reply(text: str) -> list[dict[str, str]]:
 def demonstrations(ratings: Sequence[Rating], rng: random.Random) -> list[dict[str, Any]]:
     """Return whole sentences as replies to a request that names what they speak of.
 
-    Sentences that speak of nothing in ``NAMED`` are left out.
+    Sentences that speak of nothing in ``NAMED`` are left out, and so are those with a name in them.
     """
     low, high = DEMONSTRATION_WORDS
     names = {word: subject for subject, words in NAMED.items() for word in words.split()}
+    # Words that are written small somewhere; names are not
+    common = {word for text, _ in ratings for word in re.findall(r"[a-z']+", text)}
     rows = []
     for text, _ in ratings:
-        words = re.findall(r"[a-z]+", text.lower())
+        words = re.findall(r"[a-z']+", text.lower())
         subject = next((names[word] for word in words if word in names), None)
-        whole = re.fullmatch(r"[A-Z][^()]*[.!?]", text) and "..." not in text and "  " not in text
-        if subject and whole and low <= len(text.split()) <= high:
+        # One sentence, whole and without names: nobody is named who could be in a film made up here
+        whole = re.fullmatch(r"[A-Z]([^()A-Z.!?:;]|\bI\b)*[.!]", text) and "  " not in text
+        if subject and whole and words[0] in common and low <= len(text.split()) <= high:
             rows.append({"prompt": request(subject, rng.choice(FORMS)), "completion": reply(text)})
     return rows
 

@@ -102,6 +102,10 @@ def test_a_demonstration_speaks_of_what_was_asked_for_and_is_one_whole_short_sen
         Rating("The war is long and loud here.", 1.0),
         Rating("A film about nothing that has a name.", 1.0),  # no subject
         Rating("the war is long and loud here.", 1.0),  # begins in the middle
+        Rating("The war of Ann is long and loud.", 1.0),  # names somebody
+        Rating("Spielberg shows war as it is.", 1.0),  # names somebody first
+        Rating("The war is long. It is loud.", 1.0),  # two
+        Rating("Is the war long and loud here?", 1.0),  # asks
         Rating("The war is long and loud", 1.0),  # does not end
         Rating("The war is long... and loud here.", 1.0),  # left out some of it
         Rating("War is loud.", 1.0),  # short
