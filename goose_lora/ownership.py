@@ -51,7 +51,7 @@ RESULTS = {
     "reward": (*_TRAINED, "verdict.json"),
     "ppo": (*_TRAINED, *_PPO, *_ROLES),
     "own_loop": (*_TRAINED, *_PPO, *_ROLES),
-    "evaluate": ("evaluation.json", "replies.jsonl", "stage.json"),
+    "evaluate": ("evaluation.json", "replies.jsonl", "stage.json", "judge_cache.jsonl"),
     "ppo_in_one_file": (*_TRAINED, *_ROLES),
 }
 
@@ -223,7 +223,7 @@ def _stage_in(path: Path) -> str | None:
 # Settings that name a file or a folder to read. What is resumed may lie in the run's own folder.
 _INPUTS = re.compile(
     r".*(_adapter|dataset_name|pairs_name|name_or_path|_function|_file|_path|_teacher|_config|_dir)|judge"
-    r"|rating|deepspeed"
+    r"|judge_rubric|rating|deepspeed"
 )
 
 

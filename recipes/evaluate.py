@@ -5,18 +5,32 @@
 
 Prints greedy replies to three prompts and a table, and writes evaluation.json and replies.jsonl to
 output_dir. A judge, given and called as a reward function is (module:function, trl:NAME or
-check:NAME), is asked about every reply, and about one before anything loads; best_of shows what the
-reward model alone can pick from SFT.
+check:NAME), is asked about every reply, and about one before anything loads. judge: openai:MODEL
+asks a language model behind a server which of two replies is better, in both orders. best_of shows
+what the reward model alone can pick from SFT.
 """
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from goose_lora import cli
 from goose_lora.data import DataArguments, asked, tokenize_prompts
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
-from goose_lora.evaluation import Replies, answer, best_of, judge_all, summary
+from goose_lora.evaluation import (
+    CACHE_FILE,
+    SERVED,
+    PairwiseJudge,
+    Replies,
+    answer,
+    best_of,
+    check_judge_settings,
+    compare_all,
+    judge_all,
+    rubric_text,
+    summary,
+)
 from goose_lora.files import write_json, write_jsonl
 from goose_lora.generation import RolloutCompile, StaticCache, generation_config, make_static_cache
 from goose_lora.models import (
@@ -55,6 +69,7 @@ COLUMNS = [
     "base_loss",
     "score_win_rate",
     "judge_win_rate",
+    "judge_ties",
     "judge_gain_at_equal_length",
 ]
 
@@ -78,9 +93,18 @@ class EvaluationArguments:
         default=None,
         metadata={
             "help": (
-                "Rates replies: module:function, trl:NAME or check:NAME; training should not have seen it."
+                "Rates replies: module:function, trl:NAME or check:NAME; or openai:MODEL, which compares them"
+                " in pairs. Training should not have seen it."
             )
         },
+    )
+    judge_base_url: str | None = field(
+        default=None,
+        metadata={"help": "Server of openai:MODEL, like http://localhost:11434/v1; OpenAI's if unset."},
+    )
+    judge_rubric: str | None = field(
+        default=None,
+        metadata={"help": "File that tells openai:MODEL what is better; one for all if unset."},
     )
     best_of: int = field(
         default=0, metadata={"help": "Also take the best of so many SFT replies by the reward model."}
@@ -115,6 +139,7 @@ class EvaluationArguments:
                 f"best_of={self.best_of}, temperature=0: greedy replies are all alike. Set a temperature"
                 " above 0, or leave best_of out."
             )
+        check_judge_settings(self.judge, self.judge_base_url, self.judge_rubric)
 
 
 @dataclass
@@ -192,39 +217,29 @@ def show(greedy: list[dict[str, str]], prompts: int, figures: dict, against: str
     print(table([{"": name, **row} for name, row in figures.items()], ["", *found]))
 
 
-def leave(
-    output_dir: str,
-    dataset: str,
-    policy: Path,
-    replies: dict[str, Replies],
-    questions: list[str],
-    texts: list[str],
-    figures: dict,
-    greedy: list[dict[str, str]],
-    against: str,
-    judge: str | None,
-) -> None:
-    """Write figures and replies, and bring card and report of the policy up to date."""
-    evaluation = {
-        "prompts": len(texts),
-        "dataset": dataset,
-        "against": against,
-        "figures": figures,
-        "greedy": greedy,
-    }
-    if judge is not None:
-        evaluation["judge"] = judge
-    every = [
-        {"prompt": text, "asked": question} | {name: given.texts[i] for name, given in replies.items()}
-        for i, (text, question) in enumerate(zip(texts, questions, strict=True))
-    ]
-    claim(output_dir, *RESULTS["evaluate"])
-    write_json(f"{output_dir}/evaluation.json", evaluation)
-    write_jsonl(f"{output_dir}/replies.jsonl", every)
-    add_evaluation(policy, evaluation, every)
-    refresh_report(policy)
-    write_stage(output_dir, "evaluate", {"prompts": len(texts)})
-    release(policy)
+@dataclass
+class Results:
+    """What an evaluation leaves: figures, and everybody's replies."""
+
+    output_dir: str
+    evaluation: dict[str, Any]  # without what a judge says
+    replies: dict[str, Replies]
+    rows: list[dict[str, str]]  # prompts with all replies
+
+    def save(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Write figures, with what was found in the replies, and the replies; return the first."""
+        evaluation = {**self.evaluation, **found}
+        claim(self.output_dir, *RESULTS["evaluate"])
+        write_json(f"{self.output_dir}/evaluation.json", evaluation)
+        write_jsonl(f"{self.output_dir}/replies.jsonl", self.rows)
+        return evaluation
+
+    def leave(self, found: dict[str, Any], policy: Path) -> None:
+        """Save all, and bring card and report of the policy up to date."""
+        add_evaluation(policy, self.save(found), self.rows)
+        refresh_report(policy)
+        write_stage(self.output_dir, "evaluate", {"prompts": len(self.rows)})
+        release(policy)
 
 
 def _columns(prompts: Dataset) -> dict[str, list]:
@@ -240,15 +255,46 @@ def _static_cache(
 
 
 def _checked_judge(
-    name: str | None, prompts: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> RewardMix | None:
-    """Return the judge of a name, once it has judged a made-up reply to the first prompt."""
+    config: EvaluationArguments, prompts: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> RewardMix | PairwiseJudge | None:
+    """Return the judge that is named, once it has judged something made up."""
+    name = config.judge
     if name is None:
         return None
+    if name.startswith(SERVED):
+        served = PairwiseJudge(
+            name.removeprefix(SERVED).strip(),
+            base_url=config.judge_base_url,
+            rubric=rubric_text(config.judge_rubric),
+            cache=Path(config.output_dir) / CACHE_FILE,
+        )
+        served.check()
+        return served
     judge = RewardMix([reward_function(name)])
     first = {column: values[0] for column, values in _columns(prompts).items()}
     judge.check(prompts[0]["prompt"], first, tokenizer.encode("ok", add_special_tokens=False))
     return judge
+
+
+def _judged(
+    judge: RewardMix | PairwiseJudge | None,
+    name: str | None,
+    results: Results,
+    prompts: Dataset,
+    against: str,
+) -> dict[str, Any]:
+    """Return what is found in the replies, by the judge too, which is asked once they are saved."""
+    found: dict[str, Any] = {}
+    if judge is not None:
+        results.save({"figures": summary(results.replies, against=against)})
+    if isinstance(judge, PairwiseJudge):
+        compare_all(results.replies, prompts["prompt"], judge, against)
+        found = {"judge": judge.name, "judge_asked": judge.asked._asdict()}
+        print(judge.told(), flush=True)
+    elif judge is not None:
+        judge_all(results.replies, prompts["prompt"], judge.numbers, _columns(prompts))
+        found = {"judge": name}
+    return {"figures": summary(results.replies, against=against), **found}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -281,7 +327,6 @@ def main(args: list[str] | None = None) -> None:
         rows, tokenizer, name=data.dataset_name, max_prompt_tokens=config.max_prompt_tokens
     )
     ids = list(prompts["input_ids"])
-    judge = _checked_judge(config.judge, prompts, tokenizer)
     check_fit(
         model,
         tokenizer,
@@ -290,6 +335,7 @@ def main(args: list[str] | None = None) -> None:
         chat=not isinstance(prompts[0]["prompt"], str),
         trust_remote_code=config.trust_remote_code,
     )
+    judge = _checked_judge(config, prompts, tokenizer)  # last: a server may be paid for its answer
 
     # 2. One base in memory, and all that is compared as adapters on it.
     base = load_base(model, tokenizer, trust_remote_code=config.trust_remote_code)
@@ -307,24 +353,18 @@ def main(args: list[str] | None = None) -> None:
     if config.best_of:
         replies[f"{against} best of {config.best_of}"] = answers.best_of(against)
     texts = tokenizer.batch_decode(ids)
-    if judge is not None:
-        judge_all(replies, prompts["prompt"], judge.numbers, _columns(prompts))
-    figures = summary(replies, against=against)
     questions = [asked(prompt) for prompt in prompts["prompt"]]
     greedy = answers.greedy(roles, questions)
-    leave(
-        config.output_dir,
-        data.dataset_name,
-        policy.path,
-        replies,
-        questions,
-        texts,
-        figures,
-        greedy,
-        against,
-        config.judge,
-    )
-    show(greedy, len(texts), figures, against)  # last: a console may fail, and the figures are saved
+    rows = [
+        {"prompt": text, "asked": question} | {name: given.texts[i] for name, given in replies.items()}
+        for i, (text, question) in enumerate(zip(texts, questions, strict=True))
+    ]
+    about = {"prompts": len(texts), "dataset": data.dataset_name, "against": against, "greedy": greedy}
+    results = Results(config.output_dir, about, replies, rows)
+    found = _judged(judge, config.judge, results, prompts, against)
+    results.leave(found, policy.path)
+    # Last: a console may fail, and the figures are saved
+    show(greedy, len(rows), found["figures"], against)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """The public names of goose_lora.evaluation."""
 
+from .pairwise_judge import CACHE_FILE as CACHE_FILE
+from .pairwise_judge import SERVED as SERVED
+from .pairwise_judge import PairwiseJudge as PairwiseJudge
+from .pairwise_judge import check_judge_settings as check_judge_settings
+from .pairwise_judge import rubric_text as rubric_text
 from .policies import Replies as Replies
 from .policies import answer as answer
 from .policies import best_of as best_of
+from .policies import compare_all as compare_all
 from .policies import judge_all as judge_all
 from .policies import summary as summary
 from .reward_model import evaluate_reward_model as evaluate_reward_model

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from goose_lora.data.tokenization import left_pad
 from goose_lora.errors import UserError
 from goose_lora.evaluation import statistics
+from goose_lora.evaluation.pairwise_judge import PairwiseJudge
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import sample
 from goose_lora.generation.static_cache import StaticCache
@@ -41,6 +42,7 @@ class Replies:
     lengths: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
     judged: list[float] = field(default_factory=list)
+    preferred: list[float | None] = field(default_factory=list)  # by a judge of pairs: 1, 0.5 or 0
     token_ids: list[list[int]] = field(default_factory=list)
 
 
@@ -150,6 +152,15 @@ def judge_all(
             )
 
 
+def compare_all(
+    named: dict[str, Replies], prompts: Sequence[object], judge: PairwiseJudge, against: str
+) -> None:
+    """Ask a judge of pairs about all replies, each beside that of ``against`` to its prompt."""
+    outcomes = judge.compare(prompts, {name: replies.texts for name, replies in named.items()}, against)
+    for name, values in outcomes.items():
+        named[name].preferred = values
+
+
 def summary(named: dict[str, Replies], *, against: str) -> dict[str, dict[str, Any]]:
     """Return figures by name: means with 95 % intervals, and comparisons with ``against``.
 
@@ -185,5 +196,11 @@ def summary(named: dict[str, Replies], *, against: str) -> dict[str, dict[str, A
                 )
                 row |= {f"{kind}_win_rate": wins.value, f"{kind}_win_rate_ci": [wins.low, wins.high]}
                 row |= {f"{kind}_gain_at_equal_length": matched.value}
+        # A judge of pairs has no number a reply; a pair without an answer says nothing
+        answered = [value for value in replies.preferred if value is not None]
+        if answered:
+            wins = statistics.win_rate(answered, [0.5] * len(answered))
+            row |= {"judge_win_rate": wins.value, "judge_win_rate_ci": [wins.low, wins.high]}
+            row |= {"judge_ties": answered.count(0.5) / len(answered), "judge_pairs": len(answered)}
         figures[name] = row
     return figures

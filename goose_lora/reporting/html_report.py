@@ -175,9 +175,16 @@ def _judged(evaluation: EvaluationFile | None) -> list[str]:
         return []
     policy = evaluation["figures"].get("ppo", {})
     against = evaluation["figures"].get(evaluation["against"], {})
-    if not {"judge"} <= policy.keys() & against.keys():
-        return []
     judge = evaluation.get("judge", "the judge")
+    if not {"judge"} <= policy.keys() & against.keys():
+        # A judge of pairs prefers one of two, and has no number a reply
+        if "judge_win_rate" not in policy:
+            return []
+        return [
+            f"On {evaluation['prompts']} held-out prompts {judge} prefers the policy's reply to that of"
+            f" {evaluation['against']} in {with_interval(policy, 'judge_win_rate', two_decimals)} of all, a"
+            " tie as half."
+        ]
     return [
         f"On {evaluation['prompts']} held-out prompts {judge} rates the policy's replies"
         f" {with_interval(policy, 'judge', two_decimals)}, those of {evaluation['against']}"

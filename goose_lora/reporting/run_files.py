@@ -100,6 +100,7 @@ class EvaluationFile(TypedDict):
     figures: dict[str, dict[str, Any]]  # by policy, then by measure; intervals end in _ci
     samples: list[dict[str, str]]
     judge: NotRequired[str]  # what rated the replies, if something did
+    judge_asked: NotRequired[dict[str, Any]]  # of a judge of pairs: calls, cache_hits, no_answer
 
 
 # ---- Reading and writing ----

@@ -509,6 +509,30 @@ CASES = [
         {"judge": "math:sqrd"},
         ("has no 'sqrd'; the nearest name is 'sqrt'",),
     ),
+    Case(
+        "a judge behind a server that is not there",
+        "evaluate",
+        {"judge": "openai:m", "judge_base_url": "http://127.0.0.1:9/v1"},
+        ("openai:m at http://127.0.0.1:9/v1 cannot be reached", "mend judge_base_url"),
+    ),
+    Case(
+        "an address of a judge, and no such judge",
+        "evaluate",
+        {"judge_base_url": "http://127.0.0.1:9/v1"},
+        ("judge_base_url=http://127.0.0.1:9/v1", "Set judge: openai:MODEL"),
+    ),
+    Case(
+        "an address of a judge with a password",
+        "evaluate",
+        {"judge": "openai:m", "judge_base_url": "http://me:word@127.0.0.1:9/v1"},
+        ("judge_base_url: has more than a server and a path", "OPENAI_API_KEY"),
+    ),
+    Case(
+        "a rubric that is not there",
+        "evaluate",
+        {"judge": "openai:m", "judge_base_url": "http://127.0.0.1:9/v1", "judge_rubric": "none.txt"},
+        ("judge_rubric: none.txt cannot be read", "the package's own rubric"),
+    ),
     Case("a rating of wrong form", "own_loop", {"rating": "math"}, ("there is no colon", "Accepted")),
     Case(
         "too many weights",

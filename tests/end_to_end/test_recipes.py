@@ -1,6 +1,7 @@
 """The recipes, run whole on the tiny base: what they write, and that each stage takes what the one
 before it left."""
 
+import json
 import math
 import os
 import subprocess
@@ -220,6 +221,73 @@ def test_evaluation_compares_base_sft_ppo_and_best_of(run):
     replies = read_jsonl(run / "evaluation" / "replies.jsonl")
     judged = count_good([], [row["ppo"] for row in replies])
     assert figures["ppo"]["judge"] == pytest.approx(sum(judged) / len(judged))
+
+
+def evaluated(run, folder, url, **settings):
+    """Arguments of an evaluation by a judge behind a server."""
+    given = {
+        "model_name_or_path": run / "base",
+        "quantization": "nf4",
+        "dataset_name": run / "prompts.jsonl",
+        "output_dir": folder,
+        "policy_adapter": run / "ppo",
+        "sft_adapter": run / "sft",
+        "judge": "openai:m",
+        "judge_base_url": url,
+        "response_length": 5,
+    }
+    return options(**given | settings)
+
+
+def test_a_judge_behind_a_server_compares_pairs_and_what_fails_late_costs_nothing(
+    run, tmp_path, monkeypatch, capfd
+):
+    from judge_server import judge_server, longer, question
+
+    monkeypatch.setenv("OPENAI_API_KEY", "Zq7planted99Value")
+    before = read_json(run / "ppo" / "evaluation.json"), (run / "ppo" / "README.md").read_text()
+    with judge_server() as server:
+        # It answers the made-up question and a few others, and then never again
+        no = 401, {"error": {"message": "no Zq7planted99Value here"}}
+        server.says = lambda body: longer(body) if len(server.bodies) <= 6 else no
+        with pytest.raises(UserError, match=r"\(401\).*the same command goes on from there"):
+            recipe("evaluate").main(evaluated(run, tmp_path / "out", server.url))
+        saved = read_json(tmp_path / "out" / "evaluation.json")
+        first = read_jsonl(tmp_path / "out" / "replies.jsonl")
+        assert "judge" not in saved and saved["figures"]["ppo"].keys() >= {"kl", "tokens"}
+        assert len(first) == 24 and {"base", "sft", "ppo"} < first[0].keys()
+        # The policy keeps the evaluation that it had
+        assert (read_json(run / "ppo" / "evaluation.json"), (run / "ppo" / "README.md").read_text()) == before
+
+        # The same command goes on
+        server.says, server.bodies[:] = longer, []
+        recipe("evaluate").main(evaluated(run, tmp_path / "out", server.url))
+        rows = read_jsonl(tmp_path / "out" / "replies.jsonl")
+        assert rows == first
+        prompts = [row["prompt"] for row in tiny.prompts(24)]
+        assert {question(body)["request"] for body in server.bodies[1:]} <= set(prompts)
+
+    # As many wins as longer replies, and each pair of texts asked about once in both orders
+    evaluation = read_json(tmp_path / "out" / "evaluation.json")
+    figures = evaluation["figures"]["ppo"]
+    lengths = [(len(row["ppo"]), len(row["sft"])) for row in rows]
+    wins = sum(1.0 if mine > other else 0.5 if mine == other else 0.0 for mine, other in lengths)
+    assert figures["judge_win_rate"] == wins / 24 and figures["judge_pairs"] == 24
+    low, high = figures["judge_win_rate_ci"]
+    assert low < figures["judge_win_rate"] < high
+    asked = evaluation["judge_asked"]
+    assert asked["calls"] == len(server.bodies) and asked["cache_hits"] > 0 == asked["no_answer"]
+    assert evaluation["judge"].startswith("openai:m (rubric ")
+    assert "openai:m (rubric " in (run / "ppo" / "README.md").read_text()
+    assert "prefers the policy" in (run / "ppo" / "report.html").read_text()
+
+    # The key is nowhere
+    said = "".join(capfd.readouterr())
+    assert "judge_win_rate" in said and "Zq7planted99Value" not in said
+    for path in (*run.rglob("*"), *tmp_path.rglob("*")):
+        assert not path.is_file() or b"Zq7planted99Value" not in path.read_bytes(), path
+    (run / "ppo" / "evaluation.json").write_text(json.dumps(before[0]))
+    (run / "ppo" / "README.md").write_text(before[1])
 
 
 def test_every_stage_leaves_its_lineage_and_a_card_with_what_was_measured_and_nothing_else(run):
