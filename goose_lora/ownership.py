@@ -234,6 +234,7 @@ def named_inputs(*settings: object) -> dict[str, list[str]]:
         if not _INPUTS.fullmatch(name) or name.startswith("_") or name in ("output_dir", "logging_dir"):
             continue
         words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+        words = [word for word in words if not word.startswith("openai:")]  # a model behind a server
         # A function stands behind the file's name, and a model behind what it is
         pieces = [
             piece for word in words for piece in (word, word.rpartition(":")[0], word.partition(":")[2])

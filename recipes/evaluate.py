@@ -268,6 +268,7 @@ def _checked_judge(
             rubric=rubric_text(config.judge_rubric),
             cache=Path(config.output_dir) / CACHE_FILE,
         )
+        print(f"Asking {name} one made-up question ...", flush=True)
         served.check()
         return served
     judge = RewardMix([reward_function(name)])

@@ -10,11 +10,12 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
 
 Verdict = Literal["A", "B", "tie"]
+_T = TypeVar("_T")
 
 SERVED = "openai:"  # what a judge behind a server begins with
 OPENAI_URL = "https://api.openai.com/v1"
@@ -35,6 +37,7 @@ KEY = "OPENAI_API_KEY"
 CACHE_FILE = "judge_cache.jsonl"
 AT_A_TIME = 4  # questions that wait for an answer
 ANSWER_SECONDS = 120.0  # for one answer
+FIRST_RETRIES = 2  # of the made-up question, for which somebody waits
 ANSWER_RETRIES = 5  # of a question that was not answered; the library waits longer before each
 ANSWER_TOKENS = 1024  # of an answer, for those who think first
 MOST_SILENT = 0.1  # share of questions without an answer from which the rest says little
@@ -193,15 +196,14 @@ class PairwiseJudge:
         Raises:
             UserError: the server cannot be reached, refuses, or gives no verdict.
         """
-        said: list[Verdict | None] = []
 
-        async def ask() -> None:
-            async with self._client() as client:
-                said.append(await self._ask(client, _Question(*_MADE_UP).messages(self.rubric), first=True))
+        async def ask() -> Verdict | None:
+            async with self._client(FIRST_RETRIES) as client:
+                return await self._ask(client, _Question(*_MADE_UP).messages(self.rubric), first=True)
 
-        with self._named_errors(""):
-            asyncio.run(ask())
-        if said == [None]:
+        with self._named_errors("", FIRST_RETRIES):
+            verdict = _run(ask())
+        if verdict is None:
             raise UserError(
                 f"judge: {SERVED}{self.model} answered a made-up question with {self._nonsense}, where A, B"
                 " or tie is asked for. Take a model that follows instructions, or mend judge_rubric."
@@ -249,8 +251,8 @@ class PairwiseJudge:
         bar = tqdm(total=len(questions), initial=len(known), desc="judge", disable=None)
         kept = f" Answers so far are kept in {self._cache_file}: the same command goes on from there."
         try:
-            with self._named_errors(kept):
-                asyncio.run(self._ask_all(missing, len(questions), known, bar, kept))
+            with self._named_errors(kept, ANSWER_RETRIES):
+                _run(self._ask_all(missing, len(questions), known, bar, kept))
         finally:
             bar.close()
         return known
@@ -283,7 +285,7 @@ class PairwiseJudge:
                         f" a model that answers A, B or tie alone, or mend judge_rubric.{kept}"
                     )
 
-        async with self._client() as client:
+        async with self._client(ANSWER_RETRIES) as client:
             await asyncio.gather(*(work(client) for _ in range(min(AT_A_TIME, len(missing)))))
 
     async def _ask(
@@ -320,12 +322,12 @@ class PairwiseJudge:
         self._nonsense = self._nonsense or answer
 
     @asynccontextmanager
-    async def _client(self) -> "AsyncIterator[AsyncOpenAI]":
+    async def _client(self, retries: int) -> "AsyncIterator[AsyncOpenAI]":
         from openai import AsyncOpenAI
 
         key = self._key or "none"  # servers of one's own ask for none, and the library for one
         async with AsyncOpenAI(
-            base_url=self.base_url, api_key=key, timeout=ANSWER_SECONDS, max_retries=ANSWER_RETRIES
+            base_url=self.base_url, api_key=key, timeout=ANSWER_SECONDS, max_retries=retries
         ) as client:
             yield client
 
@@ -346,12 +348,12 @@ class PairwiseJudge:
         }
 
     @contextmanager
-    def _named_errors(self, kept: str) -> Iterator[None]:
+    def _named_errors(self, kept: str, retries: int) -> Iterator[None]:
         """Turn what the library raises into one line: what is wrong, where, and the way out."""
         import openai
 
         where = f"judge: {SERVED}{self.model} at {self.base_url}"
-        tries = f"{ANSWER_RETRIES + 1} tries"
+        tries = f"{retries + 1} tries"
         try:
             yield
         except openai.APITimeoutError:
@@ -382,6 +384,16 @@ class PairwiseJudge:
         else:
             return
         raise UserError(f"{where} {problem}{kept}")
+
+
+def _run(asking: Coroutine[object, object, _T]) -> _T:
+    """Wait for what is asked; in a thread of its own where an event loop runs, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(asking)
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(asyncio.run, asking).result()
 
 
 class _NoCompletionError(Exception):

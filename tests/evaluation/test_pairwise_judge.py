@@ -1,8 +1,10 @@
 """goose_lora.evaluation.pairwise_judge, against a server of HTTP that answers as OpenAI's do."""
 
+import asyncio
 import importlib.util
 import json
 import time
+from pathlib import Path
 
 import pytest
 from judge_server import completion, judge_server, longer, question
@@ -18,6 +20,7 @@ from goose_lora.evaluation.pairwise_judge import (
 )
 from goose_lora.evaluation.policies import Replies, compare_all, summary
 from goose_lora.evaluation.statistics import wilson_interval
+from goose_lora.files import read_jsonl, write_jsonl
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
 SFT = ["four"] * 8
@@ -27,7 +30,8 @@ PPO = ["a longer one"] * 3 + ["four"] * 2 + ["no"] * 2 + ["wide"]  # better, ali
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(pairwise_judge, "ANSWER_RETRIES", 2)
+    for name in ("FIRST_RETRIES", "ANSWER_RETRIES"):
+        monkeypatch.setattr(pairwise_judge, name, 2)
     with judge_server() as served:
         yield served
 
@@ -294,6 +298,26 @@ def test_a_rubric_is_a_file_with_something_in_it(tmp_path):
 )
 def test_a_verdict_is_read_where_it_is_plain(text, verdict):
     assert _read_verdict(text) == verdict
+
+
+def test_a_judge_can_be_asked_where_an_event_loop_runs(server, judge):
+    async def cell_of_a_notebook():
+        judge.check()
+        return compared(judge)
+
+    assert asyncio.run(cell_of_a_notebook()) == [1.0, 1.0, 1.0, 0.5, 0.5, 0.0, 0.0, 0.5]
+
+
+def test_the_pages_lines_make_pairs_of_two_columns(server, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "labeling.md"
+    (code,) = (text for text in page.read_text().split("```") if "PairwiseJudge" in text)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": prompt, "a": mine, "b": "four"} for prompt, mine in zip(PROMPTS, PPO, strict=True)]
+    write_jsonl("two_replies.jsonl", rows)
+    exec(code.removeprefix("python").replace("http://localhost:11434/v1", server.url), {})
+    pairs = [(row["prompt"], row["chosen"], row["rejected"]) for row in read_jsonl("pairs.jsonl")]
+    better = [(prompt, "a longer one", "four") for prompt in PROMPTS[:3]]
+    assert pairs == [*better, ("prompt 5", "four", "no"), ("prompt 6", "four", "no")]
 
 
 def test_replies_of_any_characters_can_be_asked_about(server, judge):
