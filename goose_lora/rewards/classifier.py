@@ -167,7 +167,16 @@ def reward_sources(
 
 
 def reward_function(name: str) -> RewardFunction:
-    """Return the function of ``module:function``, ``trl:NAME(...)`` or ``check:NAME(...)``."""
+    """Return the function of ``module:function``, ``trl:NAME(...)`` or ``check:NAME(...)``.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    if name.startswith("openai:"):
+        raise UserError(
+            f"{name}: a model behind a server compares pairs of replies, as judge of recipes/evaluate.py"
+            " alone. For a number a reply, ask it in a function of your own: module:function."
+        )
     return ReadyReward(name) if name.startswith(READY) else import_function(name)
 
 

@@ -533,6 +533,12 @@ CASES = [
         {"judge": "openai:m", "judge_base_url": "http://127.0.0.1:9/v1", "judge_rubric": "none.txt"},
         ("judge_rubric: none.txt cannot be read", "the package's own rubric"),
     ),
+    Case(
+        "a reward by a model behind a server",
+        "ppo",
+        {"reward_function": "openai:m"},
+        ("openai:m: a model behind a server compares pairs", "module:function"),
+    ),
     Case("a rating of wrong form", "own_loop", {"rating": "math"}, ("there is no colon", "Accepted")),
     Case(
         "too many weights",
