@@ -356,16 +356,16 @@ def main(args: list[str] | None = None) -> None:
     texts = tokenizer.batch_decode(ids)
     questions = [asked(prompt) for prompt in prompts["prompt"]]
     greedy = answers.greedy(roles, questions)
-    rows = [
+    answered = [
         {"prompt": text, "asked": question} | {name: given.texts[i] for name, given in replies.items()}
         for i, (text, question) in enumerate(zip(texts, questions, strict=True))
     ]
     about = {"prompts": len(texts), "dataset": data.dataset_name, "against": against, "greedy": greedy}
-    results = Results(config.output_dir, about, replies, rows)
+    results = Results(config.output_dir, about, replies, answered)
     found = _judged(judge, config.judge, results, prompts, against)
     results.leave(found, policy.path)
     # Last: a console may fail, and the figures are saved
-    show(greedy, len(rows), found["figures"], against)
+    show(greedy, len(texts), found["figures"], against)
 
 
 if __name__ == "__main__":

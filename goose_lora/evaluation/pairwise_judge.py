@@ -245,7 +245,8 @@ class PairwiseJudge:
 
     def _answers(self, questions: Mapping[str, list[dict[str, str]]]) -> dict[str, Verdict]:
         """Return verdicts by key, from the cache and from the server."""
-        known = {key: verdict for key, verdict in self._cached().items() if key in questions}
+        cached = self._cached().items()
+        known: dict[str, Verdict] = {key: verdict for key, verdict in cached if key in questions}
         self._cache_hits += len(known)
         missing = {key: messages for key, messages in questions.items() if key not in known}
         bar = tqdm(total=len(questions), initial=len(known), desc="judge", disable=None)
