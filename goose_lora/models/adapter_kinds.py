@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from goose_lora.errors import UserError
 from goose_lora.models.folders import AdapterFolder
@@ -168,7 +169,8 @@ def as_plain(
         role_name: PEFT's name of the adapter on ``model``, which has ``plain_config``.
 
     Raises:
-        UserError: the base is quantized, so that the start cannot be found again.
+        UserError: the base is quantized, so that the start cannot be found again, or PEFT's start
+            has left factors that PEFT itself cannot run.
     """
     plain = dict(weights)
     start = adapter.config.get("init_lora_weights", True)
@@ -180,11 +182,20 @@ def as_plain(
         twin = f"{place}.lora_B.weight"
         module = cast(LoraLayer, core.get_submodule(place.removeprefix("base_model.model.")))
         inner = module.get_base_layer()
-        if not torch.is_floating_point(cast(Tensor, inner.weight)):
+        weight = cast(Tensor, inner.weight)
+        if not torch.is_floating_point(weight):
             raise UserError(
                 f"{adapter.setting}: {adapter} was trained from init_lora_weights={start!r}, and its start"
                 " cannot be found again in a quantized base. Set quantization: none, or save the adapter with"
                 " save_pretrained(FOLDER, path_initial_model_for_weight_conversion=START)."
+            )
+        # A Conv1D keeps its matrix transposed, which PEFT's OLoRA does not look at
+        swapped = start == "olora" and isinstance(inner, Conv1D)
+        if swapped and len(set(weight.shape)) > 1:
+            raise UserError(
+                f"{adapter.setting}: {adapter} was trained from init_lora_weights='olora' on {place}, whose"
+                " weight is transposed (Conv1D): PEFT swaps the sides of its factors there, and cannot run it"
+                " either. Train one from init_lora_weights=True or 'pissa'."
             )
         # PEFT's own start of this one matrix, on a copy of it
         rank = len(weights[name])
@@ -200,6 +211,9 @@ def as_plain(
         factor_a, factor_b = (
             cast(nn.Linear, part["default"]).weight.detach() for part in (started.lora_A, started.lora_B)
         )
+        # What it took out of a square transposed matrix is not what its factors then add
+        if swapped:
+            factor_a, factor_b = factor_b.T, factor_a.T
         # The start with its sign turned, beside what was trained
         plain[name] = torch.cat([weights[name], factor_a.to(weights[name])])
         plain[twin] = torch.cat([weights[twin], -factor_b.to(weights[twin])], dim=1)

@@ -62,7 +62,8 @@ def test_an_initialiser_leaves_the_shared_base_alone(tmp_path, start, architectu
             pytest.skip("its names are another model's")
         settings |= {"target_modules": ["c_attn"], "fan_in_fan_out": True}
     if start == "olora" and architecture == "gpt2":
-        pytest.skip("PEFT's OLoRA has no fan_in_fan_out")
+        # PEFT's OLoRA passes over fan_in_fan_out: a layer that is not square has swapped factors
+        settings["target_modules"] = ["attn.c_proj"]
     trained = saved(tmp_path / "sft", tiny.base(architecture), **settings)
     base = tiny.base(architecture)
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -88,6 +89,15 @@ def test_a_subtracted_start_on_a_quantized_base_is_refused(tmp_path, start):
     saved(tmp_path / "sft", model, init_lora_weights=start)
     with pytest.raises(UserError, match="quantized base"):
         SharedBase.build(load_base(args, tiny.tokenizer()), tmp_path / "sft")
+
+
+def test_what_pefts_olora_leaves_on_a_transposed_weight_is_refused_by_its_cause(tmp_path):
+    """PEFT can save such an adapter, and fails itself where it is run."""
+    adapter = saved(tmp_path / "sft", tiny.base("gpt2"), init_lora_weights="olora", target_modules=["c_attn"])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        logits(adapter)
+    with pytest.raises(UserError, match=r"olora.*c_attn.*Conv1D"):
+        SharedBase.build(tiny.base("gpt2"), tmp_path / "sft")
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "corda", "pissa_niter_4", "lora_ga"])
