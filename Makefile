@@ -49,12 +49,12 @@ gpu-report: $(RUNS)
 test-oldest: $(UV) pyproject.toml
 	$(UV) venv --quiet --clear .venv-oldest
 	$(UV) pip install --quiet --python .venv-oldest/bin/python --constraint constraints.txt $(OF_TESTS)
-	$(UV) pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct "$(TORCH_OLDEST)" --editable .
+	$(UV) pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct "$(TORCH_OLDEST)" --editable ".[rewards]"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(CHOSEN)
 
 test-newest: $(UV) pyproject.toml
 	$(UV) venv --quiet --clear .venv-newest
-	$(UV) pip install --quiet --python .venv-newest/bin/python --editable . $(OF_TESTS)
+	$(UV) pip install --quiet --python .venv-newest/bin/python --editable ".[rewards]" $(OF_TESTS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(CHOSEN)
 
 # constraints.txt has an answer for each Python from 3.11.2 to 3.14.
