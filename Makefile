@@ -29,33 +29,33 @@ test: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
 
-# A chosen set of tests on the oldest versions that pyproject.toml allows, and on the newest there are; each in an environment of its own, made by uv.
-# torch may be another build: TORCH_OLDEST=torch==2.13.0+cpu.
-UV := .venv-uv/bin/uv
-# Where pip looks for wheels, uv does, too.
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-TORCH_OLDEST ?= torch==2.13.0
-CHOSEN := tests/functional/test_losses.py tests/generation tests/models/test_host_embeddings.py tests/ppo/test_update.py tests/rewards
-OF_TESTS := pytest pytest-timeout hypothesis beartype rich pandas
-
-$(UV):
-	$(PYTHON) -m venv .venv-uv
-	.venv-uv/bin/python -m pip install --quiet uv
-
 # Ten minutes on a machine with a GPU and whatever torch it has; JSON after each part. In miniature on a CPU.
 gpu-report: $(RUNS)
 	$(BIN)/python benchmarks/gpu_report.py
 
-test-oldest: $(UV) pyproject.toml
-	$(UV) venv --quiet --clear .venv-oldest
-	$(UV) pip install --quiet --python .venv-oldest/bin/python --constraint constraints.txt $(OF_TESTS)
-	$(UV) pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct "$(TORCH_OLDEST)" --editable ".[rewards]"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(CHOSEN)
+# A chosen set of tests on the oldest versions that pyproject.toml allows, and on the newest there are; each in an environment of its own.
+CHOSEN := tests/functional/test_losses.py tests/generation tests/models/test_host_embeddings.py tests/ppo/test_update.py tests/rewards
+OF_TESTS := $(shell grep -E '^(pytest|pytest-timeout|pytest-xdist|hypothesis|beartype|rich|pandas)==' constraints.txt)
+RUN_CHOSEN := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(CHOSEN)
 
-test-newest: $(UV) pyproject.toml
-	$(UV) venv --quiet --clear .venv-newest
-	$(UV) pip install --quiet --python .venv-newest/bin/python --editable ".[rewards]" $(OF_TESTS)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(CHOSEN)
+test-oldest: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	sed '/^dev/,$$d' pyproject.toml | grep -oE '"[A-Za-z0-9_.-]+(\[[^]]*\])?>=[0-9.]+' | sed -E 's/^"([^[>]+)(\[.*\])?>=/\1==/' > .venv-oldest/lowest.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/lowest.txt --editable ".[rewards]" $(OF_TESTS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/$(RUN_CHOSEN)
+
+test-newest: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable ".[rewards]" $(OF_TESTS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-newest/bin/$(RUN_CHOSEN)
+
+# uv resolves for Pythons that are not here. Where pip looks for wheels, it does, too.
+UV := .venv-uv/bin/uv
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+$(UV):
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet uv
 
 # constraints.txt has an answer for each Python from 3.11.2 to 3.14.
 resolve: $(UV)
