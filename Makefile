@@ -35,12 +35,13 @@ gpu-report: $(RUNS)
 
 # A chosen set of tests on the oldest versions that pyproject.toml allows, and on the newest there are; each in an environment of its own.
 CHOSEN := tests/functional/test_losses.py tests/generation tests/models/test_host_embeddings.py tests/ppo/test_update.py tests/rewards
-OF_TESTS := $(shell grep -E '^(pytest|pytest-timeout|pytest-xdist|hypothesis|beartype|rich|pandas)==' constraints.txt)
+OF_TESTS := pytest pytest-timeout pytest-xdist hypothesis beartype rich pandas
 RUN_CHOSEN := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(CHOSEN)
 
 test-oldest: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-oldest
 	sed '/^dev/,$$d' pyproject.toml | grep -oE '"[A-Za-z0-9_.-]+(\[[^]]*\])?>=[0-9.]+' | sed -E 's/^"([^[>]+)(\[.*\])?>=/\1==/' > .venv-oldest/lowest.txt
+	grep -E "^($$(echo $(OF_TESTS) | tr ' ' '|'))==" constraints.txt >> .venv-oldest/lowest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/lowest.txt --editable ".[rewards]" $(OF_TESTS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/$(RUN_CHOSEN)
 

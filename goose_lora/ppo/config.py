@@ -573,6 +573,12 @@ class PPOConfig(TrainingArguments):
             "must be 1 or more, the weight of a token that both find equally likely; 3 is TRL's",
         )
         self._require(
+            "sampling_correction_cap",
+            self.sampling_correction != "mask" or self.sampling_correction_cap > 1,
+            "leaves out tokens whose probability has risen by rounding alone, with sampling_correction=mask;"
+            " set it above 1, as TRL's 3",
+        )
+        self._require(
             "max_tokens_per_microbatch",
             self.max_tokens_per_microbatch is None or self.max_tokens_per_microbatch >= 1,
             "must be 1 or more, or null for no bound",

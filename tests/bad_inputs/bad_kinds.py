@@ -268,6 +268,13 @@ CASES = [
     s("ppo", "cliprange_value", 0.0, "cliprange_value=0.0: must be positive, or null"),
     s("ppo", "cliprange_high", 0.1, "cliprange_high=0.1: must not be below cliprange=0.2"),
     s("ppo", "sampling_correction_cap", 0.5, "sampling_correction_cap=0.5: must be 1 or more"),
+    s(
+        "ppo",
+        "sampling_correction_cap",
+        1.0,
+        "sampling_correction_cap=1.0: leaves out tokens whose probability has risen by rounding alone",
+        sampling_correction="mask",
+    ),
     s("ppo", "sampling_correction", "clip", "sampling_correction: 'clip' is not one of"),
     s("ppo", "ratio_threshold", 1.0, "ratio_threshold=1.0: must be above 1, or null"),
     s("ppo", "score_clip", -1.0, "score_clip=-1.0: must be positive, or null for"),

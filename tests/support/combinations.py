@@ -204,7 +204,7 @@ def _of_rewards(chance: random.Random) -> dict:
 
 def _of_updates(chance: random.Random) -> dict:
     pick = chance.choice
-    return {
+    settings = {
         "entropy_coef": pick([0.0, 0.01]),
         "cliprange": pick([0.1, 0.2]),
         "cliprange_high": pick([None, None, 0.28]),
@@ -232,6 +232,9 @@ def _of_updates(chance: random.Random) -> dict:
         "sample_rows": pick([0, 2]),
         "seed": chance.randint(0, 5),
     }
+    if settings["sampling_correction"] == "mask" and settings["sampling_correction_cap"] == 1.0:
+        settings["sampling_correction_cap"] = 1.5  # a mask at 1 is decided by rounding, and refused
+    return settings
 
 
 def _sources(chance: random.Random, *, has_reward: bool) -> tuple[list[str], list[float]]:
