@@ -148,7 +148,13 @@ def check_unread_settings(args: TrainingArguments) -> None:
             raise UserError(f"{name}={_text(values[name])}: {why}")
     _check_sampling(args)
     _check_accelerator(args)
-    if DebugOption.UNDERFLOW_OVERFLOW in args.debug and _is_ppo(values):
+    # transformers makes a list of words, and keeps whatever else is given
+    debug: object = args.debug
+    if not isinstance(debug, list) or any(option not in list(DebugOption) for option in debug):
+        raise UserError(
+            f"debug={_text(debug)}: is none of {', '.join(DebugOption)}. Give one of them, or leave it out."
+        )
+    if DebugOption.UNDERFLOW_OVERFLOW in debug and _is_ppo(values):
         raise UserError(
             "debug=underflow_overflow: cannot look into several roles on one base. Leave it out: every step"
             " is looked at, and a number that is not finite is told by its tensor."

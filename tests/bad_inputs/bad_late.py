@@ -61,6 +61,9 @@ CASES = [
     setting("ppo", "warmup_steps", 10, "warmup_steps=10", "no warm-up", "constant_with_warmup"),
     setting("ppo", "warmup_steps", 0.1, "warmup_steps=0.1", "no warm-up", "constant_with_warmup"),
     setting("ppo", "debug", "underflow_overflow", "debug=underflow_overflow", "Leave it out"),
+    setting("sft", "debug", True, "debug=True: is none of underflow_overflow"),
+    setting("reward", "debug", 3, "debug=3: is none of underflow_overflow"),
+    setting("ppo", "debug", ["nope"], "debug: ['nope'] is not text or a list of DebugOptions"),
     setting("ppo", "train_sampling_strategy", "x", "train_sampling_strategy: 'x' is none of random"),
     setting("sft", "train_sampling_strategy", "x", "train_sampling_strategy: 'x' is none of random"),
     setting(

@@ -75,7 +75,7 @@ def tries(recipe, full):
                 yield field.name, value, on_the_line
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("recipe", ["sft", "reward", "ppo", "own_loop", "evaluate"])
 def test_any_value_of_any_setting_is_taken_or_refused_by_its_name(recipe, files, request):
     kinds, said = dataclasses_of(recipe), []
