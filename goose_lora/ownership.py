@@ -42,13 +42,13 @@ _TOKENIZER = (
     "tokenizer.model",
 )
 _PPO = ("samples.jsonl", "curves.png", "report.html")
-_ROLE_FOLDERS = ("value", "reward", "reference")
-_ROLES = tuple(f"{role}/{name}" for role in _ROLE_FOLDERS for name in _ADAPTER)
+_ROLE_FOLDERS = ("value", "reward", "reference", *(f"reward_{place}" for place in range(1, 8)))
+_ROLES = (*(f"{role}/{name}" for role in _ROLE_FOLDERS for name in _ADAPTER), "reward/members.json")
 _TRAINED = (*_ADAPTER, *_TOKENIZER, "stage.json", "metrics.jsonl", "log.txt")
 # What a stage leaves in its output_dir, besides checkpoints.
 RESULTS = {
     "sft": _TRAINED,
-    "reward": (*_TRAINED, "verdict.json"),
+    "reward": (*_TRAINED, "verdict.json", "members.json", "finished.json"),
     "ppo": (*_TRAINED, *_PPO, *_ROLES),
     "own_loop": (*_TRAINED, *_PPO, *_ROLES),
     "evaluate": ("evaluation.json", "replies.jsonl", "stage.json", "judge_cache.jsonl"),
@@ -274,7 +274,7 @@ def refuse_inputs_inside(folder: str | Path, inputs: Mapping[str, Sequence[str]]
 
 # Rows are read from all files below a folder; below an adapter's, these are parts of it.
 _ROWS = re.compile(r".*(dataset_name|pairs_name|data_dir)")
-_PARTS = re.compile(r"value|reward|reference|ema|checkpoint-\d+")
+_PARTS = re.compile(r"value|reward(_\d)?|reference|ema|checkpoint-\d+|member_\d")
 
 
 def _relation(setting: str, ways: Sequence[Path], places: Collection[Path], folder: Path) -> str | None:

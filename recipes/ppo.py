@@ -16,7 +16,7 @@ from goose_lora import cli
 from goose_lora.data import DataArguments
 from goose_lora.errors import UserError
 from goose_lora.evaluation import require_verdict
-from goose_lora.models import ModelArguments, SharedBase, lora_config
+from goose_lora.models import ModelArguments, SharedBase, lora_config, require_ensemble
 from goose_lora.ppo import PPOConfig, PPOTrainer
 from goose_lora.rewards import ClassifierReward, check_sources, check_weights, reward_sources
 from goose_lora.training import require_at_least_one
@@ -27,14 +27,21 @@ class RoleArguments:
     """Where the roles come from."""
 
     policy_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of the SFT adapter; a fresh adapter on the base if unset."}
+        default=None, metadata={"help": "Folder of the SFT adapter; a fresh one if unset."}
     )
     ptx_dataset_name: str | None = field(
-        default=None, metadata={"help": "Rows as fine-tuning takes them, for PPO-ptx, weighted by ptx_coef."}
+        default=None, metadata={"help": "Rows as fine-tuning takes them, for PPO-ptx."}
     )
     ptx_max_length: int = field(default=512, metadata={"help": "Longer pretraining texts are cut."})
     reward_adapter: str | None = field(
         default=None, metadata={"help": "Folder of the reward adapter that recipes/reward.py saved."}
+    )
+    reward_aggregation: Literal["mean", "min", "mean_minus_std"] | None = field(
+        default=None,
+        metadata={"help": "How reward models of num_members score as one; unset: as their folder says."},
+    )
+    uncertainty_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the deviation in mean_minus_std; 1 if unset."}
     )
     force: bool = field(
         default=False,
@@ -69,6 +76,12 @@ class RoleArguments:
         if isinstance(self.reward_weights, (int, float)):  # one number without brackets in a YAML file
             self.reward_weights = [self.reward_weights]
         check_weights(self.reward_weights, self.reward_function)
+        coef, aggregation = self.uncertainty_coef, self.reward_aggregation
+        if coef is not None and (aggregation != "mean_minus_std" or coef < 0):
+            raise UserError(
+                f"uncertainty_coef={coef:g}: a weight of 0 or more, of reward_aggregation: mean_minus_std"
+                f" alone, which is {aggregation}. Set both, or leave it out."
+            )
 
 
 def main(args: list[str] | None = None) -> PPOTrainer:
@@ -84,6 +97,7 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         has_adapter=reward is not None,
         trust_remote_code=config.trust_remote_code,
     )
+    require_ensemble(reward, roles.reward_aggregation, asked="adapter" in sources)
     plan = config.role_plan(has_policy=policy is not None, has_reward=reward is not None)
     if reward is not None:
         require_verdict(reward.path, force=roles.force)
@@ -97,7 +111,7 @@ def main(args: list[str] | None = None) -> PPOTrainer:
     stage.check_fit(
         tokenizer,
         policy,
-        reward,
+        *([] if reward is None else reward.members),
         tokens=prompts.longest + config.response_length,
         chat=prompts.chat,
     )
@@ -123,6 +137,8 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         critic_init=plan.critic_init,
         average=plan.average,
         train_layers=plan.train_layers,
+        reward_aggregation=roles.reward_aggregation,
+        uncertainty_coef=roles.uncertainty_coef,
     )
 
     # 3. Roll out, score, update; then leave the policy, its roles and a report.

@@ -157,8 +157,10 @@ class Stage:
         # What is to be resumed, and where the result goes
         parents = {setting: stage.adapter(setting) for setting in ("policy_adapter", "reward_adapter")}
         stage.given = given_facts(config, model, data, *others, parents=parents)
+        # Members of an ensemble go on from folders of their own
+        alone = replace(config, resume_from_checkpoint=None) if stage.has_members else config
         stage.checkpoint = starting_point(
-            config,
+            alone,
             name,
             model,
             stage.given,
@@ -171,6 +173,11 @@ class Stage:
         hub.check_upload(config, model)
         set_seed(config.seed)
         return stage
+
+    @property
+    def has_members(self) -> bool:
+        """Whether the stage trains several reward models, one after another."""
+        return vars(self.data).get("num_members", 1) > 1
 
     # ---- What can be known before a weight is read ----
 
@@ -512,6 +519,7 @@ class Stage:
         parents: Mapping[str, AdapterFolder | None] | None = None,
         figures: Mapping[str, Any] | None = None,
         data: Sequence[Mapping[str, Any]] | None = None,
+        history: list[dict[str, Any]] | None = None,
     ) -> None:
         """Leave what the stage has made, on one process: see ``leave``. PPO saves its policy here.
 
@@ -519,13 +527,14 @@ class Stage:
             parents: the adapters that the stage started from, by role.
             figures: the stage's own; those of recipes/ppo.py are read from its metrics.
             data: fingerprints of the rows; those that this stage has read if not given.
+            history: the rows of the log; the trainer's own if not given.
         """
         if not trainer.is_world_process_zero():
             return
         folder = Path(self.config.output_dir or ".")
         # What Trainer has is what was trained with
         tokenizer: Any = trainer.processing_class
-        history = trainer.state.log_history
+        history = history or trainer.state.log_history
         findings: list[str] | None = None
         said = ""
         # PPO: the policy beside its roles; SFT and reward model were saved by their recipes
@@ -549,6 +558,30 @@ class Stage:
         terminal.say(_what_next(self.name, folder))
         terminal.log_into(None)
 
+    def record(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        figures: Mapping[str, Any],
+        data: Sequence[Mapping[str, Any]],
+        parents: Mapping[str, AdapterFolder | None] | None = None,
+        **facts: object,
+    ) -> None:
+        """Write the lineage of an adapter of this stage, in whichever folder it is."""
+        lineage.record(
+            folder,
+            self.name,
+            model=self.model,
+            tokenizer=tokenizer,
+            settings=[self.config, self.data, *self.others],
+            data=data,
+            parents={role: parent and parent.path for role, parent in (parents or {}).items()},
+            command=lineage.recorded_command(self.name, self.command),
+            figures=figures,
+            **facts,
+        )
+
     def leave(
         self,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -569,18 +602,7 @@ class Stage:
         claim(folder, *self._left, *([] if history is None else ["metrics.jsonl"]))
         everything = {**figures, **cost()}
         facts = {} if findings is None else {"findings": findings}
-        lineage.record(
-            folder,
-            self.name,
-            model=self.model,
-            tokenizer=tokenizer,
-            settings=[self.config, self.data, *self.others],
-            data=data,
-            parents={role: parent and parent.path for role, parent in parents.items()},
-            command=lineage.recorded_command(self.name, self.command),
-            figures=everything,
-            **facts,
-        )
+        self.record(folder, tokenizer, figures=everything, data=data, parents=parents, **facts)
         # For readers: a card, and a page of a PPO run
         with only_looks("README.md"):
             model_card.write_card(folder)

@@ -35,7 +35,7 @@ class DataArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub dataset that has several, such as main."}
+        default=None, metadata={"help": "Configuration of a Hub dataset that has several."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder inside a Hub dataset."})
     dataset_revision: str | None = field(

@@ -6,7 +6,7 @@ Held-out lists or pairs, probes to their prompts, and references.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -134,6 +134,31 @@ def reference_bias(trainer: RewardTrainer, references: Sequence[Sequence[int]]) 
     return float(score_tokens(trainer, references).mean())
 
 
+class HeldOutScores(NamedTuple):
+    """Scores of held-out completions by prompt, as they stand in ``HeldOut``, and of probes."""
+
+    completions: list[np.ndarray]
+    probes: dict[str, np.ndarray]
+
+    def chosen(self) -> np.ndarray:
+        """Return the scores of the best completion of each prompt."""
+        return np.array([own[0] for own in self.completions])
+
+    def less(self, bias: float) -> "HeldOutScores":
+        """Return all of them less ``bias``."""
+        probes = {name: scores - bias for name, scores in self.probes.items()}
+        return HeldOutScores([own - bias for own in self.completions], probes)
+
+
+def score_held_out(trainer: RewardTrainer, held_out: HeldOut) -> HeldOutScores:
+    """Score held-out completions and probes under a trainer's model, as ``score_tokens`` does."""
+    flat = score_tokens(trainer, [ids for own in held_out.completions for ids in own])
+    completions = np.split(flat, np.cumsum([len(own) for own in held_out.completions])[:-1])
+    answered = {name: answers for name, answers in held_out.probes.items() if answers}
+    probes = {name: score_tokens(trainer, [ids for _, ids in answers]) for name, answers in answered.items()}
+    return HeldOutScores(completions, probes)
+
+
 def evaluate_reward_model(
     trainer: RewardTrainer, held_out: HeldOut, any_pair: HeldOut | None = None, *, bias: float = 0.0
 ) -> RewardVerdict:
@@ -141,27 +166,38 @@ def evaluate_reward_model(
 
     Scores count less ``bias``, as PPO will see them.
     """
+    scores = score_held_out(trainer, held_out)
+    second = None if any_pair is None else score_held_out(trainer, any_pair)
+    return held_out_verdict(held_out, scores, any_pair, second, bias=bias)
+
+
+def held_out_verdict(
+    held_out: HeldOut,
+    scores: HeldOutScores,
+    any_pair: HeldOut | None = None,
+    any_scores: HeldOutScores | None = None,
+    *,
+    bias: float = 0.0,
+) -> RewardVerdict:
+    """Return the verdict of scores less ``bias``, whoever has given them."""
     # Scores as PPO will see them, in pairs
-    scores = [own - bias for own in _scores_by_prompt(trainer, held_out)]
-    chosen, rejected, prompts = _pairs(scores, held_out.ranks)
+    own = [each - bias for each in scores.completions]
+    chosen, rejected, prompts = _pairs(own, held_out.ranks)
     # Lengths in the same pairs: is a better reply only a longer one?
-    lengths = [np.array([len(ids) for ids in own]) for own in held_out.completions]
+    lengths = [np.array([len(ids) for ids in each]) for each in held_out.completions]
     chosen_lengths, rejected_lengths, _ = _pairs(lengths, held_out.ranks)
     probes = {}
-    for name, answers in held_out.probes.items():
-        if answers:
-            # A probe is measured against the best and the worst reply to its own prompt
-            best, worst = (np.array([scores[number][place] for number, _ in answers]) for place in (0, -1))
-            probes[name] = ProbeScores(score_tokens(trainer, [ids for _, ids in answers]) - bias, best, worst)
-    second = None if any_pair is None else _pairs(_scores_by_prompt(trainer, any_pair), any_pair.ranks)
+    for name, said in scores.probes.items():
+        # A probe is measured against the best and the worst reply to its own prompt
+        numbers = [number for number, _ in held_out.probes[name]]
+        best, worst = (np.array([own[number][place] for number in numbers]) for place in (0, -1))
+        probes[name] = ProbeScores(said - bias, best, worst)
+    second = None
+    if any_pair is not None and any_scores is not None:
+        second = _pairs(any_scores.completions, any_pair.ranks)
     return reward_verdict(
         chosen, rejected, chosen_lengths, rejected_lengths, any_pair=second, prompts=prompts, probes=probes
     )
-
-
-def _scores_by_prompt(trainer: RewardTrainer, held_out: HeldOut) -> list[np.ndarray]:
-    scores = score_tokens(trainer, [ids for own in held_out.completions for ids in own])
-    return np.split(scores, np.cumsum([len(own) for own in held_out.completions])[:-1])
 
 
 def _pairs(numbers: list[np.ndarray], ranks: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -41,6 +41,13 @@ PROBES = {
         " beside the chosen one"
     ),
 }
+
+
+class JudgedRewards(Protocol):
+    """A verdict as it is saved and shown."""
+
+    def to_dict(self) -> dict[str, object]: ...
+    def lines(self) -> list[str]: ...
 
 
 class ProbeScores(NamedTuple):
@@ -258,14 +265,14 @@ def _probe_verdict(seen: ProbeScores) -> ProbeVerdict:
     return ProbeVerdict(mean, win_rate(seen.probe, seen.chosen), win_rate(seen.probe, seen.rejected))
 
 
-def write_verdict(output_dir: str | Path | None, verdict: RewardVerdict) -> None:
-    """Save the reward model's verdict as ``verdict.json``."""
+def write_verdict(output_dir: str | Path | None, verdict: JudgedRewards) -> None:
+    """Save the verdict on a reward model, or on an ensemble of them, as ``verdict.json``."""
     write_json(Path(output_dir or ".") / "verdict.json", verdict.to_dict())
 
 
-def show_verdict(verdict: RewardVerdict) -> None:
-    """Print the reward model's verdict."""
-    print("\nThe reward model on held-out pairs:")
+def show_verdict(verdict: JudgedRewards, title: str = "The reward model on held-out pairs") -> None:
+    """Print the lines of a verdict under a title."""
+    print(f"\n{title}:")
     for line in verdict.lines():
         print(f"  {line}")
 

@@ -64,7 +64,7 @@ class ModelArguments:
         },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2 ...; the model's default if unset."}
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2 ...; unset: the model's."}
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scaling: alpha / r."})

@@ -6,9 +6,9 @@ where the others are, and on which scale all of them are compared.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -57,25 +57,45 @@ class RewardEnsemble:
 
     Attributes:
         kind: adapters: each member has LoRA of its own; heads: all have the first one's.
+        aggregation, uncertainty_coef: of ``functional.aggregate_scores``.
     """
 
     kind: MemberKind
     scale: float
     shift: float
     members: tuple[Member, ...]
+    aggregation: Aggregation = "mean"
+    uncertainty_coef: float = 1.0
 
     def aligned(self, place: int, scores: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """Return a member's scores, less its own bias, in the units of all."""
         member = self.members[place]
         return self.shift + self.scale * (scores - member.origin) / member.spread
 
-    def score(
-        self, scores: Sequence[Float[Tensor, " B"]], *, aggregation: Aggregation, uncertainty_coef: float
-    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    def score(self, scores: Sequence[Float[Tensor, " B"]]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Return the score of all members, and their disagreement in units of their spread."""
         aligned = torch.stack([self.aligned(place, own) for place, own in enumerate(scores)])
-        whole = aggregate_scores(aligned, aggregation=aggregation, uncertainty_coef=uncertainty_coef)
+        whole = aggregate_scores(
+            aligned, aggregation=self.aggregation, uncertainty_coef=self.uncertainty_coef
+        )
         return whole, disagreement(aligned) / self.scale
+
+    def by(self, aggregation: Aggregation | None, uncertainty_coef: float | None) -> "RewardEnsemble":
+        """Return the same members under another aggregation, where one is given."""
+        coef = self.uncertainty_coef if uncertainty_coef is None else uncertainty_coef
+        return replace(self, aggregation=aggregation or self.aggregation, uncertainty_coef=coef)
+
+    def write_beside(self, first: Path, names: Sequence[str]) -> None:
+        """Write ``members.json`` into the folder of the first member; the others lie beside it."""
+        members = [
+            replace(
+                member,
+                folder=f"../{name}" if place else ".",
+                sha256=file_sha256(first.parent / name / _WEIGHTS),
+            )
+            for place, (member, name) in enumerate(zip(self.members, names, strict=True))
+        ]
+        replace(self, members=tuple(members)).write(first)
 
     def write(self, folder: str | Path) -> None:
         """Write ``members.json``."""
@@ -118,13 +138,15 @@ def _read(path: Path, content: dict[str, Any]) -> RewardEnsemble:
     """Return what ``members.json`` says, if it can be."""
     try:
         members = tuple(Member(**member) for member in content["members"])
-        found = RewardEnsemble(content["kind"], content["scale"], content["shift"], members)
-        numbers = [found.scale, found.shift]
+        settings = {name: value for name, value in content.items() if name not in ("format", "members")}
+        found = RewardEnsemble(members=members, **settings)
+        numbers = [found.scale, found.shift, found.uncertainty_coef]
         numbers += [number for member in members for number in (member.origin, member.spread)]
         spreads = [found.scale, *(member.spread for member in members)]
         sound = (
             content["format"] == MEMBERS_FORMAT
-            and found.kind in ("adapters", "heads")
+            and found.kind in get_args(MemberKind)
+            and found.aggregation in get_args(Aggregation)
             and 2 <= len(members) <= MOST_MEMBERS
             and all(map(is_number, numbers))
             and min(spreads) > 0

@@ -471,3 +471,21 @@ class AdapterFolder:
             f"{self.setting}: {self.name} was trained on {trained_on}, not on {base}. All stages share one"
             " base. If that is the same one under another name, say so: base_hub_id."
         )
+
+
+def require_ensemble(reward: AdapterFolder | None, aggregation: str | None, *, asked: bool) -> None:
+    """Raise UserError for an aggregation of one reward model, or members that nobody asks.
+
+    ``asked`` tells whether the reward adapter scores replies.
+    """
+    is_ensemble = reward is not None and reward.ensemble is not None
+    if aggregation is not None and not is_ensemble:
+        raise UserError(
+            f"reward_aggregation={aggregation}: is of several reward models in one folder (num_members of"
+            " recipes/reward.py), and reward_adapter is not that. Leave it out."
+        )
+    if is_ensemble and not asked:
+        raise UserError(
+            f"reward_adapter: {reward} is an ensemble, and reward_function leaves it no say. Add adapter to"
+            f" reward_function, or name one member: {reward}/member_0."
+        )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -271,6 +271,30 @@ def adapters_to_fp32(model: nn.Module | None) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def bare_again(model: nn.Module | None) -> PreTrainedModel:
+    """Take a trained adapter off a classifier, for another one to be trained on the same base."""
+    base = cast(PreTrainedModel, cast(PeftModel, model).unload())
+    base.requires_grad_(False)
+    return base
+
+
+def fresh_score_head(model: nn.Module | None) -> None:
+    """Give a classifier's heads the weights that transformers begins with."""
+    assert model is not None
+    for name, parameter in model.named_parameters():
+        if ".score." in f".{name}":
+            config = cast(PreTrainedModel, model).config.get_text_config()
+            nn.init.normal_(parameter.data, std=config.to_dict().get("initializer_range", 0.02))
+
+
+def train_head_alone(model: nn.Module | None) -> None:
+    """Freeze an adapter but for its head."""
+    assert model is not None
+    for name, parameter in model.named_parameters():
+        if ".score." not in name:
+            parameter.requires_grad_(False)
 
 
 def tokenizer_of(

@@ -59,7 +59,11 @@ class RolesOnBase(Protocol):
     def role(self, role: Role, *, generating: bool = False) -> AbstractContextManager[object]: ...
     def score_head(self, role: Role) -> nn.Linear: ...
     def spare_last_layer(self, on: bool) -> None: ...
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    @property
+    def reward_roles(self) -> tuple[Role, ...]: ...
+    def read_scores(
+        self, hidden: Tensor, attention_mask: Tensor, ended: Tensor | None = None, *, role: Role = "reward"
+    ) -> Tensor: ...
     def trunks(
         self, input_ids: Tensor, attention_mask: Tensor, roles: Sequence[Role]
     ) -> Mapping[Role, Tensor | None]: ...
@@ -139,8 +143,8 @@ def check_against_model(shared: RolesOnBase, bare: OwnAnswer | None) -> None:
                 own = own_answer(core)
             _require_finite(core, f"the role {role}", own.logits, shared.role_parameters(role))
             _compare(shared, role, own, allowed)
-    if shared.has("reward"):
-        _compare_scores(shared, bare)
+    for role in shared.reward_roles:
+        _compare_scores(shared, role, bare)
 
     # Short cuts that are exact in most models, and can be left out.
     _probe_last_columns(shared, bare, hidden, entered)
@@ -268,9 +272,9 @@ def _greedy(core: PreTrainedModel, row: Int[Tensor, "1 N"], tokens: int) -> Gene
     return cast(GenerateDecoderOnlyOutput, out)
 
 
-def _compare_scores(shared: RolesOnBase, bare: OwnAnswer) -> None:
+def _compare_scores(shared: RolesOnBase, role: Role, bare: OwnAnswer) -> None:
     """Compare a score with that of the sequence classifier that RewardTrainer trains."""
-    core, head = shared.core, shared.score_head("reward")
+    core, head = shared.core, shared.score_head(role)
     kinds = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     kind = cast(type[PreTrainedModel] | None, kinds.get(type(core.config), None))
     if kind is None:
@@ -288,11 +292,11 @@ def _compare_scores(shared: RolesOnBase, bare: OwnAnswer) -> None:
     setattr(judge, judge.base_model_prefix, core.base_model)
     judge.score = _Head(head)
     ids, mask = _padded(bare.ids)
-    with _of_the_model(core), shared.role("reward"), role_outputs.autocast(core):
+    with _of_the_model(core), shared.role(role), role_outputs.autocast(core):
         wanted = judge.eval()(input_ids=bare.ids, use_cache=False).logits.reshape(-1)
-    _require_finite(core, "the role reward", wanted, shared.role_parameters("reward"))
+    _require_finite(core, f"the role {role}", wanted, shared.role_parameters(role))
     with _of_the_model(core):
-        score = shared.scores(ids, mask) + shared.head_bias["reward"]
+        score = shared.read_scores(shared.hidden(role, ids, mask), mask, role=role) + shared.head_bias[role]
     gap = (score - wanted).abs().max().item()
     size = max(1.0, wanted.abs().max().item())
     _refuse(core, "the score", "that of its sequence classifier is", gap, tolerance(bare.logits) * size)
@@ -349,7 +353,7 @@ def _probe_trunk(shared: RolesOnBase, bare: OwnAnswer) -> None:
         return
     ids, mask = _padded(bare.ids)
     # Every role resumes from the trunk that it would be given in a rollout
-    roles: tuple[Role, ...] = ("policy", "value", "reward", "reference", "ema", "base")
+    roles: tuple[Role, ...] = ("policy", "value", *shared.reward_roles, "reference", "ema", "base")
     present: list[Role] = [role for role in roles if role in ("reference", "base") or shared.has(role)]
     worst = 0.0
     try:

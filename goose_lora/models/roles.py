@@ -6,11 +6,36 @@ from typing import Literal
 
 from goose_lora.errors import UserError
 
-Role = Literal["policy", "value", "reward", "reference", "ema", "base"]
+Role = Literal[
+    "policy",
+    "value",
+    "reward",
+    "reference",
+    "ema",
+    "base",
+    # Further members of an ensemble of reward models
+    "reward_1",
+    "reward_2",
+    "reward_3",
+    "reward_4",
+    "reward_5",
+    "reward_6",
+    "reward_7",
+]
+REWARD_ROLES: tuple[Role, ...] = (
+    "reward",
+    "reward_1",
+    "reward_2",
+    "reward_3",
+    "reward_4",
+    "reward_5",
+    "reward_6",
+    "reward_7",
+)
 ADAPTERS: dict[Role, str] = {
     "policy": "default",
     "value": "value",
-    "reward": "reward",
+    **{role: str(role) for role in REWARD_ROLES},
     "reference": "reference",
     "ema": "ema",
 }
@@ -42,6 +67,7 @@ class RolePlan:
             folder.
         average: whether the role ``ema`` holds a moving average of the policy.
         train_layers: ``all``, or ``top-K``.
+        reward_members: reward adapters that score as one, where there is any.
     """
 
     critic: Critic | None
@@ -50,6 +76,7 @@ class RolePlan:
     reference: Reference
     average: bool
     train_layers: str
+    reward_members: int = 1
 
     @classmethod
     def of(
@@ -62,6 +89,7 @@ class RolePlan:
         reference: Reference | None = None,
         average: bool = False,
         train_layers: str = "all",
+        reward_members: int = 1,
     ) -> "RolePlan":
         """Return the plan of these settings, with the defaults filled in.
 
@@ -82,6 +110,7 @@ class RolePlan:
             reference=reference or ("copy" if has_policy else "base"),
             average=average,
             train_layers=train_layers,
+            reward_members=reward_members,
         )
 
     @property
@@ -95,7 +124,11 @@ class RolePlan:
             "reference": self.reference != "base",
             "ema": self.average,
         }
-        return tuple(role for role, is_there in present.items() if is_there)
+        found: list[Role] = [role for role, is_there in present.items() if is_there]
+        further: tuple[Role, ...] = ()
+        if self.has_reward:
+            further = REWARD_ROLES[1 : self.reward_members]
+        return (*found, *further)
 
     @property
     def training(self) -> tuple[Role, ...]:

@@ -6,10 +6,10 @@ it, and the others (``value``, ``reward``, ``reference``) to folders beside it.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from goose_lora.errors import UserError
+from goose_lora.functional import Aggregation
 from goose_lora.models import adapters, role_checks, role_outputs
 from goose_lora.models.adapter_kinds import require_harmless_start
+from goose_lora.models.ensembles import RewardEnsemble
 from goose_lora.models.folders import AdapterFolder, write_lineage
 from goose_lora.models.host_embeddings import require_frozen_embeddings
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read
 from goose_lora.models.roles import (
     ADAPTERS,
+    REWARD_ROLES,
     Critic,
     CriticInit,
     Reference,
@@ -46,6 +49,13 @@ from goose_lora.models.trunk import (
 )
 
 
+class JudgedReplies(NamedTuple):
+    """Scores, and where there is an ensemble the disagreement of its members in their spread."""
+
+    scores: Float[Tensor, " B"]
+    disagreement: Float[Tensor, " B"] | None
+
+
 class SharedBase(PeftModel):
     """A causal language model that serves as policy, critic, reward model and reference.
 
@@ -57,6 +67,7 @@ class SharedBase(PeftModel):
     role_plan: RolePlan
     reward_reads_eos: bool  # whether the reward model was trained to read the end-of-text token
     head_bias: dict[Role, float]  # subtracted from a head's output, in units of the raw score
+    ensemble: RewardEnsemble | None = None  # how several reward models score as one
     trained_from: dict[Role, int]  # the lowest layer in which an adapter trains, by its role
     own_head: bool = False  # whether logits come from the model's own head, with all that it does
     reuse_layers: bool = True  # whether a pass can be resumed in the middle of this model
@@ -67,6 +78,7 @@ class SharedBase(PeftModel):
     _before_backward: Role | None = None  # the role to go back to, once a recompute has left it
     _stances: dict[str | None, adapters.Stance]  # how PEFT's modules stand, by active adapter
     _stances_of: tuple[str, ...] = ()  # the adapters that there were when they were noted
+    _member_states: dict[Role, Role] | None = None
     _below: dict[int, AdaptersBelow]  # by depth
     _below_of: tuple[str, ...] = ()  # the adapters that there were when they were found
 
@@ -83,6 +95,8 @@ class SharedBase(PeftModel):
         reference: AdapterFolder | str | Path | None = None,
         average: bool = False,
         train_layers: str = "all",
+        reward_aggregation: Aggregation | None = None,
+        uncertainty_coef: float | None = None,
     ) -> "SharedBase":
         """Put the roles on a causal language model of transformers, quantized or not.
 
@@ -108,6 +122,9 @@ class SharedBase(PeftModel):
             average: add a frozen copy of the policy as the role ``ema``, for a moving average.
             train_layers: ``all``, or ``top-K``: policy and critic train in the K uppermost layers
                 only, and keep what their adapters have below.
+            reward_aggregation: how the members of an ensemble in ``reward`` score as one; what its
+                folder says, the mean at first, if None. ``uncertainty_coef`` is that of
+                ``mean_minus_std``.
 
         Raises:
             UserError: an adapter for another base, or without the head it needs; a critic that
@@ -127,6 +144,7 @@ class SharedBase(PeftModel):
             reference=kind,
             average=average,
             train_layers=train_layers,
+            reward_members=1 if judge is None else len(judge.members),
         )
 
         # The policy makes the PeftModel. A score head must be there before, for PEFT to copy it.
@@ -156,10 +174,7 @@ class SharedBase(PeftModel):
             self._copy_role("policy", "ema")
         self.reward_reads_eos, self.head_bias = True, {"reward": 0.0, "value": 0.0}
         if judge is not None:
-            self._add_role("reward", adapters.config_without_dropout(judge))
-            self.load_role("reward", judge)
-            self.reward_reads_eos = judge.lineage.get("append_eos", True)
-            self.head_bias["reward"] = judge.lineage.get("reward_bias", 0.0)
+            self._add_rewards(judge, reward_aggregation, uncertainty_coef)
 
         # The critic, and what of all this trains.
         if critic is not None:
@@ -178,6 +193,23 @@ class SharedBase(PeftModel):
         require_frozen_embeddings(self.core, config)
         adapters.require_runs(self, config, role)
         cast(PeftModel, self).add_adapter(ADAPTERS[role], copy.deepcopy(config))
+
+    def _add_rewards(
+        self, judge: AdapterFolder, aggregation: Aggregation | None, uncertainty_coef: float | None
+    ) -> None:
+        """Add the reward model, or all members of an ensemble."""
+        self.reward_reads_eos = judge.lineage.get("append_eos", True)
+        for role, member in zip(REWARD_ROLES, judge.members, strict=False):
+            if member.lineage.get("append_eos", True) != self.reward_reads_eos:
+                raise UserError(
+                    f"{member}: append_eos is not that of {judge}, and members read one text. Train them"
+                    " together."
+                )
+            self._add_role(role, adapters.config_without_dropout(member))
+            self.load_role(role, member)
+            self.head_bias[role] = member.lineage.get("reward_bias", 0.0)
+        if judge.ensemble is not None:
+            self.ensemble = judge.ensemble.by(aggregation, uncertainty_coef)
 
     def _add_critic(self, value: LoraConfig | None) -> None:
         """Add the critic: an adapter with its head, or a head alone."""
@@ -199,9 +231,19 @@ class SharedBase(PeftModel):
         if plan.critic_init == "reward":
             # A copy says what the reward model says; a head of zeros says 0.
             self.head_bias["value"] = self.head_bias["reward"]
+            if self.ensemble is not None:
+                self._align_value_head(self.ensemble)
         else:
             # An unbiased start: no critic before the first update.
             nn.init.zeros_(self.score_head("value").weight)
+
+    @torch.no_grad()
+    def _align_value_head(self, ensemble: RewardEnsemble) -> None:
+        """Let a critic that copies the first member say that member's score in the units of all."""
+        first = ensemble.members[0]
+        factor = ensemble.scale / first.spread
+        self.score_head("value").weight.mul_(factor)
+        self.head_bias["value"] = factor * (self.head_bias["reward"] + first.origin) - ensemble.shift
 
     # ---- What the base is ----
 
@@ -264,7 +306,8 @@ class SharedBase(PeftModel):
                     )
 
     def _head_of(self, role: Role) -> Tensor | None:
-        return self.score_head(role).weight if role in ("value", "reward") else None
+        has_head = role == "value" or role in REWARD_ROLES
+        return self.score_head(role).weight if has_head else None
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
@@ -304,6 +347,21 @@ class SharedBase(PeftModel):
     def has(self, role: Role) -> bool:
         """Return whether an adapter of its own stands for ``role``."""
         return ADAPTERS.get(role) in self.peft_config
+
+    @property
+    def reward_roles(self) -> tuple[Role, ...]:
+        """The reward model, or the members of the ensemble; none where there is no reward model."""
+        return tuple(role for role in REWARD_ROLES if self.has(role))
+
+    @property
+    def member_states(self) -> dict[Role, Role]:
+        """For each member the role whose states its head reads: heads share the first one's."""
+        roles = self.reward_roles
+        if self._member_states is None or self._member_states.keys() != set(roles):
+            self._member_states = {
+                role: "reward" if self.says_the_same(role, "reward") else role for role in roles
+            }
+        return self._member_states
 
     def says_the_same(self, role: Role, other: Role) -> bool:
         """Return whether two roles have the same states: no tensor of their adapters differs."""
@@ -390,12 +448,16 @@ class SharedBase(PeftModel):
         The note says what it was trained to read, and its bias.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self.has("reward"):
+        for role in self.reward_roles:
             write_lineage(
-                Path(save_directory) / ADAPTERS["reward"],
+                Path(save_directory) / ADAPTERS[role],
                 append_eos=self.reward_reads_eos,
-                reward_bias=self.head_bias["reward"],
+                reward_bias=self.head_bias[role],
             )
+        if self.ensemble is not None:
+            # The others lie beside the first
+            first = Path(save_directory) / ADAPTERS["reward"]
+            self.ensemble.write_beside(first, [ADAPTERS[role] for role in self.reward_roles])
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
@@ -573,7 +635,7 @@ class SharedBase(PeftModel):
         return role_outputs.autocast(self.core)
 
     def score_head(self, role: Role) -> nn.Linear:
-        """Return the linear head of ``value`` or ``reward``: (1, H), fp32, without bias."""
+        """Return the linear head of the critic or a reward model: (1, H), fp32, without bias."""
         # PEFT keeps one copy of the head for each adapter that has one
         heads = cast(Any, self.core).score.modules_to_save
         return heads[ADAPTERS[role]]
@@ -641,18 +703,48 @@ class SharedBase(PeftModel):
         arXiv:2203.02155, 3.5). ``ended`` tells which rows close with an end-of-text token; a reward
         model that was trained without it reads the token before.
         """
-        hidden = self.hidden("reward", input_ids, attention_mask, trunk)
-        return self.read_scores(hidden, attention_mask, ended)
+        return self.judge(input_ids, attention_mask, {"reward": trunk}, ended).scores
+
+    def judge(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        trunks: Mapping[Role, Tensor | None],
+        ended: Bool[Tensor, " B"] | None = None,
+        *,
+        hidden: Float[Tensor, "B L H"] | None = None,
+        columns: int | None = None,
+    ) -> JudgedReplies:
+        """Return ``scores``, and how far the members of an ensemble disagree about each row.
+
+        Args:
+            trunks: from ``trunks``, of ``reward`` and the members that have states of their own.
+            hidden: the states under ``reward``, where they are there already.
+        """
+        # A member's states go before the next one's come: only the first one's may be needed twice
+        if hidden is None:
+            hidden = self.hidden("reward", input_ids, attention_mask, trunks.get("reward"), columns)
+        scores = []
+        for role, of in self.member_states.items():
+            states = hidden
+            if of != "reward":
+                states = self.hidden(of, input_ids, attention_mask, trunks.get(of), columns)
+            scores.append(self.read_scores(states, attention_mask, ended, role=role))
+        if self.ensemble is None:
+            return JudgedReplies(scores[0], None)
+        return JudgedReplies(*self.ensemble.score(scores))
 
     def read_scores(
         self,
         hidden: Float[Tensor, "B L H"],
         attention_mask: Int[Tensor, "B L"],
         ended: Bool[Tensor, " B"] | None = None,
+        *,
+        role: Role = "reward",
     ) -> Float[Tensor, " B"]:
-        """Return ``scores``, given the hidden states under ``reward``."""
+        """Return one reward model's scores, or one member's, given the hidden states under it."""
         skip = None if self.reward_reads_eos else ended
-        return self.apply_head("reward", role_outputs.score_states(hidden, attention_mask, skip))
+        return self.apply_head(role, role_outputs.score_states(hidden, attention_mask, skip))
 
     def forward(
         self,

@@ -325,8 +325,9 @@ class Planner:
         if self._waits_on_host(sizes):
             kept = kept * rows // sizes.replies
 
-        # Hidden states of the reward model and the reference are there in each pass.
-        states = 2 * rows * sizes.length * self.model.hidden * self.model.compute
+        # Hidden states of the reward model and the reference are there in each pass, and of an
+        # ensemble those of one more member.
+        states = (2 + bool(self.roles.members)) * rows * sizes.length * self.model.hidden * self.model.compute
         run = states + costs.forward(rows, sizes.length, self.roles.policy)
         logits = states + costs.head(rows * sizes.response_tokens, training=False)
         if self._keeps_graph(sizes):

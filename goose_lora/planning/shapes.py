@@ -160,6 +160,7 @@ class RoleShapes:
     reward: AdapterShape | None
     plan: RolePlan
     value_starts_as_policy: bool  # it is the policy's copy, or neither changes anything yet
+    members: tuple[AdapterShape, ...] = ()  # further ones of an ensemble of reward models
 
     @property
     def mergeable(self) -> bool:
@@ -176,7 +177,7 @@ class RoleShapes:
     @property
     def bytes(self) -> int:
         """Bytes of all adapters, copies and heads, in fp32."""
-        adapters = (self.policy, self.value, self.reward)
+        adapters = (self.policy, self.value, self.reward, *self.members)
         own = sum(adapter.with_head for adapter in adapters if adapter is not None)
         return FP32 * (own + self.plan.policy_copies * self.policy.parameters)
 
@@ -421,8 +422,12 @@ def read_roles(
         return read_adapter(plain, model, train_layers=config.train_layers, head=head, tensors=tensors)
 
     adapters = {"policy": shape_of("policy_adapter", policy, head=False)}
+    members: tuple[AdapterShape, ...] = ()
     if reward is not None:
         adapters["reward"] = shape_of("reward_adapter", reward, head=True)
+        if isinstance(reward, AdapterFolder) or is_trained(reward):
+            others = AdapterFolder.of("reward_adapter", reward).members[1:]
+            members = tuple(shape_of("reward_adapter", other, head=True) for other in others)
 
     # The critic has the form of what it copies, or is a head alone.
     value = None
@@ -438,5 +443,6 @@ def read_roles(
         value=value,
         reward=adapters.get("reward"),
         plan=plan,
+        members=members,
         value_starts_as_policy=plan.critic_init == "policy" or both_fresh,
     )

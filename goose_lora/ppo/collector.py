@@ -35,7 +35,8 @@ class RoleOutputs(NamedTuple):
 
     ``trunk`` is the policy's, ``value_trunk`` the critic's where it is another. ``kl`` is the exact
     one, ``ref_hidden`` the reference's states for a loss on it. ``by_adapter`` has the reward
-    adapter's scores. ``output`` is policy and critic with their graph, where it was kept.
+    adapter's scores, ``disagreement`` that of the members where it is an ensemble. ``output`` is
+    policy and critic with their graph, where it was kept.
     """
 
     by_adapter: Float[Tensor, " B"] | None
@@ -47,6 +48,7 @@ class RoleOutputs(NamedTuple):
     value_trunk: Float[Tensor, "B L H"] | None
     features: Float[Tensor, "B T H"] | None
     ref_hidden: Float[Tensor, "B T H"] | None
+    disagreement: Float[Tensor, " B"] | None = None
     output: PolicyAndValue | None = None
 
 
@@ -281,6 +283,9 @@ class RolloutCollector:
         roles: list[Role] = ["policy", "reference"]
         if on_features or score:
             roles.append("reward")
+        if score:
+            own: list[Role] = [role for role, of in shared.member_states.items() if role == of]
+            roles += [role for role in own if role != "reward"]
         if shared.critic == "adapter":
             roles.append("value")
         trunks: dict[Role, Tensor | None] = dict.fromkeys(roles)
@@ -317,11 +322,11 @@ class RolloutCollector:
             )
 
         # Scores are read from the same states of the reward model.
-        scores = None
+        said = None
         if score and judged is not None:
-            scores = shared.read_scores(judged, attention, group.ended)
+            said = shared.judge(ids, attention, trunks, group.ended, hidden=judged, columns=read)
         return RoleOutputs(
-            scores,
+            None if said is None else said.scores,
             output.logprobs.detach(),
             ref_logprobs,
             _without_graph(output.kl),
@@ -331,6 +336,7 @@ class RolloutCollector:
             value_trunk=_moved(value_trunk, keep_on),
             features=_moved(features, keep_on),
             ref_hidden=_moved(ref_hidden, keep_on) if self.exact_kl == "loss" else None,
+            disagreement=None if said is None else said.disagreement,
             output=output if keep_graph else None,
         )
 
@@ -357,7 +363,13 @@ class RolloutCollector:
         return Scores(total.to(device), by_source, _moved(by_token, device))
 
     def _scores_of_group(self, group: _Group) -> Float[Tensor, " b"]:
-        return self.shared.scores(group.input_ids, group.attention_mask, ended=group.ended)
+        shared, ids, attention = self.shared, group.input_ids, group.attention_mask
+        # One reward model is one pass; several share the layers below
+        states = list(dict.fromkeys(shared.member_states.values()))
+        trunks: dict[Role, Tensor | None] = {}
+        if self.reuse_trunk and len(states) > 1:
+            trunks = shared.trunks(ids, attention, states)
+        return shared.judge(ids, attention, trunks, group.ended).scores
 
     def _groups(self, rollout: Rollout) -> Iterator[_Group]:
         """Yield the rollout in groups of ``batch_size`` replies."""

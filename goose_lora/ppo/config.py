@@ -106,8 +106,8 @@ class PPOConfig(TrainingArguments):
         default="auto",
         metadata={
             "help": (
-                "auto: on CUDA, a dense copy decodes with a static cache and CUDA graphs, in runs that are"
-                " long enough to earn the minute of compiling."
+                "auto: on CUDA, a dense copy decodes with CUDA graphs in runs that earn a minute of"
+                " compiling."
             )
         },
     )
@@ -121,7 +121,7 @@ class PPOConfig(TrainingArguments):
         },
     )
     vllm_memory_share: float = field(
-        default=0.3, metadata={"help": "Of the device's memory, vLLM's; the update has it too, on a GPU."}
+        default=0.3, metadata={"help": "vLLM's share of memory, which the update has too."}
     )
     sample_rows: int = field(
         default=4, metadata={"help": "Replies of each logged rollout written to samples.jsonl."}
@@ -133,10 +133,7 @@ class PPOConfig(TrainingArguments):
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = field(
         default="k1",
         metadata={
-            "help": (
-                "Estimator of the KL that is charged; exact sums over the vocabulary, at the price of one"
-                " more head."
-            )
+            "help": ("Estimator of the KL that is charged; exact: over the vocabulary, by one more head.")
         },
     )
     kl_location: Literal["reward", "loss"] = field(
@@ -158,8 +155,7 @@ class PPOConfig(TrainingArguments):
         default="reference",
         metadata={
             "help": (
-                "Count scores in standard deviations over the reference's replies, or over all replies so"
-                " far; or take them as they are."
+                "Count scores in standard deviations of the reference's replies, or of all so far; or not."
             )
         },
     )
@@ -171,7 +167,7 @@ class PPOConfig(TrainingArguments):
     )
     length_penalty: float = field(
         default=0.0,
-        metadata={"help": "Taken off the score for each token of a reply; negative pays for length."},
+        metadata={"help": "Taken off the score a token; negative pays for length."},
     )
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken off the score of a reply that did not end by itself."}
@@ -278,11 +274,11 @@ class PPOConfig(TrainingArguments):
     entropy_coef: float = field(default=0.0, metadata={"help": "Bonus for entropy in the loss."})
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "Keep a moving average of the policy in ema/; 0.992 is InstructGPT's."},
+        metadata={"help": "Moving average of the policy in ema/, such as 0.992."},
     )
     ptx_coef: float = field(
         default=0.0,
-        metadata={"help": "Weight of the loss on pretraining text (PPO-ptx); needs ptx_dataset_name."},
+        metadata={"help": "Weight of the loss on ptx_dataset_name (PPO-ptx)."},
     )
     ptx_batch_size: int = field(default=4, metadata={"help": "Pretraining texts a microbatch."})
     train_layers: str = field(
@@ -311,7 +307,7 @@ class PPOConfig(TrainingArguments):
         default=64, metadata={"help": "Held-out prompts of an evaluation, the same ones each time."}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better eval_objective."}
+        default=None, metadata={"help": "End after so many without a better eval_objective."}
     )
 
     # TrainingArguments with another default. The lengths are None here, since they follow from the
@@ -329,7 +325,7 @@ class PPOConfig(TrainingArguments):
         default=None, metadata={"help": "Optimizer steps, in whole rollouts; save_steps if unset."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: columns go to reward functions."}
+        default=False, metadata={"help": "Must stay off: functions read columns."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay off: it hides broken losses."}

@@ -206,6 +206,8 @@ class ExperienceMaker:
         if args.num_generations > 1:
             figures["rollout/alike_groups"] = F.alike_share(shaped, args.num_generations)
         figures |= self._of_sources(scores)
+        if seen.disagreement is not None:
+            figures["objective/disagreement"] = seen.disagreement.mean()
         figures["objective/reward"] = rewards.sum(-1).mean()
         figures["objective/kl_coef"] = torch.tensor(self.kl_coef)
         figures |= self._of_advantages(made, values, mask)

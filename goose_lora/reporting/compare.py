@@ -147,7 +147,12 @@ def _scorer(lineage: Lineage) -> str:
     settings = lineage.get("settings", {})
     parent = lineage.get("parents", {}).get("reward")
     sha256 = parent.get("sha256") if parent else None
-    return setting_text([sha256, settings.get("reward_function"), settings.get("reward_weights")])
+    given = [settings.get(name) for name in ("reward_function", "reward_weights")]
+    # Of an ensemble also the others, and how they score as one
+    members = parent.get("members") if parent else None
+    if members:
+        given += [members, settings.get("reward_aggregation"), settings.get("uncertainty_coef")]
+    return setting_text([sha256, *given])
 
 
 # ---- Figures ----

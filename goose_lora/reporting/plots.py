@@ -45,9 +45,18 @@ def curves(runs: Mapping[str, Rows], *, over: str = "optimizer step") -> bytes:
         ("rollout/response_tokens", "eval_response_tokens", "reply length (tokens)"),
     ]
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    # An ensemble of reward models has one more
+    columns = 2
+    if any("objective/disagreement" in row for rows in runs.values() for row in rows):
+        panels.append(("objective/disagreement", "", "disagreement of the reward models (their spread)"))
+        columns = 3
+
+    figure = Figure(figsize=(5 * columns, 6), layout="constrained")
     lines = []
-    for axis, (name, evaluated, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    axes = list(figure.subplots(2, columns).flat)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, evaluated, title) in zip(axes, panels, strict=False):
         lines = [
             axis.plot(*_columns(_points(rows, name, over)), marker=".", color=f"C{index}")[0]
             for index, rows in enumerate(runs.values())

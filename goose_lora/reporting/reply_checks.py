@@ -178,10 +178,29 @@ def _hacking(rows: Rows) -> Iterator[Finding]:
         yield Finding("ok", "reward hacking", f"no sign{by}: length, entropy and repetition keep")
 
 
+def _disagreement(rows: Rows) -> Iterator[Finding]:
+    """Look whether the score rises where the members of an ensemble of reward models disagree."""
+    scores, apart = column(rows, "objective/score"), column(rows, "objective/disagreement")
+    if not apart:
+        return
+    first, last = ends(apart)
+    said = f"members of the reward ensemble are {first:.2f} to {last:.2f} of their spread apart"
+    # Theirs alone: a score that stays was not bought by it
+    if len(apart) >= TREND and last > 1.5 * first and change(scores) >= CLEAR:
+        text = (
+            f"the score rises where the members disagree: {said}. Replies have left what the reward models"
+            " know. Set reward_aggregation: min or mean_minus_std, raise kl_coef, or stop earlier."
+        )
+        yield Finding("look", "disagreement", text)
+    else:
+        yield Finding("ok", "disagreement", said)
+
+
 # Findings of one level come in this order, after those on PPO itself.
 REPLY_CHECKS: list[Callable[[Rows], Iterator[Finding]]] = [
     _score,
     _hacking,
+    _disagreement,
     _entropy,
     _repetition,
     _variety,

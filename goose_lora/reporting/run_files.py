@@ -41,6 +41,7 @@ class ParentRecord(TypedDict):
 
     name: str  # a folder, or user/repo[/folder]@commit
     sha256: str  # of its weights, as the stage read them
+    members: NotRequired[list[str]]  # the same of all members of an ensemble, itself the first
     verdict: VerdictFile | None  # of a reward model
     lineage: "Lineage"  # its own, copied; empty for an adapter of other origin
 

@@ -60,7 +60,7 @@ class PairRewardTrainer(RewardTrainer):
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=cast(Dataset, eval_dataset),  # or several by name
             processing_class=processing_class,
             peft_config=peft_config,
         )

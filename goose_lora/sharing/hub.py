@@ -23,6 +23,7 @@ from transformers.trainer_utils import HubStrategy
 from goose_lora.errors import FailedWriteError, UserError
 from goose_lora.files import read_json
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.ensembles import MEMBERS_FILE
 from goose_lora.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, write_lineage
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.reporting.run_files import Lineage, lineage_of
@@ -174,6 +175,8 @@ def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str
             raise UserError(f"--include {role}: no such role. There are {', '.join(OTHER_ROLES)}.")
         if not (folder / role / ADAPTER_CONFIG).is_file():
             raise UserError(f"--include {role}: {folder} has no adapter {role}/.")
+        _refuse_members(folder / role)
+    _refuse_members(folder)
     names: list[str] = []
     if folder.is_dir():
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -188,6 +191,15 @@ def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str
     return found + [
         f"{role}/{name}" for role in include for name in ADAPTER_FILES if (folder / role / name).is_file()
     ]
+
+
+def _refuse_members(folder: Path) -> None:
+    """Raise UserError for an ensemble, of which an upload would take the first member alone."""
+    if (folder / MEMBERS_FILE).is_file():
+        raise UserError(
+            f"{folder} is an ensemble ({MEMBERS_FILE}), and an upload takes one adapter. Push a member, such"
+            f" as {folder / 'member_0'}, or upload the folder with hf upload."
+        )
 
 
 def push(

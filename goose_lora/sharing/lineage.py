@@ -24,6 +24,7 @@ from goose_lora.files import file_sha256, read_json
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.dates import template_date
 from goose_lora.models.endings import ends_with_sources
+from goose_lora.models.ensembles import read_ensemble
 from goose_lora.models.folders import ADAPTER_WEIGHTS, by_name, read_lineage, write_lineage
 from goose_lora.models.identity import HUB_SNAPSHOT, base_content
 from goose_lora.models.roles import ADAPTERS
@@ -119,7 +120,8 @@ def _record_roles(folder: Path, lineage: Lineage) -> None:
         if role == "policy" or sha256 is None:
             continue
         # A critic that was trained here has no parent
-        parent = lineage["parents"].get("policy" if role == "reference" else role)
+        source = "policy" if role == "reference" else role.partition("_")[0]
+        parent = lineage["parents"].get(source)
         if parent:
             own = dict(parent["lineage"])
         else:
@@ -156,12 +158,15 @@ def _parent_record(folder: str | Path) -> ParentRecord:
     if (path / "verdict.json").is_file():
         said = read_json(path / "verdict.json")
         verdict = cast(VerdictFile, {key: said.get(key) for key in _VERDICT_KEYS})
-    return {
+    record: ParentRecord = {
         "name": hub_name(path),
         "sha256": file_sha256(path / ADAPTER_WEIGHTS),
         "verdict": verdict,
         "lineage": lineage_of(path),
     }
+    if (ensemble := read_ensemble(path)) is not None:
+        record["members"] = [member.sha256 for member in ensemble.members]
+    return record
 
 
 # ---- Settings and command, without secrets ----

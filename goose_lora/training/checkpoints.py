@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from goose_lora.errors import FailedWriteError, UserError
-from goose_lora.files import file_sha256, first_line, free_room, sync, sync_all
+from goose_lora.files import (
+    file_sha256,
+    first_line,
+    free_room,
+    read_json,
+    sync,
+    sync_all,
+    write_json,
+)
+from goose_lora.models.folders import ADAPTER_WEIGHTS
 from goose_lora.ownership import claim, keep_aside, release_claim, written
 from goose_lora.training import checkpoint_parts
 
@@ -339,6 +348,42 @@ def unsaved(folder: Path, error: Exception) -> FailedWriteError:
     return FailedWriteError(
         f"{folder} could not be saved{free_room(folder.parent)}: {first_line(error)}. {rest}"
     )
+
+
+# ---- Parts of a run that are trained one after another ----
+
+FINISHED = "finished.json"
+
+
+def note_finished(folder: str | Path, facts: Facts) -> None:
+    """Note in the folder of a result of which run it is, as a checkpoint does."""
+    content = {"format": FORMAT, **facts, "sha256": file_sha256(Path(folder) / ADAPTER_WEIGHTS)}
+    write_json(Path(folder) / FINISHED, content)
+
+
+def is_finished(folder: str | Path, facts: Facts) -> bool:
+    """Return whether ``folder`` has the whole result of this run's training of it.
+
+    Raises:
+        UserError: the result is another run's, or was changed since.
+    """
+    path = Path(folder) / FINISHED
+    if not path.is_file():
+        return False
+    noted, weights = read_json(path), path.parent / ADAPTER_WEIGHTS
+    if not weights.is_file() or noted.get("sha256") != file_sha256(weights):
+        raise UserError(
+            f"{path}: {ADAPTER_WEIGHTS} beside it is not the one that was saved. Copy the folder again, or"
+            " start anew without resume_from_checkpoint."
+        )
+    changed = _refuse_another_run(path.parent, noted, facts, SettingRules())
+    ends = {name: pair for name, pair in changed.items() if not _SAME_RUN.fullmatch(name)}
+    if ends:
+        raise UserError(
+            f"resume_from_checkpoint: {folder} is finished, and would have ended otherwise:"
+            f" {_told(ends)}. Use the settings of that run, or start anew without resume_from_checkpoint."
+        )
+    return True
 
 
 # ---- Comparison ----

@@ -32,6 +32,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from goose_lora import files, ownership
 from goose_lora.errors import LostProcessError, UserError
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.ensembles import MEMBERS_FILE
 from goose_lora.models.folders import ADAPTER_WEIGHTS, AdapterFolder, tensor_shapes
 from goose_lora.models.identity import base_content, content_of
 from goose_lora.redaction import is_secret
@@ -131,6 +132,8 @@ def given_facts(
 def _sha256_of_parent(parent: AdapterFolder) -> str:
     # A reward model is its weights, and what is taken off their scores
     digest = files.file_sha256(parent.path / ADAPTER_WEIGHTS)
+    if parent.ensemble is not None:
+        digest += files.file_sha256(parent.path / MEMBERS_FILE)
     scored = [parent.lineage.get(name) for name in ("reward_bias", "append_eos")]
     return hashlib.sha256(f"{digest} {scored}".encode()).hexdigest()[:12]
 

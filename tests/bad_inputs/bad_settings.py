@@ -15,6 +15,57 @@ BOMB = (
     + b"]\n"
 )
 CASES = [
+    # Several reward models that score as one
+    Case("no reward model", "reward", {"num_members": 0}, ("num_members=0", "2 to 8 for several")),
+    Case("too many reward models", "reward", {"num_members": 9}, ("num_members=9", "2 to 8 for several")),
+    Case(
+        "heads of one reward model",
+        "reward",
+        {"members": "heads"},
+        ("members=heads", "num_members: 2 or more", "leave it out"),
+    ),
+    Case(
+        "members that begin with one adapter",
+        "reward",
+        lambda folder: {"num_members": 2, "reward_adapter": str(folder / "reward")},
+        ("num_members=2", "would begin them all alike", "Leave one of them out"),
+    ),
+    Case(
+        "an upload of members",
+        "reward",
+        {"num_members": 2, "push_to_hub": True, "hub_model_id": "user/name"},
+        ("push_to_hub: an ensemble is several folders", "hf upload"),
+    ),
+    Case(
+        "one member's checkpoint for all",
+        "reward",
+        {"num_members": 2, "resume_from_checkpoint": "somewhere"},
+        ("resume_from_checkpoint=somewhere", "Use latest"),
+    ),
+    Case(
+        "an aggregation of one reward model",
+        "ppo",
+        {"reward_aggregation": "min"},
+        ("reward_aggregation=min", "num_members", "Leave it out"),
+    ),
+    Case(
+        "an aggregation that there is not",
+        "ppo",
+        {"reward_aggregation": "median"},
+        ("reward_aggregation", "median"),
+    ),
+    Case(
+        "a weight of a deviation that nobody asks for",
+        "ppo",
+        {"uncertainty_coef": 0.5},
+        ("uncertainty_coef=0.5", "mean_minus_std", "leave it out"),
+    ),
+    Case(
+        "a deviation that pays",
+        "ppo",
+        {"uncertainty_coef": -1, "reward_aggregation": "mean_minus_std"},
+        ("uncertainty_coef=-1", "0 or more"),
+    ),
     # Pairs made of others
     Case(
         "a kind of pairs that there is not",

@@ -152,7 +152,7 @@ def test_a_score_is_compared_with_the_classifiers(tmp_path, monkeypatch):
     peft = get_peft_model(judge, tiny.lora(judge, task_type="SEQ_CLS", modules_to_save=["score"]))
     peft.save_pretrained(tmp_path)
     assert built(tiny.base(), reward=tmp_path).has("reward")
-    monkeypatch.setattr(SharedBase, "read_scores", lambda self, hidden, mask, ended: hidden[:, -2, 0])
+    monkeypatch.setattr(SharedBase, "read_scores", lambda self, hidden, mask, role: hidden[:, -2, 0])
     with pytest.raises(UserError, match="the score"):
         built(tiny.base(), reward=tmp_path)
 

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"functional", "models"},
     "training": {"files", "terminal", "models"},
     "rewards": {"files", "functional", "models", "data"},
-    "evaluation": {"files", "models", "data", "generation"},
+    "evaluation": {"files", "functional", "models", "data", "generation"},
     "reporting": {"files", "terminal", "models", "training"},
     "ppo": {"files", "functional", "models", "data", "generation", "training", "rewards", "reporting"},
     "planning": {"functional", "models", "ppo"},

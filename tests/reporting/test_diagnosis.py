@@ -190,6 +190,18 @@ def test_a_score_that_rises_while_length_and_entropy_fall_is_suspected():
     assert "entropy and length fell" in bad(healthy(**hacked))["reward hacking"]
 
 
+def test_a_score_that_rises_while_reward_models_part_is_said_to_rise_where_they_disagree():
+    parting = {"objective/disagreement": lambda t: 0.3 + t}
+    (found,) = [one for one in diagnose(healthy(**parting)) if one.name == "disagreement"]
+    assert found.level == "look" and "the score rises where the members disagree" in found.text
+    # Apart at all times, or parting without a gain
+    calm = healthy(**{"objective/disagreement": lambda t: 1.3})
+    still = healthy(**parting, **{"objective/score": lambda t: 0.0})
+    for rows in (calm, still):
+        assert [one.level for one in diagnose(rows) if one.name == "disagreement"] == ["ok"]
+    assert not [one for one in diagnose(healthy()) if one.name == "disagreement"]
+
+
 def test_a_judge_that_only_wavers_is_no_sign_of_hacking():
     wavers = {"reward/judge": lambda t: 0.3 * (-1) ** int(t * 19) - 0.05 * t}
     assert bad(healthy(**wavers)) == {}
