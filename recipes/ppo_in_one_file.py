@@ -140,8 +140,8 @@ def score(shared, tokenizer, rollout, rows, function):
     """Return one score per reply (B,), by `function` or, if it is None, by the reward model."""
     if function is None:
         ids, attention, read = rollout.input_ids, rollout.attention_mask, rollout.response_tokens + 1
-        hidden = shared.hidden("reward", ids, attention, columns=read)  # of the last columns only
-        return shared.read_scores(hidden, attention, rollout.ends_with_token(reply_ends(tokenizer)))
+        ended = rollout.ends_with_token(reply_ends(tokenizer))
+        return shared.judge(ids, attention, {}, ended, columns=read).scores  # of the last columns only
     replies = rollout.response_ids()
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "input_ids"}
     prompts, texts = columns.pop("prompt"), tokenizer.batch_decode(replies, skip_special_tokens=True)

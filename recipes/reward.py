@@ -7,6 +7,8 @@ Rows: pairs (chosen and rejected, with margin where the data has one), or ranked
 best first, or with ranks, 1 the best and equal ones tied), of which all pairs of a prompt are
 learned in one batch element; with prompt, or whole. per_device_train_batch_size counts rows. With
 reward_adapter the training goes on from a saved reward model.
+With augment_pairs, pairs that are made of these are learned too; with num_members, several reward
+models are trained, which score as one in PPO (docs/rewards.md).
 References, if named, are scored after training: their mean is the bias that PPO subtracts, so that
 they score 0.
 
