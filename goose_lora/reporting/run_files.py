@@ -34,6 +34,15 @@ class VerdictFile(TypedDict):
     accuracy_ci: list[float]  # 95 %: low and high
     n_pairs: int  # held-out ones
     warnings: list[str] | None
+    members: NotRequired[dict[str, "MemberFigures"]]  # of an ensemble, by folder
+
+
+class MemberFigures(TypedDict):
+    """What the verdict on an ensemble says of one member, or of one aggregation."""
+
+    accuracy: float
+    accuracy_ci: list[float]
+    beats_chosen: dict[str, float]  # by probe
 
 
 class ParentRecord(TypedDict):

@@ -342,6 +342,13 @@ def _reward_model(lineage: Lineage, verdict: VerdictFile | None) -> list[str]:
         f"right on {rounded(verdict['accuracy'])} ({rounded(low)} to {rounded(high)}) of {verdict['n_pairs']}"
         " held-out pairs"
     )
+    members = verdict.get("members", {})
+    if members:
+        accuracies = ", ".join(rounded(figures["accuracy"]) for figures in members.values())
+        right += (
+            f", as the mean of {len(members)} reward models (members.json; right on {accuracies}); the"
+            " weights here are the first one's"
+        )
     return [title, _bullets([right, *(verdict.get("warnings") or [])])]
 
 

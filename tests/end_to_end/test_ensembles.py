@@ -121,6 +121,8 @@ def test_the_verdict_has_each_member_each_aggregation_and_their_disagreement(run
     assert verdict["aggregations"].keys() == {"mean", "min", "mean_minus_std"}
     assert verdict["accuracy"] == verdict["aggregations"]["mean"]["accuracy"]
     assert verdict["disagreement"].keys() == {"chosen", "empty", "repeated", "truncated", "flattering"}
+    card = (run / "reward" / "README.md").read_text()
+    assert "as the mean of 3 reward models" in card and "the weights here are the first one's" in card
     own = read_json(run / "reward" / "member_1" / "verdict.json")
     assert own["accuracy"] == verdict["members"]["member_1"]["accuracy"]
     assert read_json(run / "reward" / "member_1" / "goose_lora.json")["figures"]["seed"] == 43
