@@ -247,8 +247,10 @@ def check_members(number: int, kind: MemberKind, reward_adapter: str | None) -> 
         )
 
 
-def check_one_run(config: RewardConfig) -> None:
-    """Raise UserError for settings of a run that trains one reward model alone."""
+def check_one_run(config: RewardConfig, number: int) -> None:
+    """Raise UserError for settings of one reward model alone, or folders that members cannot have."""
+    for place in range(number):
+        check_place(Path(config.output_dir or ".") / f"member_{place}", "reward")
     resumed = config.resume_from_checkpoint
     if resumed not in (None, "latest", "true", "True"):
         raise UserError(
@@ -296,7 +298,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
     """Train a reward model, and judge it on pairs that it has not seen."""
     config, model, data = cli.parse(RewardConfig, ModelArguments, RewardArguments, args=args)
     if data.num_members > 1:
-        check_one_run(config)
+        check_one_run(config, data.num_members)
     stage = cli.Stage.begin("reward", config, model, data, command=args)
 
     # 1. Everything that can be known before a weight is read.
@@ -451,7 +453,6 @@ def train_members(
             base = bare_again(trainer.model)
             fresh_score_head(base)
         folder = root / f"member_{place}"
-        check_place(folder, "reward")
         own = replace(settings, seed=member.seed, output_dir=str(folder))
         first = None
         if place and data.members == "heads":

@@ -170,6 +170,14 @@ def test_a_finished_member_that_was_changed_is_refused(run, tmp_path):
         train(tmp_path / "copy", resume_from_checkpoint="latest")
 
 
+def test_a_members_folder_that_is_anothers_is_refused_before_anything_loads(tmp_path):
+    (tmp_path / "reward" / "member_1").mkdir(parents=True)
+    (tmp_path / "reward" / "member_1" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"member_1 has adapter_config\.json, which no run"):
+        train(tmp_path)
+    assert not (tmp_path / "reward" / "member_0").exists()
+
+
 def test_heads_are_on_the_first_members_states(heads):
     members = [weights(heads / "reward" / f"member_{place}") for place in range(3)]
     for name in members[0]:
