@@ -248,7 +248,7 @@ def check_members(number: int, kind: MemberKind, reward_adapter: str | None) -> 
 
 
 def check_one_run(config: RewardConfig, number: int) -> None:
-    """Raise UserError for settings of one reward model alone, or folders that members cannot have."""
+    """Raise UserError for settings of one reward model alone, or a folder of another stage."""
     for place in range(number):
         check_place(Path(config.output_dir or ".") / f"member_{place}", "reward")
     resumed = config.resume_from_checkpoint
