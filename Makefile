@@ -34,13 +34,14 @@ gpu-report: $(RUNS)
 	$(BIN)/python benchmarks/gpu_report.py
 
 # A chosen set of tests on the oldest versions that pyproject.toml allows, and on the newest there are; each in an environment of its own.
+# PyPI's torch brings 6 GB for GPUs: TORCH_OLDEST=torch==2.13.0+cpu takes another.
 CHOSEN := tests/functional/test_losses.py tests/generation tests/models/test_host_embeddings.py tests/ppo/test_update.py tests/rewards
 OF_TESTS := pytest pytest-timeout pytest-xdist hypothesis beartype rich pandas
 RUN_CHOSEN := python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(CHOSEN)
 
 test-oldest: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-oldest
-	sed '/^dev/,$$d' pyproject.toml | grep -oE '"[A-Za-z0-9_.-]+(\[[^]]*\])?>=[0-9.]+' | sed -E 's/^"([^[>]+)(\[.*\])?>=/\1==/' > .venv-oldest/lowest.txt
+	sed '/^dev/,$$d' pyproject.toml | grep -oE '"[A-Za-z0-9_.-]+(\[[^]]*\])?>=[0-9.]+' | sed -E 's/^"([^[>]+)(\[.*\])?>=/\1==/'$(if $(TORCH_OLDEST),| sed 's/^torch==.*/$(TORCH_OLDEST)/') > .venv-oldest/lowest.txt
 	grep -E "^($$(echo $(OF_TESTS) | tr ' ' '|'))==" constraints.txt >> .venv-oldest/lowest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/lowest.txt --editable ".[rewards]" $(OF_TESTS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/$(RUN_CHOSEN)
