@@ -23,9 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-
 from goose_lora import cli
 from goose_lora.data import (
     DataArguments,
@@ -70,6 +67,8 @@ from goose_lora.ownership import check_place, replacing
 from goose_lora.rewards import PairRewardTrainer, RankedRewardTrainer
 from goose_lora.training import LARGEST_SEED, Facts, Resumable, facts, is_finished, note_finished
 
+from datasets import Dataset  # isort: skip  (after goose_lora, which says how torch's threads wait)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed  # isort: skip
 from trl import RewardConfig, RewardTrainer  # isort: skip  (after cli, which quiets bitsandbytes)
 
 

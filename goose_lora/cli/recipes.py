@@ -85,8 +85,15 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
     os.environ[STARTED_BY] = shlex.join(["goose-lora", name, *launcher])
 
     # Imported late: it loads torch, which --help of the other commands does not need
+    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # On a CPU it starts one process however many are asked for, unless it is told to use torchrun
+    options = dict(zip(launcher[::2], launcher[1::2], strict=True))
+    asked = options.get("--num_processes", "1")
+    if asked != "1" and "--config_file" not in options and not torch.cuda.is_available():
+        launcher.append("--multi_gpu")
 
     # It lists what it takes by default, on each start
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)

@@ -21,7 +21,7 @@ from goose_lora.generation.vllm import VLLMEngine
 from goose_lora.models.dense_copy import RolloutWeights, free_bytes, make_dense_copy
 from goose_lora.models.endings import reply_ends
 from goose_lora.models.role_outputs import PolicyAndValue, before_response, columns_read, output_head
-from goose_lora.models.roles import Role
+from goose_lora.models.roles import REWARD_ROLES, Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.memory_rules import TrunkMemory, waits_on_host
 from goose_lora.rewards.sources import RewardMix, Scores
@@ -284,8 +284,9 @@ class RolloutCollector:
         if on_features or score:
             roles.append("reward")
         if score:
-            own: list[Role] = [role for role, of in shared.member_states.items() if role == of]
-            roles += [role for role in own if role != "reward"]
+            # Members of an ensemble that have layers of their own, not a head on another's states
+            states = shared.member_states
+            roles += [role for role in REWARD_ROLES[1:] if role in states and states[role] == role]
         if shared.critic == "adapter":
             roles.append("value")
         trunks: dict[Role, Tensor | None] = dict.fromkeys(roles)

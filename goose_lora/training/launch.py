@@ -19,18 +19,17 @@ def require_all_processes(args: TrainingArguments) -> None:
     """Refuse to be fewer processes than the launcher was asked for.
 
     Raises:
-        UserError: ``accelerate launch --cpu --num_processes 2``, which starts one, without a word,
-            and leaves the address where they should meet; or several that do not know one another,
-            since there is no GPU and ``use_cpu`` is off: each would write over the others' files;
-            or one that sees several GPUs.
+        UserError: ``accelerate launch --num_processes 2`` on a CPU or beside one GPU, which starts
+            one, without a word, and leaves the address where they should meet; or several that do
+            not know one another, since there is no GPU and ``use_cpu`` is off: each would write
+            over the others' files; or one that sees several GPUs.
     """
     # accelerate leaves the address where processes meet, though it has started one alone
-    environment = os.environ
-    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    if on_cpu and "MASTER_ADDR" in environment and not SIZES & set(environment):
+    environment = set(os.environ)
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment and not SIZES & environment:
         raise UserError(
-            "accelerate launch was asked for several processes and started one: --cpu starts several through"
-            f" MPI only. {ON_CPU}"
+            "accelerate launch was asked for several processes and started one: there are not as many GPUs,"
+            f" or --cpu was given, which starts several through MPI only. {ON_CPU}"
         )
 
     # On the CPU without use_cpu, each of several processes takes itself for the only one

@@ -14,7 +14,7 @@ from recipe_runs import ROOT
 from goose_lora.cli import recipes
 from goose_lora.cli.process import continuing
 from goose_lora.errors import UserError
-from goose_lora.files import read_json
+from goose_lora.files import read_json, read_jsonl
 
 TRAIN = {
     "quantization": "none",
@@ -74,14 +74,18 @@ def test_the_wheel_holds_every_recipe_configuration_and_notebook(installed):
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == here
 
 
-def test_a_stage_is_trained_from_the_installed_package(installed, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stage_is_trained_from_the_installed_package(installed, tmp_path, processes):
     base = tiny.save_base(tmp_path / "base")
     rows = tiny.write_rows(tmp_path / "texts.jsonl", tiny.texts(16))
     settings = options(model_name_or_path=base, dataset_name=rows, output_dir="sft", **TRAIN)
-    goose_lora(installed, tmp_path, "sft", *settings, "--num_processes", 1)
+    goose_lora(installed, tmp_path, "sft", *settings, "--num_processes", processes)
     assert (tmp_path / "sft" / "adapter_model.safetensors").is_file()
     command = read_json(tmp_path / "sft" / "goose_lora.json")["command"]
-    assert command.startswith("goose-lora sft --num_processes 1 --model_name_or_path ")
+    assert command.startswith(f"goose-lora sft --num_processes {processes} --model_name_or_path ")
+    # As many as were asked for have trained: two steps of four rows each, of sixteen
+    last = read_jsonl(tmp_path / "sft" / "metrics.jsonl")[-1]
+    assert last["epoch"] == 2 * 4 * processes / 16
 
 
 def test_bad_input_of_a_recipe_ends_in_its_line_and_its_exit_code(installed, tmp_path):

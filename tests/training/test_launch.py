@@ -1,6 +1,7 @@
 """Launchers: the shipped configurations are accelerate's, and those that would cut the base into
 shards are refused."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,16 +70,23 @@ def test_one_process_where_several_were_asked_for_is_refused_with_the_way_out(tm
         "1",
         "--num_processes",
     ]
-    one, two = (
-        subprocess.run([*launch, number, str(script)], capture_output=True, text=True, timeout=120)
-        for number in ("1", "2")
+    # With --cpu, and without it where there are not as many GPUs
+    without = [word for word in launch if word != "--cpu"]
+    one, two, two_without = (
+        subprocess.run(
+            [*words, number, str(script)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        for words, number in ((launch, "1"), (launch, "2"), (without, "2"))
     )
     assert one.returncode == 0, one.stderr
-    assert (
-        two.returncode == 1
-        and "asked for several processes and started one" in two.stderr
-        and "--use_cpu true" in two.stderr
-    )
+    for refused in (two, two_without):
+        assert refused.returncode == 1
+        assert "asked for several processes and started one" in refused.stderr
+        assert "--use_cpu true" in refused.stderr
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ValueError, match="started one"):
