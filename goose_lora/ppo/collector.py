@@ -285,8 +285,7 @@ class RolloutCollector:
             roles.append("reward")
         if score:
             # Members of an ensemble that have layers of their own, not a head on another's states
-            states = shared.member_states
-            roles += [role for role in REWARD_ROLES[1:] if role in states and states[role] == role]
+            roles.extend(role for role in REWARD_ROLES[1:] if shared.member_states.get(role) == role)
         if shared.critic == "adapter":
             roles.append("value")
         trunks: dict[Role, Tensor | None] = dict.fromkeys(roles)
