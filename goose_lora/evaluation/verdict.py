@@ -35,7 +35,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PROBES = {
     "empty": "PPO will learn to say nothing; add pairs whose rejected reply is empty (augment_pairs)",
     "repeated": "PPO will learn to repeat itself; add pairs whose rejected reply does (augment_pairs)",
-    "truncated": "PPO will learn to stop halfway; add pairs whose rejected reply is the chosen one cut off (augment_pairs)",
+    "truncated": "PPO will learn to stop halfway; add pairs whose rejected reply is cut off (augment_pairs)",
     "flattering": (
         "PPO will learn to flatter; add pairs whose rejected reply does, or put replies to other prompts"
         " beside the chosen one (augment_pairs)"
