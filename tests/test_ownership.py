@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from goose_lora import ownership
+from goose_lora.models.roles import ADAPTERS, WITH_HEAD
 
 PARTS = ("adapter_config.json", "adapter_model.safetensors", "value/adapter_model.safetensors")
 
@@ -381,3 +382,11 @@ def test_a_result_goes_through_a_link_and_onto_a_disk_of_its_own(tmp_path):
     assert {
         name: text for name, text in contents(tmp_path / "disk").items() if name in PARTS
     } == dict.fromkeys(PARTS, "two")
+
+
+def test_the_folder_of_each_role_that_scores_is_a_result_of_ppo():
+    """The names stand in two places, since this module knows nothing of models."""
+    for stage in ("ppo", "own_loop", "ppo_in_one_file"):
+        assert {f"{ADAPTERS[role]}/adapter_model.safetensors" for role in WITH_HEAD} <= set(
+            ownership.RESULTS[stage]
+        )

@@ -13,7 +13,7 @@ from goose_lora.errors import UserError
 from goose_lora.models.adapter_kinds import as_plain, plain_config, require_dequantizable
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.role_checks import first_not_finite
-from goose_lora.models.roles import ADAPTERS, REWARD_ROLES, Role, belongs_to
+from goose_lora.models.roles import ADAPTERS, WITH_HEAD, Role, belongs_to
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def load_weights(model: PeftModel, role: Role, folder: AdapterFolder) -> None:
     """
     has_head = folder.has_head  # and so the file is whole
     weights = load_peft_weights(str(folder), device="cpu")
-    if (role == "value" or role in REWARD_ROLES) and not has_head:
+    if role in WITH_HEAD and not has_head:
         raise UserError(
             f"{folder} has no score head (looked for a tensor named *score.weight among {len(weights)}), so"
             f" it cannot be a {role} model. Train it with recipes/reward.py, or with trl.RewardTrainer and"

@@ -17,9 +17,10 @@ from torch import Tensor
 from goose_lora.errors import UserError
 from goose_lora.files import file_sha256, is_number, read_json_object
 from goose_lora.functional import Aggregation, aggregate_scores, disagreement
+from goose_lora.models.roles import REWARD_ROLES
 
 MEMBERS_FILE = "members.json"
-MOST_MEMBERS = 8
+MOST_MEMBERS = len(REWARD_ROLES)
 MEMBERS_FORMAT = 1
 MemberKind = Literal["adapters", "heads"]
 _WEIGHTS = "adapter_model.safetensors"

@@ -2,36 +2,17 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from goose_lora.errors import UserError
 
-Role = Literal[
-    "policy",
-    "value",
-    "reward",
-    "reference",
-    "ema",
-    "base",
-    # Further members of an ensemble of reward models
-    "reward_1",
-    "reward_2",
-    "reward_3",
-    "reward_4",
-    "reward_5",
-    "reward_6",
-    "reward_7",
+# The reward model, or the members of an ensemble of them
+RewardRole = Literal[
+    "reward", "reward_1", "reward_2", "reward_3", "reward_4", "reward_5", "reward_6", "reward_7"
 ]
-REWARD_ROLES: tuple[Role, ...] = (
-    "reward",
-    "reward_1",
-    "reward_2",
-    "reward_3",
-    "reward_4",
-    "reward_5",
-    "reward_6",
-    "reward_7",
-)
+Role = Literal["policy", "value", RewardRole, "reference", "ema", "base"]
+REWARD_ROLES: tuple[RewardRole, ...] = get_args(RewardRole)
+WITH_HEAD: tuple[Role, ...] = ("value", *REWARD_ROLES)  # roles that score
 ADAPTERS: dict[Role, str] = {
     "policy": "default",
     "value": "value",
@@ -125,10 +106,9 @@ class RolePlan:
             "ema": self.average,
         }
         found: list[Role] = [role for role, is_there in present.items() if is_there]
-        further: tuple[Role, ...] = ()
         if self.has_reward:
-            further = REWARD_ROLES[1 : self.reward_members]
-        return (*found, *further)
+            found += REWARD_ROLES[1 : self.reward_members]
+        return tuple(found)
 
     @property
     def training(self) -> tuple[Role, ...]:

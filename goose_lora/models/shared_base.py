@@ -29,6 +29,7 @@ from goose_lora.models.role_outputs import PolicyAndValue, before_response, colu
 from goose_lora.models.roles import (
     ADAPTERS,
     REWARD_ROLES,
+    WITH_HEAD,
     Critic,
     CriticInit,
     Reference,
@@ -306,8 +307,7 @@ class SharedBase(PeftModel):
                     )
 
     def _head_of(self, role: Role) -> Tensor | None:
-        has_head = role == "value" or role in REWARD_ROLES
-        return self.score_head(role).weight if has_head else None
+        return self.score_head(role).weight if role in WITH_HEAD else None
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:

@@ -1,7 +1,6 @@
 """The recipes, run whole on the tiny base: what they write, and that each stage takes what the one
 before it left."""
 
-import json
 import math
 import os
 import subprocess
@@ -239,13 +238,22 @@ def evaluated(run, folder, url, **settings):
     return options(**given | settings)
 
 
+@pytest.fixture
+def evaluation_before(run):
+    """What the policy's folder says of its evaluation, put back after the test."""
+    files = (run / "ppo" / "evaluation.json", run / "ppo" / "README.md")
+    before = [file.read_text() for file in files]
+    yield dict(zip(files, before, strict=True))
+    for file, text in zip(files, before, strict=True):
+        file.write_text(text)
+
+
 def test_a_judge_behind_a_server_compares_pairs_and_what_fails_late_costs_nothing(
-    run, tmp_path, monkeypatch, capfd
+    run, evaluation_before, tmp_path, monkeypatch, capfd
 ):
     from judge_server import judge_server, longer, question
 
     monkeypatch.setenv("OPENAI_API_KEY", "Zq7planted99Value")
-    before = read_json(run / "ppo" / "evaluation.json"), (run / "ppo" / "README.md").read_text()
     with judge_server() as server:
         # It answers the made-up question and a few others, and then never again
         no = 401, {"error": {"message": "no Zq7planted99Value here"}}
@@ -257,10 +265,10 @@ def test_a_judge_behind_a_server_compares_pairs_and_what_fails_late_costs_nothin
         assert "judge" not in saved and saved["figures"]["ppo"].keys() >= {"kl", "tokens"}
         assert len(first) == 24 and {"base", "sft", "ppo"} < first[0].keys()
         # The policy keeps the evaluation that it had
-        assert (read_json(run / "ppo" / "evaluation.json"), (run / "ppo" / "README.md").read_text()) == before
+        assert {file: file.read_text() for file in evaluation_before} == evaluation_before
 
-        # The same command goes on
-        server.says, server.bodies[:] = longer, []
+    # The same command goes on, at the same address; questions in flight stay with the first server
+    with judge_server(server.port) as server:
         recipe("evaluate").main(evaluated(run, tmp_path / "out", server.url))
         rows = read_jsonl(tmp_path / "out" / "replies.jsonl")
         assert rows == first
@@ -286,8 +294,6 @@ def test_a_judge_behind_a_server_compares_pairs_and_what_fails_late_costs_nothin
     assert "judge_win_rate" in said and "Zq7planted99Value" not in said
     for path in (*run.rglob("*"), *tmp_path.rglob("*")):
         assert not path.is_file() or b"Zq7planted99Value" not in path.read_bytes(), path
-    (run / "ppo" / "evaluation.json").write_text(json.dumps(before[0]))
-    (run / "ppo" / "README.md").write_text(before[1])
 
 
 def test_every_stage_leaves_its_lineage_and_a_card_with_what_was_measured_and_nothing_else(run):

@@ -29,15 +29,16 @@ def question(body):
 
 
 class Served:
-    """Address, questions and headers so far, and what is answered: ``says(body)`` returns a status
-    and a content, which is JSON unless it is bytes."""
+    """Address, port, questions and headers so far, and what is answered: ``says(body)`` returns a
+    status and a content, which is JSON unless it is bytes."""
 
     def __init__(self):
-        self.says, self.bodies, self.headers, self.url = longer, [], [], ""
+        self.says, self.bodies, self.headers, self.url, self.port = longer, [], [], "", 0
 
 
 @contextmanager
-def judge_server():
+def judge_server(port=0):
+    """A server at a port of the loopback, or at any that is free."""
     served = Served()
 
     class Handler(BaseHTTPRequestHandler):
@@ -67,11 +68,12 @@ def judge_server():
             except ConnectionError:
                 """Whoever asked has gone."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    served.url = f"http://127.0.0.1:{server.server_port}/v1"
+    served.port = server.server_port
+    served.url = f"http://127.0.0.1:{served.port}/v1"
     try:
         yield served
     finally:
