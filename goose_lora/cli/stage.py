@@ -1,5 +1,6 @@
 """A stage of a run, from its settings to what it leaves behind."""
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -31,7 +32,7 @@ from goose_lora.models.adapters import load_weights
 from goose_lora.models.arguments import ModelArguments, usable_dtype
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dates import template_date
-from goose_lora.models.dense_copy import RolloutWeights, free_bytes
+from goose_lora.models.dense_copy import free_bytes
 from goose_lora.models.endings import ends_text, require_tokens
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import (
@@ -56,10 +57,16 @@ from goose_lora.reporting.plots import plot_curves
 from goose_lora.reporting.run_files import write_stage
 from goose_lora.sharing import hub, lineage, model_card
 from goose_lora.sharing.export import save_policy
-from goose_lora.training.checkpoints import Facts, SettingRules
+from goose_lora.training.checkpoints import Facts, SettingRules, kept
 from goose_lora.training.cost import cost
 from goose_lora.training.hardware import device_lines, require_supported
-from goose_lora.training.launch import compute_by_dtype, require_all_processes, require_ddp
+from goose_lora.training.launch import (
+    compute_by_dtype,
+    processes_here,
+    require_all_processes,
+    require_ddp,
+    smallest_anywhere,
+)
 from goose_lora.training.resume import given_facts, starting_point
 
 logger = logging.getLogger(__name__)
@@ -114,7 +121,7 @@ class Stage:
     _adapters: dict[str, AdapterFolder] = field(default_factory=dict)
     _row_sets: list[RowSet] = field(default_factory=list)
     _tokenizer: PreTrainedTokenizerBase | None = None
-    _rollout_weights: RolloutWeights | None = None  # the plan's decision
+    _chosen: dict[str, Any] = field(default_factory=dict)  # by the plan, by name of the setting
 
     @classmethod
     def begin(
@@ -390,11 +397,18 @@ class Stage:
         """
         config = self.config
         assert isinstance(config, PPOConfig)
+        # All processes decide alike, and those on a CPU have one memory
         memory = free_bytes(config.device)
+        if config.device.type == "cpu":
+            memory //= processes_here(config)
+        memory = smallest_anywhere(memory, config)
+        # A run that goes on keeps what it chose before, whatever the card
+        if self.checkpoint is not None:
+            self._chosen = kept(self.checkpoint, self.given["settings"])
         try:
             plan = plan_run(
                 self.model,
-                config,
+                self._with_chosen(config),
                 policy=policy,
                 reward=reward,
                 prompt_tokens=prompt_tokens,
@@ -413,7 +427,18 @@ class Stage:
         if not force:
             ways.check(plan, memory)
         # The trainer sees what is free for a copy, and not what the run needs beside it
-        self._rollout_weights = plan.rollout_weights
+        self._chosen = {
+            "rollout_weights": plan.rollout_weights,
+            "local_rollout_forward_batch_size": plan.sizes.rollout_rows,
+        }
+
+    def _with_chosen(self, config: PPOConfig) -> PPOConfig:
+        """Return the settings with what was chosen for those that leave it to the memory."""
+        # A copy: the checkpoint and the lineage note what was asked
+        config = copy.copy(config)
+        for name, value in self._chosen.items():
+            setattr(config, name, value)
+        return config
 
     # ---- The base ----
 
@@ -492,9 +517,7 @@ class Stage:
         # These orders go by a column that the collator of pairs does not read
         if self.name == "reward" and config.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             config.remove_unused_columns = False
-        if self._rollout_weights is not None:
-            config.rollout_weights = self._rollout_weights
-        return config
+        return self._with_chosen(config)
 
     @property
     def _trusts_code(self) -> bool:
@@ -550,6 +573,7 @@ class Stage:
             data=data or [row_set.fingerprint for row_set in self._row_sets],
             parents=parents or {},
             findings=findings,
+            chosen=trainer.chosen() if isinstance(trainer, PPOTrainer) else None,
             history=history,
         )
         # Last: what a console cannot show costs no result
@@ -590,6 +614,7 @@ class Stage:
         data: Sequence[Mapping[str, Any]],
         parents: Mapping[str, AdapterFolder | None],
         findings: Sequence[str] | None = None,
+        chosen: Facts | None = None,
         history: list[dict[str, Any]] | None = None,
     ) -> None:
         """Write lineage, card, page and ``stage.json`` beside what is saved; upload if asked to.
@@ -601,7 +626,8 @@ class Stage:
         # Lineage: where the result comes from, and what it took
         claim(folder, *self._left, *([] if history is None else ["metrics.jsonl"]))
         everything = {**figures, **cost()}
-        facts = {} if findings is None else {"findings": findings}
+        facts = {"findings": findings, "chosen": chosen}
+        facts = {name: value for name, value in facts.items() if value is not None}
         self.record(folder, tokenizer, figures=everything, data=data, parents=parents, **facts)
         # For readers: a card, and a page of a PPO run
         with only_looks("README.md"):

@@ -31,7 +31,7 @@ from goose_lora.models.trunk import captured_depth
 from goose_lora.planning.costs import PassCosts
 from goose_lora.planning.shapes import FP32, read_model, read_roles
 from goose_lora.ppo.config import PPOConfig
-from goose_lora.ppo.memory_rules import scoring_keeps_graph, waits_on_host
+from goose_lora.ppo.memory_rules import USUAL_GROUP, largest_group, scoring_keeps_graph, waits_on_host
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PARTS = ("base", "adapters", "optimizer", "dense copy", "vllm", "cache", "trunk", "activations", "logits")
@@ -141,7 +141,7 @@ class Planner:
         self.dense = 0
         self.sizes = Sizes(
             rows=config.per_device_train_batch_size,
-            rollout_rows=config.local_rollout_forward_batch_size,
+            rollout_rows=config.local_rollout_forward_batch_size or USUAL_GROUP,
             response_tokens=config.response_length,
             prompt_tokens=prompt_tokens or config.max_prompt_tokens,
             microbatches=config.gradient_accumulation_steps * config.num_mini_batches,
@@ -150,6 +150,8 @@ class Planner:
         self.dense = self._dense_bytes()
         if memory is not None and config.rollout_weights == "auto" and not self.fits(self.sizes, memory):
             self.dense = 0
+        if config.local_rollout_forward_batch_size is None:
+            self.sizes = replace(self.sizes, rollout_rows=self._largest_group())
 
     def changed(self, changes: Mapping[str, Any], *, memory: int | None = None) -> "Planner":
         """Return the plan of the same run with other settings, those of the model among them."""
@@ -175,6 +177,20 @@ class Planner:
         """The setting, where ``auto`` is ``shared`` if the run has no room for a dense copy."""
         asked = self.config.rollout_weights
         return "shared" if asked == "auto" and not self.dense else asked
+
+    def _largest_group(self) -> int:
+        """Return how many replies are generated and scored at a time, where the settings leave it.
+
+        Groups that take no more than the rest of the run does are free, though it does not fit.
+        """
+        if self.memory is None:
+            return largest_group(lambda rows: True, replies=self.sizes.replies)
+        alone = self.needed(replace(self.sizes, rollout_rows=1))
+        limit = max(self.memory, alone)
+        return largest_group(
+            lambda rows: self.fits(replace(self.sizes, rollout_rows=rows), limit),
+            replies=self.sizes.replies,
+        )
 
     @property
     def _by_vllm(self) -> bool:
@@ -423,6 +439,11 @@ class Planner:
             ),
             plan.table(),
         ]
+        if self.config.local_rollout_forward_batch_size is None:
+            lines.append(
+                f"Groups of {sizes.rollout_rows} replies: local_rollout_forward_batch_size is not set, and so"
+                " many fit."
+            )
         if memory is not None:
             lines.append(
                 f"{plan.phase} takes most, {self._need()} of {amount(memory)}. Largest that fits:"

@@ -114,6 +114,10 @@ def _groups(planner: Planner, memory: int) -> _Settings:
     if taken < rows:
         settings["per_device_train_batch_size"] = taken
         settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps * rows // taken
+    # A run whose groups are not set makes them fit itself
+    asked = config.local_rollout_forward_batch_size
+    if asked is None:
+        return settings
     # Groups no smaller than what else the run needs makes of use
     smaller = planner.changed(settings)
     limit = max(memory, smaller.needed(replace(smaller.sizes, rollout_rows=1)))
@@ -121,7 +125,7 @@ def _groups(planner: Planner, memory: int) -> _Settings:
     def fits(number: int) -> bool:
         return smaller.fits(replace(smaller.sizes, rollout_rows=number), limit)
 
-    most = min(config.local_rollout_forward_batch_size, planner.most_replies(planner.sizes))
+    most = min(asked, planner.most_replies(planner.sizes))
     group = largest_number(fits, most)
     if group < most:
         settings["local_rollout_forward_batch_size"] = group

@@ -25,6 +25,7 @@ from goose_lora.models.roles import REWARD_ROLES, Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo.memory_rules import TrunkMemory, waits_on_host
 from goose_lora.rewards.sources import RewardMix, Scores
+from goose_lora.training.checkpoints import Facts
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -110,9 +111,32 @@ class RolloutCollector:
         self.trunk_memory: TrunkMemory = trunk_memory
         self.engine = engine
         # An engine generates from weights of its own, so that a copy here would be for nothing.
-        self.dense = make_dense_copy(shared, "shared" if engine else weights)
-        wanted: RolloutCompile = "off" if engine else compile_rollouts
-        self.static = make_static_cache(self.dense, wanted, self.device, steps=decoding_steps)
+        self.compile_rollouts: RolloutCompile = "off" if engine else compile_rollouts
+        self.decoding_steps = decoding_steps
+        self._take("shared" if engine else weights)
+
+    def _take(self, weights: RolloutWeights) -> None:
+        """Take the weights that replies are written by, and the form of their cache."""
+        self.dense = make_dense_copy(self.shared, weights)
+        self.static = make_static_cache(
+            self.dense, self.compile_rollouts, self.device, steps=self.decoding_steps
+        )
+
+    @property
+    def chosen(self) -> Facts:
+        """Groups and weights that replies are written by, under the names of their settings.
+
+        Sampling draws group by group, and weights are rounded otherwise in each form.
+        """
+        weights = "shared" if self.dense is None else "dense"
+        return {"local_rollout_forward_batch_size": self.batch_size, "rollout_weights": weights}
+
+    def keep(self, chosen: Facts) -> None:
+        """Go on as ``chosen`` says; what it does not name stays."""
+        wanted = {**self.chosen, **chosen}
+        if wanted["rollout_weights"] != self.chosen["rollout_weights"]:
+            self._take(wanted["rollout_weights"])
+        self.batch_size = wanted["local_rollout_forward_batch_size"]
 
     @property
     def device(self) -> torch.device:

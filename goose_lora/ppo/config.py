@@ -84,8 +84,14 @@ class PPOConfig(TrainingArguments):
     max_prompt_tokens: int = field(
         default=512, metadata={"help": "Longer prompts are left out, and counted."}
     )
-    local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Replies generated and scored at a time, on each process."}
+    local_rollout_forward_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Replies generated and scored at a time, on each process; unset: as many as fit by the memory"
+                " plan, up to a whole rollout."
+            )
+        },
     )
     stop_token_ids: list[int] | None = field(
         default=None, metadata={"help": "Tokens that end a reply, besides the end-of-text token."}
@@ -478,7 +484,6 @@ class PPOConfig(TrainingArguments):
             "response_length",
             "num_ppo_epochs",
             "num_mini_batches",
-            "local_rollout_forward_batch_size",
             "max_prompt_tokens",
             "ptx_batch_size",
             "num_eval_prompts",
@@ -488,6 +493,7 @@ class PPOConfig(TrainingArguments):
         )
         for name in at_least_one:
             self._require(name, getattr(self, name) >= 1, "must be 1 or more")
+        self._require_or_null("local_rollout_forward_batch_size", 1, "must be 1 or more, or null")
         # Weights of what comes later in a reply.
         for name in ("gamma", "lam"):
             fits = 0 <= getattr(self, name) <= 1

@@ -4,11 +4,26 @@ Two more stand beside what they decide on: ``models.dense_copy.takes_dense_copy`
 ``models.trunk.captured_depth``.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 from goose_lora.models.dense_copy import SHARE_OF_FREE_MEMORY
 
 TrunkMemory = Literal["auto", "device", "host"]
+# Replies generated and scored at a time where nothing was planned, and as many as are tried where
+# a rollout has fewer: others calibrate scores, or evaluate.
+USUAL_GROUP = 64
+
+
+def largest_group(fits: Callable[[int], bool], *, replies: int) -> int:
+    """Return how many replies are generated and scored at a time, of a rollout of ``replies``.
+
+    All of them, or the largest power of two with which ``fits`` holds; 1 where it holds for none.
+    Powers of two, so that a little more or less of free memory changes nothing.
+    """
+    most = max(replies, USUAL_GROUP)
+    sizes = {replies, *(2**power for power in range(most.bit_length()))}
+    return next((size for size in sorted(sizes, reverse=True) if fits(size)), 1)
 
 
 def waits_on_host(where: TrunkMemory, *, need: float, free: float) -> bool:

@@ -34,6 +34,7 @@ from goose_lora.ppo.evaluation import evaluate_prompts, own_random_numbers, refe
 from goose_lora.ppo.experience import Experience, ExperienceMaker
 from goose_lora.ppo.first_step_checks import FirstStepChecks
 from goose_lora.ppo.kl_control import make_kl_control
+from goose_lora.ppo.memory_rules import USUAL_GROUP
 from goose_lora.ppo.metrics import RunMetrics
 from goose_lora.ppo.microbatches import Microbatch
 from goose_lora.ppo.own_loop import (
@@ -62,7 +63,7 @@ from goose_lora.ppo.update import Updater
 from goose_lora.rewards.scale import ScoreScale, score_scale
 from goose_lora.rewards.sources import RewardMix, RewardSource, Scores
 from goose_lora.training.callbacks import MetricsFile
-from goose_lora.training.checkpoints import SettingRules
+from goose_lora.training.checkpoints import Facts, SettingRules
 from goose_lora.training.launch import require_one_gpu
 from goose_lora.training.resume import Resumable, rows_sha256
 
@@ -224,6 +225,14 @@ class PPOTrainer(Resumable, Trainer):
         if self._made_of is None and self.ptx_dataset is not None:
             super().made_of()["pretraining texts' content"] = rows_sha256(self.ptx_dataset)
         return {**super().made_of(), **self.collector.reward.made_of()}
+
+    def chosen(self) -> Facts:
+        """Return by which groups and weights replies are written: they depend on both."""
+        return self.collector.chosen
+
+    def keep(self, chosen: Facts) -> None:
+        """Go on with the groups and the weights of the checkpoint's run."""
+        self.collector.keep(chosen)
 
     unit = "rollout"
     forwards_in_dtype = True
@@ -673,7 +682,9 @@ def _collector(
         eos_token_ids=reply_ends(tokenizer, args.stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
-    groups = -(-args.rollout_batch_size // args.local_rollout_forward_batch_size)
+    # Who leaves the size of groups to the memory plan, and makes none, has the usual one
+    group = args.local_rollout_forward_batch_size or USUAL_GROUP
+    groups = -(-args.rollout_batch_size // group)
     engine = None
     if args.rollout_engine == "vllm":
         engine = VLLMEngine(
@@ -681,7 +692,7 @@ def _collector(
             tokenizer,
             generation,
             memory_share=args.vllm_memory_share,
-            rows=args.local_rollout_forward_batch_size,
+            rows=group,
             prompt_tokens=args.max_prompt_tokens,
             stop_strings=args.stop_strings,
         )
@@ -689,7 +700,7 @@ def _collector(
         shared,
         tokenizer,
         generation,
-        batch_size=args.local_rollout_forward_batch_size,
+        batch_size=group,
         weights=args.rollout_weights,
         reuse_trunk=args.reuse_trunk,
         reward=reward,

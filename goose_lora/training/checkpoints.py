@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,7 +147,13 @@ _TYPES = {
     "settings": dict,
     "recipe": dict,
     "made_of": dict,
+    "chosen": dict,
     "versions": dict,
+}
+# What a run may have chosen by the memory there was, and what each can be.
+_CHOSEN: Mapping[str, Callable[[Any], bool]] = {
+    "local_rollout_forward_batch_size": lambda value: type(value) is int and 1 <= value <= 2**31,
+    "rollout_weights": lambda value: value in ("shared", "dense"),
 }
 # Without these it is not known what the checkpoint is of.
 _NEEDED = ("stage", "step", "world_size", "rows", "base", "adapters", "settings")
@@ -165,6 +171,9 @@ def _wrong_manifest(folder: Path, manifest: Mapping[str, Any]) -> str | None:
             return f"{name} is {value!r}"
         if kind is int and not 0 <= value <= sys.maxsize:
             return f"{name} is {value}"
+    for name, value in manifest.get("chosen", {}).items():
+        if name not in _CHOSEN or not _CHOSEN[name](value):
+            return f"chosen has {name}: {value!r}"
     # Each process has left a file
     if not 1 <= manifest["world_size"] <= max(1, len(manifest["files"])):
         return f"world_size is {manifest['world_size']}"
@@ -188,6 +197,21 @@ def _wrong_manifest(folder: Path, manifest: Mapping[str, Any]) -> str | None:
 def read(folder: str | Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint."""
     return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+
+
+def kept(folder: str | Path, settings: Facts) -> dict[str, Any]:
+    """Return what the run that saved ``folder`` has chosen for settings that are the same here.
+
+    That is by name of a setting which leaves the choice to the memory there is: another card would
+    choose otherwise, and the run would end otherwise.
+    """
+    saved = read(folder)
+    alike = saved["settings"]
+    return {
+        name: value
+        for name, value in saved.get("chosen", {}).items()
+        if name in alike and alike[name] == settings.get(name)
+    }
 
 
 # ---- Those of a run ----

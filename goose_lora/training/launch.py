@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from transformers import TrainingArguments
 
 from goose_lora.errors import UserError
@@ -55,6 +56,20 @@ def require_one_gpu(args: TrainingArguments) -> None:
             " a process for each: accelerate launch --config_file"
             f" recipes/configs/accelerate/several_gpus.yaml --num_processes {args.n_gpu} recipes/..."
         )
+
+
+def smallest_anywhere(number: int, args: TrainingArguments) -> int:
+    """Return the smallest ``number`` of all processes, so that they decide alike."""
+    if args.world_size == 1:
+        return number
+    numbers = torch.tensor(number, device=args.device)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MIN)
+    return int(numbers)
+
+
+def processes_here(args: TrainingArguments) -> int:
+    """Return how many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
 
 
 def require_one_process(recipe: str) -> None:

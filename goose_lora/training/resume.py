@@ -197,16 +197,18 @@ class Resumable(_Trainer):
         output_dir = args.output_dir or "."
         chosen_here = resume_from_checkpoint in (True, "latest")  # a recipe has chosen before, and said so
         says = chosen_here and self.is_world_process_zero()
+        here = facts(self)
         folder = checkpoints.choose(
             resume_from_checkpoint,
             output_dir,
-            facts(self),
+            here,
             rules=self.resume_rules,
             says=says,
         )
 
         if folder is not None:
             self._check_tensors(Path(folder))
+            self.keep(checkpoints.kept(folder, here["settings"]))
 
         # What ends it from outside is told in the user's words
         keeper = CheckpointKeeper(self, resumes=folder is not None)
@@ -291,6 +293,13 @@ class Resumable(_Trainer):
             found |= self.given.get("made_of", {})
             self._made_of = found
         return self._made_of
+
+    def chosen(self) -> Facts:
+        """Return what the run has chosen by the memory there is, by name of the setting."""
+        return {}
+
+    def keep(self, chosen: Facts) -> None:
+        """Go on with what the checkpoint's run has chosen: here nothing."""
 
     def _check_tensors(self, checkpoint: Path) -> None:
         """Raise UserError unless the checkpoint's adapters have the tensors that the model has."""
@@ -397,6 +406,7 @@ def facts(trainer: Resumable) -> Facts:
         "made_of": trainer.made_of(),
         "settings": trainer.given.get("settings") or settings(trainer.args),
         "recipe": trainer.given.get("recipe", {}),
+        "chosen": trainer.chosen(),
         "versions": versions(),
     }
 
