@@ -213,10 +213,11 @@ def update(shared, optimizer, schedule, rollout, tokens, settings):
     """Make the optimizer steps of one rollout; return the figures of each."""
     size, steps = settings.per_device_train_batch_size, []
     for _ in range(settings.num_ppo_epochs):
-        order = torch.randperm(len(rollout.input_ids)).to(shared.device)
-        for minibatch in order.split(size * settings.gradient_accumulation_steps):
-            num_tokens = tokens["mask"][minibatch].sum()
-            figures = {}
+        order, lengths = torch.randperm(len(rollout.lengths)), rollout.attention_mask.sum(-1)
+        for minibatch in order.to(shared.device).split(size * settings.gradient_accumulation_steps):
+            num_tokens, figures = tokens["mask"][minibatch].sum(), {}
+            if len(minibatch) > size:  # like lengths together: less padding, the same sum
+                minibatch = minibatch[lengths[minibatch].argsort(descending=True, stable=True)]
             for rows in minibatch.split(size):
                 # Leave out the columns that are padding in all rows of the microbatch.
                 attended, counted = rollout.attention_mask[rows].any(0), tokens["mask"][rows].any(0)
@@ -259,10 +260,9 @@ def main(args=None):
     shared, tokenizer, prompts = load_roles(settings)
 
     # The optimizer has two groups of parameters, each with a learning rate that falls to 0.
-    policy = [parameter for _, parameter in shared.training_parameters("policy")]
-    critic = [parameter for _, parameter in shared.training_parameters("value")]
-    groups = [{"params": policy, "lr": settings.learning_rate}]
-    groups += [{"params": critic, "lr": settings.value_learning_rate}]
+    rates = {"policy": settings.learning_rate, "value": settings.value_learning_rate}
+    trained = {role: [parameter for _, parameter in shared.training_parameters(role)] for role in rates}
+    groups = [{"params": trained[role], "lr": rate} for role, rate in rates.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps_per_rollout = settings.num_ppo_epochs * settings.num_mini_batches
     total = settings.num_rollouts * steps_per_rollout

@@ -50,9 +50,11 @@ class Experience:
     def microbatches(
         self, rows: int, per_step: int, *, mean_tokens: Callable[[Tensor], Tensor]
     ) -> Iterator[Microbatch]:
-        """Yield one epoch's microbatches of ``rows`` rows in a fresh random order.
+        """Yield one epoch's microbatches of ``rows`` rows, of steps in a fresh random order.
 
-        In one microbatch, rows keep their order.
+        In a step of several, rows of like length stand together, the longest first: a microbatch is
+        as wide as its longest row, and their gradients are added up in whatever order. In one
+        microbatch, rows keep their order.
 
         Args:
             per_step: microbatches of an optimizer step.
@@ -63,11 +65,15 @@ class Experience:
         order = torch.randperm(len(self.rollout.input_ids), device="cpu")
         if len(order) <= rows:
             order = order.sort().values
+        # Lengths with their prompts, where they decide which rows stand together
+        whole = self.rollout.attention_mask.sum(-1).cpu() if per_step > 1 else None
         # The counts of all steps are read from the device together.
         device, steps = self.rollout.input_ids.device, order.split(rows * per_step)
         lengths = self.rollout.lengths[order.to(device)]
         sums = torch.stack([part.sum() for part in lengths.split(rows * per_step)])
         for step, num_tokens in zip(steps, mean_tokens(sums).tolist(), strict=True):
+            if whole is not None:
+                step = step[whole[step].argsort(descending=True, stable=True)]
             for chosen in step.split(rows):
                 yield self._take(chosen, num_tokens)
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 from tiny_runs import logged, trained_parameters, trainer
 
+from goose_lora.generation.rollout import Rollout
+from goose_lora.ppo.experience import Experience
 from goose_lora.ppo.microbatches import Microbatch, split_by_tokens, split_in_two, trimmed
 
 LENGTHS = ((3, 4), (1, 2), (5, 1), (2, 6))  # tokens of prompt and response
@@ -127,6 +129,46 @@ def ends_at(folder, **changes):
     }
     made = trainer(folder, **settings | changes)
     return made, trained_parameters(made.shared)
+
+
+def experience(rows=24):
+    """A rollout of prompts and replies of many lengths, in which each row knows its number."""
+    generator = torch.Generator().manual_seed(1)
+    prompts, replies = (torch.randint(1, most, (rows, 1), generator=generator) for most in (30, 20))
+    places = torch.arange(30 + 20)
+    attended = (places >= 30 - prompts) & (places < 30 + replies)
+    ids = torch.arange(rows)[:, None].expand(-1, 50)
+    mask = attended[:, 30:]
+    numbers = torch.zeros(rows, 20)
+    rollout = Rollout(ids, attended.long(), mask, torch.ones(rows, dtype=torch.bool), numbers)
+    return Experience(rollout, numbers, numbers, numbers)
+
+
+def test_in_a_step_of_several_microbatches_rows_of_like_length_stand_together():
+    made = experience()
+    whole = made.rollout.attention_mask.sum(-1)
+
+    def cut(rows, per_step):
+        torch.manual_seed(0)
+        parts = list(made.microbatches(rows, per_step, mean_tokens=lambda tokens: tokens))
+        return [part.input_ids[:, 0].tolist() for part in parts], [part.num_tokens for part in parts], parts
+
+    alone, tokens_alone, _ = cut(12, 1)
+    several, tokens, parts = cut(4, 3)
+    # The same rows in each step, and the same number of tokens to divide by
+    for step in (0, 1):
+        of_step = several[3 * step : 3 * step + 3]
+        assert sorted(row for rows in of_step for row in rows) == sorted(alone[step]) != alone[step]
+        assert tokens[3 * step : 3 * step + 3] == [tokens_alone[step]] * 3
+        lengths = [whole[row] for rows in of_step for row in rows]
+        assert lengths == sorted(lengths, reverse=True)
+    # In random order they would be padded to more
+    unsorted = [trimmed(part).padded_tokens for rows in alone for part in _cut_as_they_are(made, rows)]
+    assert sum(trimmed(part).padded_tokens for part in parts) < 0.9 * sum(unsorted)
+
+
+def _cut_as_they_are(made, rows):
+    return [made._take(torch.tensor(rows[start : start + 4]), 1.0) for start in (0, 4, 8)]
 
 
 @pytest.mark.parametrize("limit", [40, 10])

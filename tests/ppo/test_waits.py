@@ -15,7 +15,8 @@ LARGER = {
 
 
 def counted(folder, *, depth, lora_layers="all", train_layers="all", **changes):
-    """Reads of the third rollout's generation, of its scoring, and of its last microbatch."""
+    """Reads of the third rollout's generation, of its scoring, and of that of its microbatches for
+    which there are most: transformers asks less of one without padding."""
     shared = tiny.shared(
         tiny.base(num_hidden_layers=depth),
         layers=lora_layers,
@@ -34,7 +35,7 @@ def counted(folder, *, depth, lora_layers="all", train_layers="all", **changes):
         stop_token_ids=[tiny.VOCABULARY - 1],
         **changes,
     )
-    seen = {}
+    calls = {}
 
     def counting(owner, name):
         plain = getattr(owner, name)
@@ -42,7 +43,7 @@ def counted(folder, *, depth, lora_layers="all", train_layers="all", **changes):
         def call(*args, **kwargs):
             with waits.Waits() as found:
                 result = plain(*args, **kwargs)
-            seen[name] = found
+            calls.setdefault(name, []).append(found)
             return result
 
         setattr(owner, name, call)
@@ -55,7 +56,9 @@ def counted(folder, *, depth, lora_layers="all", train_layers="all", **changes):
     ):
         counting(owner, name)
     run.train()
-    return seen
+    learned = calls["learn"][2 * len(calls["learn"]) // 3 :]
+    most = max(learned, key=lambda one: (one.ours.total(), one.others.total()))
+    return {name: found[-1] for name, found in calls.items()} | {"learn": most}
 
 
 @pytest.fixture(scope="module", params=["all", "top-2"])
