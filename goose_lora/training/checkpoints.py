@@ -441,18 +441,22 @@ def _refuse_another_run(
     versions = facts.get("versions")
     same_software = versions is not None and saved.get("versions") == versions
 
-    def compare(name: str) -> dict[str, tuple[Any, Any]]:
+    def absent(name: str) -> dict[str, tuple[Any, Any]]:
         there, here = saved.get(name, {}), facts.get(name, {})
         taken_out = same_software and (there or name != "recipe")
-        absent = {what: ("not noted", here[what]) for what in here if taken_out and what not in there}
+        found = {what: ("not noted", here[what]) for what in here if taken_out and what not in there}
         # Rows held out may come to a run later
-        absent = {what: pair for what, pair in absent.items() if not what.startswith("held-out")}
-        return _differences(there, here) | absent
+        return {what: pair for what, pair in found.items() if not what.startswith("held-out")}
+
+    def compare(name: str) -> dict[str, tuple[Any, Any]]:
+        return _differences(saved.get(name, {}), facts.get(name, {})) | absent(name)
 
     # The run itself, the rows that it goes through, and what else it is made of
     identity = {name: value for name, value in facts.items() if name in ("stage", "world_size", "rows")}
     differing = _differences(saved, identity) | compare("made_of")
     differing |= _of_adapters(saved.get("adapters", {}), facts)
+    # What was chosen is kept, not compared; it must be there
+    differing |= {f"chosen {what}": pair for what, pair in absent("chosen").items()}
 
     # The base under them: one that was moved or is named otherwise is the same
     base = compare("base")
