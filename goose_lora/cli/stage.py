@@ -405,6 +405,9 @@ class Stage:
         # A run that goes on keeps what it chose before, whatever the card
         if self.checkpoint is not None:
             self._chosen = kept(self.checkpoint, self.given["settings"])
+            told = [f"{name}: {value}" for name, value in self._chosen.items() if vars(config)[name] != value]
+            if told:
+                self.say(f"kept from the checkpoint: {', '.join(told)}")
         try:
             plan = plan_run(
                 self.model,

@@ -439,12 +439,12 @@ class Planner:
             ),
             plan.table(),
         ]
-        if self.config.local_rollout_forward_batch_size is None:
-            lines.append(
-                f"Groups of {sizes.rollout_rows} replies: local_rollout_forward_batch_size is not set, and so"
-                " many fit."
-            )
         if memory is not None:
+            if self.config.local_rollout_forward_batch_size is None and self.fits(sizes, memory):
+                lines.append(
+                    f"Replies at a time: {sizes.rollout_rows}, as many as fit"
+                    " (local_rollout_forward_batch_size is not set)."
+                )
             lines.append(
                 f"{plan.phase} takes most, {self._need()} of {amount(memory)}. Largest that fits:"
                 f" {self.advice(memory)}."

@@ -455,8 +455,9 @@ def _refuse_another_run(
     identity = {name: value for name, value in facts.items() if name in ("stage", "world_size", "rows")}
     differing = _differences(saved, identity) | compare("made_of")
     differing |= _of_adapters(saved.get("adapters", {}), facts)
-    # What was chosen is kept, not compared; it must be there
-    differing |= {f"chosen {what}": pair for what, pair in absent("chosen").items()}
+    # What was chosen is kept, not compared; it must be there, but of an older version's run
+    if "chosen" in saved:
+        differing |= {f"chosen {what}": pair for what, pair in absent("chosen").items()}
 
     # The base under them: one that was moved or is named otherwise is the same
     base = compare("base")

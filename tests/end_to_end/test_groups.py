@@ -82,7 +82,7 @@ def test_a_run_takes_what_its_memory_holds_and_goes_on_so_on_a_larger_card(ready
     card(memory(8))
     straight = run("straight")
     assert straight.collector.batch_size == 8 and straight.args.world_size == 1
-    assert capsys.readouterr().out.count("Groups of 8 replies: ") == 1
+    assert capsys.readouterr().out.count("Replies at a time: 8, ") == 1
     chosen = {GROUP: 8, "rollout_weights": "shared"}
     manifest = read_json(folder / "straight" / "checkpoint-1" / "checkpoint.json")
     assert manifest["chosen"] == read_json(folder / "straight" / "goose_lora.json")["chosen"] == chosen
@@ -95,6 +95,7 @@ def test_a_run_takes_what_its_memory_holds_and_goes_on_so_on_a_larger_card(ready
     shutil.copytree(folder / "straight" / "checkpoint-1", folder / "resumed" / "checkpoint-1")
     resumed = run("resumed", resume_from_checkpoint=folder / "resumed" / "checkpoint-1")
     assert resumed.collector.batch_size == 8
+    assert capsys.readouterr().out.count(f"kept from the checkpoint: {GROUP}: 8\n") == 1
     want, got, other = (weights(folder / name) for name in ("straight", "resumed", "large"))
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert not all(torch.equal(want[name], other[name]) for name in want)
@@ -185,3 +186,16 @@ def test_a_choice_that_cannot_be_is_no_checkpoint(name, value, tmp_path):
     path.write_text(json.dumps(manifest))
     why = checkpoints.why_incomplete(path.parent)
     assert why is not None and f"chosen has {name}: {value!r}" in why
+
+
+def test_a_checkpoint_of_before_that_notes_no_choice_is_gone_on_from(tmp_path):
+    settings = {"num_rollouts": 2, "save_strategy": "steps", "save_steps": 4}
+    straight = trainer(tmp_path / "straight", **settings)
+    straight.train()
+    path = tmp_path / "straight" / "checkpoint-4" / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    del manifest["chosen"]
+    path.write_text(json.dumps(manifest))
+    resumed = trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(path.parent))
+    assert_same_weights(straight.shared, resumed.shared)

@@ -70,7 +70,7 @@ def test_less_memory_gives_smaller_groups_that_fit_and_no_larger_one_does():
             taken.append(plan.sizes.rollout_rows)
             assert group in (None, taken[-1])
             assert plan.lack(memory) is None and plan.needed() == needed(taken[-1])
-            assert f"Groups of {taken[-1]} replies" in plan.report(memory)
+            assert f"Replies at a time: {taken[-1]}, as many as fit" in plan.report(memory)
     assert taken == [100, 64, 64, 32, 32, 16]
 
 
