@@ -10,4 +10,10 @@ from .process import command as command
 from .process import continuing as continuing
 from .process import keep_freed_memory as keep_freed_memory
 from .process import quiet_libraries as quiet_libraries
+from .reward_run import ListTrainer as ListTrainer
+from .reward_run import PairTrainer as PairTrainer
+from .reward_run import RewardRun as RewardRun
+from .reward_run import check_members as check_members
+from .reward_run import check_members_run as check_members_run
+from .reward_run import rows_of_members as rows_of_members
 from .stage import Stage as Stage

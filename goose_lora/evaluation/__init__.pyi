@@ -1,9 +1,6 @@
 """The public names of goose_lora.evaluation."""
 
 from .ensembles import EnsembleVerdict as EnsembleVerdict
-from .ensembles import ScoredMember as ScoredMember
-from .ensembles import align_members as align_members
-from .ensembles import judge_ensemble as judge_ensemble
 from .pairwise_judge import CACHE_FILE as CACHE_FILE
 from .pairwise_judge import SERVED as SERVED
 from .pairwise_judge import PairwiseJudge as PairwiseJudge
@@ -16,11 +13,10 @@ from .policies import compare_all as compare_all
 from .policies import judge_all as judge_all
 from .policies import summary as summary
 from .reward_model import HeldOut as HeldOut
+from .reward_model import RewardTest as RewardTest
 from .reward_model import evaluate_reward_model as evaluate_reward_model
-from .reward_model import held_out_verdict as held_out_verdict
 from .reward_model import prepare_held_out as prepare_held_out
 from .reward_model import reference_bias as reference_bias
-from .reward_model import score_held_out as score_held_out
 from .verdict import require_verdict as require_verdict
 from .verdict import show_verdict as show_verdict
 from .verdict import write_verdict as write_verdict

@@ -159,6 +159,31 @@ def score_held_out(trainer: RewardTrainer, held_out: HeldOut) -> HeldOutScores:
     return HeldOutScores(completions, probes)
 
 
+@dataclass(frozen=True)
+class RewardTest:
+    """What a trained reward model is judged by.
+
+    Held-out rows, a second set of them of another kind, and references, which should score 0.
+    """
+
+    held_out: HeldOut
+    any_pair: HeldOut | None = None
+    references: Sequence[Sequence[int]] = ()
+
+    def bias(self, trainer: RewardTrainer) -> float:
+        """Return the mean raw score of the references, 0 without any."""
+        return reference_bias(trainer, self.references) if self.references else 0.0
+
+    def scores(self, trainer: RewardTrainer) -> tuple[HeldOutScores, HeldOutScores | None]:
+        """Return raw scores of both sets of rows."""
+        second = None if self.any_pair is None else score_held_out(trainer, self.any_pair)
+        return score_held_out(trainer, self.held_out), second
+
+    def verdict(self, scores: HeldOutScores, any_scores: HeldOutScores | None) -> RewardVerdict:
+        """Return the verdict of scores, whoever has given them."""
+        return held_out_verdict(self.held_out, scores, self.any_pair, any_scores)
+
+
 def evaluate_reward_model(
     trainer: RewardTrainer, held_out: HeldOut, any_pair: HeldOut | None = None, *, bias: float = 0.0
 ) -> RewardVerdict:

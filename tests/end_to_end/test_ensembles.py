@@ -148,6 +148,16 @@ def test_a_run_that_was_killed_between_and_inside_members_goes_on_exactly(run, h
     assert after == before  # it was not trained again
 
 
+def test_a_run_whose_members_were_all_finished_tells_what_they_took(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    before = read_json(tmp_path / "reward" / "stage.json")
+    train(tmp_path, resume_from_checkpoint="latest")
+    again = read_json(tmp_path / "reward" / "stage.json")
+    took = {name: again[name] for name in ("steps", "loss", "members")}
+    assert took == {name: before[name] for name in took}
+    assert took["steps"] == 6
+
+
 @pytest.mark.parametrize(
     "change", [{"learning_rate": 2e-2}, {"max_steps": 8}, {"num_members": 2}, {"augment_pairs": {"cut": 1}}]
 )

@@ -43,6 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data",
         "generation",
         "training",
+        "rewards",
+        "evaluation",
         "reporting",
         "ppo",
         "planning",
