@@ -463,6 +463,83 @@ def _compare(arguments: argparse.Namespace) -> None:
     _say(compare(arguments.runs, arguments.output))
 
 
+def _add_verdict(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "verdict",
+        help="judge any reward model on pairs or best of N: accuracy by subset, length, probes",
+    )
+    parser.add_argument(
+        "model",
+        metavar="ADAPTER_OR_MODEL",
+        help="a reward adapter, an ensemble of them, or a sequence classifier (NAME#LABEL for one of its"
+        " labels): a folder, or on the Hub",
+    )
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="FILE_OR_HUB_ID",
+        help="prompt with chosen and rejected, each a reply or a list of them, or ranked lists; what"
+        " recipes/reward.py reads",
+    )
+    parser.add_argument("--split", default="test", help="split of a Hub dataset (default: %(default)s)")
+    parser.add_argument(
+        "--subset", metavar="COLUMN", help="column that names each row's subset (default: subset, if there)"
+    )
+    parser.add_argument("--output_dir", metavar="DIR", help="folder for verdict.json")
+    parser.add_argument("--max_rows", type=int, metavar="N", help="the first so many rows only")
+    parser.add_argument("--max_length", type=int, metavar="N", help="leave out texts of more tokens")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, metavar="N", help="texts at a time (default: 16)"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="PATH_OR_HUB_ID",
+        help="an adapter's base, where it is no longer where the run had it",
+    )
+    parser.add_argument(
+        "--quantization", choices=["nf4", "int8", "none"], help="of the weights (default: the run's, or none)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the computation (default: the run's, or what suits the device)",
+    )
+    _add_reading(parser)
+    parser.add_argument(
+        "--as_chat",
+        type=_true_or_false,
+        metavar="true|false",
+        help="whether prompts of text become the user's turn (default: whether the model reads chat)",
+    )
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which rows are read as the recipes read them."""
+    parser.add_argument(
+        "--column_mapping", nargs="+", metavar="FROM=TO", help="columns to rename: instruction=prompt"
+    )
+    parser.add_argument(
+        "--pairs", nargs="+", metavar="KEY=VALUE", help="which of two replies is better, as in the recipes"
+    )
+    for name in ("dataset_config", "data_dir", "dataset_revision"):
+        parser.add_argument(f"--{name}", metavar="NAME", help="of a Hub dataset, as in the recipes")
+
+
+def _verdict(arguments: argparse.Namespace) -> None:
+    from datasets import disable_progress_bars
+
+    from goose_lora.cli.reward_verdict import verdict
+    from goose_lora.data.sources import HubPlace
+    from goose_lora.embedded import resolve
+
+    disable_progress_bars()
+    options = vars(arguments)
+    del options["command"]
+    options["base"] = options["base"] and resolve(options["base"])
+    place = HubPlace(*(options.pop(name) for name in ("dataset_config", "data_dir", "dataset_revision")))
+    _say(verdict(**options, hub_place=place))
+
+
 # ---- Ask and label ----
 def _add_chat(commands: Subcommands) -> None:
     parser = commands.add_parser(
@@ -559,6 +636,7 @@ ADDED = (
     _add_merge,
     _add_export,
     _add_compare,
+    _add_verdict,
     _add_chat,
     _add_label,
 )
@@ -574,6 +652,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "merge": _merge,
     "export": _export,
     "compare": _compare,
+    "verdict": _verdict,
     "chat": _chat,
     "label": _label,
 }

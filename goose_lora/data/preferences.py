@@ -5,7 +5,8 @@ A pair is the shortest list. References are replies that should score 0.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -137,6 +138,7 @@ def tokenize_ranked(
     max_length: int | None = None,
     margins: list[float] | None = None,
     ties: bool = False,
+    encode: Callable[..., list[int]] | None = None,
 ) -> Dataset:
     """Tokenize ranked lists.
 
@@ -148,6 +150,8 @@ def tokenize_ranked(
     different rank remain; both are counted. ``chosen_ids`` and ``rejected_ids``, the best and the
     worst, are what ``trl.RewardTrainer`` takes for the sign that data is tokenized.
 
+    ``encode(prompt, reply, **template)`` reads a reply where that is not ``encode_reply``.
+
     With ``ties`` lists of one rank stay, and ``target`` has the probability that the chosen reply
     is the better one: 0.5 for them, 1 for others.
 
@@ -156,15 +160,13 @@ def tokenize_ranked(
     """
     # Token lists, best first; a list needs two of different rank to teach anything
     made: list[dict[str, Any]] = []
+    encode = encode or partial(encode_reply, tokenizer, append_eos=append_eos)
     cut = 0
     for index, row in enumerate(rows):
         try:
             if margins is not None:
                 check_margin(margins[index])
-            encoded = [
-                encode_reply(tokenizer, row.prompt, reply, append_eos=append_eos, **row.template)
-                for reply in row.completions
-            ]
+            encoded = [encode(row.prompt, reply, **row.template) for reply in row.completions]
         except UserError as error:
             raise UserError(f"{name}: row {row.number}: {error}") from error
         fitting = within(list(map(len, encoded)), max_length)

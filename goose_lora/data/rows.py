@@ -244,10 +244,16 @@ def take_rows(
     Raises:
         UserError: as ``load_rows``.
     """
-    # Read, then seen through the eyes of the stage
     rows = load_rows(name, split, max_rows, column_mapping, place=place)
-    name = resolve(name)
-    # What is left out or ignored is told, however the stage goes on
+    return take_told(rows, stage, resolve(name), reading)
+
+
+def take_told(rows: Dataset, stage: StageName, name: str, reading: Reading | None = None) -> Taken:
+    """Return rows as a stage takes them, and tell in a warning what is left out and ignored.
+
+    Raises:
+        UserError: as ``take``.
+    """
     taken = take(rows, stage, name, reading)
     left_out = sum(map(len, taken.dropped.values()))
     if left_out:

@@ -273,7 +273,7 @@ def shape_of(values: dict[str, Any], stage: StageName, reading: Reading) -> Shap
     """
     # Preferences first: fine-tuning alone looks past them
     refuse_by_name(values)
-    for look in (_labelled_pairs, _pairs, _lists, _tldr, _label_studio, _scored_sides):
+    for look in (_labelled_pairs, _right_and_wrong, _pairs, _lists, _tldr, _label_studio, _scored_sides):
         found = look(Columns(values, reading), stage)
         if found is not None and stage != "sft":
             return found if stage == "reward" else _prompts_of(found)
@@ -487,6 +487,56 @@ def _pairs(have: Columns, stage: StageName) -> Shape | None:
         frozenset(have.used),
         read,
         asking=asking,
+    )
+
+
+def _right_and_wrong(have: Columns, stage: StageName) -> Shape | None:
+    """Look for lists of right and of wrong replies, as in RewardBench 2: best of N."""
+    sides = next((pair for pair in names.CHOSEN if have.has(*pair)), None)
+    if sides is None or not any(_are_replies(have.values[str(first_of(have.values, (s,)))]) for s in sides):
+        return None
+    better, worse = (str(have.find((side,))) for side in sides)
+    replies = [
+        reply
+        for column in (better, worse)
+        if _are_replies(have.values[column])
+        for reply in have.values[column]
+    ]
+    asking = _asking(have, plain=sides == names.CHOSEN[0], replies=replies)
+    if asking.prompt is None:
+        raise UserError(f"{better} and {worse} are lists of replies, and there is no prompt. {OWN_COLUMN}")
+
+    def read(row: Row) -> Cells:
+        prompt = asking.of(row)
+        if prompt is None:
+            raise LeftOut(f"{asking.prompt} is missing")
+        answers: list[Content] = []
+        ranks: list[int] = []
+        for rank, column in enumerate((better, worse), 1):
+            # One reply may stand without a list
+            value = row[column]
+            listed = value if value is None or _are_replies(value) else [value]
+            if says_nothing(listed):
+                raise LeftOut(f"{column} is missing")
+            found, _ = _list_of_replies(listed)
+            answers += found
+            ranks += [rank] * len(found)
+        answers = without_prompt(answers, prompt, better)
+        made = [asking.answer(reply, prompt) for reply in answers]
+        if isinstance(prompt, str) and any(isinstance(answer, list) for answer in made):
+            prompt = [{"role": "user", "content": prompt}]
+        return {"prompt": asking.asked(prompt), "completions": made, "ranks": ranks, **asking.extras(row)}
+
+    title = "right and wrong replies, best of N"
+    return Shape(title, ("prompt", "completions"), frozenset(have.used), read, True, asking)
+
+
+def _are_replies(value: object) -> bool:
+    """Return whether a cell is a list of texts, or of conversations, and no conversation itself."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(reply, str) or is_messages(reply) for reply in value)
     )
 
 

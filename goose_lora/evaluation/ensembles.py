@@ -1,6 +1,6 @@
 """The test of reward models that score as one: each member, and each way to combine them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -109,13 +109,11 @@ class EnsembleVerdict:
     def lines(self) -> list[str]:
         """Return a line for each member and aggregation, and one for their disagreement."""
         lines = [
-            _line(name, verdict)
+            figures_line(name, verdict)
             for verdicts in (self.members, self.aggregations)
             for name, verdict in verdicts.items()
         ]
-        apart = ", ".join(f"{name} {value:.2f}" for name, value in self.apart_on_probes.items())
-        said = f"members apart, in their spread on chosen replies: chosen {self.apart_on_chosen:.2f}"
-        return [*lines, f"{said}, {apart}" if apart else said]
+        return [*lines, _apart_line(self.apart_on_chosen, self.apart_on_probes)]
 
 
 def judge_ensemble(
@@ -136,12 +134,23 @@ def judge_ensemble(
         of_any = combine_scores(ensemble, second, name)[0] if second else None
         aggregations[name] = held_out_verdict(held_out, whole, any_pair, of_any)
     _, apart = combine_scores(ensemble, scores, "mean")
-    return EnsembleVerdict(
-        members,
-        aggregations,
-        float(apart.chosen().mean()),
-        {name: float(numbers.mean()) for name, numbers in apart.probes.items()},
-    )
+    return EnsembleVerdict(members, aggregations, *_means(apart))
+
+
+def members_apart(disagreement: HeldOutScores) -> str:
+    """Return a line on how far members disagree, in their spread."""
+    return _apart_line(*_means(disagreement))
+
+
+def _means(apart: HeldOutScores) -> tuple[float, dict[str, float]]:
+    probes = {name: float(numbers.mean()) for name, numbers in apart.probes.items()}
+    return float(apart.chosen().mean()), probes
+
+
+def _apart_line(chosen: float, probes: Mapping[str, float]) -> str:
+    apart = ", ".join(f"{name} {value:.2f}" for name, value in probes.items())
+    said = f"members apart, in their spread on chosen replies: chosen {chosen:.2f}"
+    return f"{said}, {apart}" if apart else said
 
 
 def _figures(verdict: RewardVerdict) -> dict[str, object]:
@@ -153,7 +162,8 @@ def _figures(verdict: RewardVerdict) -> dict[str, object]:
     }
 
 
-def _line(name: str, verdict: RewardVerdict) -> str:
+def figures_line(name: str, verdict: RewardVerdict) -> str:
+    """Return the accuracy of a member or an aggregation, and its probes, in one line."""
     beats = ", ".join(f"{probe} {said.beats_chosen.value:.2f}" for probe, said in verdict.probes.items())
     accuracy = verdict.accuracy
     line = f"{name}: accuracy {accuracy.value:.3f} ({accuracy.low:.2f} to {accuracy.high:.2f})"

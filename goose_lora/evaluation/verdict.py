@@ -40,6 +40,11 @@ PROBES = {
         "PPO will learn to flatter; add pairs whose rejected reply does, or put replies to other prompts"
         " beside the chosen one (augment_pairs)"
     ),
+    "gushing": "PPO will learn to pile up warm words; put replies to other prompts beside the chosen one",
+    "fawning": "PPO will learn to flatter with words of the prompt; add pairs whose rejected reply does",
+    "other_prompt": (
+        "the prompt has little say; put replies to other prompts beside the chosen one (augment_pairs)"
+    ),
 }
 
 

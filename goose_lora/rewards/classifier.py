@@ -115,6 +115,30 @@ class ClassifierReward:
             scores += self.model(**batch.to(self.model.device)).logits[:, self.output].float().tolist()
         return scores
 
+    def encode(self, prompt: Any, reply: Any, **template: Any) -> list[int]:
+        """Return a prompt and a reply, text or messages, in its own tokens, as a call reads them.
+
+        ``template`` has keywords for the chat template. What is too long loses its beginning.
+        """
+        special = isinstance(reply, str)
+        if special:
+            text: Any = f"{prompt or ''}{reply}"
+        else:
+            text = apply_template(self.tokenizer, [*(prompt or []), *reply], tokenize=False, **template)
+        return self.tokenizer(text, truncation=True, max_length=self._max_length, add_special_tokens=special)[
+            "input_ids"
+        ]
+
+    @torch.no_grad()
+    def score_tokens(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Return the scores of rows of ``encode``."""
+        scores: list[float] = []
+        for start in range(0, len(rows), self.batch_size):
+            own = {"input_ids": [list(row) for row in rows[start : start + self.batch_size]]}
+            batch = self.tokenizer.pad(own, return_tensors="pt").to(self.model.device)
+            scores += self.model(**batch).logits[:, self.output].float().tolist()
+        return scores
+
     def _text(self, prompt: Any, completion: str) -> Any:
         if isinstance(prompt, str):
             return prompt + completion

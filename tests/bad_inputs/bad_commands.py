@@ -462,6 +462,38 @@ CASES = [
         change=run(),
     ),
     c(
+        "verdict: nothing",
+        ("the following arguments are required: ADAPTER_OR_MODEL, --dataset.", "lists what there is."),
+        "verdict",
+    ),
+    c(
+        "verdict: not there",
+        ("no such folder. Check the path, or give a name on the Hub",),
+        "verdict",
+        F + "/none",
+        "--dataset",
+        F + "/pairs.jsonl",
+    ),
+    c(
+        "verdict: a policy",
+        (
+            "a reward model is a sequence classifier, and this is",
+            "Give one that was saved with its score head.",
+        ),
+        "verdict",
+        F + "/base",
+        "--dataset",
+        F + "/pairs.jsonl",
+    ),
+    c(
+        "verdict: an adapter without a head",
+        ("has no score head, so it is no reward model.", "Give what recipes/reward.py or"),
+        "verdict",
+        F + "/sft",
+        "--dataset",
+        F + "/pairs.jsonl",
+    ),
+    c(
         "compare: nothing",
         ("the following arguments are required: RUN.", "compare --help lists what there is."),
         "compare",

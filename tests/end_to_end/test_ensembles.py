@@ -12,6 +12,7 @@ from recipe_runs import recipe
 from safetensors.torch import load_file
 
 from goose_lora.errors import UserError
+from goose_lora.evaluation.verdict import PROBES
 from goose_lora.files import read_json
 from goose_lora.models.ensembles import read_ensemble
 from goose_lora.models.loading import load_base, load_tokenizer
@@ -120,7 +121,7 @@ def test_the_verdict_has_each_member_each_aggregation_and_their_disagreement(run
     assert verdict["members"].keys() == {"member_0", "member_1", "member_2"}
     assert verdict["aggregations"].keys() == {"mean", "min", "mean_minus_std"}
     assert verdict["accuracy"] == verdict["aggregations"]["mean"]["accuracy"]
-    assert verdict["disagreement"].keys() == {"chosen", "empty", "repeated", "truncated", "flattering"}
+    assert verdict["disagreement"].keys() == {"chosen", *PROBES}
     card = (run / "reward" / "README.md").read_text()
     assert "as the mean of 3 reward models" in card and "the weights here are the first one's" in card
     own = read_json(run / "reward" / "member_1" / "verdict.json")

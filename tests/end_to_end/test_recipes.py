@@ -91,7 +91,8 @@ def test_the_verdict_has_margins_calibration_bins_and_probes(run):
     assert {"margin_std", "margin_negative", "margin_quantiles", "warnings"} <= verdict.keys()
     assert sum(row["n"] for row in verdict["calibration_bins"]) == verdict["n_prompts"] == 24
     assert (
-        verdict["probes"].keys() == {"empty", "repeated", "truncated", "flattering"}
+        verdict["probes"].keys()
+        == {"empty", "repeated", "truncated", "flattering", "gushing", "fawning", "other_prompt"}
         and verdict["probes"]["empty"]["n"] == 24
     )
 

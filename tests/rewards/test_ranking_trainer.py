@@ -365,9 +365,11 @@ def test_probes_are_tokenized_as_the_held_out_replies_and_know_their_prompt(appe
     made = reward_model.prepare_held_out(
         Dataset.from_list(LISTS), TOKENIZER, name="x", append_eos=append_eos, max_length=None
     )
-    assert {name: [number for number, _ in answers] for name, answers in made.probes.items()} == {
+    asked = {name: [number for number, _ in answers] for name, answers in made.probes.items()}
+    assert {name: asked.pop(name) for name in ("empty", "repeated", "truncated", "flattering")} == {
         "empty": [0, 1, 2, 3], "repeated": [0, 1, 2, 3], "truncated": [1, 3], "flattering": [0, 1, 2, 3],
     }  # fmt: skip  # half of a first or third best is " good", which is a completion of its own
+    assert asked.keys() == {"gushing", "fawning", "other_prompt"}
     assert made.probes["empty"][1][1] == encode_reply(TOKENIZER, "da", "", append_eos=append_eos)
     assert made.probes["truncated"][0][1] == encode_reply(TOKENIZER, "da", " good da", append_eos=append_eos)
     assert (made.completions[1][0][-1] == tiny.EOS) == append_eos
@@ -383,6 +385,40 @@ def test_at_most_so_many_prompts_are_probed_from_all_over(monkeypatch):
         Dataset.from_list(tiny.preferences(9)), TOKENIZER, name="x", append_eos=True, max_length=None
     )
     assert [number for number, _ in made.probes["empty"]] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_further_probes_are_warm_words_praise_on_topic_and_the_best_reply_to_another_prompt(chat):
+    def turn(text, role):
+        return [said(text, role)] if chat else text
+
+    rows = [
+        Ranked(
+            turn(f"about {word}?", "user"), [turn(" bad", "assistant"), turn(best, "assistant")], [2, 1], {}
+        )
+        for word, best in (("pottery", " good ba"), ("pottery", " good be"), ("rivers", " good bi"))
+    ]
+    texts = {
+        "gushing": f" {reward_model.GUSHING}",
+        "fawning": " " + reward_model.FAWNING.format(topic="pottery"),
+        "other_prompt": " good bi",
+    }
+    made = reward_model.further_replies(rows, 0)
+    assert made == {name: turn(text, "assistant") for name, text in texts.items()}
+    assert "other_prompt" not in reward_model.further_replies(rows[:2], 0)  # all ask the same
+    assert texts["gushing"] == texts["gushing"].lower()
+
+
+def test_further_probes_go_to_fewer_prompts_of_which_each_is_answered_in_its_form(monkeypatch):
+    monkeypatch.setattr(reward_model, "FURTHER_PROMPTS", 3)
+    rows = Dataset.from_list(tiny.preferences(9))
+    made = reward_model.prepare_held_out(rows, TOKENIZER, name="x", append_eos=True, max_length=None)
+    assert [number for number, _ in made.probes["gushing"]] == [0, 4, 8]
+    assert len(made.probes["empty"]) == 9
+    every = reward_model.prepare_held_out(
+        rows, TOKENIZER, name="x", append_eos=True, max_length=None, further_prompts=9
+    )
+    assert len(every.probes["gushing"]) == 9 and every.probes["gushing"][4] == made.probes["gushing"][1]
 
 
 @torch.no_grad()
