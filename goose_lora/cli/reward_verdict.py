@@ -176,9 +176,9 @@ def judged_model(
 
 def _is_adapter(name: str) -> bool:
     """Return whether a folder, or a repository of the Hub, holds an adapter."""
-    if Path(name).exists():
+    if name.strip() and Path(name).exists():
         return (Path(name) / ADAPTER_CONFIG).is_file()
-    if name.startswith(("/", ".", "~")):
+    if not name.strip() or name.startswith(("/", ".", "~")):
         return False  # a folder that is missing
     place, _, revision = name.partition("#")[0].partition("@")
     parts = place.split("/")
