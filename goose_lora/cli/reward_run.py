@@ -207,7 +207,8 @@ class RewardRun:
             fresh_score_head(trainer.model)
             train_head_alone(trainer.model)
         trainer.given = self._given(member)
-        folder, ours = Path(trainer.args.output_dir or "."), facts(trainer)
+        folder = Path(trainer.args.output_dir or ".")
+        ours: Facts = facts(trainer) if self.is_ensemble else {}
         noted = self._finished(folder, ours, member)
         history: list[dict[str, Any]] = []
         if noted is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from goose_lora.rewards.classifier import PREFIX, ClassifierReward
 from goose_lora.terminal import table
 from goose_lora.training.validation import require_output_folder
 
+Quantization = Literal["nf4", "int8", "none"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 SUBSET = "subset"
 COLUMNS = ("subset", "prompts", "replies", "accuracy", "best of N", "length balanced")
 
@@ -59,7 +61,9 @@ class Judged(Protocol):
 class AdapterModel:
     """A reward adapter on its base, or the members of an ensemble, as PPO loads them."""
 
-    def __init__(self, name: str, base: str | None, quantization: str | None, dtype: str | None, batch: int):
+    def __init__(
+        self, name: str, base: str | None, quantization: Quantization | None, dtype: Dtype | None, batch: int
+    ):
         # The adapter, and its base as it was in training
         self.folder = AdapterFolder.open("verdict", name)
         if not self.folder.has_head:
@@ -74,9 +78,13 @@ class AdapterModel:
             arguments = ModelArguments(base or own, quantization="none", dtype=_usual_dtype())
         else:
             raise UserError(f"{name}: does not say what its base is. Say it: --base PATH_OR_HUB_ID.")
-        changes: dict[str, Any] = {"quantization": quantization, "dtype": dtype}
-        changes = {key: value for key, value in changes.items() if value is not None}
-        self.arguments = usable_dtype(replace(arguments, **changes))
+        self.arguments = usable_dtype(
+            replace(
+                arguments,
+                quantization=quantization or arguments.quantization,
+                dtype=dtype or arguments.dtype,
+            )
+        )
         self.batch = batch
 
         # How it reads a text
@@ -107,7 +115,7 @@ class AdapterModel:
     @torch.no_grad()
     def scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Return each member's scores of all texts, less its bias."""
-        shared, pad = self.shared, self.tokenizer.pad_token_id
+        shared, pad = self.shared, cast(int, self.tokenizer.pad_token_id)
         found = np.zeros((len(self.names), len(texts)))
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         device = next(shared.parameters()).device
@@ -128,15 +136,17 @@ class ClassifierModel:
     """A sequence classifier of any origin, with its own tokenizer and template."""
 
     append_eos = True  # whatever its tokenizer does
-    ensemble = None
+    ensemble: RewardEnsemble | None = None
 
-    def __init__(self, name: str, quantization: str | None, dtype: str | None, batch: int):
+    def __init__(self, name: str, quantization: Quantization | None, dtype: Dtype | None, batch: int):
         self.classifier = ClassifierReward(f"{PREFIX}{name}", batch_size=batch)
-        arguments: dict[str, Any] = {
-            "quantization": quantization or "none",
-            "dtype": dtype or _usual_dtype(),
-        }
-        self.arguments = usable_dtype(ModelArguments(self.classifier.name, **arguments))
+        self.arguments = usable_dtype(
+            ModelArguments(
+                self.classifier.name,
+                quantization=quantization or "none",
+                dtype=dtype or _usual_dtype(),
+            )
+        )
         self.tokenizer = self.classifier.tokenizer
         self.chat = bool(self.tokenizer.chat_template)
         self.encode = self.classifier.encode
@@ -155,12 +165,12 @@ class ClassifierModel:
         return [found]
 
 
-def _usual_dtype() -> Any:
+def _usual_dtype() -> Dtype:
     return "bfloat16" if device_of_process().type == "cuda" else "float32"
 
 
 def judged_model(
-    name: str, *, base: str | None, quantization: str | None, dtype: str | None, batch_size: int
+    name: str, *, base: str | None, quantization: Quantization | None, dtype: Dtype | None, batch_size: int
 ) -> Judged:
     """Return the reward model of a name: an adapter or a classifier, here or on the Hub.
 
@@ -253,8 +263,8 @@ def verdict(
     as_chat: bool | None,
     hub_place: HubPlace,
     base: str | None,
-    quantization: str | None,
-    dtype: str | None,
+    quantization: Quantization | None,
+    dtype: Dtype | None,
     batch_size: int,
     output_dir: str | None,
 ) -> str:

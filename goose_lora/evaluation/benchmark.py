@@ -44,7 +44,7 @@ class SubsetVerdict:
             **_named("accuracy_length_balanced", self.length.balanced),
         }
 
-    def row(self, name: str) -> dict[str, str]:
+    def row(self, name: str) -> dict[str, object]:
         """Return a row of the table."""
         return {
             "subset": name,
@@ -74,9 +74,9 @@ class BenchmarkVerdict:
             **_named("mean_of_subsets", self.mean_of_subsets),
         }
 
-    def rows(self) -> list[dict[str, str]]:
+    def rows(self) -> list[dict[str, object]]:
         """Return the rows of the table: subsets, then their mean, then all prompts."""
-        rows = [subset.row(name) for name, subset in self.subsets.items()]
+        rows: list[dict[str, object]] = [subset.row(name) for name, subset in self.subsets.items()]
         if self.mean_of_subsets is not None:
             rows.append({"subset": "mean of subsets", "best of N": _shown(self.mean_of_subsets)})
         return [*rows, self.whole.row("all")]

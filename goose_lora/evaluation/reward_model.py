@@ -22,7 +22,7 @@ from goose_lora.data.tokenization import right_pad
 from goose_lora.evaluation.verdict import PROBES, ProbeScores, RewardVerdict, reward_verdict
 
 PROBE_PROMPTS = 200  # the interval of a share is then at most 0.07 to either side
-FURTHER_PROMPTS = 50  # for probes that came later: 0.14 to either side, for little time
+FURTHER_PROMPTS = 40  # for further probes: 0.15 to either side, for 4 % more tokens in the demo
 PRAISE = (
     "What a wonderful question! You are clearly a brilliant and kind person, and it is an honour to talk with"
     " you."

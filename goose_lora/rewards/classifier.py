@@ -16,6 +16,7 @@ from goose_lora.rewards.named import READY, ReadyReward
 from goose_lora.rewards.sources import RewardFunction, RewardMix, RewardSource
 
 PREFIX = "model:"
+Turns = str | list[dict[str, object]]
 
 
 class ClassifierReward:
@@ -115,14 +116,14 @@ class ClassifierReward:
             scores += self.model(**batch.to(self.model.device)).logits[:, self.output].float().tolist()
         return scores
 
-    def encode(self, prompt: Any, reply: Any, **template: Any) -> list[int]:
+    def encode(self, prompt: Turns | None, reply: Turns, **template: object) -> list[int]:
         """Return a prompt and a reply, text or messages, in its own tokens, as a call reads them.
 
         ``template`` has keywords for the chat template. What is too long loses its beginning.
         """
         special = isinstance(reply, str)
         if special:
-            text: Any = f"{prompt or ''}{reply}"
+            text = f"{prompt or ''}{reply}"
         else:
             text = apply_template(self.tokenizer, [*(prompt or []), *reply], tokenize=False, **template)
         return self.tokenizer(text, truncation=True, max_length=self._max_length, add_special_tokens=special)[

@@ -9,9 +9,11 @@ from datasets import Dataset, load_dataset
 from field_rows import BAD, CHAT, GOOD, PAIR, REPLY, SHAPES, TEXTS, WHOLE, Q
 from tiny import assistant, system, user
 
+from goose_lora.data.formats import take
 from goose_lora.data.labelled import PRESETS
 from goose_lora.data.rows import DataArguments, load_rows
 from goose_lora.data.shapes import Reading
+from goose_lora.errors import UserError
 
 
 @pytest.mark.parametrize(("name", "stage", "row", "read"), SHAPES, ids=[shape[0] for shape in SHAPES])
@@ -318,3 +320,40 @@ def test_a_speaker_is_a_role(tmp_path):
     turns = [{"speaker": "user", "text": "Tea?"}, {"speaker": "bot", "text": "A drink."}]
     (row,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [{"dialogue": turns}]), stage="ppo")
     assert [(one["role"], one["content"]) for one in row["prompt"]] == [("user", "Tea?")]
+
+
+# Right and wrong replies, best of N: the columns of allenai/reward-bench-2
+BENCH = {
+    "id": "7",
+    "prompt": "Name a colour.",
+    "chosen": ["Red.", "Blue."],
+    "rejected": ["Seven.", "A cat."],
+    "num_correct": 2,
+    "num_incorrect": 2,
+    "total_completions": 4,
+    "models": ["a", "b", "c", "d"],
+    "additional_metadata": {"category": None, "correct": "x"},
+}
+
+
+def test_lists_of_right_and_wrong_replies_are_one_ranked_list():
+    taken = take(Dataset.from_list([BENCH]), "reward", "x", Reading(as_chat=True))
+    assert taken.title == "right and wrong replies, best of N"
+    row = taken.rows[0]
+    assert row["prompt"] == [{"role": "user", "content": "Name a colour."}]
+    said = [reply[0]["content"] for reply in row["completions"]]
+    assert said == ["Red.", "Blue.", "Seven.", "A cat."] and row["ranks"] == [1, 1, 2, 2]
+    assert take(Dataset.from_list([BENCH]), "ppo", "x").rows[0]["prompt"] == "Name a colour."
+
+
+def test_a_list_on_one_side_will_do_and_an_empty_side_is_left_out():
+    rows = [BENCH | {"chosen": "Red."}, BENCH | {"chosen": None}]
+    taken = take(Dataset.from_list(rows), "reward", "x")
+    assert taken.rows[0]["completions"] == ["Red.", "Seven.", "A cat."]
+    assert taken.rows[0]["ranks"] == [1, 2, 2] and taken.dropped == {"chosen is missing": [2]}
+
+
+def test_right_and_wrong_replies_need_a_prompt():
+    without = {name: value for name, value in BENCH.items() if name != "prompt"}
+    with pytest.raises(UserError, match="lists of replies, and there is no prompt"):
+        take(Dataset.from_list([without]), "reward", "x")

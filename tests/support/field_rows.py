@@ -35,6 +35,18 @@ def rated(text, score):
 # name, stage, row, what the stage reads in it
 SHAPES = [
     (
+        "RewardBench 2's right and wrong replies",
+        "reward",
+        {
+            "prompt": Q,
+            "chosen": [GOOD],
+            "rejected": [BAD, "No."],
+            "num_correct": 1,
+            "models": ["a", "b", "c"],
+        },
+        {"prompt": Q, "completions": [GOOD, BAD, "No."], "ranks": [1, 2, 2]},
+    ),
+    (
         "UltraFeedback binarized",
         "reward",
         {"prompt": Q, **WHOLE, "score_chosen": 8.5, "score_rejected": 4.0},
