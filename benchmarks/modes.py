@@ -106,7 +106,7 @@ def start_recipe(name: str, arguments: list[str]) -> None:
 
 def recipe(name: str, folder: Path, seed: int, dtype: str, **settings: object) -> float:
     settings |= {"dtype": dtype} | ({} if name == "ppo" else {"bf16": dtype == "bfloat16"})
-    config = f"recipes/configs/demo_cpu/{name}.yaml"
+    config = f"recipes/configs/demo_cpu/raw/{name}.yaml"
     options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     arguments = ["--config", config, "--output_dir", str(folder), "--seed", str(seed), *options]
     return run(lambda: start_recipe(name, arguments), folder.with_suffix(".log"))

@@ -45,7 +45,7 @@ VADER = Package(
 def vader(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """Return VADER's compound sentiment of prompt and completion together, -1 to 1.
 
-    It is the demo's judge, which no stage of training sees.
+    It is the judge of texts that go on from their prompt.
     """
     return _sentiments([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
 
@@ -53,7 +53,8 @@ def vader(prompts: Sequence[str], completions: Sequence[str], **columns: object)
 def vader_of_reply(completions: Sequence[str], **columns: object) -> list[float]:
     """Return VADER's compound sentiment of replies alone, -1 to 1.
 
-    It is the judge of chats. What was asked for has no say: a film about war may be praised.
+    It is the demo's judge, which no stage of training sees. What was asked for has no say: a film
+    about war may be praised.
     """
     return _sentiments(completions)
 
@@ -78,6 +79,7 @@ def _sentiments(texts: Sequence[str]) -> list[float]:
 # The stages, each with its share of the time that all of them take
 STAGES = {"sft": 0.14, "reward": 0.38, "ppo": 0.36, "evaluation": 0.12}
 JUDGED_BY = "VADER"
+TEMPERATURE = 0.7  # of its rollouts and of its evaluation
 
 
 def run_demo(output: Path, *, seed: int = 0) -> None:
@@ -220,7 +222,7 @@ def _print_summary(output: Path, summary: dict[str, Any], greedy: list[dict[str,
     # The same in figures
     print(
         f"\nReward model: right on {reward['accuracy']:.3f} of held-out pairs ({low:.3f} to {high:.3f}).\n"
-        f"{summary['prompts']} held-out prompts at temperature 1; {JUDGED_BY} judges, which no stage of"
+        f"{summary['prompts']} held-out prompts at temperature {TEMPERATURE}; {JUDGED_BY} judges, which no stage of"
         " training has seen:\n"
     )
     rows: list[dict[str, object]] = [

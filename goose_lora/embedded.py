@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 MODEL = "embedded"
 # Rated sentences and beginnings of sentences, as plain text
 TEXT_DATASETS = ("sft", "preferences", "preferences-test", "random-pairs-test", "prompts", "prompts-test")
-# The same sentences as replies to a request for a review, as chat
+# The same sentences as replies to a request for a review: what the demo trains on
 CHAT_DATASETS = tuple(f"chat-{name}" for name in TEXT_DATASETS)
 DATASETS = (*TEXT_DATASETS, *CHAT_DATASETS)
 SPLIT_SEED = 0

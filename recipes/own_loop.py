@@ -1,6 +1,6 @@
 """A loop of your own: a text environment of several turns, with PPO's generate and step.
 
-    accelerate launch recipes/own_loop.py --config recipes/configs/demo_cpu/own_loop.yaml
+    accelerate launch recipes/own_loop.py --config recipes/configs/demo_cpu/raw/own_loop.yaml
     [--any_field value]
 
 A critic at the ticket desk is asked two things about a film. The policy goes on from the opening of

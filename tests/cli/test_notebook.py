@@ -63,7 +63,7 @@ def test_a_packaged_configuration_and_overrides(settings, tmp_path):
     texts = tiny.write_rows(tmp_path / "texts.jsonl", tiny.texts(16))
     done = goose_lora.run(
         "sft",
-        "demo_cpu/sft",
+        "demo_cpu/raw/sft",
         **(settings | {"lora_layers": "all"}),
         dataset_name=texts,
         output_dir=tmp_path / "sft",

@@ -14,10 +14,11 @@ import numpy
 import pytest
 import tiny
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goose_lora import cli, demo, embedded
-from goose_lora.cli.recipes import configurations
+from goose_lora.cli.recipes import configurations, recipes_folder
 from goose_lora.embedded import Rating
 from goose_lora.film_subjects import HELD_OUT, NAMED, TRAINED
 from goose_lora.models.loading import load_base, load_tokenizer
@@ -314,6 +315,18 @@ def test_the_stages_run_on_any_gpu_unless_the_cpu_is_asked_for(capability, asked
     ] == ([(True, False)] * 3 + [(False, False)] if gpu else [(False, True)] * 4)
 
 
+def test_replies_are_measured_as_they_are_sampled_in_training_and_every_stage_has_a_form_for_raw_text():
+    folder = recipes_folder() / "configs" / "demo_cpu"
+    ppo, evaluation, raw = (
+        yaml.safe_load((folder / name).read_text()) for name in ("ppo.yaml", "evaluate.yaml", "raw/ppo.yaml")
+    )
+    for name in ("temperature", "response_length"):
+        assert ppo[name] == evaluation[name]
+    assert ppo["temperature"] == demo.TEMPERATURE
+    assert ppo["dataset_name"] == "embedded/chat-prompts" and raw["dataset_name"] == "embedded/prompts"
+    assert {path.name for path in folder.glob("*.yaml")} <= {path.name for path in folder.glob("raw/*")}
+
+
 @pytest.mark.parametrize("on_path", [True, False])
 def test_the_demo_ends_with_three_prompts_a_table_and_commands_that_their_programs_take(
     on_path, tmp_path, monkeypatch, capsys
@@ -330,6 +343,7 @@ def test_the_demo_ends_with_three_prompts_a_table_and_commands_that_their_progra
     said = capsys.readouterr().out
     for n in range(3):
         assert said.index(f"ask {n}") < said.index(f"before {n}") < said.index(f"after {n}")
+    assert f"at temperature {demo.TEMPERATURE};" in said
     assert "greedy" in said and "0.162" in said and "right on 0.910 of held-out pairs" in said
     assert "42 s" in said and "3.1 GB" in said and str(output / "ppo" / "report.html") in said
 
