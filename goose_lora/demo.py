@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from goose_lora.cli.recipes import recipes_folder
 from goose_lora.embedded import (
     Package,
@@ -29,6 +31,7 @@ from goose_lora.embedded import (
 )
 from goose_lora.errors import UserError
 from goose_lora.files import read_json, write_json
+from goose_lora.reporting.run_files import lineage_of, read_evaluation
 from goose_lora.terminal import side_by_side, table
 from goose_lora.training.signals import EXIT_INTERRUPTED
 
@@ -89,9 +92,13 @@ def run_demo(output: Path, *, seed: int = 0) -> None:
     not run again. Writes ``summary.json`` and ``curves.png``.
 
     Raises:
-        UserError: a stage has failed.
+        UserError: a stage has failed, or one that was finished before belongs to another demo:
+            other data, another seed, or adapters that are gone.
     """
     recipes = recipes_folder()
+    finished = [stage for stage in STAGES if (output / stage / "stage.json").is_file()]
+    for stage in finished:
+        _check_finished(stage, recipes, output, seed)
 
     # Model and data, and the device
     started = time.monotonic()
@@ -111,7 +118,7 @@ def run_demo(output: Path, *, seed: int = 0) -> None:
     spent, share = 0.0, 0.0
     for number, stage in enumerate(STAGES, 1):
         place = f"[{number}/{len(STAGES)}] {stage}"
-        if (output / stage / "stage.json").is_file():
+        if stage in finished:
             print(f"{place}: already in {output / stage}; delete that folder to run it again", flush=True)
             continue
         print(f"\n{place}{_time_left(stage, spent, share)}", flush=True)
@@ -142,9 +149,42 @@ _STARTS_FROM = {
 }
 
 
-def _run_stage(recipes: Path, stage: str, output: Path, seed: int) -> None:
+def _config_of(stage: str, recipes: Path) -> Path:
     recipe = "evaluate" if stage == "evaluation" else stage
-    config = recipes / "configs" / "demo_cpu" / f"{recipe}.yaml"
+    return recipes / "configs" / "demo_cpu" / f"{recipe}.yaml"
+
+
+def _check_finished(stage: str, recipes: Path, output: Path, seed: int) -> None:
+    """Refuse a stage of another demo, since those after it would go on from it without a word."""
+    if stage == "evaluation":
+        evaluation = read_evaluation(output / stage) or {}
+        data, of_seed = evaluation.get("dataset"), seed
+        # A policy that is trained again has none of its own
+        is_stale = evaluation.get("figures") != (read_evaluation(output / "ppo") or {}).get("figures")
+    else:
+        lineage = lineage_of(output / stage)
+        data = lineage["data"][0]["name"] if lineage else None
+        of_seed = lineage.get("settings", {}).get("seed", seed)
+        parents = {noted["sha256"] for noted in lineage.get("parents", {}).values()}
+        is_stale = parents != {
+            lineage_of(output / name).get("sha256") for name in _STARTS_FROM[stage].values()
+        }
+
+    want = yaml.safe_load(_config_of(stage, recipes).read_text(encoding="utf-8"))["dataset_name"]
+    if data != want:
+        problem = f"is of the data {data}, and the demo of {want}"
+    elif of_seed != seed:
+        problem = f"has the seed {of_seed}, and not {seed}"
+    elif is_stale:
+        problem = "was not made from what the stages before it have left"
+    else:
+        return
+    raise UserError(f"{output / stage} {problem}. Delete that folder, or give another --output.")
+
+
+def _run_stage(recipes: Path, stage: str, output: Path, seed: int) -> None:
+    config = _config_of(stage, recipes)
+    recipe = config.stem
     command = [str(recipes / f"{recipe}.py"), "--config", str(config)]
     for name, folder in {"output_dir": stage, **_STARTS_FROM[stage]}.items():
         command += [f"--{name}", str(output / folder)]
@@ -222,8 +262,8 @@ def _print_summary(output: Path, summary: dict[str, Any], greedy: list[dict[str,
     # The same in figures
     print(
         f"\nReward model: right on {reward['accuracy']:.3f} of held-out pairs ({low:.3f} to {high:.3f}).\n"
-        f"{summary['prompts']} held-out prompts at temperature {TEMPERATURE}; {JUDGED_BY} judges, which no stage of"
-        " training has seen:\n"
+        f"{summary['prompts']} held-out prompts at temperature {TEMPERATURE}; {JUDGED_BY} judges, which no"
+        " stage of training has seen:\n"
     )
     rows: list[dict[str, object]] = [
         {"": title, **{_NAMES[name]: summary[name].get(key) for name in _NAMES}}

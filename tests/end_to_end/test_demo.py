@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import sys
 import zipfile
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goose_lora import cli, demo, embedded
 from goose_lora.cli.recipes import configurations, recipes_folder
 from goose_lora.embedded import Rating
+from goose_lora.errors import UserError
+from goose_lora.files import read_json, write_json
 from goose_lora.film_subjects import HELD_OUT, NAMED, TRAINED
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
@@ -325,6 +328,52 @@ def test_replies_are_measured_as_they_are_sampled_in_training_and_every_stage_ha
     assert ppo["temperature"] == demo.TEMPERATURE
     assert ppo["dataset_name"] == "embedded/chat-prompts" and raw["dataset_name"] == "embedded/prompts"
     assert {path.name for path in folder.glob("*.yaml")} <= {path.name for path in folder.glob("raw/*")}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """All stages of a demo of seed 3, as far as their records say."""
+    starts = {"sft": {}, "reward": {}, "ppo": {"policy": "sft", "reward": "reward"}}
+    data = {"sft": "sft", "reward": "preferences", "ppo": "prompts"}
+    for stage, parents in starts.items():
+        write_json(tmp_path / stage / "stage.json", {})
+        noted = {role: {"name": name, "sha256": f"of {name}"} for role, name in parents.items()}
+        lineage = {"stage": stage, "sha256": f"of {stage}", "parents": noted, "settings": {"seed": 3}}
+        lineage["data"] = [{"name": f"embedded/chat-{data[stage]}"}]
+        write_json(tmp_path / stage / "goose_lora.json", lineage)
+    evaluation = {"prompts": 200, "against": "sft", "dataset": "embedded/chat-prompts-test"}
+    evaluation["figures"] = {"ppo": {"kl": 1.0}}
+    write_json(tmp_path / "evaluation" / "stage.json", {})
+    for name in ("evaluation", "ppo"):
+        write_json(tmp_path / name / "evaluation.json", evaluation)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "changed", "said"),
+    [
+        ("sft", "goose_lora.json", {"data": [{"name": "embedded/sft"}]}, "of the data embedded/sft"),
+        ("reward", "goose_lora.json", {"settings": {"seed": 0}}, "has the seed 0, and not 3"),
+        ("ppo", "goose_lora.json", {"parents": {}}, "not made from what"),
+        ("evaluation", "evaluation.json", {"figures": {"ppo": {"kl": 2.0}}}, "not made from what"),
+        ("evaluation", "evaluation.json", {"dataset": "mine.jsonl"}, "of the data mine.jsonl"),
+    ],
+)
+def test_a_finished_stage_of_another_demo_is_refused_before_anything_runs(
+    stage, name, changed, said, finished
+):
+    for each in demo.STAGES:
+        demo._check_finished(each, recipes_folder(), finished, 3)
+    file = finished / stage / name
+    write_json(file, read_json(file) | changed)
+    with pytest.raises(UserError, match=rf"{stage} .*{said}.*Delete that folder, or give another --output"):
+        demo.run_demo(finished, seed=3)
+
+
+def test_a_stage_whose_parent_was_deleted_is_not_taken_for_finished(finished):
+    shutil.rmtree(finished / "sft")
+    with pytest.raises(UserError, match="ppo was not made from what the stages before it have left"):
+        demo.run_demo(finished, seed=3)
 
 
 @pytest.mark.parametrize("on_path", [True, False])
