@@ -4,12 +4,14 @@
     python benchmarks/memory.py fake
     python benchmarks/memory.py fits
     python benchmarks/memory.py gpu
+    python benchmarks/memory.py cards
 
 steps: whole PPO runs of small models; every byte that torch's CPU allocator gives out is counted.
 fake: 0.5B to 8B models in nf4; the real forward and backward on tensors that have shapes and no
 memory. fits: what the plan says fits into 8, 12, 16 and 24 GB with checkpointing, and the fake
 update at that size. gpu: rollout and update of these models with random weights on a GPU, and the
-peak of CUDA's caching allocator.
+peak of CUDA's caching allocator. cards: the picture of what PPO by the files of consumer_gpu/ takes
+of the card that each is for, docs/images/memory_by_card.svg.
 
 Fake tensors stand on the CPU; that PEFT casts inputs there, and not on a GPU, is put right. What a
 kernel takes inside itself does not show.
@@ -30,6 +32,7 @@ import torch
 import torch._dynamo
 import transformers.masking_utils
 import trl.kernels.chunked_logprob
+import yaml
 from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
@@ -133,6 +136,44 @@ LONG = {"max_prompt_tokens": 512, "response_length": 256, "rollout_weights": "sh
 def shape(name: str) -> Any:
     architecture, sizes = MODELS[name]
     return AutoConfig.for_model(architecture, **sizes, **REST[architecture])
+
+
+# The shapes of the models in recipes/configs/consumer_gpu/: layers, width, heads, inner width
+QWEN3 = {"num_key_value_heads": 8, **REST["qwen3"]}
+LLAMA = {"num_key_value_heads": 8, **REST["llama"]}
+UNTIED = {"tie_word_embeddings": False}
+NAMED: dict[str, tuple[str, tuple[int, int, int, int], dict[str, Any]]] = {
+    "Qwen/Qwen3-0.6B": ("qwen3", (28, 1024, 16, 3072), QWEN3),
+    "Qwen/Qwen3-1.7B": ("qwen3", (28, 2048, 16, 6144), QWEN3),
+    "Qwen/Qwen3-4B": ("qwen3", (36, 2560, 32, 9728), QWEN3),
+    "Qwen/Qwen3-8B": ("qwen3", (36, 4096, 32, 12288), QWEN3 | UNTIED),
+    "Qwen/Qwen3-14B": ("qwen3", (40, 5120, 40, 17408), QWEN3 | UNTIED),
+    "meta-llama/Llama-3.1-8B": ("llama", (32, 4096, 32, 14336), LLAMA),
+    "mistralai/Mistral-Small-24B-Base-2501": (
+        "mistral",
+        (40, 5120, 32, 32768),
+        LLAMA | {"vocab_size": 131072, "head_dim": 128},
+    ),
+}
+CONSUMER = Path(__file__).resolve().parents[1] / "recipes" / "configs" / "consumer_gpu"
+# Those for PPO, with the bytes of the card. One that is sold as 12 GB has 12 GiB
+FOR_CARDS = {
+    "8gb/ppo": 8 * 10**9,
+    "12gb/ppo": 12 * 10**9,
+    "16gb/ppo": 16 * 10**9,
+    "24gb/ppo": 24 * 10**9,
+    "ppo_8b_8gb": 8 * 10**9,
+    "ppo_8b": 12 * 10**9,
+    "ppo_14b_12gb": 12 * 2**30,
+    "ppo_24b_24gb": 24 * 10**9,
+}
+
+
+def shape_of_named(name: str, layers: int | None = None) -> Any:
+    """The shape of a model of consumer_gpu/, with fewer layers if so asked."""
+    architecture, (number, hidden, heads, inner), rest = NAMED[name]
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": inner}
+    return AutoConfig.for_model(architecture, **rest | sizes, num_hidden_layers=layers or number)
 
 
 def settings(folder: str | Path, **changes: Any) -> PPOConfig:
@@ -779,11 +820,68 @@ def gpu() -> None:
                 print(f"| {how} | " + " | ".join(cells) + " |", flush=True)
 
 
+# What a bar is made of, and its colour
+PARTS_OF_BAR = {
+    "base": (("base",), "#607d8b"),
+    "adapters, optimizer": (("adapters", "optimizer"), "#4a7a4f"),
+    "activations, logits": (("activations", "logits"), "#c98a3b"),
+    "cache, trunk, copy": (("cache", "trunk", "dense copy", "vllm"), "#8d6e9f"),
+}
+
+
+def cards() -> None:
+    """A bar a configuration, at the phase that takes most."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "memory"  # the same file each time
+    figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    names = []
+    for row, (name, card) in enumerate(FOR_CARDS.items()):
+        given = yaml.safe_load((CONSUMER / f"{name}.yaml").read_text())
+        model = ModelArguments(**{k: v for k, v in given.items() if k in ModelArguments.__dataclass_fields__})
+        known = {k: v for k, v in given.items() if k in PPOConfig.__dataclass_fields__}
+        core = meta_model(model, config=shape_of_named(model.model_name_or_path))
+        adapters = {"policy": given["policy_adapter"], "reward": given["reward_adapter"]}
+        planner = Planner(core, model, PPOConfig(**known | {"use_cpu": True}), memory=card, **adapters)
+        plan, left = planner.plan(), 0.0
+        parts = plan.phases[plan.phase]
+        widths = [sum(parts.get(part, 0) for part in of) for of, _ in PARTS_OF_BAR.values()]
+        assert sum(widths) == plan.peak, parts
+        bars = [
+            (width / 1e9, color, None)
+            for width, (_, color) in zip(widths, PARTS_OF_BAR.values(), strict=True)
+        ]
+        for width, color, hatch in [*bars, ((planner.needed() - plan.peak) / 1e9, "#ffffff", "////")]:
+            axes.barh(row, width, left=left, color=color, hatch=hatch, edgecolor="#90a4ae", linewidth=0.5)
+            left += width
+        axes.plot([card / 1e9] * 2, [row - 0.42, row + 0.42], color="#b3261e", linewidth=2)
+        axes.text(card / 1e9 + 0.2, row, f"{left:.1f} of {card / 1e9:.3g} GB", va="center", fontsize=9)
+        names.append(f"{name}: {model.model_name_or_path.rpartition('/')[2].removesuffix('-Base-2501')}")
+        print(f"{name}: {plan.phase} {plan.peak / 1e9:.2f} GB, with the margin {left:.2f}")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 29)
+    axes.set_xlabel("GB on the card, by plan; not measured on a GPU")
+    handles = [matplotlib.patches.Patch(color=color, label=name) for name, (_, color) in PARTS_OF_BAR.items()]
+    handles.append(
+        matplotlib.patches.Patch(
+            facecolor="#ffffff", edgecolor="#90a4ae", hatch="////", label="margin: 15 % and 0.6 GB"
+        )
+    )
+    handles.append(plt.Line2D([], [], color="#b3261e", linewidth=2, label="the card"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(CONSUMER.parents[2] / "docs" / "images" / "memory_by_card.svg", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tables = {"steps": steps, "fake": fake, "fits": fits, "gpu": gpu}
+    tables = {"steps": steps, "fake": fake, "fits": fits, "gpu": gpu, "cards": cards}
     parser.add_argument("table", choices=tables)
     tables[parser.parse_args().table]()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoConfig
 
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
@@ -22,21 +21,6 @@ FOLDER = ROOT / "recipes" / "configs" / "consumer_gpu"
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))
 CARDS, STAGES = (8, 12, 16, 24), ("sft", "reward", "ppo", "evaluate")
 LAYERS = 6
-QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "tie_word_embeddings": True}
-SHAPES = {
-    "Qwen/Qwen3-0.6B": (28, {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 3072}),
-    "Qwen/Qwen3-1.7B": (28, {"hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 6144}),
-    "Qwen/Qwen3-4B": (36, {"hidden_size": 2560, "num_attention_heads": 32, "intermediate_size": 9728}),
-    "Qwen/Qwen3-8B": (
-        36,
-        {
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "intermediate_size": 12288,
-            "tie_word_embeddings": False,
-        },
-    ),
-}
 
 
 def read(card, stage):
@@ -45,8 +29,7 @@ def read(card, stage):
 
 
 def shape_of(settings, layers=None):
-    number, sizes = SHAPES[settings["model_name_or_path"]]
-    return AutoConfig.for_model("qwen3", **QWEN3 | sizes, num_hidden_layers=layers or number)
+    return BENCHMARK["shape_of_named"](settings["model_name_or_path"], layers)
 
 
 def arguments(settings):
@@ -54,33 +37,14 @@ def arguments(settings):
     return ModelArguments(**{name: value for name, value in settings.items() if name in known})
 
 
-# PPO with policy, critic, reward model and reference where a base nearly fills the card: its name,
-# its shape, and the card's bytes. A card that is sold as 12 GB has 12 GiB.
-LLAMA = {"num_key_value_heads": 8, "tie_word_embeddings": False}
-LARGE = {
-    "ppo_8b": ("llama", LLAMA | {"vocab_size": 128256}, (32, 4096, 32, 14336), 12 * 10**9),
-    "ppo_8b_8gb": ("llama", LLAMA | {"vocab_size": 128256}, (32, 4096, 32, 14336), 8 * 10**9),
-    "ppo_14b_12gb": (
-        "qwen3",
-        QWEN3 | {"tie_word_embeddings": False},
-        (40, 5120, 40, 17408),
-        12 * 2**30,
-    ),
-    "ppo_24b_24gb": (
-        "mistral",
-        LLAMA | {"vocab_size": 131072, "head_dim": 128},
-        (40, 5120, 32, 32768),
-        24 * 10**9,
-    ),
-}
+# PPO with policy, critic, reward model and reference where a base nearly fills the card
+LARGE = [name for name in BENCHMARK["FOR_CARDS"] if "/" not in name]
 
 
 def large(name, layers=None):
     text = (FOLDER / f"{name}.yaml").read_text()
-    architecture, rest, (number, hidden, heads, inner), memory = LARGE[name]
-    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": inner}
-    shapes = AutoConfig.for_model(architecture, **rest | sizes, num_hidden_layers=layers or number)
-    return text, yaml.safe_load(text), shapes, memory
+    settings = yaml.safe_load(text)
+    return text, settings, shape_of(settings, layers), BENCHMARK["FOR_CARDS"][name]
 
 
 @pytest.mark.parametrize("name", LARGE)
