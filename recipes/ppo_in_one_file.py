@@ -260,10 +260,10 @@ def main(args=None):
     shared, tokenizer, prompts = load_roles(settings)
 
     # The optimizer has two groups of parameters, each with a learning rate that falls to 0.
-    rates = {"policy": settings.learning_rate, "value": settings.value_learning_rate}
-    trained = {role: [parameter for _, parameter in shared.training_parameters(role)] for role in rates}
-    groups = [{"params": trained[role], "lr": rate} for role, rate in rates.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    policy = [parameter for _, parameter in shared.training_parameters("policy")]
+    critic = [parameter for _, parameter in shared.training_parameters("value")]
+    groups = [{"params": policy}, {"params": critic, "lr": settings.value_learning_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
     steps_per_rollout = settings.num_ppo_epochs * settings.num_mini_batches
     total = settings.num_rollouts * steps_per_rollout
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (total - step) / total)
