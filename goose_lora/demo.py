@@ -30,7 +30,7 @@ from goose_lora.embedded import (
     model_folder,
 )
 from goose_lora.errors import UserError
-from goose_lora.files import read_json, write_json
+from goose_lora.files import read_json, read_jsonl, write_json
 from goose_lora.reporting.run_files import lineage_of, read_evaluation
 from goose_lora.terminal import side_by_side, table
 from goose_lora.training.signals import EXIT_INTERRUPTED
@@ -83,6 +83,7 @@ def _sentiments(texts: Sequence[str]) -> list[float]:
 STAGES = {"sft": 0.13, "reward": 0.36, "ppo": 0.32, "evaluation": 0.19}
 JUDGED_BY = "VADER"
 TEMPERATURE = 0.7  # of its rollouts and of its evaluation
+SHOWN = 3  # prompts whose replies are printed
 
 
 def run_demo(output: Path, *, seed: int = 0) -> None:
@@ -130,7 +131,7 @@ def run_demo(output: Path, *, seed: int = 0) -> None:
     summary = _summarise(output, round(time.monotonic() - started, 1))
     write_json(output / "summary.json", summary)
     shutil.copyfile(output / "ppo" / "curves.png", output / "curves.png")
-    _print_summary(output, summary, read_json(output / "evaluation" / "evaluation.json")["greedy"])
+    _print_summary(output, summary, read_jsonl(output / "evaluation" / "replies.jsonl")[:SHOWN])
 
 
 def _time_left(stage: str, spent: float, share: float) -> str:
@@ -251,13 +252,13 @@ def _summarise(output: Path, seconds: float) -> dict[str, Any]:
     return summary
 
 
-def _print_summary(output: Path, summary: dict[str, Any], greedy: list[dict[str, str]]) -> None:
+def _print_summary(output: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     # What changed, to be read
     reward = summary["reward"]
     low, high = reward["accuracy_ci"]
-    replies = {_NAMES[name]: [row[name] for row in greedy] for name in ("sft", "ppo")}
-    print("\nThree held-out prompts, before PPO and after it (greedy replies):\n")
-    print(side_by_side([row["asked"] for row in greedy], replies))
+    replies = {_NAMES[name]: [row[name] for row in rows] for name in ("sft", "ppo")}
+    print(f"\nThe first held-out prompts, before PPO and after it (sampled at temperature {TEMPERATURE}):\n")
+    print(side_by_side([row["asked"] for row in rows], replies))
 
     # The same in figures
     print(
@@ -265,11 +266,11 @@ def _print_summary(output: Path, summary: dict[str, Any], greedy: list[dict[str,
         f"{summary['prompts']} held-out prompts at temperature {TEMPERATURE}; {JUDGED_BY} judges, which no"
         " stage of training has seen:\n"
     )
-    rows: list[dict[str, object]] = [
+    lines: list[dict[str, object]] = [
         {"": title, **{_NAMES[name]: summary[name].get(key) for name in _NAMES}}
         for key, title in _FIGURES.items()
     ]
-    print(table(rows, ["", *_NAMES.values()]))
+    print(table(lines, ["", *_NAMES.values()]))
     seconds = ", ".join(f"{stage} {round(number)} s" for stage, number in summary["seconds"].items())
     print(f"\nTime: {seconds}. Peak memory: {max(summary['peak_rss_gb'].values()):.1f} GB.")
 

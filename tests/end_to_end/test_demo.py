@@ -385,15 +385,19 @@ def test_the_demo_ends_with_three_prompts_a_table_and_commands_that_their_progra
     summary = {name: dict(figures) for name in ("base", "sft", "ppo")}
     summary |= {"reward": {"accuracy": 0.91, "accuracy_ci": [0.88, 0.93]}, "prompts": 200}
     summary |= {"seconds": {"sft": 42.4}, "peak_rss_gb": {"sft": 3.06, "ppo": 2.7}}
-    greedy = [{"asked": f"ask {n}", "base": "b", "sft": f"before {n}", "ppo": f"after {n}"} for n in range(3)]
+    rows = [{"asked": f"ask {n}", "base": "b", "sft": f"before {n}", "ppo": f"after {n}"} for n in range(3)]
     monkeypatch.setattr(sys, "argv", [".venv/bin/goose-lora", "demo"])
     monkeypatch.setattr(demo.shutil, "which", lambda name: "/bin/goose-lora" if on_path else None)
-    demo._print_summary(output, summary, greedy)
+    demo._print_summary(output, summary, rows)
     said = capsys.readouterr().out
     for n in range(3):
         assert said.index(f"ask {n}") < said.index(f"before {n}") < said.index(f"after {n}")
     assert f"at temperature {demo.TEMPERATURE};" in said
-    assert "greedy" in said and "0.162" in said and "right on 0.910 of held-out pairs" in said
+    assert (
+        f"sampled at temperature {demo.TEMPERATURE}" in said
+        and "0.162" in said
+        and "right on 0.910 of held-out pairs" in said
+    )
     assert "42 s" in said and "3.1 GB" in said and str(output / "ppo" / "report.html") in said
 
     program = "goose-lora" if on_path else ".venv/bin/goose-lora"
