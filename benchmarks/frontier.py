@@ -6,6 +6,7 @@ Nothing is trained here. The rows are those of 2026-11-26, of the demo's ratings
 benchmarks/modes.py, means of three seeds, and benchmarks/demo_trl.py, here and TRL 1.12.0's PPO.
 """
 
+import argparse
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -57,6 +58,10 @@ def points_beside_trl(log: str) -> dict[str, Point]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     import matplotlib
 
     matplotlib.use("svg")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,6 +211,19 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def share_weights(folder: Path) -> None:
+    """Give weights in ``folder`` the mode of other new files.
+
+    safetensors leaves what it writes to its owner alone, so that no server could read it.
+    """
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def sync_all(folder: Path) -> None:

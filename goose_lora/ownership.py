@@ -21,7 +21,16 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from goose_lora.errors import FailedWriteError, UserError
-from goose_lora.files import WRITE_ERRORS, first_line, free_room, read_json, sync, sync_all, write_json
+from goose_lora.files import (
+    WRITE_ERRORS,
+    first_line,
+    free_room,
+    read_json,
+    share_weights,
+    sync,
+    sync_all,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -528,6 +537,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        share_weights(temporary)
         sync_all(temporary)
         _exchange(temporary, folder)
     except Exception as error:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from goose_lora import ownership
 from goose_lora.models.roles import ADAPTERS, WITH_HEAD
@@ -382,6 +384,19 @@ def test_a_result_goes_through_a_link_and_onto_a_disk_of_its_own(tmp_path):
     assert {
         name: text for name, text in contents(tmp_path / "disk").items() if name in PARTS
     } == dict.fromkeys(PARTS, "two")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_weights_are_as_readable_as_other_files(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        with ownership.replacing(tmp_path / "run") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary / "model.safetensors")
+            (temporary / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = {(tmp_path / "run" / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1 and modes.pop() & 0o777 == 0o666 & ~mask
 
 
 def test_the_folder_of_each_role_that_scores_is_a_result_of_ppo():

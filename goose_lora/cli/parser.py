@@ -126,6 +126,11 @@ def parse_with(parser: Any, words: Sequence[str], config: Mapping[str, Any]) -> 
         *instances, more = parser.parse_args_into_dataclasses(args=list(words), return_remaining_strings=True)
     except _REFUSALS as error:
         said = _nearest_choice(str(error))
+        if "assign use_cpu" in said and "Ampere" not in said:  # transformers' words where no GPU is
+            said = (
+                "bf16: torch finds no GPU. Say use_cpu: true (--use_cpu true) for the CPU, in bfloat16"
+                " too; `goose-lora env` shows what torch finds."
+            )
         culprit = ""
         if not any(field.name in said for kind in parser.dataclass_types for field in fields(kind)):
             culprit = _culprit(parser.dataclass_types, words, settings)

@@ -10,7 +10,8 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -293,7 +294,8 @@ def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dat
         if kind == "csv":
             rows = concatenate_datasets([_table(file) for file in files])
         else:
-            rows = load_dataset(kind, data_files=files, split="train", keep_in_memory=keep)
+            with _without_its_log():
+                rows = load_dataset(kind, data_files=files, split="train", keep_in_memory=keep)
     except ImportError as error:  # fsspec's, for an address
         raise UserError(f"{name}: {brief(error)}. Install that, or download the file first.") from error
     except (DatasetGenerationError, ValueError, OSError) as error:
@@ -305,6 +307,18 @@ def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dat
         ) from error
     assert isinstance(rows, Dataset)
     return rows
+
+
+@contextmanager
+def _without_its_log() -> Iterator[None]:
+    """Keep back what the library logs of a broken file: the error says it, with the line."""
+    library = logging.getLogger("datasets")
+    before = library.level
+    library.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        library.setLevel(before)
 
 
 def _json_object(path: Path) -> Dataset | None:

@@ -22,7 +22,7 @@ from goose_lora.reporting.figures import (
     two_decimals,
     with_interval,
 )
-from goose_lora.reporting.findings import Rows, column, ends, recent, rollouts_of
+from goose_lora.reporting.findings import CLEAR, TREND, Rows, change, column, ends, recent, rollouts_of
 from goose_lora.reporting.run_files import EvaluationFile, Lineage, lineage_of, read_evaluation
 
 REPORT_FILE = "report.html"
@@ -158,6 +158,9 @@ def outcome(metrics: Rows, evaluation: EvaluationFile | None) -> str:
     if scores:
         before, after = ends(scores)
         went = "rose" if after > before else "fell"
+        # As the diagnosis says it further down
+        if len(scores) >= TREND and abs(change(scores)) < CLEAR:
+            went = "went, within its noise,"
         text = f"The score {went} from {two_decimals(before)} to {two_decimals(after)}"
         kl, ended = recent(rows, "objective/kl"), recent(rows, "rollout/eos_rate")
         if kl is not None:

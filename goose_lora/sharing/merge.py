@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from goose_lora.data.rows import fingerprint, load_rows
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
 from goose_lora.errors import UserError
-from goose_lora.files import read_json_object, read_jsonl, sync_all, write_json
+from goose_lora.files import read_json_object, read_jsonl, share_weights, sync_all, write_json
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.arguments import DTYPES, ModelArguments, arguments_of
@@ -127,6 +127,7 @@ def _whole(out: Path) -> Iterator[Path]:
     hold(work)
     try:
         yield work
+        share_weights(work)
         sync_all(work)
         release(work)
         if out.is_dir():

@@ -65,6 +65,13 @@ def test_a_required_setting_that_is_missing_is_named():
         cli.parse(DataArguments, args=[])
 
 
+def test_bf16_without_a_gpu_is_answered_with_the_setting_for_the_cpu(tmp_path):
+    from trl import SFTConfig
+
+    with pytest.raises(ValueError, match=r"^bf16: torch finds no GPU\. .*--use_cpu true"):
+        cli.parse(SFTConfig, args=["--output_dir", str(tmp_path), "--bf16", "true"])
+
+
 @pytest.mark.parametrize(
     ("recipe", "types"),
     [

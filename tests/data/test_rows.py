@@ -148,10 +148,11 @@ USER = json.dumps({"prompt": "ba"}).encode()
         ("a.parquet", b"no parquet at all", "a.parquet: .*[Pp]arquet"),
     ],
 )
-def test_a_broken_file_names_the_line_and_what_is_wrong_with_it(name, content, message, tmp_path):
+def test_a_broken_file_names_the_line_and_what_is_wrong_with_it(name, content, message, tmp_path, capfd):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_rows(str(tmp_path / name))
+    assert "Failed to load" not in capfd.readouterr().err
 
 
 def test_columns_are_renamed_and_can_be_swapped(tmp_path):

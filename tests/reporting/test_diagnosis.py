@@ -428,14 +428,14 @@ def paid_for_one_word(tmp_path_factory):
         return [[float(token == 7) for token in ids] for ids in completion_ids]
 
     steep = {
-        "learning_rate": 5e-2,
+        "learning_rate": 2e-2,
         "value_learning_rate": 3e-2,
         "lam": 0.5,
         "kl_coef": 0.0,
         "num_ppo_epochs": 4,
     }
     return run(
-        tmp_path_factory.mktemp("one_word"), reward=one_word, stop_token_ids=None, rollouts=18, **steep
+        tmp_path_factory.mktemp("one_word"), reward=one_word, stop_token_ids=None, rollouts=24, **steep
     )
 
 
@@ -467,10 +467,10 @@ def test_a_run_that_is_paid_for_length(tmp_path):
         reward=length,
         **groups(8),
         **short,
-        learning_rate=3e-2,
+        learning_rate=1e-2,
         kl_coef=0.0,
         num_ppo_epochs=4,
-        rollouts=12,
+        rollouts=16,
     )
     assert findings["length"].level == "look" and "compare at equal length" in findings["length"].text
     assert (

@@ -205,6 +205,13 @@ def test_a_falling_score_and_a_run_without_scores_are_said_as_they_are():
     )
 
 
+def test_a_score_that_moves_within_its_noise_is_not_said_to_rise():
+    scores = [0.0, 1.0, -1.0, 0.5, -0.5, 1.0, -1.0, 0.3]
+    rows = [{"step": i, "objective/score": score} for i, score in enumerate(scores)]
+    assert html_report.outcome(rows, None).startswith("The score went, within its noise, from ")
+    assert "the score has not clearly risen" in " ".join(finding.text for finding in diagnose(rows))
+
+
 def test_what_is_well_is_folded_and_what_is_not_stands_open(tmp_path):
     folder = hand_made.write(tmp_path / "run")
     text = html_report.render_report(folder)
