@@ -176,6 +176,9 @@ def _env(arguments: argparse.Namespace) -> None:
 
 
 # ---- Before a run ----
+_OF_THE_HUB = ("dataset_config", "data_dir", "dataset_revision")  # the fields of a HubPlace
+
+
 def _add_data(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "data", help="show rows as a stage sees them, their lengths, and which are left out"
@@ -201,16 +204,7 @@ def _add_data(commands: Subcommands) -> None:
     )
     parser.add_argument("--max_rows", type=int, help="look at the first so many rows only")
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
-    parser.add_argument(
-        "--column_mapping", nargs="+", metavar="FROM=TO", help="columns to rename: instruction=prompt"
-    )
-    parser.add_argument(
-        "--pairs",
-        nargs="+",
-        metavar="KEY=VALUE",
-        help="which of two replies is better, as in the recipes: a=reply_1 b=reply_2 winner=better a_wins=1"
-        " b_wins=2, a preset's name, or best_first",
-    )
+    _add_reading(parser)
     parser.add_argument(
         "--as_chat",
         type=_true_or_false,
@@ -224,25 +218,44 @@ def _add_data(commands: Subcommands) -> None:
         "--assistant_only_loss", action="store_true", help="show what recipes/sft.py learns with it"
     )
     parser.add_argument("--chat_template_path", metavar="FILE", help="a chat template, as in the recipes")
-    for name in ("dataset_config", "data_dir", "dataset_revision"):
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which rows are read as the recipes read them."""
+    parser.add_argument(
+        "--column_mapping", nargs="+", metavar="FROM=TO", help="columns to rename: instruction=prompt"
+    )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="which of two replies is better, as in the recipes: a=reply_1 b=reply_2 winner=better a_wins=1"
+        " b_wins=2, a preset's name, or best_first",
+    )
+    for name in _OF_THE_HUB:
         parser.add_argument(f"--{name}", metavar="NAME", help="of a Hub dataset, as in the recipes")
 
 
-def _data(arguments: argparse.Namespace) -> None:
+def _reading_options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options of a command that reads rows; ``names`` may be embedded/NAME."""
     from datasets import disable_progress_bars
 
-    from goose_lora.data.report import describe
     from goose_lora.data.sources import HubPlace
     from goose_lora.embedded import resolve
 
     disable_progress_bars()
-    options = vars(arguments)
-    del options["command"]
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
     # What is shipped with the package has names of its own: embedded/...
-    for name in ("dataset", "tokenizer"):
+    for name in names:
         options[name] = options[name] and resolve(options[name])
-    place = HubPlace(*(options.pop(name) for name in ("dataset_config", "data_dir", "dataset_revision")))
-    _say(describe(**options, hub_place=place))
+    place = HubPlace(*(options.pop(name) for name in _OF_THE_HUB))
+    return {**options, "hub_place": place}
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from goose_lora.data.report import describe
+
+    _say(describe(**_reading_options(arguments, "dataset", "tokenizer")))
 
 
 def _add_plan(commands: Subcommands) -> None:
@@ -513,31 +526,10 @@ def _add_verdict(commands: Subcommands) -> None:
     )
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add the options by which rows are read as the recipes read them."""
-    parser.add_argument(
-        "--column_mapping", nargs="+", metavar="FROM=TO", help="columns to rename: instruction=prompt"
-    )
-    parser.add_argument(
-        "--pairs", nargs="+", metavar="KEY=VALUE", help="which of two replies is better, as in the recipes"
-    )
-    for name in ("dataset_config", "data_dir", "dataset_revision"):
-        parser.add_argument(f"--{name}", metavar="NAME", help="of a Hub dataset, as in the recipes")
-
-
 def _verdict(arguments: argparse.Namespace) -> None:
-    from datasets import disable_progress_bars
-
     from goose_lora.cli.reward_verdict import verdict
-    from goose_lora.data.sources import HubPlace
-    from goose_lora.embedded import resolve
 
-    disable_progress_bars()
-    options = vars(arguments)
-    del options["command"]
-    options["base"] = options["base"] and resolve(options["base"])
-    place = HubPlace(*(options.pop(name) for name in ("dataset_config", "data_dir", "dataset_revision")))
-    _say(verdict(**options, hub_place=place))
+    _say(verdict(**_reading_options(arguments, "base")))
 
 
 # ---- Ask and label ----

@@ -121,11 +121,7 @@ class ClassifierReward:
 
         ``template`` has keywords for the chat template. What is too long loses its beginning.
         """
-        special = isinstance(reply, str)
-        if special:
-            text = f"{prompt or ''}{reply}"
-        else:
-            text = apply_template(self.tokenizer, [*(prompt or []), *reply], tokenize=False, **template)
+        text, special = self._text(prompt, reply, **template), isinstance(reply, str)
         return self.tokenizer(text, truncation=True, max_length=self._max_length, add_special_tokens=special)[
             "input_ids"
         ]
@@ -140,11 +136,12 @@ class ClassifierReward:
             scores += self.model(**batch).logits[:, self.output].float().tolist()
         return scores
 
-    def _text(self, prompt: Any, completion: str) -> Any:
-        if isinstance(prompt, str):
-            return prompt + completion
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-        return apply_template(self.tokenizer, messages, tokenize=False)
+    def _text(self, prompt: Turns | None, reply: Turns, **template: object) -> Any:
+        """Return a prompt, text or messages, and a reply to it as one text."""
+        if isinstance(prompt or "", str) and isinstance(reply, str):
+            return f"{prompt or ''}{reply}"
+        turns = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+        return apply_template(self.tokenizer, [*(prompt or []), *turns], tokenize=False, **template)
 
     @property
     def _max_length(self) -> int:

@@ -4,9 +4,9 @@ PEFT's own scores."""
 import json
 
 import pytest
+import reward_runs
 import tiny
 import torch
-import yaml
 from peft import AutoPeftModelForSequenceClassification
 from recipe_runs import recipe
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -36,29 +36,7 @@ def run(*words):
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
-    tiny.save_base(folder / "base")
-    settings = {
-        "model_name_or_path": str(folder / "base"),
-        "dataset_name": tiny.write_rows(folder / "pairs.jsonl", tiny.preferences(24)),
-        "eval_dataset_name": tiny.write_rows(folder / "held.jsonl", tiny.preferences(12)),
-        "output_dir": str(folder / "reward"),
-        "quantization": "none",
-        "dtype": "float32",
-        "lora_r": 3,
-        "lora_layers": "top-2",
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 8,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "num_members": 3,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    recipe("reward").main(["--config", str(folder / "config.yaml")])
+    recipe("reward").main(reward_runs.settings(folder))
     return folder
 
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import reward_runs
 import tiny
 import tiny_runs
 import torch
@@ -22,34 +23,10 @@ from goose_lora.sharing.hub import files_to_upload
 
 
 def settings(folder, **changes):
-    """A reward model's settings on a tiny base, in a file; returns the words of its command."""
-    if not (folder / "base").exists():
-        tiny.save_base(folder / "base")
-    found = {
-        "model_name_or_path": str(folder / "base"),
-        "dataset_name": tiny.write_rows(folder / "pairs.jsonl", tiny.preferences(24)),
-        "eval_dataset_name": tiny.write_rows(folder / "held.jsonl", tiny.preferences(12)),
-        "output_dir": str(folder / "reward"),
-        "quantization": "none",
-        "dtype": "float32",
-        "lora_r": 3,
-        "lora_layers": "top-2",
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 8,
-        "gradient_checkpointing": False,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "num_members": 3,
-        "augment_pairs": {"other_prompt": 0.5, "neutral": 0.25},
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(found | changes))
-    return ["--config", str(path)]
+    """Members that learn from further pairs, and leave checkpoints."""
+    own = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    own["augment_pairs"] = {"other_prompt": 0.5, "neutral": 0.25}
+    return reward_runs.settings(folder, **own | changes)
 
 
 def train(folder, **changes):
