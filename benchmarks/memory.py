@@ -176,6 +176,18 @@ def shape_of_named(name: str, layers: int | None = None) -> Any:
     return AutoConfig.for_model(architecture, **rest | sizes, num_hidden_layers=layers or number)
 
 
+def model_of(given: dict[str, Any]) -> ModelArguments:
+    """The settings of the model, of those in a configuration."""
+    known = ModelArguments.__dataclass_fields__
+    return ModelArguments(**{name: value for name, value in given.items() if name in known})
+
+
+def config_of(given: dict[str, Any], **changes: Any) -> PPOConfig:
+    """Those of PPO, on a machine without a GPU; of the model, they have no say here."""
+    others = {name: value for name, value in given.items() if name in PPOConfig.__dataclass_fields__}
+    return PPOConfig(**others | {"use_cpu": True} | changes)
+
+
 def settings(folder: str | Path, **changes: Any) -> PPOConfig:
     return PPOConfig(
         output_dir=str(folder),
@@ -841,11 +853,10 @@ def cards() -> None:
     names = []
     for row, (name, card) in enumerate(FOR_CARDS.items()):
         given = yaml.safe_load((CONSUMER / f"{name}.yaml").read_text())
-        model = ModelArguments(**{k: v for k, v in given.items() if k in ModelArguments.__dataclass_fields__})
-        known = {k: v for k, v in given.items() if k in PPOConfig.__dataclass_fields__}
+        model = model_of(given)
         core = meta_model(model, config=shape_of_named(model.model_name_or_path))
         adapters = {"policy": given["policy_adapter"], "reward": given["reward_adapter"]}
-        planner = Planner(core, model, PPOConfig(**known | {"use_cpu": True}), memory=card, **adapters)
+        planner = Planner(core, model, config_of(given), memory=card, **adapters)
         plan, left = planner.plan(), 0.0
         parts = plan.phases[plan.phase]
         widths = [sum(parts.get(part, 0) for part in of) for of, _ in PARTS_OF_BAR.values()]

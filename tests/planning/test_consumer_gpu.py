@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
 from goose_lora.planning.memory import Planner, with_margin
 from goose_lora.planning.stages import Tuning, plan_evaluation, plan_tuning
-from goose_lora.ppo.config import PPOConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes" / "configs" / "consumer_gpu"
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))
+arguments, ppo = BENCHMARK["model_of"], BENCHMARK["config_of"]
 CARDS, STAGES = (8, 12, 16, 24), ("sft", "reward", "ppo", "evaluate")
 LAYERS = 6
 
@@ -30,11 +29,6 @@ def read(card, stage):
 
 def shape_of(settings, layers=None):
     return BENCHMARK["shape_of_named"](settings["model_name_or_path"], layers)
-
-
-def arguments(settings):
-    known = ModelArguments.__dataclass_fields__
-    return ModelArguments(**{name: value for name, value in settings.items() if name in known})
 
 
 # PPO with policy, critic, reward model and reference where a base nearly fills the card
@@ -83,12 +77,6 @@ def tuning(stage, settings):
     rows = settings["per_device_train_batch_size"] * (2 if stage == "reward" else 1)
     words = stage == "sft"
     return Tuning(rows, settings["max_length"], settings["gradient_checkpointing"], words)
-
-
-def ppo(settings, **changes):
-    """The settings of PPO on a machine without a GPU; of the model, they have no say here."""
-    others = {name: value for name, value in settings.items() if name in PPOConfig.__dataclass_fields__}
-    return PPOConfig(**others | {"use_cpu": True} | changes)
 
 
 def need(card, stage, settings):
