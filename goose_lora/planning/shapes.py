@@ -32,6 +32,8 @@ FP32 = 4
 # What families call the number of experts that read a token, and a layer's experts.
 EXPERTS_OF_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 EXPERT = re.compile(r"expert|moe")
+# PEFT notes both as a reward adapter's own modules, and a decoder has the first: no copy holds heads
+_REWARD_HEADS = ("score", "classifier")
 
 
 @dataclass(frozen=True)
@@ -338,7 +340,7 @@ def read_adapter(
     trained = sum(size for layer, size in inside if layer >= first) + everywhere * outside
     trained_from = 0 if everywhere else max(lowest, first)
     odd = (config.use_dora, config.lora_bias, config.target_parameters, config.trainable_token_indices)
-    whole = set(config.modules_to_save or []) - {"score"}
+    whole = set(config.modules_to_save or []) - set(_REWARD_HEADS)
     return AdapterShape(
         ranks=ranks,
         parameters=sum(size for _, size in inside) + outside,

@@ -11,7 +11,7 @@ import tiny
 import tiny_runs
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from goose_lora import cli
 from goose_lora.errors import UserError
@@ -19,6 +19,7 @@ from goose_lora.models import loading
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.compatibility import meta_model
 from goose_lora.models.dense_copy import dense_bytes, make_dense_copy
+from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.planning import ways
 from goose_lora.planning.memory import Planner, plan_run, read_memory
@@ -170,6 +171,28 @@ def test_auto_takes_the_dense_copy_only_where_the_whole_run_then_fits():
         plan = auto(memory)
         assert plan.dense * 2 <= plan.free and plan.rollout_weights == taken and plan.lack(memory) is None
     assert auto(shared.needed() - 1).lack(shared.needed() - 1) is not None
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_plan_and_run_agree_on_a_dense_copy_beside_a_reward_model_as_peft_saves_it(
+    tiny_base, tmp_path, changes
+):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1)
+    judge = get_peft_model(model, tiny.lora(model, task_type="SEQ_CLS", **changes))
+    judge.save_pretrained(tmp_path / "reward")
+    # PEFT notes a head that no decoder has: no whole module, which a copy could not hold
+    reward = AdapterFolder.of("reward_adapter", tmp_path / "reward")
+    assert "classifier" in reward.config["modules_to_save"]
+
+    core = tiny.base()
+    plan = Planner(
+        core, tiny.arguments(), settings(rollout_weights="auto"), reward=tmp_path / "reward", memory=10**9
+    )
+    made = make_dense_copy(SharedBase.build(core, tiny.lora(core), reward=reward), "auto")
+    assert (plan.rollout_weights, plan.dense > 0) == (
+        ("auto", True) if made is not None else ("shared", False)
+    )
+    assert (made is None) == bool(changes.get("use_dora"))
 
 
 def test_a_static_cache_is_there_from_the_first_token_in_whole_blocks():
