@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from goose_lora.errors import UserError
-from goose_lora.film_subjects import FORMS, HELD_OUT, NAMED, TRAINED
+from goose_lora.film_subjects import CARD_FORMS, FORMS, HELD_OUT, NAMED, TRAINED
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ MODEL = "embedded"
 TEXT_DATASETS = ("sft", "preferences", "preferences-test", "random-pairs-test", "prompts", "prompts-test")
 # The same sentences as replies to a request for a review: what the demo trains on
 CHAT_DATASETS = tuple(f"chat-{name}" for name in TEXT_DATASETS)
-DATASETS = (*TEXT_DATASETS, *CHAT_DATASETS)
+# Requests for a JSON object, which a rule can check; no rating has a part in them
+CARD_DATASETS = ("film-cards", "film-cards-test")
+DATASETS = (*TEXT_DATASETS, *CHAT_DATASETS, *CARD_DATASETS)
 SPLIT_SEED = 0
 # Shares of the sentences: to train SFT and reward model, to take training prompts from, and held
 # out from everything.
@@ -102,7 +104,8 @@ def resolve(name: str) -> str:
             raise UserError(
                 f"{name}: no such embedded data. There are {', '.join(f'{MODEL}/{d}' for d in DATASETS)}."
             )
-        folder = chat_folder() if dataset in CHAT_DATASETS else data_folder()
+        of_ratings = chat_folder if dataset in CHAT_DATASETS else data_folder
+        folder = card_folder() if dataset in CARD_DATASETS else of_ratings()
         return str(folder / f"{dataset}.jsonl")
     return name
 
@@ -224,6 +227,14 @@ def chat_folder() -> Path:
     return make_folder(cache_dir() / "film-chats-2", _write_chats)
 
 
+def card_folder() -> Path:
+    """Return the folder with the data of ``CARD_DATASETS`` as jsonl.
+
+    Held-out subjects are asked for in the data of tests alone.
+    """
+    return make_folder(cache_dir() / "film-cards", lambda folder: _write_rows(folder, cards()))
+
+
 def _write_data(folder: Path) -> None:
     _write_rows(folder, datasets_from(read_ratings(fetch(RATINGS))))
 
@@ -308,6 +319,16 @@ def chats_from(ratings: Sequence[Rating]) -> dict[str, list[dict[str, Any]]]:
         "chat-prompts": prompts,
         "chat-prompts-test": prompts_test,
     }
+
+
+def cards() -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each of ``CARD_DATASETS``: prompts alone."""
+    rng = random.Random(SPLIT_SEED)
+    found = {}
+    for name, subjects in zip(CARD_DATASETS, ((*NAMED, *TRAINED), HELD_OUT), strict=True):
+        found[name] = [{"prompt": request(subject, form)} for subject in subjects for form in CARD_FORMS]
+        rng.shuffle(found[name])
+    return found
 
 
 def request(subject: str, form: str) -> list[dict[str, str]]:

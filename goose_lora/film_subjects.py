@@ -163,3 +163,10 @@ FORMS = (
     "What would a critic say of a film about {}? One sentence.",
     "In one sentence, what do you think of a film about {}?",
 )
+
+# Ways to ask for an object that a schema can check
+CARD_FORMS = (
+    'Write a JSON object with the keys "title" and "genre" for a film about {}. Write JSON only.',
+    'Invent a film about {}: a JSON object with the keys "title" and "genre", and nothing else.',
+    'Give me a film about {} as a JSON object with the keys "title" and "genre". JSON only.',
+)

@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -331,6 +331,7 @@ def _same_folder(path: Path, folder: Path) -> bool:
 LOCK, _HOLDER, _READER = ".writer.lock", ".writer.json", ".reader-"
 _held: dict[Path, FileLock] = {}
 _shared: dict[Path, FileLock] = {}
+_made: list[Path] = []  # folders that were not there, the outermost first
 
 
 def hold(folder: str | Path) -> None:
@@ -481,13 +482,15 @@ def begin_in(folder: str | Path, stage: str, *settings: object, writes: bool = T
 
 
 def require_writable(output_dir: str | Path) -> None:
-    """Make the folder ``output_dir``.
+    """Make the folder ``output_dir``; ``release`` takes it away again if it stays empty.
 
     Raises:
         UserError: nothing can be written to it.
     """
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        path = Path(output_dir).resolve()
+        _made.extend(place for place in (*reversed(path.parents), path) if not place.exists())
+        path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:
             file.write(b"0")
     except OSError as error:
@@ -499,7 +502,10 @@ def require_writable(output_dir: str | Path) -> None:
 
 
 def release(folder: str | Path | None = None) -> None:
-    """Let others write to ``folder``, or to all that this process holds."""
+    """Let others write to ``folder``, or to all that this process holds.
+
+    Of all, folders that were made for results and have none go, as of a run that was refused.
+    """
     for held, names in ((_held, (_HOLDER, LOCK)), (_shared, ())):
         for path in [Path(folder).resolve()] if folder is not None else list(held):
             lock = held.pop(path, None)
@@ -509,6 +515,9 @@ def release(folder: str | Path | None = None) -> None:
             for name in names or (Path(lock.lock_file).name,):
                 (path / name).unlink(missing_ok=True)
             lock.release()
+    while folder is None and _made:
+        with suppress(OSError):  # there are results in it, or it has gone
+            _made.pop().rmdir()
 
 
 atexit.register(release)

@@ -490,6 +490,18 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     assert list((tmp_path / "new" / "run").iterdir()) == []
 
 
+def test_a_run_that_is_refused_leaves_no_folder_and_one_with_results_keeps_its_own(tmp_path):
+    refused, kept = tmp_path / "runs" / "of" / "a", tmp_path / "kept"
+    (tmp_path / "there").mkdir()
+    for folder in (refused, kept, tmp_path / "there" / "b"):
+        ownership.begin_in(folder, "ppo")
+    (kept / "result").write_text("one")
+    ownership.release()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "there"]
+    assert [path.name for path in kept.iterdir()] == ["result"] and not any((tmp_path / "there").iterdir())
+
+
+
 def test_the_first_signal_is_noted_and_the_second_does_what_it_does_without(capfd, request):
     before, own_handler = signal.default_int_handler, signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)  # the background jobs of a shell ignore it
