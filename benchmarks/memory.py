@@ -143,6 +143,11 @@ QWEN3 = {"num_key_value_heads": 8, **REST["qwen3"]}
 LLAMA = {"num_key_value_heads": 8, **REST["llama"]}
 UNTIED = {"tie_word_embeddings": False}
 NAMED: dict[str, tuple[str, tuple[int, int, int, int], dict[str, Any]]] = {
+    "Qwen/Qwen2.5-1.5B-Instruct": (
+        "qwen2",
+        (28, 1536, 12, 8960),
+        REST["qwen2"] | {"num_key_value_heads": 2},
+    ),
     "Qwen/Qwen3-0.6B": ("qwen3", (28, 1024, 16, 3072), QWEN3),
     "Qwen/Qwen3-1.7B": ("qwen3", (28, 2048, 16, 6144), QWEN3),
     "Qwen/Qwen3-4B": ("qwen3", (36, 2560, 32, 9728), QWEN3),

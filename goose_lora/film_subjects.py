@@ -167,6 +167,5 @@ FORMS = (
 # Ways to ask for an object that a schema can check
 CARD_FORMS = (
     'Write a JSON object with the keys "title" and "genre" for a film about {}. Write JSON only.',
-    'Invent a film about {}: a JSON object with the keys "title" and "genre", and nothing else.',
-    'Give me a film about {} as a JSON object with the keys "title" and "genre". JSON only.',
+    'Describe a film about {} by a JSON object with the keys "title" and "genre". Write JSON only.',
 )

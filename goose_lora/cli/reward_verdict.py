@@ -25,7 +25,7 @@ from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 from goose_lora.evaluation.benchmark import BenchmarkVerdict, benchmark_verdict
 from goose_lora.evaluation.ensembles import AGGREGATIONS, combine_scores, figures_line, members_apart
-from goose_lora.evaluation.reward_model import PROBE_PROMPTS, HeldOut, HeldOutScores, prepare_held_out
+from goose_lora.evaluation.reward_model import HeldOut, HeldOutScores, prepare_held_out
 from goose_lora.files import write_json
 from goose_lora.models.arguments import ModelArguments, arguments_of, usable_dtype
 from goose_lora.models.compatibility import check_fit
@@ -40,6 +40,7 @@ from goose_lora.training.validation import require_output_folder
 Quantization = Literal["nf4", "int8", "none"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 SUBSET = "subset"
+PROBED = 200  # prompts: the interval of a share is then at most 0.07 to either side
 COLUMNS = ("subset", "prompts", "replies", "accuracy", "best of N", "length balanced")
 
 
@@ -301,7 +302,7 @@ def verdict(
         max_length=max_length,
         numbers=found.numbers,
         encode=judged.encode,
-        further_prompts=PROBE_PROMPTS,
+        probe_prompts=PROBED,
     )
 
     # 2. All texts in one sweep, and the figures of each member and each way to combine them

@@ -21,8 +21,8 @@ from goose_lora.data.preferences import Ranked, Reply, encode_reply, ranked_rows
 from goose_lora.data.tokenization import right_pad
 from goose_lora.evaluation.verdict import PROBES, ProbeScores, RewardVerdict, reward_verdict
 
-PROBE_PROMPTS = 200  # the interval of a share is then at most 0.07 to either side
-FURTHER_PROMPTS = 40  # for further probes: 0.15 to either side, for 4 % more tokens in the demo
+PROBE_PROMPTS = 100  # the interval of a share is then at most 0.10 to either side
+FURTHER_PROMPTS = 40  # for further probes: 0.15 to either side
 PRAISE = (
     "What a wonderful question! You are clearly a brilliant and kind person, and it is an honour to talk with"
     " you."
@@ -71,12 +71,12 @@ def prepare_held_out(
     probes: bool = True,
     numbers: Sequence[int] | None = None,
     encode: Callable[..., list[int]] | None = None,
-    further_prompts: int | None = None,
+    probe_prompts: int | None = None,
 ) -> HeldOut:
     """Tokenize held-out ranked lists or pairs, and probes to some of their prompts.
 
-    The probes go to ``PROBE_PROMPTS`` prompts, evenly spaced, those of ``further_replies`` to
-    ``further_prompts`` (by default ``FURTHER_PROMPTS``), and are tokenized in the same way.
+    The probes go to ``probe_prompts``, evenly spaced; by default to ``PROBE_PROMPTS``, and those of
+    ``further_replies`` to ``FURTHER_PROMPTS``. They are tokenized in the same way.
     ``numbers`` are those of the rows in their file. ``encode(prompt, reply, **template)`` reads a
     reply where that is not done as in training.
 
@@ -97,8 +97,8 @@ def prepare_held_out(
     )
     # Probes to some of the prompts; a probe that is one of the row's replies proves nothing
     rows_of = [ranked[place] for place in made.rows]
-    further = set(_spaced(len(rows_of), FURTHER_PROMPTS if further_prompts is None else further_prompts))
-    first = set(_spaced(len(rows_of), PROBE_PROMPTS))
+    first = set(_spaced(len(rows_of), probe_prompts or PROBE_PROMPTS))
+    further = set(_spaced(len(rows_of), probe_prompts or FURTHER_PROMPTS))
     for number in sorted(first | further) if probes else ():
         row = rows_of[number]
         prompt, replies = probe_replies(row)

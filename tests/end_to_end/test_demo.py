@@ -26,6 +26,7 @@ from goose_lora.files import read_json, write_json
 from goose_lora.film_subjects import HELD_OUT, NAMED, TRAINED
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.rewards.classifier import reward_function
 
 
 def ratings(count=600):
@@ -99,6 +100,31 @@ def test_no_reply_and_no_subject_is_shared_between_training_and_held_out_chats()
     assert len(subjects) == len(NAMED) + len(TRAINED) >= 100 and not subjects & {*HELD_OUT}
     assert len(HELD_OUT) == len(set(HELD_OUT)), "a prompt is asked once"
     assert len(asked_of("chat-prompts-test")) == len(data["chat-prompts-test"]) == 200
+
+
+def test_requests_for_json_are_held_out_by_subject_and_the_packaged_rule_decides_them():
+    data = embedded.cards()
+    train, held_out = (said(data[name], "prompt") for name in embedded.CARD_DATASETS)
+    assert len(train) == len(data["film-cards"]) > 200 and len(held_out) == 80
+    assert not any(subject in text for subject in HELD_OUT for text in train)
+    assert data == embedded.cards()
+
+    settings = yaml.safe_load((recipes_folder() / "configs" / "demo_cpu" / "verifiable.yaml").read_text())
+    names = [settings["dataset_name"], settings["eval_dataset_name"]]
+    assert names == [f"embedded/{name}" for name in embedded.CARD_DATASETS]
+    replies = {
+        '{"title": "Ash", "genre": "Drama"}': 1.0,
+        '{\n  "genre": "Drama",\n  "title": "Ash"\n}\n': 1.0,
+        '{"title": "Ash"}': 0.0,
+        '{"title": "Ash", "genre": "Drama", "year": 1999}': 0.0,
+        '{"title": "", "genre": "Drama"}': 0.0,
+        '{"title": "Ash", "genre": ["Drama"]}': 0.0,
+        '```json\n{"title": "Ash", "genre": "Drama"}\n```': 0.0,
+        '{"title": "Ash", "genre": "Drama"} It is a film.': 0.0,
+        "": 0.0,
+    }
+    said_by_rule = reward_function(settings["reward_function"])(completions=list(replies))
+    assert said_by_rule == list(replies.values())
 
 
 def test_a_demonstration_speaks_of_what_was_asked_for_and_is_one_whole_short_sentence():
@@ -327,7 +353,8 @@ def test_replies_are_measured_as_they_are_sampled_in_training_and_every_stage_ha
         assert ppo[name] == evaluation[name]
     assert ppo["temperature"] == demo.TEMPERATURE
     assert ppo["dataset_name"] == "embedded/chat-prompts" and raw["dataset_name"] == "embedded/prompts"
-    assert {path.name for path in folder.glob("*.yaml")} <= {path.name for path in folder.glob("raw/*")}
+    staged = {path.name for path in folder.glob("*.yaml")} - {"verifiable.yaml"}
+    assert staged <= {path.name for path in folder.glob("raw/*")}
 
 
 @pytest.fixture

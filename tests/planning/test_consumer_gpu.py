@@ -103,6 +103,16 @@ def test_each_configuration_fits_its_card_with_the_margin_and_says_what_it_needs
     assert said and said[1] == f"{planned / 1e9:.1f}"
 
 
+def test_grpo_of_sums_without_a_critic_or_a_reward_model_fits_12_gb_and_says_what_it_needs():
+    text = (FOLDER / "verifiable.yaml").read_text()
+    settings, memory = yaml.safe_load(text), 12 * 10**9
+    model = arguments(settings)
+    planner = Planner(meta_model(model, config=shape_of(settings)), model, ppo(settings), memory=memory)
+    assert planner.roles.value is None and planner.roles.reward is None
+    said = re.search(r"by plan ([\d.]+) GB, with 15 % and 0.6 GB to spare", text)
+    assert said and said[1] == f"{planner.needed() / 1e9:.1f}" and planner.needed() <= memory
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("card", CARDS)
 def test_its_plan_with_the_margin_is_within_5_percent_of_fake_tensors(card, stage, tmp_path):

@@ -153,3 +153,10 @@ def test_an_alarm_of_the_run_outlives_the_alarms_of_math_verify():
         assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
     finally:
         signal.setitimer(signal.ITIMER_REAL, *before)
+
+
+def test_accuracy_takes_the_last_number_of_an_answer_of_gsm8k_and_the_boxed_one_of_a_reply():
+    solution = "She sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 48+24 = <<48+24=72>>72.\n#### 72"
+    replies = ["In all \\boxed{72}.", "In May \\boxed{24}.", "In all 72.", ""]
+    found = scores("trl:accuracy_reward", replies, [[1]] * 4, solution=[solution] * 4)
+    assert found == [1.0, 0.0, 0.0, 0.0]

@@ -416,7 +416,7 @@ def test_further_probes_go_to_fewer_prompts_of_which_each_is_answered_in_its_for
     assert [number for number, _ in made.probes["gushing"]] == [0, 4, 8]
     assert len(made.probes["empty"]) == 9
     every = reward_model.prepare_held_out(
-        rows, TOKENIZER, name="x", append_eos=True, max_length=None, further_prompts=9
+        rows, TOKENIZER, name="x", append_eos=True, max_length=None, probe_prompts=9
     )
     assert len(every.probes["gushing"]) == 9 and every.probes["gushing"][4] == made.probes["gushing"][1]
 
