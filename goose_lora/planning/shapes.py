@@ -32,7 +32,7 @@ FP32 = 4
 # What families call the number of experts that read a token, and a layer's experts.
 EXPERTS_OF_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 EXPERT = re.compile(r"expert|moe")
-# PEFT notes both as a reward adapter's own modules, and a decoder has the first: no copy holds heads
+# PEFT notes both as own modules of a reward adapter, and a decoder has the first: no copy needs it
 _REWARD_HEADS = ("score", "classifier")
 
 

@@ -501,7 +501,6 @@ def test_a_run_that_is_refused_leaves_no_folder_and_one_with_results_keeps_its_o
     assert [path.name for path in kept.iterdir()] == ["result"] and not any((tmp_path / "there").iterdir())
 
 
-
 def test_the_first_signal_is_noted_and_the_second_does_what_it_does_without(capfd, request):
     before, own_handler = signal.default_int_handler, signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)  # the background jobs of a shell ignore it
