@@ -38,7 +38,8 @@ WRITTEN = "written.json"
 _FORMAT = 1
 _LAST = "adapter_config.json"  # without it nothing loads an adapter
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
-_LOGS = ("metrics.jsonl", "samples.jsonl", "log.txt")  # of the run that is under way, not of its result
+# Of the run that is under way, not of its result; each process has paid answers of its own
+_LOGS = re.compile(r"metrics\.jsonl|samples\.jsonl|log\.txt|judge_cache(_\d+)?\.jsonl")
 _ADAPTER = (_LAST, "adapter_model.safetensors", "goose_lora.json", "README.md")
 _TOKENIZER = (
     "tokenizer.json",
@@ -50,7 +51,7 @@ _TOKENIZER = (
     "merges.txt",
     "tokenizer.model",
 )
-_PPO = ("samples.jsonl", "curves.png", "report.html")
+_PPO = ("samples.jsonl", "curves.png", "report.html", "judge_cache.jsonl")
 _ROLE_FOLDERS = ("value", "reward", "reference", *(f"reward_{place}" for place in range(1, 8)))
 _ROLES = (*(f"{role}/{name}" for role in _ROLE_FOLDERS for name in _ADAPTER), "reward/members.json")
 _TRAINED = (*_ADAPTER, *_TOKENIZER, "stage.json", "metrics.jsonl", "log.txt")
@@ -563,7 +564,7 @@ def _exchange(temporary: Path, folder: Path) -> None:
     """Put what is in ``temporary`` in the place of the earlier result, or leave all as it was."""
     new = [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]
     found, old = written(folder), folder / _REPLACED
-    before = [name for name in found.files if name not in _LOGS and (folder / name).is_file()]
+    before = [name for name in found.files if not _LOGS.fullmatch(name) and (folder / name).is_file()]
     undo: list[tuple[Path, Path]] = []
     try:
         # The old result moves aside, first what makes it load. Of a save that was killed here, its

@@ -18,19 +18,7 @@ from goose_lora import cli
 from goose_lora.data import DataArguments, asked, tokenize_prompts
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
-from goose_lora.evaluation import (
-    CACHE_FILE,
-    SERVED,
-    PairwiseJudge,
-    Replies,
-    answer,
-    best_of,
-    check_judge_settings,
-    compare_all,
-    judge_all,
-    rubric_text,
-    summary,
-)
+from goose_lora.evaluation import Replies, answer, best_of, compare_all, judge_all, summary
 from goose_lora.files import write_json, write_jsonl
 from goose_lora.generation import RolloutCompile, StaticCache, generation_config, make_static_cache
 from goose_lora.models import (
@@ -51,7 +39,15 @@ from goose_lora.models import (
 )
 from goose_lora.ownership import RESULTS, begin_in, claim, release, share
 from goose_lora.reporting import refresh_report, write_stage
-from goose_lora.rewards import RewardMix, reward_function
+from goose_lora.rewards import (
+    CACHE_FILE,
+    SERVED,
+    PairwiseJudge,
+    RewardMix,
+    check_judge_settings,
+    reward_function,
+    rubric_text,
+)
 from goose_lora.sharing import add_evaluation
 from goose_lora.terminal import side_by_side, table
 from goose_lora.training import device_text, require_at_least_one, require_one_process

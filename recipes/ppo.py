@@ -57,13 +57,21 @@ class RoleArguments:
         metadata={
             "help": (
                 "Scores replies in place of the reward adapter: module:function; trl:NAME or"
-                " check:NAME, ready rewards, with (argument=value); or model:NAME, a classifier; or several,"
-                " also 'adapter'."
+                " check:NAME, ready rewards, with (argument=value); model:NAME, a classifier; openai:MODEL,"
+                " which compares the replies to a prompt; or several, also 'adapter'."
             )
         },
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One to each reward_function; 1 if unset."}
+    )
+    judge_base_url: str | None = field(
+        default=None,
+        metadata={"help": "Server of openai:MODEL, like http://localhost:11434/v1; OpenAI's if unset."},
+    )
+    judge_rubric: str | None = field(
+        default=None,
+        metadata={"help": "File that tells openai:MODEL what is better; one for all if unset."},
     )
     reward_model_quantization: Literal["nf4", "int8", "none"] = field(
         default="none", metadata={"help": "How a classifier of model:NAME is kept."}
@@ -76,6 +84,7 @@ class RoleArguments:
         if isinstance(self.reward_weights, (int, float)):  # one number without brackets in a YAML file
             self.reward_weights = [self.reward_weights]
         check_weights(self.reward_weights, self.reward_function)
+        cli.check_reward_judges(self.reward_function, self.judge_base_url, self.judge_rubric)
         coef, aggregation = self.uncertainty_coef, self.reward_aggregation
         if coef is not None and (aggregation != "mean_minus_std" or coef < 0):
             raise UserError(
@@ -96,6 +105,7 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         roles.reward_function,
         has_adapter=reward is not None,
         trust_remote_code=config.trust_remote_code,
+        judge=cli.judge_maker(config, roles.judge_base_url, roles.judge_rubric),
     )
     require_ensemble(reward, roles.reward_aggregation, asked="adapter" in sources)
     plan = config.role_plan(has_policy=policy is not None, has_reward=reward is not None)
@@ -122,6 +132,7 @@ def main(args: list[str] | None = None) -> PPOTrainer:
         pretraining_length=roles.ptx_max_length,
         force=roles.force,
     )
+    cli.begin_judging(stage, sources, roles.reward_weights, prompts)  # last: an answer may be paid for
 
     # 2. One base in memory. Policy, critic, reward model and reference are adapters on it.
     base = stage.base(tokenizer)
@@ -155,6 +166,7 @@ def main(args: list[str] | None = None) -> PPOTrainer:
     trainer.given = stage.given  # what a run that resumes this one must be given too
     trainer.train(resume_from_checkpoint=stage.checkpoint)
     stage.finish(trainer, parents={"policy": policy, "reward": reward})
+    cli.tell_judging(stage, sources)
     return trainer
 
 

@@ -3,6 +3,10 @@
 from .commands import COMMANDS as COMMANDS
 from .commands import command_line as command_line
 from .commands import main as main
+from .judging import begin_judging as begin_judging
+from .judging import check_reward_judges as check_reward_judges
+from .judging import judge_maker as judge_maker
+from .judging import tell_judging as tell_judging
 from .parser import check_settings as check_settings
 from .parser import parse as parse
 from .parser import read_config as read_config

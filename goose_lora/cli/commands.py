@@ -569,12 +569,8 @@ def _add_label(commands: Subcommands) -> None:
         "label",
         help="choose between two replies of a policy on a local page, and write pairs for recipes/reward.py",
     )
-    parser.add_argument(
-        "--policy", required=True, metavar="RUN", help="folder of the run whose replies are compared"
-    )
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="rows with a prompt, or embedded/NAME"
-    )
+    parser.add_argument("--policy", metavar="RUN", help="folder of the run whose replies are compared")
+    parser.add_argument("--prompts", metavar="FILE", help="rows with a prompt, or embedded/NAME")
     parser.add_argument(
         "--out",
         required=True,
@@ -595,24 +591,82 @@ def _add_label(commands: Subcommands) -> None:
         help="replies sampled to a prompt, of which two are shown (default: 4)",
     )
     _add_asking(parser, greedy=False)
+    judge = parser.add_argument_group("a judge in place of the page")
+    judge.add_argument("--judge", metavar="openai:MODEL", help="a model behind a server, which chooses")
+    judge.add_argument("--judge_base_url", metavar="URL", help="its server; OpenAI's if unset")
+    judge.add_argument("--judge_rubric", metavar="FILE", help="what makes a reply better, in your words")
+    judge.add_argument(
+        "--replies",
+        metavar="FILE_OR_HUB_ID",
+        help="rows with a prompt and replies to compare, in place of --policy and --prompts",
+    )
+    judge.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="NAME",
+        help="of --replies: one with lists (default: completions), or two or more with a reply each",
+    )
 
 
 def _label(arguments: argparse.Namespace) -> None:
     from datasets import disable_progress_bars
 
+    from goose_lora.apps.label import open_queue
+    from goose_lora.apps.label_by_judge import judge_queue, judge_replies, labelling_judge
     from goose_lora.apps.label_page import label
     from goose_lora.embedded import resolve
 
     disable_progress_bars()
+    _check_label(arguments)
     options = vars(arguments)
     del options["command"]
-    label(
-        **{
-            **options,
-            "base": options["base"] and resolve(options["base"]),
-            "prompts": resolve(options["prompts"]),
-        }
-    )
+    for name in ("base", "prompts", "replies"):
+        options[name] = options[name] and resolve(options[name])
+    name, url, rubric = (options.pop(name) for name in ("judge", "judge_base_url", "judge_rubric"))
+    replies, columns = options.pop("replies"), options.pop("columns")
+    if name is None:
+        label(**options)
+        return
+    # A server that does not answer is found before a policy is loaded
+    judge = labelling_judge(name, base_url=url, rubric=rubric, out=options["out"])
+    if replies is not None:
+        _say(judge_replies(replies, options["out"], judge, columns=columns))
+        return
+    del options["port"]
+    judge.check()
+    _say(judge_queue(open_queue(**options), judge))
+
+
+def _check_label(arguments: argparse.Namespace) -> None:
+    """Raise UserError for options of ``label`` that do not go together."""
+    # What belongs to a judge, or to the page
+    given = vars(arguments)
+    of_judge = [name for name in ("judge_base_url", "judge_rubric", "replies") if given[name] is not None]
+    if arguments.judge is None and of_judge:
+        raise UserError(
+            f"--{of_judge[0]} is of a judge. Set --judge openai:MODEL beside it, or leave it out."
+        )
+    if arguments.columns is not None and arguments.replies is None:
+        raise UserError("--columns is of --replies. Set that beside it, or leave it out.")
+    if arguments.judge is not None and arguments.port is not None:
+        raise UserError("--port is of the page, which --judge does without. Leave one of them out.")
+    # Replies are in a file, or a policy writes them
+    if arguments.replies is None:
+        missing = [name for name in ("policy", "prompts") if given[name] is None]
+        if missing:
+            raise UserError(
+                f"the following arguments are required: {', '.join(f'--{name}' for name in missing)}; or"
+                " --replies with --judge. goose-lora label --help lists what there is."
+            )
+        return
+    unset = dict.fromkeys(("policy", "prompts", "temperature", "max_new_tokens", "base"))
+    unset |= {"choose": "random", "candidates": 4, "seed": 0}
+    besides = [name for name, value in unset.items() if given[name] != value]
+    if besides:
+        raise UserError(
+            f"--{besides[0]} is of a policy that writes replies, and --replies has them. Leave one of them"
+            " out."
+        )
 
 
 # In the order of --help.

@@ -1,11 +1,6 @@
 """The public names of goose_lora.evaluation."""
 
 from .ensembles import EnsembleVerdict as EnsembleVerdict
-from .pairwise_judge import CACHE_FILE as CACHE_FILE
-from .pairwise_judge import SERVED as SERVED
-from .pairwise_judge import PairwiseJudge as PairwiseJudge
-from .pairwise_judge import check_judge_settings as check_judge_settings
-from .pairwise_judge import rubric_text as rubric_text
 from .policies import Replies as Replies
 from .policies import answer as answer
 from .policies import best_of as best_of

@@ -13,7 +13,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from goose_lora.data.tokenization import left_pad
 from goose_lora.errors import UserError
 from goose_lora.evaluation import statistics
-from goose_lora.evaluation.pairwise_judge import PairwiseJudge
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import sample
 from goose_lora.generation.static_cache import StaticCache
@@ -23,6 +22,7 @@ from goose_lora.models.endings import reply_ends
 from goose_lora.models.role_outputs import output_head
 from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
+from goose_lora.rewards.pairwise_judge import PairwiseJudge
 
 Judge = Callable[..., Any]
 

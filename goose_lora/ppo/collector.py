@@ -366,11 +366,19 @@ class RolloutCollector:
 
     @torch.no_grad()
     def scores(
-        self, rollout: Rollout, columns: dict[str, list], by_adapter: Float[Tensor, " B"] | None = None
+        self,
+        rollout: Rollout,
+        columns: dict[str, list],
+        by_adapter: Float[Tensor, " B"] | None = None,
+        *,
+        alone: bool = False,
     ) -> Scores:
         """Return raw scores from all sources.
 
         The reward adapter's are computed unless ``evaluate`` has given them already.
+
+        Args:
+            alone: whether each reply is the only one to its prompt, so that no judge is asked.
         """
         if self.reward.needs_adapter and by_adapter is None:
             by_adapter = torch.cat(self._in_groups(rollout, self._scores_of_group))
@@ -382,7 +390,8 @@ class RolloutCollector:
             "completion_ids": ids,
         }
         replies.pop("prompt", None)
-        total, by_source, by_token = self.reward(by_adapter, **replies)
+        mix = self.reward.without_judges() if alone and self.reward.judges else self.reward
+        total, by_source, by_token = mix(by_adapter, **replies)
         device = rollout.input_ids.device
         return Scores(total.to(device), by_source, _moved(by_token, device))
 

@@ -399,6 +399,13 @@ class PPOConfig(TrainingArguments):
         """Optimizer steps made on one rollout."""
         return self.num_ppo_epochs * self.num_mini_batches
 
+    def rollouts(self, prompts: int) -> int:
+        """Return how many rollouts a run over so many prompts has."""
+        if self.max_steps > 0:
+            return self.max_steps // self.steps_per_rollout
+        of_rollout = self.rollout_batch_size // self.num_generations * self.world_size
+        return int(self.num_train_epochs * (prompts // of_rollout))
+
     @property
     def needs_critic(self) -> bool:
         """Whether advantages are taken against a learned value."""

@@ -15,7 +15,7 @@ from torch import Tensor
 import goose_lora.functional as F
 from goose_lora.ppo.collector import RolloutCollector
 from goose_lora.ppo.processes import summed
-from goose_lora.ppo.sampler import PromptCollator
+from goose_lora.ppo.sampler import PromptCollator, repeated
 from goose_lora.rewards.scale import ScoreScale
 
 
@@ -61,8 +61,8 @@ def evaluate_prompts(
             # The sampled replies meet all roles, the greedy ones the sources of reward alone.
             seen = collector.evaluate(sampled)
             kl = F.masked_sum(seen.logprobs - seen.ref_logprobs, sampled.response_mask)
-            sampled_scores = collector.scores(sampled, prompts["columns"], seen.by_adapter)
-            greedy_scores = collector.scores(greedy, prompts["columns"])
+            sampled_scores = collector.scores(sampled, prompts["columns"], seen.by_adapter, alone=True)
+            greedy_scores = collector.scores(greedy, prompts["columns"], alone=True)
             sums = [
                 torch.as_tensor(len(ids), device=device),
                 scale.normalise(sampled_scores.total).sum(),
@@ -88,16 +88,21 @@ def reference_scores(
     *,
     count: int,
     seed: int,
+    generations: int = 1,
 ) -> Float[Tensor, " N"]:
-    """Return raw scores of the policy's replies to ``count`` prompts.
+    """Return raw scores of ``count`` replies of the policy, to as many prompts.
 
     They are drawn from ``rows`` by ``seed``. Each process returns its part.
+
+    Args:
+        generations: replies to a prompt, where they are scored by comparing them; there are so many
+            times fewer prompts.
     """
     # A generator of its own: which prompts they are does not depend on what was drawn before.
     generator = torch.Generator().manual_seed(seed + accelerator.process_index)
-    own_count = -(-count // accelerator.num_processes)
+    own_count = -(-count // (accelerator.num_processes * generations))
     chosen = torch.randint(len(rows), (own_count,), generator=generator).tolist()
-    prompts = collate([rows[row] for row in chosen])
+    prompts = repeated(collate([rows[row] for row in chosen]), generations)
     device = accelerator.device
     rollout = collector.generate(prompts["input_ids"].to(device), prompts["attention_mask"].to(device))
-    return collector.scores(rollout, prompts["columns"]).total
+    return collector.scores(rollout, prompts["columns"], alone=generations == 1).total

@@ -33,6 +33,7 @@ from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.evaluation import evaluate_prompts, own_random_numbers, reference_scores
 from goose_lora.ppo.experience import Experience, ExperienceMaker
 from goose_lora.ppo.first_step_checks import FirstStepChecks
+from goose_lora.ppo.judging import calibration_generations, judge_figures, require_groups
 from goose_lora.ppo.kl_control import make_kl_control
 from goose_lora.ppo.memory_rules import USUAL_GROUP
 from goose_lora.ppo.metrics import RunMetrics
@@ -125,6 +126,9 @@ class PPOTrainer(Resumable, Trainer):
         alone = train_dataset is None and not model.has("reward")
         sources = _sources(reward_function, default=unscored if alone else "adapter")
         reward = RewardMix(sources, reward_weights, timeout=args.reward_timeout)
+        require_groups(reward, args)
+        for judge in reward.judges.values():
+            judge.group_size = args.num_generations
         if reward.needs_adapter and not model.has("reward"):
             raise UserError(
                 "nothing scores the replies: give SharedBase.build a reward adapter, or PPOTrainer a"
@@ -171,7 +175,8 @@ class PPOTrainer(Resumable, Trainer):
         # 3. The parts of a step: each owns what it keeps from one step to the next.
         pad = cast(int, processing_class.pad_token_id)
         self.collate = PromptCollator(pad)
-        self.collector = _collector(model, args, processing_class, reward, rollouts=self._rollouts_of_run())
+        rollouts = args.rollouts(len(self.train_dataset))
+        self.collector = _collector(model, args, processing_class, reward, rollouts=rollouts)
         # Other sources have a scale of their own
         in_units_of_scores = model.values_are_scores and reward.needs_adapter
         self.experience = ExperienceMaker(
@@ -201,13 +206,6 @@ class PPOTrainer(Resumable, Trainer):
             texts=texts,
         )
         self.own_loop = OwnLoop(args.device, self.stop)
-
-    def _rollouts_of_run(self) -> int:
-        args = self.args
-        if args.max_steps > 0:
-            return args.max_steps // args.steps_per_rollout
-        prompts = args.rollout_batch_size // args.num_generations * args.world_size
-        return int(args.num_train_epochs * (len(self.train_dataset) // prompts))
 
     @property
     def stage(self) -> str:  # type: ignore[override]
@@ -483,6 +481,10 @@ class PPOTrainer(Resumable, Trainer):
 
         # Advantages, at the price of the KL as it was; then the price moves.
         experience, figures = self.experience.make(rollout, seen, scores)
+        judged = self.collector.reward.judged(scores)
+        figures |= judge_figures(self.accelerator, judged)
+        for name in judged:
+            figures.pop(f"reward/{name}", None)  # a half by its making, which says nothing
         self.metrics.add_rollout(figures)
         kl = figures["objective/kl"]
         if not self.critic_warms_up:
@@ -539,6 +541,7 @@ class PPOTrainer(Resumable, Trainer):
             self.collate,
             count=self.args.score_calibration_prompts,
             seed=self.args.seed,
+            generations=calibration_generations(self.collector.reward, self.args),
         )
 
     def _evaluation_scale(self, rows: Dataset) -> ScoreScale:

@@ -136,13 +136,14 @@ def _hacking(rows: Rows) -> Iterator[Finding]:
         yield Finding("ok", "reward hacking", "no sign: the score has not clearly risen")
         return
 
-    # Judges: every source of reward by itself, and the score of held-out prompts
+    # Judges: every source of reward by itself, where one that compares agrees with the rest, and
+    # the score of held-out prompts
     judges = sorted(
         {
             name
             for row in rows
             for name in row
-            if name.startswith("reward/") or name in ("eval_score", "eval_greedy_score")
+            if name.startswith(("reward/", "judge/")) or name in ("eval_score", "eval_greedy_score")
         }
     )
     columns = {name: column(rows, name) for name in judges}

@@ -1,6 +1,6 @@
 """A reward model of any other origin: a sequence classifier with its own tokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from goose_lora.files import import_function
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.folders import reading, require_model
 from goose_lora.models.loading import read_weights, spare_token
+from goose_lora.rewards.group_judge import GroupJudge
 from goose_lora.rewards.named import READY, ReadyReward
+from goose_lora.rewards.pairwise_judge import SERVED
 from goose_lora.rewards.sources import RewardFunction, RewardMix, RewardSource
 
 PREFIX = "model:"
@@ -159,11 +161,16 @@ def check_weights(weights: Sequence[float] | None, names: Sequence[str] | str | 
 
 
 def reward_sources(
-    names: Sequence[str] | str | None, *, has_adapter: bool, trust_remote_code: bool = False
+    names: Sequence[str] | str | None,
+    *,
+    has_adapter: bool,
+    trust_remote_code: bool = False,
+    judge: Callable[[str], GroupJudge] | None = None,
 ) -> list[Any]:
     """Return what ``--reward_function`` names; weights are not loaded yet.
 
-    A name is ``adapter``, ``module:function``, ``model:NAME``, ``trl:NAME`` or ``check:NAME``.
+    A name is ``adapter``, ``module:function``, ``model:NAME``, ``trl:NAME`` or ``check:NAME``; or
+    ``openai:MODEL``, of which ``judge`` makes a source.
 
     Raises:
         UserError: ``adapter`` is wanted, also by default, and there is none; a name that leads
@@ -176,16 +183,25 @@ def reward_sources(
             "nothing scores the replies: set reward_adapter to the output of recipes/reward.py, or"
             " reward_function to module:function or model:NAME."
         )
+    twice = sorted({name for name in listed if name.startswith(SERVED) and listed.count(name) > 1})
+    if twice:
+        raise UserError(f"reward_function: {twice[0]} stands twice, and would be paid twice. Name it once.")
     # A model that is named twice is one model
     models = {
         name: ClassifierReward(name, trust_remote_code=trust_remote_code)
         for name in listed
         if name.startswith(PREFIX)
     }
-    return [
-        models[name] if name in models else name if name == "adapter" else reward_function(name)
-        for name in listed
-    ]
+    # Each name by what it begins with; functions are imported here
+    made: list[Any] = []
+    for name in listed:
+        if name == "adapter":
+            made.append(name)
+        elif name.startswith(SERVED) and judge is not None:
+            made.append(judge(name))
+        else:
+            made.append(models[name] if name in models else reward_function(name))
+    return made
 
 
 def reward_function(name: str) -> RewardFunction:
@@ -194,10 +210,11 @@ def reward_function(name: str) -> RewardFunction:
     Raises:
         UserError: there is no such function.
     """
-    if name.startswith("openai:"):
+    if name.startswith(SERVED):
         raise UserError(
-            f"{name}: a model behind a server compares pairs of replies, as judge of recipes/evaluate.py"
-            " alone. For a number a reply, ask it in a function of your own: module:function."
+            f"{name}: a model behind a server compares pairs of replies, as judge of recipes/evaluate.py and"
+            " reward_function of recipes/ppo.py. For a number a reply, ask it in a function of your own:"
+            " module:function."
         )
     return ReadyReward(name) if name.startswith(READY) else import_function(name)
 

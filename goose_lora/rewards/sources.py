@@ -19,6 +19,7 @@ from torch import Tensor
 
 from goose_lora.deadline import time_limit
 from goose_lora.errors import UserError
+from goose_lora.rewards.group_judge import EVEN, GroupJudge
 
 logger = logging.getLogger(__name__)
 _LONGEST = 200  # characters of a stranger's words in an error
@@ -77,6 +78,49 @@ class RewardMix:
     @property
     def needs_adapter(self) -> bool:
         return "adapter" in self.sources
+
+    @property
+    def judges(self) -> dict[str, GroupJudge]:
+        """The sources that compare the replies to a prompt, by name."""
+        named = zip(self.names, self.sources, strict=True)
+        return {name: source for name, source in named if isinstance(source, GroupJudge)}
+
+    @property
+    def pays_judges(self) -> bool:
+        """Whether a judge has a weight, so that scores depend on a prompt's other replies."""
+        weights = zip(self.names, self.weights, strict=True)
+        return any(weight != 0 for name, weight in weights if name in self.judges)
+
+    def without_judges(self) -> "RewardMix":
+        """Return the same for replies that stand alone: 0.5 by judges, which nobody asks."""
+        sources: list[RewardSource] = [
+            _even if isinstance(source, GroupJudge) else source for source in self.sources
+        ]
+        mix = RewardMix(sources, self.weights, timeout=self.timeout)
+        mix.names = self.names
+        return mix
+
+    def judged(self, scores: "Scores") -> dict[str, tuple[int, float, int]]:
+        """Return by judge what the last call has taken and found.
+
+        That is the calls, and in how many of the decided pairs the rest of what is paid prefers the
+        same reply, of how many. Where nothing else is paid, there are none of these.
+        """
+        found = {}
+        for name, weight in zip(self.names, self.weights, strict=True):
+            if name not in self.judges or name not in scores.by_source:
+                continue
+            last = self.judges[name].last
+            agreement = (0.0, 0)
+            if self._pays_besides(name):
+                own = weight * scores.by_source[name].to(scores.total.device)
+                agreement = last.agreement((scores.total - own).tolist())
+            found[name] = (last.calls, *agreement)
+        return found
+
+    def _pays_besides(self, name: str) -> bool:
+        others = zip(self.names, self.weights, strict=True)
+        return any(weight != 0 for other, weight in others if other != name)
 
     def made_of(self) -> dict[str, str]:
         """Return, by name of source, its weight and a hash of its code as far as Python has it."""
@@ -227,20 +271,41 @@ def _ask_all(functions: Mapping[str, RewardFunction], replies: Mapping[str, Any]
     """Return what the functions say.
 
     Plain functions answer one after the other; what async ones wait for, they wait for together.
+    Judges are asked first, and answer while the others do.
     """
-    answers = []
-    for name, function in functions.items():
+    judges = {name: function for name, function in functions.items() if isinstance(function, GroupJudge)}
+    try:
+        return _all_answers({**judges, **functions}, functions, replies)
+    except BaseException:
+        # Nobody waits for their answers any more, and each may be paid for
+        for judge in judges.values():
+            judge.cancel()
+        raise
+
+
+def _all_answers(
+    in_order: Mapping[str, RewardFunction],
+    functions: Mapping[str, RewardFunction],
+    replies: Mapping[str, Any],
+) -> list[Any]:
+    answers: dict[str, Any] = {}
+    for name, function in in_order.items():
         with _named(name), _same_folder(name):
             # Lists of its own: what it does to them concerns nobody else
             own = {key: list(values) for key, values in replies.items()}
             if "completion_ids" in own:
                 own["completion_ids"] = [list(ids) for ids in own["completion_ids"]]
             _require_call(name, function, own)
-            answers.append(function(**own))
-    if any(map(inspect.isawaitable, answers)):
+            answers[name] = function(**own)
+    if any(map(inspect.isawaitable, answers.values())):
         # Outside of it plain functions may have event loops of their own
-        answers = asyncio.run(_await_all(dict(zip(functions, answers, strict=True))))
-    return answers
+        answers = dict(zip(answers, asyncio.run(_await_all(answers)), strict=True))
+    return [answers[name] for name in functions]
+
+
+def _even(completions: Sequence[str], **columns: object) -> list[float]:
+    """Return what a judge gives to replies that are compared with none."""
+    return [EVEN] * len(completions)
 
 
 async def _await_all(answers: Mapping[str, Any]) -> list[Any]:

@@ -71,7 +71,7 @@ _ENDS_OTHERWISE = re.compile(
 _BY_CONTENT = re.compile(
     r"model_name_or_path|model_revision|quantization|dtype|lora_.*|(policy|reward)_adapter|chat_template_path"
     r"|dataset_(name|split|config|revision)|data_dir|eval_dataset_(name|split)|max_rows|column_mapping|pairs"
-    r"|as_chat|leave_out|ptx_dataset_name|ptx_max_length|reward_function|reward_weights|rating"
+    r"|as_chat|leave_out|ptx_dataset_name|ptx_max_length|reward_function|reward_weights|rating|judge_rubric"
 )
 # Two orders of what is best cannot be compared.
 _BEST = ("metric_for_best_model", "greater_is_better")

@@ -404,7 +404,7 @@ def test_a_policy_that_only_was_fine_tuned_can_be_labelled_and_has_no_uncertaint
 
 def test_the_example_in_the_documentation_labels_all_prompts(adapter_chain, prompt_file, tmp_path, capsys):
     page = (ROOT / "docs" / "labeling.md").read_text(encoding="utf-8")
-    # The other example asks a judge (tests/evaluation/test_pairwise_judge.py)
+    # The other example asks a judge (tests/rewards/test_pairwise_judge.py)
     (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "runs/mine" in code]
     for name, place in (
         ("runs/demo/sft", adapter_chain / "sft"),

@@ -534,10 +534,22 @@ CASES = [
         ("judge_rubric: none.txt cannot be read", "the package's own rubric"),
     ),
     Case(
-        "a reward by a model behind a server",
+        "a reward by a judge that has one reply a prompt",
         "ppo",
-        {"reward_function": "openai:m"},
-        ("openai:m: a model behind a server compares pairs", "module:function"),
+        {"reward_function": "openai:m", "judge_base_url": "http://127.0.0.1:9/v1"},
+        ("m compares the replies to a prompt with one another", "Set num_generations: 2 or more"),
+    ),
+    Case(
+        "a reward by a judge that is not there",
+        "ppo",
+        {"reward_function": "openai:m", "judge_base_url": "http://127.0.0.1:9/v1", "num_generations": 2},
+        ("openai:m at http://127.0.0.1:9/v1 cannot be reached", "mend judge_base_url"),
+    ),
+    Case(
+        "an address of a judge, and no such reward",
+        "ppo",
+        {"judge_base_url": "http://127.0.0.1:9/v1"},
+        ("judge_base_url=http://127.0.0.1:9/v1", "Set reward_function: openai:MODEL"),
     ),
     Case("a rating of wrong form", "own_loop", {"rating": "math"}, ("there is no colon", "Accepted")),
     Case(

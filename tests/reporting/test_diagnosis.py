@@ -202,6 +202,12 @@ def test_a_score_that_rises_while_reward_models_part_is_said_to_rise_where_they_
     assert not [one for one in diagnose(healthy()) if one.name == "disagreement"]
 
 
+def test_a_judge_of_pairs_that_agrees_less_with_what_is_paid_is_a_sign_of_hacking():
+    parting = {"judge/m": lambda t: 0.8 - 0.3 * t}
+    assert "judge/m fell from 0.7" in bad(healthy(**parting))["reward hacking"]
+    assert bad(healthy(**{"judge/m": lambda t: 0.8})) == {}
+
+
 def test_a_judge_that_only_wavers_is_no_sign_of_hacking():
     wavers = {"reward/judge": lambda t: 0.3 * (-1) ** int(t * 19) - 0.05 * t}
     assert bad(healthy(**wavers)) == {}

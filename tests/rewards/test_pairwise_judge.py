@@ -1,4 +1,4 @@
-"""goose_lora.evaluation.pairwise_judge, against a server of HTTP that answers as OpenAI's do."""
+"""goose_lora.rewards.pairwise_judge, against a server of HTTP that answers as OpenAI's do."""
 
 import asyncio
 import importlib.util
@@ -10,17 +10,17 @@ import pytest
 from judge_server import completion, judge_server, longer, question
 
 from goose_lora.errors import UserError
-from goose_lora.evaluation import pairwise_judge
-from goose_lora.evaluation.pairwise_judge import (
+from goose_lora.evaluation.policies import Replies, compare_all, summary
+from goose_lora.evaluation.statistics import wilson_interval
+from goose_lora.files import read_jsonl, write_jsonl
+from goose_lora.rewards import pairwise_judge
+from goose_lora.rewards.pairwise_judge import (
     CACHE_FILE,
     PairwiseJudge,
     _read_verdict,
     check_judge_settings,
     rubric_text,
 )
-from goose_lora.evaluation.policies import Replies, compare_all, summary
-from goose_lora.evaluation.statistics import wilson_interval
-from goose_lora.files import read_jsonl, write_jsonl
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
 SFT = ["four"] * 8

@@ -35,6 +35,8 @@ SERVED = "openai:"  # what a judge behind a server begins with
 OPENAI_URL = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
 CACHE_FILE = "judge_cache.jsonl"
+_RUBRIC = Path(__file__).parents[1] / "evaluation" / "rubric.txt"
+SILENCE = "none"  # stands in the file for an answer that was no verdict
 AT_A_TIME = 4  # questions that wait for an answer
 ANSWER_SECONDS = 120.0  # for one answer
 FIRST_RETRIES = 2  # of the made-up question, for which somebody waits
@@ -62,7 +64,7 @@ def rubric_text(file: str | None) -> str:
     Raises:
         UserError: it cannot be read, or holds nothing.
     """
-    path = Path(__file__).with_name("rubric.txt") if file is None else Path(file)
+    path = _RUBRIC if file is None else Path(file)
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
@@ -78,8 +80,13 @@ def rubric_text(file: str | None) -> str:
     return text
 
 
-def check_judge_settings(judge: str | None, base_url: str | None, rubric: str | None) -> None:
+def check_judge_settings(
+    judge: str | None, base_url: str | None, rubric: str | None, *, setting: str = "judge"
+) -> None:
     """Look at a judge's settings by themselves, before anything is read or asked.
+
+    Args:
+        setting: the name of the one that names the judge.
 
     Raises:
         UserError: settings of a server's judge beside another one; no model, or an address that
@@ -89,12 +96,12 @@ def check_judge_settings(judge: str | None, base_url: str | None, rubric: str | 
         for name, value in (("judge_base_url", base_url), ("judge_rubric", rubric)):
             if value is not None:
                 raise UserError(
-                    f"{name}={without_known_secrets(value)}: is of a judge behind a server alone. Set judge:"
-                    f" {SERVED}MODEL beside it, or leave it out; judge is {judge or 'unset'}."
+                    f"{name}={without_known_secrets(value)}: is of a judge behind a server alone. Set"
+                    f" {setting}: {SERVED}MODEL beside it, or leave it out; {setting} is {judge or 'unset'}."
                 )
         return
     if not judge.removeprefix(SERVED).strip():
-        raise UserError(f"judge={judge}: names no model. Write {SERVED}MODEL, as the server lists it.")
+        raise UserError(f"{setting}={judge}: names no model. Write {SERVED}MODEL, as the server lists it.")
     if base_url is None:
         return
     # An address may hold what belongs into no file
@@ -142,6 +149,14 @@ class _Question:
         ]
 
 
+class Comparison(NamedTuple):
+    """A request, and two replies to it of which one may be better."""
+
+    request: object
+    mine: str
+    other: str
+
+
 class PairwiseJudge:
     """Say which of two replies is better, by a model behind an OpenAI-compatible server.
 
@@ -150,18 +165,37 @@ class PairwiseJudge:
         base_url: of the server, as a rule ending in /v1; OpenAI's own if None.
         rubric: what makes a reply the better one.
         cache: file of JSON lines with the answers so far; hashes and verdicts, no texts.
+        process: of several that ask, each has a file of its own beside that of process 0.
+        keeps_silence: whether the file has answers that were no verdict too, so that nothing is
+            asked again; otherwise they are.
+        least_questions: a tenth of them may lead to nothing though fewer were asked so far.
+        way_on: how to go on after a failure, for its error.
 
     Raises:
         UserError: no ``openai`` library, or no key where the server is OpenAI's.
     """
 
-    def __init__(self, model: str, *, base_url: str | None, rubric: str, cache: Path):
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None,
+        rubric: str,
+        cache: Path,
+        process: int = 0,
+        keeps_silence: bool = False,
+        least_questions: int = 0,
+        way_on: str = "the same command goes on from there",
+    ):
         if importlib.util.find_spec("openai") is None:
             raise UserError(
                 f"judge: {SERVED}{model} needs the package openai: pip install 'goose-lora[judge]'."
             )
         self.model, self.base_url, self.rubric = model, (base_url or OPENAI_URL).rstrip("/"), rubric
-        self._cache_file = cache
+        self._cache_file = cache_file(cache, process)
+        self._known: dict[str, Verdict | None] | None = None  # what the file has, once it is read
+        self._keeps_silence, self._least_questions = keeps_silence, least_questions
+        self._kept = f" Answers so far are kept in {self._cache_file}: {way_on}."
         self._key = os.environ.get(KEY, "").strip()
         if not self._key and self.base_url == OPENAI_URL:
             raise UserError(
@@ -170,7 +204,7 @@ class PairwiseJudge:
             )
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"{KEY}: has characters that no key has. Set it anew; it is not shown here.")
-        self._calls = self._cache_hits = self._no_answer = 0
+        self._calls = self._cache_hits = self._no_answer = self._questions = 0
         self._nonsense = ""  # the first answer that was none
 
     @property
@@ -221,61 +255,75 @@ class PairwiseJudge:
         Raises:
             UserError: the server fails for good, or more than a tenth of its answers are none.
         """
+        names = [name for name in replies if name != against]
+        pairs = [
+            Comparison(*row)
+            for name in names
+            for row in zip(prompts, replies[name], replies[against], strict=True)
+        ]
+        found = iter(self.compare_pairs(pairs))
+        return {name: [next(found) for _ in prompts] for name in names}
+
+    def compare_pairs(self, pairs: Sequence[Comparison], *, shows: bool = True) -> list[float | None]:
+        """Return what is found of the first reply of each pair, as ``compare`` does.
+
+        Args:
+            shows: a bar of the questions.
+        """
+        return _run(self.outcomes(pairs, shows=shows))
+
+    async def outcomes(self, pairs: Sequence[Comparison], *, shows: bool = False) -> list[float | None]:
+        """Return what ``compare_pairs`` does, to be awaited."""
         # Both orders of each pair of different replies; a question that comes twice is asked once
         questions: dict[str, list[dict[str, str]]] = {}
-        keys: dict[str, list[tuple[str, str] | None]] = {}
-        for name in (name for name in replies if name != against):
-            keys[name] = []
-            for request, mine, other in zip(prompts, replies[name], replies[against], strict=True):
-                orders = [
-                    _Question(request, *pair).messages(self.rubric) for pair in ((mine, other), (other, mine))
-                ]
-                pair = (self._key_of(orders[0]), self._key_of(orders[1]))
-                keys[name].append(None if mine == other else pair)
-                if mine != other:
-                    questions |= dict(zip(pair, orders, strict=True))
-        verdicts = self._answers(questions)
-        return {
-            name: [
-                0.5 if pair is None else _of_both(verdicts.get(pair[0]), verdicts.get(pair[1]))
-                for pair in pairs
+        keys: list[tuple[str, str] | None] = []
+        for request, mine, other in pairs:
+            orders = [
+                _Question(request, *pair).messages(self.rubric) for pair in ((mine, other), (other, mine))
             ]
-            for name, pairs in keys.items()
-        }
+            both = (self._key_of(orders[0]), self._key_of(orders[1]))
+            keys.append(None if mine == other else both)
+            if mine != other:
+                questions |= dict(zip(both, orders, strict=True))
+        verdicts = await self._answers(questions, shows=shows)
+        return [
+            0.5 if both is None else _of_both(verdicts.get(both[0]), verdicts.get(both[1])) for both in keys
+        ]
 
-    def _answers(self, questions: Mapping[str, list[dict[str, str]]]) -> dict[str, Verdict]:
+    async def _answers(
+        self, questions: Mapping[str, list[dict[str, str]]], *, shows: bool
+    ) -> dict[str, Verdict | None]:
         """Return verdicts by key, from the cache and from the server."""
-        cached = self._cached().items()
-        known: dict[str, Verdict] = {key: verdict for key, verdict in cached if key in questions}
+        # The file is read once: it grows with each rollout of a run
+        if self._known is None:
+            self._known = self._cached()
+        known: dict[str, Verdict | None] = {key: self._known[key] for key in questions if key in self._known}
         self._cache_hits += len(known)
+        self._questions += len(questions)
         missing = {key: messages for key, messages in questions.items() if key not in known}
-        bar = tqdm(total=len(questions), initial=len(known), desc="judge", disable=None)
-        kept = f" Answers so far are kept in {self._cache_file}: the same command goes on from there."
+        bar = tqdm(total=len(questions), initial=len(known), desc="judge", disable=None if shows else True)
         try:
-            with self._named_errors(kept, ANSWER_RETRIES):
-                _run(self._ask_all(missing, len(questions), known, bar, kept))
+            with self._named_errors(self._kept, ANSWER_RETRIES):
+                await self._ask_all(missing, known, bar)
         finally:
             bar.close()
         return known
 
     async def _ask_all(
-        self,
-        missing: Mapping[str, list[dict[str, str]]],
-        total: int,
-        verdicts: dict[str, Verdict],
-        bar: tqdm,
-        kept: str,
+        self, missing: Mapping[str, list[dict[str, str]]], verdicts: dict[str, Verdict | None], bar: tqdm
     ) -> None:
         """Ask the missing questions, a few at a time, and add to ``verdicts``, file and bar."""
         waiting = iter(missing.items())
+        total = max(self._questions, self._least_questions)
 
         async def work(client: "AsyncOpenAI") -> None:
             for key, messages in waiting:  # one iterator for all: each takes the next
                 verdict = await self._ask(client, messages)
                 bar.update()
-                if verdict is not None:
+                if verdict is not None or self._keeps_silence:
                     verdicts[key] = verdict
-                    append_line(self._cache_file, {"key": key, "verdict": verdict})
+                    self._keep(key, verdict)
+                if verdict is not None:
                     continue
                 # Paid calls that lead to nothing end early
                 self._no_answer += 1
@@ -283,11 +331,18 @@ class PairwiseJudge:
                     raise UserError(
                         f"judge: {SERVED}{self.model} gave no verdict on {self._no_answer} of {total}"
                         f" questions, one of them {self._nonsense}; more than a tenth says too little. Take"
-                        f" a model that answers A, B or tie alone, or mend judge_rubric.{kept}"
+                        f" a model that answers A, B or tie alone, or mend judge_rubric.{self._kept}"
                     )
 
-        async with self._client(ANSWER_RETRIES) as client:
-            await asyncio.gather(*(work(client) for _ in range(min(AT_A_TIME, len(missing)))))
+        if missing:
+            async with self._client(ANSWER_RETRIES) as client:
+                workers = [asyncio.ensure_future(work(client)) for _ in range(min(AT_A_TIME, len(missing)))]
+                try:
+                    await asyncio.gather(*workers)
+                finally:
+                    # Where one fails, the others pay for no more; an event loop may outlive this
+                    for worker in workers:
+                        worker.cancel()
 
     async def _ask(
         self, client: "AsyncOpenAI", messages: list[dict[str, str]], *, first: bool = False
@@ -336,17 +391,25 @@ class PairwiseJudge:
         asked = json.dumps([self.model, self.base_url, self.rubric, messages])
         return hashlib.sha256(asked.encode()).hexdigest()
 
-    def _cached(self) -> dict[str, Verdict]:
+    def _keep(self, key: str, verdict: Verdict | None) -> None:
+        """Remember an answer, and write it down."""
+        assert self._known is not None
+        self._known[key] = verdict
+        append_line(self._cache_file, {"key": key, "verdict": verdict or SILENCE})
+
+    def _cached(self) -> dict[str, Verdict | None]:
         """Return the verdicts that the file has; a line that was cut short is passed over."""
         rows, unsound = read_sound_lines(self._cache_file)
         if unsound:  # the next line must not be added to half a one
             with writing(self._cache_file), open(self._cache_file, "a", encoding="utf-8") as file:
                 file.write("\n")
-        return {
-            str(row["key"]): row["verdict"]
-            for row in rows
-            if "key" in row and row.get("verdict") in ("A", "B", "tie")
-        }
+        found: dict[str, Verdict | None] = {}
+        for row in (row for row in rows if "key" in row):
+            if row.get("verdict") in ("A", "B", "tie"):
+                found[str(row["key"])] = row["verdict"]
+            elif row.get("verdict") == SILENCE and self._keeps_silence:
+                found[str(row["key"])] = None
+        return found
 
     @contextmanager
     def _named_errors(self, kept: str, retries: int) -> Iterator[None]:
@@ -385,6 +448,11 @@ class PairwiseJudge:
         else:
             return
         raise UserError(f"{where} {problem}{kept}")
+
+
+def cache_file(first: Path, process: int) -> Path:
+    """Return the file that a process of several writes; ``first`` is that of process 0."""
+    return first if process == 0 else first.with_name(f"{first.stem}_{process}{first.suffix}")
 
 
 def _run(asking: Coroutine[object, object, _T]) -> _T:
