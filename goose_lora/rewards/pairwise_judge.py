@@ -35,7 +35,6 @@ SERVED = "openai:"  # what a judge behind a server begins with
 OPENAI_URL = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
 CACHE_FILE = "judge_cache.jsonl"
-_RUBRIC = Path(__file__).parents[1] / "evaluation" / "rubric.txt"
 SILENCE = "none"  # stands in the file for an answer that was no verdict
 AT_A_TIME = 4  # questions that wait for an answer
 ANSWER_SECONDS = 120.0  # for one answer
@@ -64,7 +63,7 @@ def rubric_text(file: str | None) -> str:
     Raises:
         UserError: it cannot be read, or holds nothing.
     """
-    path = _RUBRIC if file is None else Path(file)
+    path = Path(__file__).with_name("rubric.txt") if file is None else Path(file)
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
