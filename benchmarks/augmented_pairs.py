@@ -1,6 +1,6 @@
-"""What made pairs do to the demo's reward model, several seeds: accuracy, and what the probes beat.
+"""What made pairs do to the demo's reward model: accuracy, and what the probes beat.
 
-    python benchmarks/augmented_pairs.py --output runs/pairs [--seeds 0 1 2] [--kinds none empty ...]
+    python benchmarks/augmented_pairs.py --output runs/pairs [--seeds 0 1 2] [--kinds none empty]
 
 Each run is recipes/reward.py on demo_cpu/reward.yaml with ``augment_pairs``, with as many more
 steps as there are more pairs, so that each pair is seen as often. What is finished is not run
@@ -53,7 +53,7 @@ def train(kind: str, seed: int, folder: Path) -> None:
 
 
 def table(output: Path, kinds: list[str]) -> str:
-    """A line a kind: accuracy, and the share of prompts to which each probe beats the chosen reply."""
+    """A line a kind: accuracy, and to what share of prompts each probe beats the chosen reply."""
     lines = [f"| pairs made | seeds | accuracy | {' | '.join(PROBES)} |", "|---" * (3 + len(PROBES)) + "|"]
     for kind in kinds:
         verdicts = [read_json(path) for path in sorted(output.glob(f"seed*/{kind}/verdict.json"))]
