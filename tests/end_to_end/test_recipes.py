@@ -455,7 +455,8 @@ def test_every_shipped_configuration_parses_with_its_recipes_own_parser(path):
     on_cpu = [] if path.stem == "evaluate" or "use_cpu" in path.read_text() else ["--use_cpu", "True"]
     # A configuration of one size of model, or of one card, has it at its end: ppo_8b_8gb
     name = path.stem if path.stem == "own_loop" else path.stem.partition("_")[0]
-    types = settings_of("ppo" if path.parent.name == "from_trl" else name)
+    of_ppo = path.parent.name == "from_trl" or name == "verifiable"
+    types = settings_of("ppo" if of_ppo else name)
     parsed = cli.parse(*types, args=["--config", str(path), *on_cpu])
     settings = yaml.safe_load(path.read_text())
     assert any(

@@ -29,7 +29,7 @@ BY_CONTENT = {
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "chat_template_path"),
     *("dataset_name", "dataset_split", "dataset_config", "dataset_revision", "data_dir", "max_rows", "pairs"),
     *("eval_dataset_name", "eval_dataset_split", "column_mapping", "as_chat", "leave_out", "rating"),
-    *("ptx_dataset_name", "ptx_max_length", "reward_function", "reward_weights"),
+    *("ptx_dataset_name", "ptx_max_length", "reward_function", "reward_weights", "judge_rubric"),
 }
 SAME_RUN = {
     *("logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy", "save_strategy"),
