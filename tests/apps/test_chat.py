@@ -398,7 +398,7 @@ def test_commands_in_the_documentation_of_chat_and_label_are_ones_that_the_parse
                 and {word[2:] for word in options[::2]} <= known
             )
         else:
-            assert words[:2] == ["pip", "install"] and words[2:] in (["goose-lora[web]"], ["goose-lora[judge]"])
+            assert words[:2] == ["pip", "install"] and words[2] in ("goose-lora[web]", "goose-lora[judge]")
     assert len(taken) == len([line for line in lines if "goose-lora " in line]) >= 2
 
 
