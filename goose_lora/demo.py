@@ -80,7 +80,7 @@ def _sentiments(texts: Sequence[str]) -> list[float]:
 # ---- The demo ----
 
 # The stages, each with its share of the time that all of them take
-STAGES = {"sft": 0.14, "reward": 0.31, "ppo": 0.42, "evaluation": 0.13}
+STAGES = {"sft": 0.17, "reward": 0.35, "ppo": 0.33, "evaluation": 0.15}
 JUDGED_BY = "VADER"
 TEMPERATURE = 0.7  # of its rollouts and of its evaluation
 SHOWN = 3  # prompts whose replies are printed
