@@ -104,8 +104,10 @@ def resolve(name: str) -> str:
             raise UserError(
                 f"{name}: no such embedded data. There are {', '.join(f'{MODEL}/{d}' for d in DATASETS)}."
             )
-        of_ratings = chat_folder if dataset in CHAT_DATASETS else data_folder
-        folder = card_folder() if dataset in CARD_DATASETS else of_ratings()
+        if dataset in CARD_DATASETS:
+            folder = card_folder()
+        else:
+            folder = chat_folder() if dataset in CHAT_DATASETS else data_folder()
         return str(folder / f"{dataset}.jsonl")
     return name
 
@@ -332,7 +334,7 @@ def cards() -> dict[str, list[dict[str, Any]]]:
 
 
 def request(subject: str, form: str) -> list[dict[str, str]]:
-    """Return a conversation that asks for a review of a film about ``subject``."""
+    """Return a conversation that asks, in the words of ``form``, about a film about ``subject``."""
     return [{"role": "user", "content": form.format(subject)}]
 
 

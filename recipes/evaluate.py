@@ -47,6 +47,7 @@ from goose_lora.rewards import (
     check_judge_settings,
     reward_function,
     rubric_text,
+    served_model,
 )
 from goose_lora.sharing import add_evaluation
 from goose_lora.terminal import side_by_side, table
@@ -259,7 +260,7 @@ def _checked_judge(
         return None
     if name.startswith(SERVED):
         served = PairwiseJudge(
-            name.removeprefix(SERVED).strip(),
+            served_model(name),
             base_url=config.judge_base_url,
             rubric=rubric_text(config.judge_rubric),
             cache=Path(config.output_dir) / CACHE_FILE,

@@ -17,17 +17,18 @@ from goose_lora.errors import UserError
 from goose_lora.files import write_jsonl
 from goose_lora.rewards.group_judge import compared_pairs
 from goose_lora.rewards.pairwise_judge import (
+    LEAST_QUESTIONS,
     SERVED,
     Comparison,
     PairwiseJudge,
     check_judge_settings,
     rubric_text,
+    served_model,
 )
 
 logger = logging.getLogger(__name__)
 
 _CHOICES: dict[float | None, Choice] = {1.0: "left", 0.0: "right", 0.5: "tie", None: "skip"}
-_LEAST_QUESTIONS = 50  # before a tenth without an answer ends it
 _TEMPLATE = ("tools", "chat_template_kwargs")  # columns that pairs take along
 _LISTED = "completions"  # the column of lists that is read where none is named
 
@@ -42,11 +43,11 @@ def labelling_judge(name: str, *, base_url: str | None, rubric: str | None, out:
         raise UserError(f"--judge {name}: write {SERVED}MODEL, a model behind an OpenAI-compatible server.")
     check_judge_settings(name, base_url, rubric, setting="--judge")
     return PairwiseJudge(
-        name.removeprefix(SERVED).strip(),
+        served_model(name),
         base_url=base_url,
         rubric=rubric_text(rubric),
         cache=Path(out).with_suffix(".judge_cache.jsonl"),
-        least_questions=_LEAST_QUESTIONS,
+        least_questions=LEAST_QUESTIONS,
     )
 
 

@@ -70,6 +70,9 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+_SEED, _CHOOSE, _CANDIDATES = 0, "random", 4  # where nobody says otherwise, of a policy's replies
+
+
 def _add_asking(parser: argparse.ArgumentParser, *, greedy: bool) -> None:
     """Add the options of commands that sample replies."""
     or_greedy = "; 0 for greedy replies" if greedy else ""
@@ -80,7 +83,7 @@ def _add_asking(parser: argparse.ArgumentParser, *, greedy: bool) -> None:
         metavar="N",
         help="most tokens of a reply (default: the run's response_length)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=_SEED)
     parser.add_argument(
         "--base", metavar="PATH_OR_HUB_ID", help="the base, where it is no longer where the run had it"
     )
@@ -580,15 +583,15 @@ def _add_label(commands: Subcommands) -> None:
     parser.add_argument(
         "--choose",
         choices=["random", "uncertain"],
-        default="random",
+        default=_CHOOSE,
         help="uncertain: those that the reward model scores most alike",
     )
     parser.add_argument(
         "--candidates",
         type=int,
-        default=4,
+        default=_CANDIDATES,
         metavar="N",
-        help="replies sampled to a prompt, of which two are shown (default: 4)",
+        help="replies sampled to a prompt, of which two are shown (default: %(default)s)",
     )
     _add_asking(parser, greedy=False)
     judge = parser.add_argument_group("a judge in place of the page")
@@ -660,7 +663,7 @@ def _check_label(arguments: argparse.Namespace) -> None:
             )
         return
     unset = dict.fromkeys(("policy", "prompts", "temperature", "max_new_tokens", "base"))
-    unset |= {"choose": "random", "candidates": 4, "seed": 0}
+    unset |= {"choose": _CHOOSE, "candidates": _CANDIDATES, "seed": _SEED}
     besides = [name for name, value in unset.items() if given[name] != value]
     if besides:
         raise UserError(

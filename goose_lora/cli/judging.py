@@ -8,6 +8,7 @@ from goose_lora.cli.stage import Prompts, Stage
 from goose_lora.ownership import claim
 from goose_lora.ppo.config import PPOConfig
 from goose_lora.ppo.judging import judging_plan, require_groups
+from goose_lora.rewards.classifier import listed_sources
 from goose_lora.rewards.group_judge import GroupJudge, served_judge
 from goose_lora.rewards.pairwise_judge import CACHE_FILE, SERVED, cache_file, check_judge_settings
 from goose_lora.rewards.sources import RewardMix, RewardSource
@@ -19,7 +20,7 @@ def check_reward_judges(names: Sequence[str] | str | None, base_url: str | None,
     Raises:
         UserError: as ``check_judge_settings``.
     """
-    listed = [names] if isinstance(names, str) else names or []
+    listed = listed_sources(names)
     served = [name for name in listed if name.startswith(SERVED)]
     for name in served or [", ".join(listed) or None]:
         check_judge_settings(name, base_url, rubric, setting="reward_function")

@@ -79,6 +79,11 @@ def evaluate_prompts(
     return {name: total / count for name, total in zip(names, sums, strict=True)}
 
 
+def calibration_prompts(count: int, *, processes: int, generations: int = 1) -> int:
+    """Return to how many prompts each process takes its part of ``count`` replies."""
+    return -(-count // (processes * generations))
+
+
 @torch.no_grad()
 def reference_scores(
     collector: RolloutCollector,
@@ -100,7 +105,7 @@ def reference_scores(
     """
     # A generator of its own: which prompts they are does not depend on what was drawn before.
     generator = torch.Generator().manual_seed(seed + accelerator.process_index)
-    own_count = -(-count // (accelerator.num_processes * generations))
+    own_count = calibration_prompts(count, processes=accelerator.num_processes, generations=generations)
     chosen = torch.randint(len(rows), (own_count,), generator=generator).tolist()
     prompts = repeated(collate([rows[row] for row in chosen]), generations)
     device = accelerator.device

@@ -8,6 +8,7 @@ from transformers import IntervalStrategy
 
 from goose_lora.errors import UserError
 from goose_lora.ppo.config import PPOConfig
+from goose_lora.ppo.evaluation import calibration_prompts
 from goose_lora.ppo.processes import summed
 from goose_lora.rewards.group_judge import MOST_WHOLE, calls_for
 from goose_lora.rewards.sources import RewardMix
@@ -68,8 +69,10 @@ def judging_plan(reward: RewardMix, args: PPOConfig, prompts: int, *, resumed: b
         # The scale is learned once, and a checkpoint has it
         calibrates = reward.pays_judges and args.score_normalization == "reference" and not resumed
         if calibrates:
-            groups = -(-args.score_calibration_prompts // (args.world_size * size)) * args.world_size
-            line += f", and {groups * calls:,} before them for the scale of scores"
+            own = calibration_prompts(
+                args.score_calibration_prompts, processes=args.world_size, generations=size
+            )
+            line += f", and {own * args.world_size * calls:,} before them for the scale of scores"
         if reward.pays_judges and _evaluates(args):
             line += ". Evaluations have one reply to a prompt, which counts as a tie"
         lines.append(f"{line}. Answers are kept, and none is asked for twice.")

@@ -150,9 +150,14 @@ class ClassifierReward:
         return min(self.tokenizer.model_max_length, self.config.get_text_config().max_position_embeddings)
 
 
+def listed_sources(names: Sequence[str] | str | None) -> Sequence[str]:
+    """Return what ``--reward_function`` names, one or several, as a list."""
+    return [names] if isinstance(names, str) else names or []
+
+
 def check_weights(weights: Sequence[float] | None, names: Sequence[str] | str | None) -> None:
     """Raise UserError unless there is one weight to each source of ``--reward_function``."""
-    sources = [names] if isinstance(names, str) else names or ["adapter"]
+    sources = listed_sources(names) or ["adapter"]
     if weights is not None and len(weights) != len(sources):
         raise UserError(
             f"reward_weights: {len(weights)} weights for {len(sources)} sources of reward"
@@ -177,7 +182,7 @@ def reward_sources(
             nowhere.
     """
     # By default the reward adapter alone
-    listed = [names] if isinstance(names, str) else names or ["adapter"]
+    listed = listed_sources(names) or ["adapter"]
     if not has_adapter and "adapter" in listed:
         raise UserError(
             "nothing scores the replies: set reward_adapter to the output of recipes/reward.py, or"

@@ -8,12 +8,17 @@ from itertools import combinations, groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from goose_lora.rewards.pairwise_judge import SERVED, Comparison, PairwiseJudge, rubric_text
+from goose_lora.rewards.pairwise_judge import (
+    LEAST_QUESTIONS,
+    Comparison,
+    PairwiseJudge,
+    rubric_text,
+    served_model,
+)
 
 MOST_WHOLE = 4  # a group of so many replies is compared whole
 _NEIGHBOURS = 2  # in a larger one, each reply with so many after it and before it
 EVEN = 0.5  # of a reply that was compared with none
-_LEAST_QUESTIONS = 50  # of a run, before a tenth without an answer ends it
 Outcomes = list[float | None]
 
 
@@ -159,13 +164,13 @@ def served_judge(
         UserError: as ``rubric_text`` and ``PairwiseJudge``.
     """
     judge = PairwiseJudge(
-        name.removeprefix(SERVED).strip(),
+        served_model(name),
         base_url=base_url,
         rubric=rubric_text(rubric),
         cache=cache,
         process=process,
         keeps_silence=True,
-        least_questions=_LEAST_QUESTIONS,
+        least_questions=LEAST_QUESTIONS,
         way_on="--resume_from_checkpoint latest goes on from the last checkpoint",
     )
     return GroupJudge(judge)

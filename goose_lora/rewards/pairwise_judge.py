@@ -42,6 +42,7 @@ FIRST_RETRIES = 2  # of the made-up question, for which somebody waits
 ANSWER_RETRIES = 5  # of a question that was not answered; the library waits longer before each
 ANSWER_TOKENS = 1024  # of an answer, for those who think first
 MOST_SILENT = 0.1  # share of questions without an answer from which the rest says little
+LEAST_QUESTIONS = 50  # before such a share ends what asks little by little
 
 _FORM = (
     "You are given a JSON object: the request, reply_a and reply_b. Answer with one word and nothing else:"
@@ -55,6 +56,11 @@ _VERDICT = re.compile(
 )
 _MADE_UP = ("How many legs has a spider?", "A spider has eight legs.", "Blue, and on Tuesdays never.")
 _OF_ONE_QUESTION = (400, 413, 422)  # too long, or of content that the server does not take
+
+
+def served_model(judge: str) -> str:
+    """Return the model that ``openai:MODEL`` names."""
+    return judge.removeprefix(SERVED).strip()
 
 
 def rubric_text(file: str | None) -> str:
@@ -99,7 +105,7 @@ def check_judge_settings(
                     f" {setting}: {SERVED}MODEL beside it, or leave it out; {setting} is {judge or 'unset'}."
                 )
         return
-    if not judge.removeprefix(SERVED).strip():
+    if not served_model(judge):
         raise UserError(f"{setting}={judge}: names no model. Write {SERVED}MODEL, as the server lists it.")
     if base_url is None:
         return
@@ -277,13 +283,15 @@ class PairwiseJudge:
         questions: dict[str, list[dict[str, str]]] = {}
         keys: list[tuple[str, str] | None] = []
         for request, mine, other in pairs:
+            if mine == other:
+                keys.append(None)
+                continue
             orders = [
                 _Question(request, *pair).messages(self.rubric) for pair in ((mine, other), (other, mine))
             ]
             both = (self._key_of(orders[0]), self._key_of(orders[1]))
-            keys.append(None if mine == other else both)
-            if mine != other:
-                questions |= dict(zip(both, orders, strict=True))
+            keys.append(both)
+            questions |= dict(zip(both, orders, strict=True))
         verdicts = await self._answers(questions, shows=shows)
         return [
             0.5 if both is None else _of_both(verdicts.get(both[0]), verdicts.get(both[1])) for both in keys

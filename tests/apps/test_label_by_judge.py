@@ -2,22 +2,19 @@
 
 import pytest
 import tiny
-from judge_server import completion, judge_server, longer, question
+from judge_server import completion, impatient_server, longer, question
 
 from goose_lora.cli.commands import COMMANDS, command_line
 from goose_lora.data.rows import load_rows
 from goose_lora.errors import UserError
 from goose_lora.files import read_jsonl, write_jsonl
-from goose_lora.rewards import pairwise_judge
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tea?"}]
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(pairwise_judge, "ANSWER_RETRIES", 1)
-    with judge_server() as served:
+    with impatient_server(monkeypatch, retries=1) as served:
         yield served
 
 

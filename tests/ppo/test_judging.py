@@ -1,7 +1,7 @@
 """A judge behind a server as a source of reward of PPO: paid, watched, evaluated, and resumed."""
 
 import pytest
-from judge_server import completion, judge_server, longer, question
+from judge_server import completion, impatient_server, longer, question
 from ranks import on_ranks
 from tiny_runs import (
     EVERY,
@@ -20,7 +20,6 @@ from tiny_runs import (
 from goose_lora.errors import UserError
 from goose_lora.files import read_jsonl
 from goose_lora.ppo.judging import judging_plan
-from goose_lora.rewards import pairwise_judge
 from goose_lora.rewards.group_judge import served_judge
 from goose_lora.rewards.pairwise_judge import CACHE_FILE
 from goose_lora.rewards.sources import RewardMix
@@ -28,10 +27,7 @@ from goose_lora.rewards.sources import RewardMix
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for name in ("FIRST_RETRIES", "ANSWER_RETRIES"):
-        monkeypatch.setattr(pairwise_judge, name, 1)
-    with judge_server() as served:
+    with impatient_server(monkeypatch, retries=1) as served:
         yield served
 
 
@@ -51,6 +47,20 @@ def run(folder, server, *others, weights=None, resume=None, **changes):
         ppo.collector.reward.weights = weights
     ppo.train(resume_from_checkpoint=resume)
     return ppo
+
+
+def one_rollout(folder, server, rows, estimator):
+    """One rollout of these prompts by a judge alone, in groups of 2."""
+    trainer(
+        folder,
+        shared=fresh(critic=None),
+        reward=[a_judge(server, folder)],
+        rows=rows,
+        num_generations=2,
+        advantage_estimator=estimator,
+        num_rollouts=1,
+        score_normalization="none",
+    ).train()
 
 
 def scores_of_bodies(bodies):
@@ -192,17 +202,7 @@ def test_a_server_that_fails_ends_the_run_and_the_checkpoint_goes_on(server, tmp
 
 def test_prompts_of_text_are_sent_as_they_are(server, tmp_path):
     rows = prompt_rows(64).map(lambda row: {"prompt": [{"role": "user", "content": str(row["input_ids"])}]})
-    ppo = trainer(
-        tmp_path,
-        shared=fresh(critic=None),
-        reward=[a_judge(server, tmp_path)],
-        rows=rows,
-        num_generations=2,
-        advantage_estimator="grpo",
-        num_rollouts=1,
-        score_normalization="none",
-    )
-    ppo.train()
+    one_rollout(tmp_path, server, rows, "grpo")
     sent = [question(body)["request"] for body in server.bodies]
     assert sent and all(request in rows["prompt"] for request in sent)
 
@@ -238,14 +238,5 @@ def test_each_of_two_processes_asks_about_its_own_prompts(server, tmp_path):
 
 def test_a_prompt_that_is_drawn_twice_in_a_row_costs_no_more_than_was_told(server, tmp_path):
     rows = prompt_rows(64).select([0] * 64)
-    trainer(
-        tmp_path,
-        shared=fresh(critic=None),
-        reward=[a_judge(server, tmp_path)],
-        rows=rows,
-        num_generations=2,
-        advantage_estimator="rloo",
-        num_rollouts=1,
-        score_normalization="none",
-    ).train()
+    one_rollout(tmp_path, server, rows, "rloo")
     assert 0 < len(server.bodies) <= 16

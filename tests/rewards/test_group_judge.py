@@ -4,12 +4,11 @@ import threading
 import time
 
 import pytest
-from judge_server import completion, judge_server, longer, question
+from judge_server import completion, impatient_server, longer, question
 
 from goose_lora.cli.judging import check_reward_judges
 from goose_lora.errors import TimeLimitError, UserError
 from goose_lora.files import read_jsonl
-from goose_lora.rewards import pairwise_judge
 from goose_lora.rewards.classifier import reward_function, reward_sources
 from goose_lora.rewards.group_judge import calls_for, compared_pairs, served_judge
 from goose_lora.rewards.pairwise_judge import CACHE_FILE
@@ -20,10 +19,7 @@ NAME = "openai:org/m"
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for name in ("FIRST_RETRIES", "ANSWER_RETRIES"):
-        monkeypatch.setattr(pairwise_judge, name, 1)
-    with judge_server() as served:
+    with impatient_server(monkeypatch, retries=1) as served:
         yield served
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from judge_server import completion, judge_server, longer, question
+from judge_server import completion, impatient_server, longer, question
 
 from goose_lora.errors import UserError
 from goose_lora.evaluation.policies import Replies, compare_all, summary
@@ -29,10 +29,7 @@ PPO = ["a longer one"] * 3 + ["four"] * 2 + ["no"] * 2 + ["wide"]  # better, ali
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for name in ("FIRST_RETRIES", "ANSWER_RETRIES"):
-        monkeypatch.setattr(pairwise_judge, name, 2)
-    with judge_server() as served:
+    with impatient_server(monkeypatch, retries=2) as served:
         yield served
 
 

@@ -5,6 +5,8 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from goose_lora.rewards import pairwise_judge
+
 
 def completion(text, **message):
     """What a server says with a text for an answer."""
@@ -79,3 +81,13 @@ def judge_server(port=0):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def impatient_server(monkeypatch, *, retries):
+    """A server for judges without a key, which ask it so many times again."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in ("FIRST_RETRIES", "ANSWER_RETRIES"):
+        monkeypatch.setattr(pairwise_judge, name, retries)
+    with judge_server() as served:
+        yield served
