@@ -43,12 +43,12 @@ test-oldest: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-oldest
 	sed '/^dev/,$$d' pyproject.toml | grep -oE '"[A-Za-z0-9_.-]+(\[[^]]*\])?>=[0-9.]+' | sed -E 's/^"([^[>]+)(\[.*\])?>=/\1==/'$(if $(TORCH_OLDEST),| sed 's/^torch==.*/$(TORCH_OLDEST)/') > .venv-oldest/lowest.txt
 	grep -E "^($$(echo $(OF_TESTS) | tr ' ' '|'))==" constraints.txt >> .venv-oldest/lowest.txt
-	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/lowest.txt --editable ".[rewards]" $(OF_TESTS)
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/lowest.txt --editable ".[rewards,judge]" $(OF_TESTS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/$(RUN_CHOSEN)
 
 test-newest: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --editable ".[rewards]" $(OF_TESTS)
+	.venv-newest/bin/python -m pip install --quiet --editable ".[rewards,judge]" $(OF_TESTS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-newest/bin/$(RUN_CHOSEN)
 
 # uv resolves for Pythons that are not here. Where pip looks for wheels, it does, too.
