@@ -3,21 +3,25 @@
     python benchmarks/augmented_pairs.py --output runs/pairs [--seeds 0 1 2] [--kinds none empty]
 
 Each run is recipes/reward.py on demo_cpu/reward.yaml with ``augment_pairs``, with as many more
-steps as there are more pairs, so that each pair is seen as often. What is finished is not run
-again; several calls may share the output folder. Prints a table: means over the seeds that are
-there, and each seed's own.
+steps as there are more pairs, so that each pair is seen as often; in float32 where a CPU multiplies
+no bfloat16. What a run found is a line of augmented_pairs.jsonl, beside this file, and is not run
+again; several calls may run side by side. Prints a table: means over the seeds that are there, and
+each seed's own.
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import yaml
 
-from goose_lora.files import read_json
+from goose_lora.demo import slow_bf16_options
+from goose_lora.files import append_line, read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "recipes" / "configs" / "demo_cpu" / "reward.yaml"
@@ -34,12 +38,19 @@ KINDS: dict[str, dict[str, float]] = {
 PROBES = ("flattering", "gushing", "fawning", "empty", "repeated", "truncated", "other_prompt")
 
 
-def train(kind: str, seed: int, folder: Path) -> None:
-    """Train one reward model into ``folder``, on one thread; stop everything if that fails."""
+Row = dict[str, Any]
+
+
+def train(kind: str, seed: int, folder: Path) -> Row:
+    """Train one reward model into ``folder``, on one thread; stop everything if that fails.
+
+    Returns:
+        What its verdict says: accuracy, and each probe's share of the prompts.
+    """
     shares = KINDS[kind]
     steps = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["max_steps"]
     command = [sys.executable, str(ROOT / "recipes" / "reward.py"), "--config", str(CONFIG)]
-    command += ["--output_dir", str(folder), "--seed", str(seed)]
+    command += ["--output_dir", str(folder), "--seed", str(seed), *slow_bf16_options("reward")]
     command += ["--max_steps", str(round(steps * (1 + sum(shares.values()))))]
     if shares:
         command += ["--augment_pairs", *(f"{name}={share}" for name, share in shares.items())]
@@ -50,21 +61,25 @@ def train(kind: str, seed: int, folder: Path) -> None:
         done = subprocess.run(command, env=environment, stdout=file, stderr=file)
     if done.returncode:
         sys.exit(f"{kind}, seed {seed} failed; see {log}")
+    verdict = read_json(folder / "verdict.json")
+    probes = {name: probe["beats_chosen"] for name, probe in verdict["probes"].items()}
+    dtype = "float32" if slow_bf16_options("reward") else "bfloat16"
+    return {"kind": kind, "seed": seed, "dtype": dtype, "accuracy": verdict["accuracy"], "probes": probes}
 
 
-def table(output: Path, kinds: list[str]) -> str:
+def table(rows: list[Row]) -> str:
     """A line a kind: accuracy, and to what share of prompts each probe beats the chosen reply."""
     lines = [f"| pairs made | seeds | accuracy | {' | '.join(PROBES)} |", "|---" * (3 + len(PROBES)) + "|"]
-    for kind in kinds:
-        verdicts = [read_json(path) for path in sorted(output.glob(f"seed*/{kind}/verdict.json"))]
-        columns = [[verdict["accuracy"] for verdict in verdicts]]
-        columns += [[verdict["probes"][probe]["beats_chosen"] for verdict in verdicts] for probe in PROBES]
+    for kind, made in KINDS.items():
+        own = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["seed"])
+        columns = [[row["accuracy"] for row in own]]
+        columns += [[row["probes"][probe] for row in own] for probe in PROBES]
         cells = [
             f"{fmean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})" if values else "-"
             for values in columns
         ]
-        shares = ", ".join(f"`{name}` {share:g}" for name, share in KINDS[kind].items()) or "none"
-        lines.append(f"| {shares} | {len(verdicts)} | {' | '.join(cells)} |")
+        shares = ", ".join(f"`{name}` {share:g}" for name, share in made.items()) or "none"
+        lines.append(f"| {shares} | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -73,17 +88,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "pairs")
+    parser.add_argument("--rows", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
     output = arguments.output.resolve()
-    for seed in arguments.seeds:
-        for kind in arguments.kinds:
-            folder = output / f"seed{seed}" / kind
-            if not (folder / "stage.json").is_file():
-                train(kind, seed, folder)
-                print(f"{kind}, seed {seed}: accuracy {read_json(folder / 'verdict.json')['accuracy']:.3f}")
-    print(table(output, list(KINDS)))
+    for seed, kind in itertools.product(arguments.seeds, arguments.kinds):
+        if (kind, seed) in {(row["kind"], row["seed"]) for row in found(arguments.rows)}:
+            continue
+        row = train(kind, seed, output / f"seed{seed}" / kind)
+        append_line(arguments.rows, row)
+        print(f"{kind}, seed {seed}: accuracy {row['accuracy']:.3f}", flush=True)
+    print(table(found(arguments.rows)))
+
+
+def found(rows: Path) -> list[Row]:
+    """Return the lines of earlier runs."""
+    return read_jsonl(rows) if rows.is_file() else []
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def _run_stage(recipes: Path, stage: str, output: Path, seed: int) -> None:
     # One process needs no launcher, whose own traceback would be the answer to Ctrl-C.
     environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "HF_HUB_OFFLINE": "1", **os.environ}
     if gpu() is None:
-        command += _slow_bf16_options(stage)
+        command += slow_bf16_options(stage)
         environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     else:
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
@@ -226,7 +226,7 @@ def gpu() -> str | None:
     return torch.cuda.get_device_name()
 
 
-def _slow_bf16_options(stage: str) -> list[str]:
+def slow_bf16_options(stage: str) -> list[str]:
     """Return options for a CPU where bfloat16, which the demo's files name, is slow."""
     from goose_lora.models.quantization import cpu_multiplies_bf16
 

@@ -313,7 +313,7 @@ def test_a_model_from_gguf_is_not_marked_as_quantized_so_that_it_trains_and_is_s
 )
 def test_on_a_cpu_without_bfloat16_the_demo_runs_in_float32(fast, stage, options, monkeypatch):
     monkeypatch.setattr("goose_lora.models.quantization.cpu_multiplies_bf16", lambda: fast)
-    assert demo._slow_bf16_options(stage) == options
+    assert demo.slow_bf16_options(stage) == options
 
 
 @pytest.mark.parametrize(
