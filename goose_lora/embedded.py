@@ -163,7 +163,8 @@ def fetch(package: Package) -> Path:
 def make_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
     """Return ``folder``, made by ``fill(temporary folder)`` if it is not there yet.
 
-    It is renamed when whole, so that an interrupted run leaves no half of it.
+    It is renamed when whole, so that an interrupted run leaves no half of it. Of several processes
+    that make it at once, the first to end keeps its own.
     """
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +172,9 @@ def make_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
         try:
             fill(temporary)
             temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder

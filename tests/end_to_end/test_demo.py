@@ -226,6 +226,16 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_of_two_processes_that_make_a_folder_the_first_to_end_keeps_its_own(tmp_path):
+    def fill_beside_another(folder):
+        (folder / "model").write_text("the second's")
+        embedded.make_folder(tmp_path / "cache", lambda first: (first / "model").write_text("the first's"))
+
+    made = embedded.make_folder(tmp_path / "cache", fill_beside_another)
+    assert (made / "model").read_text() == "the first's"
+    assert list(tmp_path.iterdir()) == [made]
+
+
 def write_gguf(path):
     """A Llama of two layers in 8-bit blocks, with a tokenizer of bytes; returns its embeddings as
     the blocks have them."""
