@@ -180,17 +180,13 @@ def head_output(head: nn.Linear, hidden: Float[Tensor, "*s H"], bias: float) -> 
         return head(hidden.to(head.weight.dtype)).squeeze(-1) - bias
 
 
-def score_states(
-    hidden: Float[Tensor, "B L H"],
-    attention_mask: Int[Tensor, "B L"],
-    skip: Bool[Tensor, " B"] | None = None,
-) -> Float[Tensor, "B H"]:
-    """Return the state of each row's last counted token, or of the one before it where ``skip``."""
+def score_columns(
+    attention_mask: Int[Tensor, "B L"], skip: Bool[Tensor, " B"] | None = None
+) -> Int[Tensor, " B"]:
+    """Return the column of each row's last counted token, or the one before it where ``skip``."""
     # Where RewardTrainer's model reads its score, whichever side is padded
     last = last_counted(attention_mask)
-    if skip is not None:
-        last = last - skip.long()
-    return hidden[torch.arange(len(last), device=last.device), last]
+    return last if skip is None else last - skip.long()
 
 
 def final_softcap(core: PreTrainedModel) -> float | None:

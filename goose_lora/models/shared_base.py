@@ -45,7 +45,7 @@ from goose_lora.models.trunk import (
     by_position,
     captured_depth,
     decoder_layers,
-    only_last_columns,
+    only_columns,
     trained_from,
 )
 
@@ -73,7 +73,7 @@ class SharedBase(PeftModel):
     own_head: bool = False  # whether logits come from the model's own head, with all that it does
     reuse_layers: bool = True  # whether a pass can be resumed in the middle of this model
     _role: Role | None  # None until the roles are there
-    _columns: int | None = None  # last columns that are read; None for all
+    _columns: int | Tensor | None = None  # last columns that are read, or one a row; None for all
     _layers: tuple[nn.ModuleList] | None = None
     _by_position: tuple[nn.Module, ...] | None = None
     _before_backward: Role | None = None  # the role to go back to, once a recompute has left it
@@ -599,20 +599,21 @@ class SharedBase(PeftModel):
         input_ids: Int[Tensor, "B L"],
         attention_mask: Int[Tensor, "B L"],
         trunk: Float[Tensor, "B L H"] | None = None,
-        columns: int | None = None,
+        columns: int | Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B L H"]:
         """Return the last hidden states under ``role``, resumed from ``trunk`` if given.
 
         Padding may stand on either side. ``columns`` is the number of last columns that are read,
-        all if None; the states of others are then worthless, and the last layer mostly spared.
+        or the column of each row that is, all if None; the states of others are then worthless, and
+        the last layer mostly spared.
         """
         resumed = nullcontext() if trunk is None else above(self.layers, self.trunk_depth(role), trunk)
         with self.role(role) as core, resumed, self.reading(columns):
             return role_outputs.decode(core, input_ids, attention_mask)
 
     @contextmanager
-    def reading(self, columns: int | None) -> Iterator[None]:
-        """Read only the last ``columns`` columns of hidden states inside.
+    def reading(self, columns: int | Int[Tensor, " B"] | None) -> Iterator[None]:
+        """Read only some columns of hidden states inside, as ``hidden`` says.
 
         A recompute of checkpointing enters it again.
         """
@@ -621,7 +622,7 @@ class SharedBase(PeftModel):
             if self._by_position is None:
                 self.spare_last_layer(True)
             assert self._by_position is not None
-            with only_last_columns(self._by_position, columns):
+            with only_columns(self._by_position, columns):
                 yield
         finally:
             self._columns = before
@@ -721,14 +722,16 @@ class SharedBase(PeftModel):
             trunks: from ``trunks``, of ``reward`` and the members that have states of their own.
             hidden: the states under ``reward``, where they are there already.
         """
-        # A member's states go before the next one's come: only the first one's may be needed twice
+        # A member's states go before the next one's come: only the first one's may be needed twice,
+        # and of the others' nothing but the column of the score.
         if hidden is None:
             hidden = self.hidden("reward", input_ids, attention_mask, trunks.get("reward"), columns)
         scores = []
         for role, of in self.member_states.items():
             states = hidden
             if of != "reward":
-                states = self.hidden(of, input_ids, attention_mask, trunks.get(of), columns)
+                read = self._score_columns(attention_mask, ended)
+                states = self.hidden(of, input_ids, attention_mask, trunks.get(of), read)
             scores.append(self.read_scores(states, attention_mask, ended, role=role))
         if self.ensemble is None:
             return JudgedReplies(scores[0], None)
@@ -743,8 +746,13 @@ class SharedBase(PeftModel):
         role: Role = "reward",
     ) -> Float[Tensor, " B"]:
         """Return one reward model's scores, or one member's, given the hidden states under it."""
-        skip = None if self.reward_reads_eos else ended
-        return self.apply_head(role, role_outputs.score_states(hidden, attention_mask, skip))
+        read = self._score_columns(attention_mask, ended)
+        return self.apply_head(role, hidden[torch.arange(len(read), device=read.device), read])
+
+    def _score_columns(
+        self, attention_mask: Int[Tensor, "B L"], ended: Bool[Tensor, " B"] | None
+    ) -> Int[Tensor, " B"]:
+        return role_outputs.score_columns(attention_mask, None if self.reward_reads_eos else ended)
 
     def forward(
         self,

@@ -325,20 +325,32 @@ def by_position(layer: nn.Module) -> tuple[nn.Module, ...]:
 
 
 @contextmanager
-def only_last_columns(modules: Sequence[nn.Module], columns: int | None) -> Iterator[None]:
-    """Compute correct states (B, L, H) of a layer in the last ``columns`` columns only.
+def only_columns(modules: Sequence[nn.Module], columns: int | Tensor | None) -> Iterator[None]:
+    """Compute correct states (B, L, H) of a layer in some columns only.
 
-    They are exact there; None stands for all columns. ``modules`` are those of ``by_position``.
+    They are exact in the last ``columns`` ones, or in one of each row (B,); None stands for all.
+    ``modules`` are those of ``by_position``.
     """
     if columns is None:
         yield
         return
     found = list(modules)
-    with patched_forward(found, [partial(_at_the_end, module.forward, columns) for module in found]):
+    spared = _at_the_end if isinstance(columns, int) else _in_one
+    with patched_forward(found, [partial(spared, module.forward, columns) for module in found]):
         yield
 
 
+# Zeros stand for columns that nobody reads
+
+
 def _at_the_end(forward: Callable[..., Any], columns: int, x: Tensor) -> Tensor:
-    # Zeros stand for columns that nobody reads
     rest = x.shape[1] - columns
     return forward(x) if rest <= 0 else F.pad(forward(x[:, rest:].contiguous()), (0, 0, rest, 0))
+
+
+def _in_one(forward: Callable[..., Any], columns: Tensor, x: Tensor) -> Tensor:
+    rows = torch.arange(len(x), device=x.device)
+    read = forward(x[rows, columns].unsqueeze(1))
+    states = read.new_zeros(*x.shape[:2], read.shape[-1])
+    states[rows, columns] = read.squeeze(1)
+    return states

@@ -208,9 +208,12 @@ def texts(run, count=9):
 
 
 def scored(shared, rows):
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    longest = max(map(len, rows)) + 2
+    right = [place % 3 for place in range(len(rows))]  # padded on both sides, as rollouts are
+    left = [longest - len(row) - after for row, after in zip(rows, right, strict=True)]
+    sides = list(zip(left, rows, right, strict=True))
+    ids = torch.tensor([[0] * before + row + [0] * after for before, row, after in sides])
+    mask = torch.tensor([[0] * before + [1] * len(row) + [0] * after for before, row, after in sides])
     roles = ["policy", *dict.fromkeys(shared.member_states.values())]
     with torch.no_grad():
         return shared.judge(ids, mask, shared.trunks(ids, mask, roles))

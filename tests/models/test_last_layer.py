@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.models.shared_base import SharedBase
-from goose_lora.models.trunk import BY_POSITION, by_position, decoder_layers, only_last_columns
+from goose_lora.models.trunk import BY_POSITION, by_position, decoder_layers, only_columns
 
 ALL = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 SPARED = {"gpt2": 1, "gpt_neox": 1, "opt": 1, "phi3": 2}  # of BY_POSITION; all three where it is not said
@@ -52,6 +52,9 @@ def test_the_states_that_are_read_are_those_of_the_whole_layer(architecture):
             got = shared.hidden(role, ids, mask, columns=columns)
             assert got.shape == want.shape
             torch.testing.assert_close(got[:, -columns:], want[:, -columns:], rtol=1e-5, atol=1e-5)
+        rows, one = torch.arange(len(ids)), torch.randint(ids.shape[1], (len(ids),))
+        got = shared.hidden(role, ids, mask, columns=one)[rows, one]
+        torch.testing.assert_close(got, want[rows, one], rtol=1e-5, atol=1e-5)
     assert torch.equal(
         shared.hidden("policy", ids, mask), shared.hidden("policy", ids, mask, columns=None)
     ), "all columns again afterwards"
@@ -112,7 +115,7 @@ def test_experts_are_chosen_for_the_positions_that_are_read():
 def test_forwards_are_put_back_after_an_error():
     layer = decoder_layers(built().get_base_model())[-1]
     before = [module.__dict__.get("forward") for module in layer.modules()]
-    with pytest.raises(KeyError), only_last_columns(by_position(layer), 2):
+    with pytest.raises(KeyError), only_columns(by_position(layer), 2):
         assert layer.mlp.__dict__["forward"] is not None
         raise KeyError
     assert [module.__dict__.get("forward") for module in layer.modules()] == before
