@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modes import ROOT, judge, recipe, run, stages
+from modes import ROOT, judge, judged, recipe, run, stages
 from transformers import AutoModelForSequenceClassification
 
-from goose_lora import cli, demo, embedded
+from goose_lora import cli, embedded
 from goose_lora.data.rows import load_rows
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
-from goose_lora.evaluation.policies import Replies, judge_all, summary
+from goose_lora.evaluation.policies import Replies, answer
 from goose_lora.files import read_jsonl, write_json
-from goose_lora.generation.sampling import response_mask
+from goose_lora.generation.sampling import generation_config, response_mask
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.dense_copy import DenseCopy
 from goose_lora.models.loading import load_base, load_tokenizer
@@ -119,8 +119,16 @@ def judge_replies(seed_folder: Path, folder: Path, dtype: str) -> None:
         replies.lengths += mask.sum(-1).tolist()
         replies.ended += ended.tolist()
         replies.scores += shared.scores(ids, attended, ended=ended).tolist()
-    judge_all({"it": replies}, tokenizer.batch_decode([row["prompt"] for row in rows]), demo.vader)
-    write_json(f"{folder}/judged_ppo.json", summary({"it": replies}, against="it")["it"])
+    prompts = [row["prompt"] for row in rows]
+    sampling = generation_config(
+        response_tokens=RESPONSE,
+        temperature=1.0,
+        eos_token_ids=[tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    before = answer(shared, "policy", prompts, tokenizer, sampling, batch_size=100)
+    figures = judged(replies, before, tokenizer.batch_decode(prompts), shared, tokenizer)
+    write_json(f"{folder}/judged_ppo.json", figures)
 
 
 def trl(seed_folder: Path, folder: Path, python: str, case: dict[str, Any]) -> float:
@@ -178,6 +186,7 @@ def main() -> None:
                         "seed": seed,
                         "dtype": dtype,
                         "rollouts": arguments.rollouts,
+                        "replies": 64,
                         "kl_coef": coefficient,
                     }
                     seconds = trl(seed_folder, folder, arguments.trl_ppo, case)

@@ -16,8 +16,6 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-REPLIES = 64
-
 
 @torch.no_grad()
 def replies(model: Any, prompts: list[list[int]], tokenizer: Any, tokens: int) -> list[dict[str, Any]]:
@@ -72,7 +70,7 @@ def main() -> None:
     )
     read_before_the_end(reward, tokenizer.eos_token_id)
     prompts = json.loads((start / "prompts.json").read_text())
-    count = case["rollouts"] * REPLIES
+    count = case["rollouts"] * case["replies"]
     args = PPOConfig(
         output_dir=str(output / "run"),
         report_to="none",
@@ -81,12 +79,12 @@ def main() -> None:
         use_cpu=True,
         disable_tqdm=True,
         bf16=False,
-        per_device_train_batch_size=REPLIES,
+        per_device_train_batch_size=case["replies"],
         gradient_accumulation_steps=1,
         total_episodes=count,
         num_ppo_epochs=2,
         num_mini_batches=2,
-        local_rollout_forward_batch_size=REPLIES,
+        local_rollout_forward_batch_size=case["replies"],
         response_length=case["response"],
         stop_token="eos",
         temperature=1.0,

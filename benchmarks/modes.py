@@ -7,9 +7,10 @@
 Each seed trains its own SFT adapter and reward model once; every mode starts from them. A run is
 the demo's PPO stage with the settings below (``--rows``: of so many replies a minibatch, where the
 demo has 32; ``--lora_layers``: adapters in other layers, in all stages), then 200 held-out prompts
-at temperature 1, judged by VADER. CPU seconds are of the PPO stage without its imports, of its
-process alone, so that other work on the machine does not enter. What is finished is not run again;
-several calls may share the output folder. Prints a table, mean and range over seeds.
+at temperature 1, judged by VADER and by second_judge.py. CPU seconds are of the PPO stage without
+its imports, of its process alone, so that other work on the machine does not enter. What is
+finished is not run again; several calls may share the output folder. Prints a table, mean and range
+over seeds.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import bitsandbytes  # noqa: F401  (imported once here: every run is a fork)
 import datasets  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import trl  # noqa: F401
+from second_judge import sentiments
 
 from goose_lora import (
     cli,
@@ -35,12 +37,14 @@ from goose_lora import (
 )
 from goose_lora.data.rows import load_rows
 from goose_lora.data.tokenization import tokenize_prompts
-from goose_lora.evaluation.policies import answer, judge_all, summary
+from goose_lora.evaluation.policies import Replies, answer, judge_all, summary
+from goose_lora.evaluation.statistics import matched_length_difference
 from goose_lora.files import write_json
 from goose_lora.generation.sampling import generation_config
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.dense_copy import make_dense_copy
 from goose_lora.models.loading import load_base, load_tokenizer
+from goose_lora.models.roles import Role
 from goose_lora.models.shared_base import SharedBase
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,9 +109,12 @@ def start_recipe(name: str, arguments: list[str]) -> None:
 
 
 def recipe(name: str, folder: Path, seed: int, dtype: str, **settings: object) -> float:
+    """Run a stage into ``folder`` and return its CPU seconds; a list is a setting of many words."""
     settings |= {"dtype": dtype} | ({} if name == "ppo" else {"bf16": dtype == "bfloat16"})
     config = f"recipes/configs/demo_cpu/raw/{name}.yaml"
-    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    options = []
+    for key, value in settings.items():
+        options += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     arguments = ["--config", config, "--output_dir", str(folder), "--seed", str(seed), *options]
     return run(lambda: start_recipe(name, arguments), folder.with_suffix(".log"))
 
@@ -148,20 +155,31 @@ def judge_here(seed_folder: str, folder: str, seed: int, dtype: Any, which: str)
         eos_token_ids=[tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )
-    named = {
-        "it": answer(
-            shared,
-            "policy",
-            prompts,
-            tokenizer,
-            sampling,
-            batch_size=100,
-            seed=seed,
-            dense=make_dense_copy(shared, "auto"),
-        )
-    }
-    judge_all(named, tokenizer.batch_decode(prompts), demo.vader)
-    write_json(f"{folder}/judged_{which}.json", summary(named, against="it")["it"])
+    dense = make_dense_copy(shared, "auto")
+
+    def replies(role: Role) -> Replies:
+        return answer(shared, role, prompts, tokenizer, sampling, batch_size=100, seed=seed, dense=dense)
+
+    said = replies("policy")
+    before = said if which == "sft" else replies("reference")
+    figures = judged(said, before, tokenizer.batch_decode(prompts), shared, tokenizer)
+    write_json(f"{folder}/judged_{which}.json", figures)
+
+
+def judged(
+    said: Replies, before: Replies, prompts: list[str], shared: SharedBase, tokenizer: Any
+) -> dict[str, Any]:
+    """Return what both judges say of replies, beside those of the model before PPO too."""
+    named = {"it": said, "before": before}
+    judge_all(named, prompts, demo.vader)
+    figures = summary(named, against="before")["it"]
+    with shared.role("base") as base:
+        second = [
+            sentiments(base, tokenizer, list(map(str.__add__, prompts, replies.texts)))
+            for replies in named.values()
+        ]
+    gain = matched_length_difference(second[0], said.lengths, second[1], before.lengths).value
+    return figures | {"second": fmean(second[0]), "second_gain_at_equal_length": gain}
 
 
 def table(output: Path, modes: list[str]) -> str:
