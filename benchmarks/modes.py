@@ -116,7 +116,7 @@ def recipe(name: str, folder: Path, seed: int, dtype: str, **settings: object) -
     for key, value in settings.items():
         options += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     arguments = ["--config", config, "--output_dir", str(folder), "--seed", str(seed), *options]
-    return run(lambda: start_recipe(name, arguments), folder.with_suffix(".log"))
+    return run(lambda: start_recipe(name, arguments), folder.with_name(f"{folder.name}.log"))
 
 
 def stages(seed_folder: Path, seed: int, dtype: str, layers: dict[str, str]) -> dict[str, object]:

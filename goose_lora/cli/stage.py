@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -648,7 +649,8 @@ def _what_next(stage: str, folder: Path) -> str:
     """Return the lines that end a stage: where its result is, and what to do with it."""
     lines = [f"\nSaved in {folder}"]
     if stage in OF_PPO:
-        lines += [f"Report:  {folder / 'report.html'}", f"Talk:    goose-lora chat {folder}"]
+        talk = shlex.join(["goose-lora", "chat", str(folder)])
+        lines += [f"Report:  {folder / 'report.html'}", f"Talk:    {talk}"]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from goose_lora.errors import UserError
 from goose_lora.evaluation.verdict import PROBES
-from goose_lora.files import read_json
+from goose_lora.files import read_json, read_jsonl
 from goose_lora.models.ensembles import read_ensemble
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
@@ -106,11 +106,19 @@ def test_the_verdict_has_each_member_each_aggregation_and_their_disagreement(run
     assert read_json(run / "reward" / "member_1" / "goose_lora.json")["figures"]["seed"] == 43
 
 
+def losses(path):
+    """Each logged loss, behind its member where one is noted, and its step."""
+    rows = [row for row in read_jsonl(path) if "loss" in row]
+    assert rows
+    return [tuple(row[name] for name in ("member", "step", "loss") if name in row) for row in rows]
+
+
 @pytest.mark.parametrize("kind", ["adapters", "heads"])
 def test_a_run_that_was_killed_between_and_inside_members_goes_on_exactly(run, heads, tmp_path, kind):
     shutil.copytree(run if kind == "adapters" else heads, tmp_path, dirs_exist_ok=True)
     want = [weights(tmp_path / "reward" / f"member_{place}") for place in range(3)]
     manifest = read_json(tmp_path / "reward" / "members.json")
+    logged = losses(tmp_path / "reward" / "metrics.jsonl")
 
     # As if it had been killed in the second member's training, after its fourth step
     for name in ("adapter_config.json", "members.json", "member_1/finished.json"):
@@ -122,6 +130,10 @@ def test_a_run_that_was_killed_between_and_inside_members_goes_on_exactly(run, h
     got = [weights(tmp_path / "reward" / f"member_{place}") for place in range(3)]
     assert all(same(one, other) for one, other in zip(want, got, strict=True))
     assert read_json(tmp_path / "reward" / "members.json") == manifest
+    assert losses(tmp_path / "reward" / "metrics.jsonl") == logged  # of those that were finished too
+    assert losses(tmp_path / "reward" / "member_0" / "metrics.jsonl") == [
+        row[1:] for row in logged if not row[0]
+    ]
     after = (tmp_path / "reward" / "member_0" / "adapter_model.safetensors").stat().st_mtime_ns
     assert after == before  # it was not trained again
 
