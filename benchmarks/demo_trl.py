@@ -7,9 +7,9 @@ For each seed: SFT and reward model by the recipes (once; ``benchmarks/modes.py`
 PPO by ``recipes/ppo.py``, and TRL's PPO on dense copies of the two, dequantized and merged, with a
 fresh LoRA adapter whose reference is the base below it. TRL's ``kl_coef`` is of raw scores, so it
 gets the demo's times the standard deviation of the reference's. Numbers of samples and epochs are
-the same. Then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds on one thread:
-here of the whole stage but its imports, of TRL's of ``train()`` alone. What is finished is not run
-again.
+the same. Then 200 held-out prompts at temperature 1, judged by VADER. CPU seconds on one thread
+are of the whole stage but its imports, on both sides: loading, training and saving. What is
+finished is not run again.
 """
 
 import argparse
@@ -126,13 +126,19 @@ def judge_replies(seed_folder: Path, folder: Path, dtype: str) -> None:
         eos_token_ids=[tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )
-    before = answer(shared, "policy", prompts, tokenizer, sampling, batch_size=100)
-    figures = judged(replies, before, tokenizer.batch_decode(prompts), shared, tokenizer)
+    figures = judged(
+        replies,
+        tokenizer.batch_decode(prompts),
+        seed_folder,
+        lambda: answer(shared, "policy", prompts, tokenizer, sampling, batch_size=100),
+        shared,
+        tokenizer,
+    )
     write_json(f"{folder}/judged_ppo.json", figures)
 
 
 def trl(seed_folder: Path, folder: Path, python: str, case: dict[str, Any]) -> float:
-    """CPU seconds of TRL's training, in its own environment."""
+    """CPU seconds of TRL's stage, in its own environment."""
     folder.mkdir(exist_ok=True)
     words = json.dumps(
         case | {"start": str(seed_folder / "dense"), "output": str(folder), "response": RESPONSE}

@@ -60,6 +60,7 @@ def read_before_the_end(reward: Any, eos_token_id: int) -> None:
 
 
 def main() -> None:
+    began = time.process_time()
     case = arguments()
     start, output, dtype = Path(case["start"]), Path(case["output"]), DTYPES[case["dtype"]]
     tokenizer = AutoTokenizer.from_pretrained(start / "policy", padding_side="left")
@@ -104,8 +105,8 @@ def main() -> None:
         train_dataset=Dataset.from_dict({"input_ids": prompts["train"]}),
         peft_config=LoraConfig(**LORA, target_modules=TARGETS, task_type="CAUSAL_LM"),
     )
-    began = time.process_time()
     trainer.train()
+    trainer.save_model(str(output / "saved"))
     seconds = time.process_time() - began
     rows = replies(trainer.policy_model, prompts["test"], tokenizer, case["response"])
     (output / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

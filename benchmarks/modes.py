@@ -20,6 +20,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,7 +40,7 @@ from goose_lora.data.rows import load_rows
 from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.evaluation.policies import Replies, answer, judge_all, summary
 from goose_lora.evaluation.statistics import matched_length_difference
-from goose_lora.files import write_json
+from goose_lora.files import read_json, write_json
 from goose_lora.generation.sampling import generation_config
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.dense_copy import make_dense_copy
@@ -161,25 +162,37 @@ def judge_here(seed_folder: str, folder: str, seed: int, dtype: Any, which: str)
         return answer(shared, role, prompts, tokenizer, sampling, batch_size=100, seed=seed, dense=dense)
 
     said = replies("policy")
-    before = said if which == "sft" else replies("reference")
-    figures = judged(said, before, tokenizer.batch_decode(prompts), shared, tokenizer)
+    texts = tokenizer.batch_decode(prompts)
+    figures = judged(said, texts, Path(seed_folder), lambda: replies("reference"), shared, tokenizer)
     write_json(f"{folder}/judged_{which}.json", figures)
 
 
 def judged(
-    said: Replies, before: Replies, prompts: list[str], shared: SharedBase, tokenizer: Any
+    said: Replies,
+    prompts: list[str],
+    seed_folder: Path,
+    say_before: Callable[[], Replies],
+    shared: SharedBase,
+    tokenizer: Any,
 ) -> dict[str, Any]:
-    """Return what both judges say of replies, beside those of the model before PPO too."""
+    """Return what both judges say of replies beside the SFT model's, sampled once a seed."""
+
+    def second(replies: Replies) -> list[float]:
+        with shared.role("base") as base:
+            return sentiments(base, tokenizer, list(map(str.__add__, prompts, replies.texts)))
+
+    kept = seed_folder / "before.json"
+    if not kept.is_file():
+        replies = say_before()
+        write_json(kept, {"replies": asdict(replies), "second": second(replies)})
+    noted = read_json(kept)
+    before = Replies(**noted["replies"])
     named = {"it": said, "before": before}
     judge_all(named, prompts, demo.vader)
+    of_second = second(said)
+    gain = matched_length_difference(of_second, said.lengths, noted["second"], before.lengths).value
     figures = summary(named, against="before")["it"]
-    with shared.role("base") as base:
-        second = [
-            sentiments(base, tokenizer, list(map(str.__add__, prompts, replies.texts)))
-            for replies in named.values()
-        ]
-    gain = matched_length_difference(second[0], said.lengths, second[1], before.lengths).value
-    return figures | {"second": fmean(second[0]), "second_gain_at_equal_length": gain}
+    return figures | {"second": fmean(of_second), "second_gain_at_equal_length": gain}
 
 
 def table(output: Path, modes: list[str]) -> str:
