@@ -75,7 +75,7 @@ def table(rows: list[Row]) -> str:
         columns = [[row["accuracy"] for row in own]]
         columns += [[row["probes"][probe] for row in own] for probe in PROBES]
         cells = [
-            f"{fmean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})" if values else "-"
+            f"{fmean(values):.3f} ({', '.join(f'{value:.2f}' for value in values)})" if values else "-"
             for values in columns
         ]
         shares = ", ".join(f"`{name}` {share:g}" for name, share in made.items()) or "none"
