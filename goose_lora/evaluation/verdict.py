@@ -43,7 +43,8 @@ PROBES = {
     "gushing": "PPO will learn to pile up warm words; put replies to other prompts beside the chosen one",
     "fawning": "PPO will learn to flatter with words of the prompt; add pairs whose rejected reply does",
     "other_prompt": (
-        "the prompt has little say; put replies to other prompts beside the chosen one (augment_pairs)"
+        "the prompt has little say; where replies answer their prompts, put some to other prompts beside"
+        " the chosen one (augment_pairs)"
     ),
 }
 
