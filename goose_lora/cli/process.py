@@ -24,6 +24,8 @@ REPORT = (
     "This is a bug of goose_lora, not of what you gave it. Please report it as an issue, with the lines"
     " above, the command and the output of pip freeze."
 )
+# A list as YAML has it: what errors about columns advise
+_IN_YAML = re.compile(r"(column_mapping): \[([^\]]*)\]")
 _TOO_LONG = re.compile(r"(\S{80})\S{200,}(\S{20})")  # of a file that is one word
 # What the system says of a name that was given, and what to do
 _OF_NAMES = {
@@ -141,8 +143,14 @@ def _end_in_one_line(error: UserError, debug: bool) -> NoReturn:
 
 
 def _one_line(error: UserError) -> str:
-    """Return the words of an error, with the middle of very long ones left out."""
-    return _TOO_LONG.sub(r"\1...\2", redacted(" ".join(str(error).split())))
+    """Return the words of an error, with the middle of very long ones left out.
+
+    Where no file has settings, a setting to write is told as the command line takes it.
+    """
+    text = redacted(" ".join(str(error).split()))
+    if not any(word.partition("=")[0] == "--config" for word in sys.argv):
+        text = _IN_YAML.sub(lambda found: f"--{found[1]} {found[2].replace(', ', ' ')}", text)
+    return _TOO_LONG.sub(r"\1...\2", text)
 
 
 def _show_without_secrets(

@@ -742,7 +742,7 @@ CASES = [
     ),
     c(
         "data: assistant only without template",
-        ("has the columns prompt; sft takes", "column_mapping: [instruction=prompt]."),
+        ("has the columns prompt; sft takes", "--column_mapping instruction=prompt."),
         "data",
         F + "/prompts.jsonl",
         "--assistant_only_loss",
