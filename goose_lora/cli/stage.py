@@ -74,7 +74,8 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"  # what a run has said
 OF_PPO = ("ppo", "own_loop")
-FIGURES = ("objective/score", "objective/kl", "rollout/eos_rate")  # of the last rollout, for card and lineage
+# Of the last rollout, for card and lineage; the raw score is the one that a run prints
+FIGURES = ("objective/raw_score", "objective/score", "objective/kl", "rollout/eos_rate")
 
 
 @dataclass(frozen=True)
