@@ -7,6 +7,7 @@ its next word. Of 300 held-out pairs of people's ratings (``embedded/preferences
     python benchmarks/second_judge.py
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ def sentiments(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     from goose_lora import cli, demo, embedded
     from goose_lora.files import read_jsonl
     from goose_lora.models.arguments import ModelArguments

@@ -74,8 +74,7 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"  # what a run has said
 OF_PPO = ("ppo", "own_loop")
-# Of the last rollout, for card and lineage; the raw score is the one that a run prints
-FIGURES = ("objective/raw_score", "objective/score", "objective/kl", "rollout/eos_rate")
+FIGURES = ("objective/score", "objective/kl", "rollout/eos_rate")  # of the last rollout, for card and lineage
 
 
 @dataclass(frozen=True)

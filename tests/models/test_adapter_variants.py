@@ -179,7 +179,7 @@ def says(core):
     return out.logits[mask.bool()].float()
 
 
-def close(got, want, tolerance=1e-4):
+def close(got, want, tolerance=2e-4):
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
 
 
