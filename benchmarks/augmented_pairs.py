@@ -47,10 +47,10 @@ def train(kind: str, seed: int, folder: Path) -> Row:
     Returns:
         What its verdict says: accuracy, and each probe's share of the prompts.
     """
-    shares = KINDS[kind]
+    shares, slow = KINDS[kind], slow_bf16_options("reward")
     steps = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["max_steps"]
     command = [sys.executable, str(ROOT / "recipes" / "reward.py"), "--config", str(CONFIG)]
-    command += ["--output_dir", str(folder), "--seed", str(seed), *slow_bf16_options("reward")]
+    command += ["--output_dir", str(folder), "--seed", str(seed), *slow]
     command += ["--max_steps", str(round(steps * (1 + sum(shares.values()))))]
     if shares:
         command += ["--augment_pairs", *(f"{name}={share}" for name, share in shares.items())]
@@ -63,7 +63,7 @@ def train(kind: str, seed: int, folder: Path) -> Row:
         sys.exit(f"{kind}, seed {seed} failed; see {log}")
     verdict = read_json(folder / "verdict.json")
     probes = {name: probe["beats_chosen"] for name, probe in verdict["probes"].items()}
-    dtype = "float32" if slow_bf16_options("reward") else "bfloat16"
+    dtype = "float32" if slow else "bfloat16"
     return {"kind": kind, "seed": seed, "dtype": dtype, "accuracy": verdict["accuracy"], "probes": probes}
 
 

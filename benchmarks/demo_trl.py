@@ -28,9 +28,9 @@ from transformers import AutoModelForSequenceClassification
 from goose_lora import cli, embedded
 from goose_lora.data.rows import load_rows
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
-from goose_lora.evaluation.policies import Replies, answer
+from goose_lora.evaluation.policies import Replies
 from goose_lora.files import read_jsonl, write_json
-from goose_lora.generation.sampling import generation_config, response_mask
+from goose_lora.generation.sampling import response_mask
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.dense_copy import DenseCopy
 from goose_lora.models.loading import load_base, load_tokenizer
@@ -119,22 +119,8 @@ def judge_replies(seed_folder: Path, folder: Path, dtype: str) -> None:
         replies.lengths += mask.sum(-1).tolist()
         replies.ended += ended.tolist()
         replies.scores += shared.scores(ids, attended, ended=ended).tolist()
-    prompts = [row["prompt"] for row in rows]
-    sampling = generation_config(
-        response_tokens=RESPONSE,
-        temperature=1.0,
-        eos_token_ids=[tokenizer.eos_token_id],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    figures = judged(
-        replies,
-        tokenizer.batch_decode(prompts),
-        seed_folder,
-        lambda: answer(shared, "policy", prompts, tokenizer, sampling, batch_size=100),
-        shared,
-        tokenizer,
-    )
-    write_json(f"{folder}/judged_ppo.json", figures)
+    prompts = tokenizer.batch_decode([row["prompt"] for row in rows])
+    write_json(f"{folder}/judged_ppo.json", judged(replies, prompts, seed_folder, shared, tokenizer))
 
 
 def trl(seed_folder: Path, folder: Path, python: str, case: dict[str, Any]) -> float:

@@ -10,7 +10,7 @@ trains its SFT adapter once, and each kind of reward model that a variant asks f
 runs need an environment with trl==1.12.0 (``make parity`` makes it).
 
 What a run found is a line of frontier.jsonl, beside this file, and is not run again: stop it when
-you like. Rows without tokens are of 2026-11-26, from docs/LOG.md; a second judge came later.
+you like. Rows without a second judge are of 2026-11-26, from docs/LOG.md.
 At the end, or with ``--draw`` at once: the table, and docs/images/judge_against_kl.svg.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import modes
 import numpy as np
 from demo_trl import judge_replies, score_std, trl, write_start
 from modes import ROOT, judge, recipe, run
@@ -96,14 +97,14 @@ def run_one(variant: str, price: float, seed: int, seed_folder: Path, dtype: str
 
 def stages(seed_folder: Path, reward: str, seed: int, dtype: str) -> Settings:
     """Train what PPO starts from, where it is not there yet; return the settings that name it."""
-    # The figures of every variant are told by the same reward model, the single one
-    wanted = {"sft": {}, "reward": REWARDS["one"], f"reward, {reward}": REWARDS[reward]}
-    if reward == "one":
-        del wanted["reward, one"]
-    for name, settings in wanted.items():
-        if not (seed_folder / name / "stage.json").is_file():
-            recipe(name.partition(",")[0], seed_folder / name, seed, dtype, **settings)
-    return {"policy_adapter": seed_folder / "sft", "reward_adapter": seed_folder / list(wanted)[-1]}
+    # The single one is there for all: by it the figures of every variant are told
+    found = modes.stages(seed_folder, seed, dtype, {})
+    if reward != "one":
+        folder = seed_folder / f"reward, {reward}"
+        if not (folder / "stage.json").is_file():
+            recipe("reward", folder, seed, dtype, **REWARDS[reward])
+        found["reward_adapter"] = folder
+    return found
 
 
 def run_trl(

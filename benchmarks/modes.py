@@ -50,6 +50,7 @@ from goose_lora.models.shared_base import SharedBase
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {"num_generations": 4}
+BEFORE = "before.json"  # replies of a seed's SFT model, with the second judge's word on each
 MODES: dict[str, dict[str, object]] = {
     # The average only watches: the run is bit for bit the one without
     "reward_features": {"ema_decay": 0.95},
@@ -161,35 +162,30 @@ def judge_here(seed_folder: str, folder: str, seed: int, dtype: Any, which: str)
     def replies(role: Role) -> Replies:
         return answer(shared, role, prompts, tokenizer, sampling, batch_size=100, seed=seed, dense=dense)
 
-    said = replies("policy")
-    texts = tokenizer.batch_decode(prompts)
-    figures = judged(said, texts, Path(seed_folder), lambda: replies("reference"), shared, tokenizer)
+    # The SFT model's, once a seed: all that is judged later stands beside them
+    texts, kept = tokenizer.batch_decode(prompts), Path(seed_folder) / BEFORE
+    if not kept.is_file():
+        before = replies("reference")
+        second = second_judge(before, texts, shared, tokenizer)
+        write_json(kept, {"replies": asdict(before), "second": second})
+    figures = judged(replies("policy"), texts, Path(seed_folder), shared, tokenizer)
     write_json(f"{folder}/judged_{which}.json", figures)
 
 
+def second_judge(replies: Replies, prompts: list[str], shared: SharedBase, tokenizer: Any) -> list[float]:
+    with shared.role("base") as base:
+        return sentiments(base, tokenizer, list(map(str.__add__, prompts, replies.texts)))
+
+
 def judged(
-    said: Replies,
-    prompts: list[str],
-    seed_folder: Path,
-    say_before: Callable[[], Replies],
-    shared: SharedBase,
-    tokenizer: Any,
+    said: Replies, prompts: list[str], seed_folder: Path, shared: SharedBase, tokenizer: Any
 ) -> dict[str, Any]:
-    """Return what both judges say of replies beside the SFT model's, sampled once a seed."""
-
-    def second(replies: Replies) -> list[float]:
-        with shared.role("base") as base:
-            return sentiments(base, tokenizer, list(map(str.__add__, prompts, replies.texts)))
-
-    kept = seed_folder / "before.json"
-    if not kept.is_file():
-        replies = say_before()
-        write_json(kept, {"replies": asdict(replies), "second": second(replies)})
-    noted = read_json(kept)
+    """Return what both judges say of replies, beside those of the SFT model in ``BEFORE``."""
+    noted = read_json(seed_folder / BEFORE)
     before = Replies(**noted["replies"])
     named = {"it": said, "before": before}
     judge_all(named, prompts, demo.vader)
-    of_second = second(said)
+    of_second = second_judge(said, prompts, shared, tokenizer)
     gain = matched_length_difference(of_second, said.lengths, noted["second"], before.lengths).value
     figures = summary(named, against="before")["it"]
     return figures | {"second": fmean(of_second), "second_gain_at_equal_length": gain}

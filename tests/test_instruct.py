@@ -10,6 +10,7 @@ import pytest
 import reference as slow
 import tiny
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, optim
 from transformers import (
@@ -636,9 +637,9 @@ def test_references_made_at_different_times_answer_as_the_model_did_at_each(kind
                 want = theirs(input_ids=ids, attention_mask=mask).logits
                 torch.testing.assert_close(ours(ids, attention_mask=mask).logits, want)
                 said, want = ours.generate(ids, **greedy), theirs.generate(input_ids=ids, **greedy)
-                width = min(said.shape[1], want.shape[1])  # where all have ended, one may stop earlier
-                assert torch.equal(said[:, :width], want[:, :width])
-                assert (said[:, width:] == tiny.PAD).all() and (want[:, width:] == tiny.PAD).all()
+                if kind.startswith("agent"):  # an agent pads to max_new_tokens, transformers may stop before
+                    want = F.pad(want, (0, ids.shape[1] + 4 - want.shape[1]), value=tiny.PAD)
+                assert torch.equal(said, want)
                 assert ours.config.to_dict() == theirs.config.to_dict()
                 large = [p for n, p in ours.named_parameters() if "lora_" not in n]
                 assert {p.data_ptr() for p in large if p.dim() > 1} <= weights, "the base is not copied"

@@ -25,7 +25,7 @@ REPORT = (
     " above, the command and the output of pip freeze."
 )
 # A list as YAML has it: what errors about columns advise
-_IN_YAML = re.compile(r"(column_mapping): \[([^\]]*)\]")
+_IN_YAML = re.compile(r"column_mapping: \[([^\]]*)\]")
 _TOO_LONG = re.compile(r"(\S{80})\S{200,}(\S{20})")  # of a file that is one word
 # What the system says of a name that was given, and what to do
 _OF_NAMES = {
@@ -149,7 +149,7 @@ def _one_line(error: UserError) -> str:
     """
     text = redacted(" ".join(str(error).split()))
     if not any(word.partition("=")[0] == "--config" for word in sys.argv):
-        text = _IN_YAML.sub(lambda found: f"--{found[1]} {found[2].replace(', ', ' ')}", text)
+        text = _IN_YAML.sub(lambda found: f"--column_mapping {shlex.join(found[1].split(', '))}", text)
     return _TOO_LONG.sub(r"\1...\2", text)
 
 

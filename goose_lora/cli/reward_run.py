@@ -25,7 +25,7 @@ from goose_lora.evaluation.ensembles import (
 )
 from goose_lora.evaluation.reward_model import RewardTest
 from goose_lora.evaluation.verdict import JudgedRewards, RewardVerdict, show_verdict, write_verdict
-from goose_lora.files import file_sha256, is_number, read_json_object, read_jsonl, write_jsonl
+from goose_lora.files import file_sha256, is_number, read_json_object, read_sound_lines, write_jsonl
 from goose_lora.models.ensembles import MOST_MEMBERS, MemberKind, RewardEnsemble
 from goose_lora.models.folders import (
     ADAPTER_CONFIG,
@@ -36,9 +36,9 @@ from goose_lora.models.folders import (
 )
 from goose_lora.models.loading import bare_again, fresh_score_head, train_head_alone
 from goose_lora.ownership import check_place, replacing
-from goose_lora.reporting.run_files import METRICS
 from goose_lora.rewards.pair_trainer import PairRewardTrainer
 from goose_lora.rewards.ranking_trainer import RankedRewardTrainer
+from goose_lora.training.callbacks import METRICS_FILE
 from goose_lora.training.checkpoints import Facts, is_finished, note_finished
 from goose_lora.training.resume import Resumable, facts
 from goose_lora.training.validation import LARGEST_SEED
@@ -214,7 +214,7 @@ class RewardRun:
         history: list[dict[str, Any]] = []
         if noted is not None:
             steps, loss = int(noted.get("steps", 0)), noted.get("loss")
-            history = read_jsonl(folder / METRICS) if (folder / METRICS).is_file() else []
+            history, _ = read_sound_lines(folder / METRICS_FILE)
             self.stage.start_from(trainer, AdapterFolder.of("members", folder))
         else:
             loss = trainer.train(resume_from_checkpoint=self._checkpoint()).training_loss
@@ -283,7 +283,7 @@ class RewardRun:
             if self.is_ensemble:
                 figures = {"steps": member.steps, "seed": member.scored.seed, "loss": member.loss}
                 self.stage.record(folder, self._tokenizer, figures=figures, data=self.noted)
-                write_jsonl(folder / METRICS, member.history)
+                write_jsonl(folder / METRICS_FILE, member.history)
                 note_finished(folder, ours)
 
         trainer.beside = beside

@@ -9,8 +9,6 @@ from goose_lora.files import read_json, read_jsonl, write_json, write_jsonl
 from goose_lora.models.folders import read_lineage
 from goose_lora.training.cost import cost
 
-METRICS = "metrics.jsonl"
-
 # ---- Types of goose_lora.json, verdict.json and evaluation.json ----
 # An older file may lack a key, and an adapter of other origin has no lineage at all. Whoever reads
 # one that may be such takes its keys with ``get``.
@@ -175,5 +173,5 @@ def write_stage(
     """
     folder = Path(output_dir or ".")
     if log_history is not None:
-        write_jsonl(folder / METRICS, log_history)
+        write_jsonl(folder / "metrics.jsonl", log_history)
     write_json(folder / "stage.json", {"stage": stage, **cost(), **figures})

@@ -179,16 +179,16 @@ def says(core):
     return out.logits[mask.bool()].float()
 
 
-def close(got, want, tolerance=2e-4):
+def close(got, want, tolerance=1e-4):
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
 
 
-def assert_exact(shared, want, plain, load):
+def assert_exact(shared, want, plain, load, tolerance=1e-4):
     """Compare each role with what PEFT reloads, ``want``, and with the base alone, ``plain``."""
     ids, mask = tiny.batch((13, 9, 11))
     for role in ("policy", "reference", "ema"):
         with shared.role(role) as core:
-            close(says(core), want)
+            close(says(core), want, tolerance)
     with shared.role("base") as core:
         close(says(core), plain)
     # What the trainer computes: through its own head, and resumed from the trunk
@@ -205,7 +205,7 @@ def assert_exact(shared, want, plain, load):
             if trunk is not None:
                 close(shared.hidden(role, ids, mask, trunk)[mask.bool()], states[mask.bool()])
         close(shared.hidden("value", ids, mask), shared.hidden("policy", ids, mask))
-    close(says(load()), want)
+    close(says(load()), want, tolerance)
 
 
 def outcome(args, folder, base, **roles):
@@ -237,10 +237,14 @@ def test_a_kind_of_lora_is_exact_in_each_role_or_refused_by_name(tmp_path, name)
         assert "policy_adapter" in built and "needs a frozen copy" not in built
         return
     assert isinstance(built, SharedBase), built
-    want, plain = says(PeftModel.from_pretrained(make(), tmp_path / "sft").eval()), says(make())
+    reloaded = PeftModel.from_pretrained(make(), tmp_path / "sft").eval()
+    want, plain = says(reloaded), says(make())
     assert not torch.allclose(want, plain, atol=1e-2), "the adapter has an effect"
+    # PEFT takes an OLoRA's start out of the weights by rounding, and is itself so far from float64
+    own = (says(reloaded.double()) - want).abs().max().item() if name == "OLoRA" else 0.0
     built.save_pretrained(str(tmp_path / "out"))
-    assert_exact(built, want, plain, lambda: PeftModel.from_pretrained(make(), tmp_path / "out").eval())
+    load = lambda: PeftModel.from_pretrained(make(), tmp_path / "out").eval()  # noqa: E731
+    assert_exact(built, want, plain, load, tolerance=max(1e-4, 3 * own))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
