@@ -17,15 +17,12 @@ from goose_lora import cli, embedded
 from goose_lora.files import file_sha256
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.ensembles import Member, RewardEnsemble
-from goose_lora.models.loading import load_base, load_reward_base, load_tokenizer
+from goose_lora.models.loading import load_base, load_reward_base, load_tokenizer, lora_config
 from goose_lora.models.quantization import cpu_multiplies_bf16
 from goose_lora.models.shared_base import SharedBase
 
 import torch  # isort: skip
-from peft import LoraConfig, get_peft_model
-
-LAYERS = range(20, 30)  # the top third
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from peft import get_peft_model
 
 
 def write_ensemble(folder: Path, count: int, args: ModelArguments, tokenizer: Any) -> Path:
@@ -33,16 +30,9 @@ def write_ensemble(folder: Path, count: int, args: ModelArguments, tokenizer: An
     members = []
     for place in range(count):
         torch.manual_seed(place)
-        lora = LoraConfig(
-            r=16,
-            lora_alpha=32,
-            target_modules=LINEAR,
-            layers_to_transform=list(LAYERS),
-            task_type="SEQ_CLS",
-            init_lora_weights=False,
-        )
-        own = folder / f"member{place}"
-        get_peft_model(load_reward_base(args, tokenizer), lora).save_pretrained(str(own))
+        own, base = folder / f"member{place}", load_reward_base(args, tokenizer)
+        lora = lora_config(args, base, "SEQ_CLS", init_lora_weights=False)
+        get_peft_model(base, lora).save_pretrained(str(own))
         name = f"../{own.name}" if place else "."
         members.append(Member(name, file_sha256(own / "adapter_model.safetensors"), 0.0, 1.0))
     if count > 1:
@@ -62,7 +52,7 @@ def main() -> None:
     cli.quiet_libraries()
     torch.set_num_threads(1)
     dtype = "bfloat16" if cpu_multiplies_bf16() else "float32"
-    args = ModelArguments(embedded.resolve("embedded"), quantization="nf4", dtype=dtype)
+    args = ModelArguments(embedded.resolve("embedded"), quantization="nf4", dtype=dtype, lora_layers="top-10")
     tokenizer = load_tokenizer(args)
     shape = (arguments.rows, arguments.tokens)
     ids, mask = torch.randint(3, len(tokenizer), shape), torch.ones(shape, dtype=torch.long)
@@ -72,8 +62,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for count in counts:
             judge = write_ensemble(Path(temporary) / str(count), count, args, tokenizer)
-            lora = LoraConfig(target_modules=LINEAR, layers_to_transform=list(LAYERS))
-            shared = SharedBase.build(load_base(args, tokenizer), lora, reward=judge)
+            base = load_base(args, tokenizer)
+            shared = SharedBase.build(base, lora_config(args, base), reward=judge)
 
             def score(shared: SharedBase = shared) -> None:
                 with torch.no_grad():

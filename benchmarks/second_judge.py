@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 
+from goose_lora import cli, demo, embedded
+from goose_lora.files import read_jsonl
+from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.loading import load_base, load_tokenizer
+
 QUESTION = "Review: {}\nSentiment (positive or negative):"
 POSITIVE, NEGATIVE = (" positive", " Positive"), (" negative", " Negative")
 
@@ -36,11 +41,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    from goose_lora import cli, demo, embedded
-    from goose_lora.files import read_jsonl
-    from goose_lora.models.arguments import ModelArguments
-    from goose_lora.models.loading import load_base, load_tokenizer
-
     cli.quiet_libraries()
     pairs = read_jsonl(embedded.resolve("embedded/preferences-test"))[:300]
     args = ModelArguments(embedded.resolve("embedded"), quantization="none", dtype="float32")
