@@ -127,9 +127,7 @@ class AdapterModel:
             ids, mask = (tensor.to(device) for tensor in batch)
             # The layers below the adapters run once for all members
             trunks = shared.trunks(ids, mask, states)
-            hidden = {role: shared.hidden(role, ids, mask, trunks[role]) for role in states}
-            for row, (role, of) in enumerate(shared.member_states.items()):
-                found[row, places] = shared.read_scores(hidden[of], mask, role=role).cpu().numpy()
+            found[:, places] = torch.stack(shared.member_scores(ids, mask, trunks)).cpu().numpy()
         return list(found)
 
 

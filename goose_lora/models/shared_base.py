@@ -722,20 +722,34 @@ class SharedBase(PeftModel):
             trunks: from ``trunks``, of ``reward`` and the members that have states of their own.
             hidden: the states under ``reward``, where they are there already.
         """
+        scores = self.member_scores(input_ids, attention_mask, trunks, ended, hidden=hidden, columns=columns)
+        if self.ensemble is None:
+            return JudgedReplies(scores[0], None)
+        return JudgedReplies(*self.ensemble.score(scores))
+
+    def member_scores(
+        self,
+        input_ids: Int[Tensor, "B L"],
+        attention_mask: Int[Tensor, "B L"],
+        trunks: Mapping[Role, Tensor | None],
+        ended: Bool[Tensor, " B"] | None = None,
+        *,
+        hidden: Float[Tensor, "B L H"] | None = None,
+        columns: int | None = None,
+    ) -> list[Float[Tensor, " B"]]:
+        """Return each member's own scores, less its bias: what ``judge`` makes one score of."""
         # A member's states go before the next one's come: only the first one's may be needed twice,
         # and of the others' nothing but the column of the score.
         if hidden is None:
             hidden = self.hidden("reward", input_ids, attention_mask, trunks.get("reward"), columns)
+        read = self._score_columns(attention_mask, ended)
         scores = []
         for role, of in self.member_states.items():
             states = hidden
             if of != "reward":
-                read = self._score_columns(attention_mask, ended)
                 states = self.hidden(of, input_ids, attention_mask, trunks.get(of), read)
             scores.append(self.read_scores(states, attention_mask, ended, role=role))
-        if self.ensemble is None:
-            return JudgedReplies(scores[0], None)
-        return JudgedReplies(*self.ensemble.score(scores))
+        return scores
 
     def read_scores(
         self,
