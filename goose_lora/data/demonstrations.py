@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.data.messages import Cell, Content
+from goose_lora.data.messages import Cell, Content, Message
 from goose_lora.data.rows import require_columns
 from goose_lora.data.tokenization import (
     apply_template,
@@ -20,6 +20,7 @@ from goose_lora.data.tokenization import (
     render_whole,
     require_chat_template,
     text_ids,
+    whole_text,
 )
 from goose_lora.errors import UserError
 
@@ -75,23 +76,28 @@ def demonstration(
             ``assistant_only_loss`` asks for what cannot be known.
     """
     # Tokens, and where replies are in them
-    only_replies = learning.completion_only_loss
-    if "text" in row:
-        ids = text_ids(tokenizer, row["text"], ends=True)
-        said = [True] * len(ids)
-        learned = said
-    elif "messages" in row:
-        ids, said, learned = _conversation(row, tokenizer, learning.assistant_only_loss)
-    else:
-        ids, said = _prompt_and_reply(row, tokenizer)
-        learned = said if only_replies in (None, True) else [True] * len(ids)
-    if learning.assistant_only_loss and "messages" not in row:
+    options = chat_options(row)
+    if learning.assistant_only_loss:
         if isinstance(row.get("prompt"), str) or "text" in row:
             raise UserError(
                 "assistant_only_loss is for chat messages, and these rows are text. Leave it out, or read"
                 " them as messages: as_chat: true."
             )
-        learned = [both and one for both, one in zip(learned, said, strict=True)]
+        options["chat_template"] = _marking_template(tokenizer)
+    if "text" in row:
+        ids = text_ids(tokenizer, row["text"], ends=True)
+        said = learned = [True] * len(ids)
+    elif "messages" in row:
+        ids, said = _conversation(row["messages"], tokenizer, options)
+        learned = [True] * len(ids)
+    else:
+        ids, said = _prompt_and_reply(row, tokenizer, options)
+        learned = said if learning.completion_only_loss in (None, True) else [True] * len(ids)
+    if learning.assistant_only_loss:
+        said = _marked(_turns_of(row), tokenizer, options)
+        learned = [one and other for one, other in zip(learned, said, strict=True)]
+    weights = _weights(row, ids, tokenizer, options)
+    learned = [one and other for one, other in zip(learned, weights, strict=True)]
     # The cut
     kept = slice(None)
     if learning.max_length is not None and len(ids) > learning.max_length:
@@ -154,6 +160,13 @@ def tokenize_demonstrations(
             name,
             foreign,
         )
+    if learning.assistant_only_loss and not _learns_to_stop(tokenizer):
+        logger.warning(
+            "%s: under assistant_only_loss the chat template's marks leave out the token that ends a turn:"
+            " the model may not learn to stop. Move it inside {%% generation %%} ... {%% endgeneration %%}"
+            " (chat_template_path), or leave assistant_only_loss out",
+            name,
+        )
     # Something must be left to learn
     if not made:
         raise UserError(
@@ -192,112 +205,127 @@ def tokenize_texts(
     return Dataset.from_list(made, features=Features({"input_ids": List(Value("int64"))}))
 
 
-def prompt_alone(row: Mapping[str, Any], prompt: Content, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens of a row's prompt without its reply."""
+def prompt_alone(
+    prompt: Content, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> list[int]:
+    """Return the tokens of a row's prompt without its reply; ``options``: for the chat template."""
     if isinstance(prompt, str):
         return text_ids(tokenizer, prompt, ends=False)
-    return render_whole(prompt, tokenizer, asks=True, **chat_options(row))
+    return render_whole(prompt, tokenizer, asks=True, **options)
 
 
 def _prompt_and_reply(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of both together; the reply begins where they differ from the prompt's."""
     # Together as one text, and the prompt alone beside it
     prompt, reply = row["prompt"], row["completion"]
-    alone = prompt_alone(row, prompt, tokenizer)
+    alone = prompt_alone(prompt, tokenizer, options)
     if isinstance(prompt, str):
         ids = text_ids(tokenizer, prompt + reply, ends=True)
     else:
-        ids = render_whole([*prompt, *reply], tokenizer, **chat_options(row))
+        ids = render_whole([*prompt, *reply], tokenizer, **options)
     # A token may span the end of the prompt and the start of the reply: it is the reply's
     start = tokens_in_common(alone, ids)
-    said = [place >= start for place in range(len(ids))]
-    return ids, [one and other for one, other in zip(said, _weights(row, ids, tokenizer), strict=True)]
+    return ids, [place >= start for place in range(len(ids))]
 
 
 def _conversation(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, only_assistant: bool
-) -> tuple[list[int], list[bool], list[bool]]:
-    """Return the tokens of a conversation, where the assistant speaks, and what is learned."""
-    messages, options = row["messages"], chat_options(row)
-    ids = render_whole(messages, tokenizer, **options)
-    # By default everything is learned; TRL's masks leave the assistant's turns alone
-    said = _turns(messages, tokenizer, ids, options)
-    learned = [True] * len(ids)
-    if only_assistant:
-        ids, learned = _marked(messages, tokenizer, options)
-        said = learned
-    return (
-        ids,
-        said,
-        [one and other for one, other in zip(learned, _weights(row, ids, tokenizer), strict=True)],
-    )
-
-
-def _turns(
-    messages: Cell, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], options: Mapping[str, Any]
-) -> list[bool]:
-    """Return where replies stand: from the beginning of the first turn of the assistant.
+    messages: Cell, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> tuple[list[int], list[bool]]:
+    """Return tokens, and where replies stand: from the beginning of the assistant's first turn.
 
     Without such a turn, everywhere.
     """
+    ids = render_whole(messages, tokenizer, **options)
     # The first turn of the assistant begins where the prompt before it ends
     # Without a question before it there is no place where a reply begins
     first = next((place for place, turn in enumerate(messages) if turn["role"] == "assistant"), None)
     if not first:
-        return [True] * len(ids)
+        return ids, [True] * len(ids)
     try:
         before = render_whole(messages[:first], tokenizer, asks=True, **options)
     except UserError:
-        return [True] * len(ids)  # a template that takes whole conversations alone
+        return ids, [True] * len(ids)  # a template that takes whole conversations alone
     start = tokens_in_common(before, ids)
-    return [place >= start for place in range(len(ids))]
+    return ids, [place >= start for place in range(len(ids))]
+
+
+def _turns_of(row: Mapping[str, Any]) -> list[Message]:
+    """Return all turns of a row of chat messages."""
+    return row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+
+
+def _marking_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return TRL's training template, which marks the assistant's tokens; None: the own one does.
+
+    Raises:
+        UserError: neither has marks.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    # Not by the word: a question after add_generation_prompt has it too
+    if tokenizer.chat_template is None or has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise UserError(
+            f"assistant_only_loss: {' '.join(str(error).split())} Leave it out, or give a template with"
+            " {% generation %} marks: chat_template_path."
+        ) from error
+
+
+def _learns_to_stop(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the token that ends the assistant's turn is marked as the assistant's."""
+    from trl.chat_template_utils import is_chat_template_stop_token_trained
+
+    return is_chat_template_stop_token_trained(tokenizer, chat_template=_marking_template(tokenizer))
 
 
 def _marked(
-    messages: Cell, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
-) -> tuple[list[int], list[bool]]:
-    """Return tokens and the assistant's among them, by the marks of TRL's training template."""
-    from trl.chat_template_utils import get_training_chat_template
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> list[bool]:
+    """Return which tokens are the assistant's, by the marks of the template.
 
-    # The tokenizer's own template, if it has the marks
-    template = None
-    # TRL has templates with marks for the models that it knows
-    if "generation" not in str(tokenizer.chat_template):
-        try:
-            template = get_training_chat_template(tokenizer)
-        except ValueError as error:
-            raise UserError(
-                f"assistant_only_loss: {' '.join(str(error).split())} Leave it out, or give a template with"
-                " {% generation %} marks: chat_template_path."
-            ) from error
+    Raises:
+        UserError: it marks none, where the assistant says something.
+    """
     encoded: Any = apply_template(
         tokenizer,
-        messages,
-        chat_template=template,
+        whole_text(messages, tokenizer, **options)[1],
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
         **options,
     )
-    return list(encoded["input_ids"]), [bool(bit) for bit in encoded["assistant_masks"]]
+    marks = [bool(bit) for bit in encoded["assistant_masks"]]
+    if not any(marks) and any(turn["role"] == "assistant" and turn.get("content") for turn in messages):
+        raise UserError(
+            "assistant_only_loss: the chat template has {% generation %} marks, and none around what the"
+            " assistant says here. Leave it out, or mend the template: chat_template_path."
+        )
+    return marks
 
 
-def _weights(row: Mapping[str, Any], ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+def _weights(
+    row: Mapping[str, Any],
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
+) -> list[bool]:
     """Return where turns stand that OpenAI's ``weight`` leaves to be learned: all but those of 0.
 
     Raises:
         UserError: another weight than 0 or 1, or a template under which a turn has no place.
     """
-    # Most rows have none
-    # Rows without weights are learned as they are
-    replies = row["messages"] if "messages" in row else row["completion"]
+    # Rows without weights, which most are, are learned as they are
     learned = [True] * len(ids)
-    if isinstance(replies, str) or not any("weight" in turn for turn in replies):
+    if "text" in row or isinstance(row.get("completion"), str):
         return learned
-    turns = replies if "messages" in row else [*row["prompt"], *replies]
-    options = chat_options(row)
+    turns = _turns_of(row)
+    if not any("weight" in turn for turn in row.get("completion", turns)):
+        return learned
     for place, turn in enumerate(turns):
         if turn.get("weight", 1) not in (0, 1):
             raise UserError(f"message {place + 1} has the weight {turn['weight']}; 0 and 1 are known.")

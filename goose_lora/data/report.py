@@ -293,7 +293,7 @@ def _learned_parts(
 
 def _alone(row: Mapping[str, Any], prompt: Content | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a prompt without its reply."""
-    return prompt_alone(row, prompt, tokenizer) if prompt else []
+    return prompt_alone(prompt, tokenizer, chat_options(row)) if prompt else []
 
 
 def _rows(taken: Taken) -> Iterator[Any]:

@@ -68,6 +68,18 @@ def render_whole(
     """Tokenize messages by the chat template; ``asks``: up to where a reply begins.
 
     Raises:
+        UserError: as ``whole_text`` does.
+    """
+    text, _ = whole_text(messages, tokenizer, asks=asks, **options)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def whole_text(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, asks: bool = False, **options: Any
+) -> tuple[str, Sequence[Message]]:
+    """Return what the chat template makes of messages, and the messages as it has read them.
+
+    Raises:
         UserError: the template refuses them, or leaves out something that they say: eight of the
             sixteen templates that TRL knows drop a developer's message, thirteen thoughts.
     """
@@ -75,9 +87,9 @@ def render_whole(
     lost = _left_out(messages, text)
     # A developer's message is a system message to templates that are older than the role
     if lost is not None and lost[1] == "developer":
-        older = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages]
-        text = apply_template(tokenizer, older, tokenize=False, add_generation_prompt=asks, **options)
-        lost = _left_out(older, text)
+        messages = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages]
+        text = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=asks, **options)
+        lost = _left_out(messages, text)
         if lost is None:
             _tell_once("the chat template has no role developer: such messages are read as system")
     if lost is not None:
@@ -87,7 +99,7 @@ def render_whole(
             f" writes it (chat_template.jinja beside the tokenizer), or leave it out of the rows: leave_out:"
             f" [{what}]."
         )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    return text, messages
 
 
 @cache

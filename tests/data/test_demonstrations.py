@@ -6,9 +6,14 @@ import pytest
 import tiny
 import trl
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, chat_template_utils
 
-from goose_lora.data.demonstrations import Learning, demonstration, tokenize_demonstrations
+from goose_lora.data.demonstrations import (
+    NOT_LEARNED,
+    Learning,
+    demonstration,
+    tokenize_demonstrations,
+)
 from goose_lora.data.formats import take
 from goose_lora.data.preferences import encode_reply
 from goose_lora.data.report import row_parts
@@ -76,6 +81,56 @@ def test_the_assistants_turns_alone_are_those_of_trl(tmp_path):
     taken = take(rows, "sft", "x")
     parts = row_parts(taken.rows[0], taken, "sft", marked(), learning=Learning(assistant_only_loss=True))
     assert [part.text for part in parts if part.label == "learned"] == ["good </s>", "bad bi </s>"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"completion_only_loss": False}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK},
+        {"prompt": [USER], "completion": TALK[1:]},  # with a question between two replies
+        {"prompt": TALK[:3], "completion": [BAD]},
+    ],
+)
+@pytest.mark.parametrize("template", ["qwen2_5", "llama3", "gemma", "phi3", "own marks"])
+def test_the_assistants_turns_alone_are_those_of_trl_under_its_own_templates(
+    template, row, settings, tmp_path
+):
+    # All of them have the word generation, in add_generation_prompt, and not the marks
+    own = MARKED if template == "own marks" else getattr(chat_template_utils, f"{template}_chat_template")
+    tokenizer = tiny.letters(own)
+    rows = Dataset.from_list([row])
+    wanted, config = trl_tokens(rows, tokenizer, tmp_path, assistant_only_loss=True, **settings)
+    made = tokenize_demonstrations(rows, tokenizer, name="x", learning=Learning.of(config))
+    assert [(row["input_ids"], row["labels"]) for row in made] == wanted
+    assert any(label == NOT_LEARNED for label in made[0]["labels"])
+
+
+def test_marks_that_hold_nothing_or_leave_out_the_end_are_told(caplog):
+    rows, learning = Dataset.from_list([{"messages": TALK}]), Learning(assistant_only_loss=True)
+    tokenizer = tiny.letters(
+        MARKED.replace(" {{ eos_token }}{% endgeneration %}", "{% endgeneration %} {{ eos_token }}")
+    )
+    tokenize_demonstrations(rows, tokenizer, name="x", learning=learning)
+    assert "may not learn to stop" in caplog.text
+    # marks, and what the assistant says outside of them
+    tokenizer.chat_template = MARKED.replace(
+        "{{ m['content'] }} {{ eos_token }}{% endgeneration %}",
+        "{% endgeneration %}{{ m['content'] }} {{ eos_token }}",
+    )
+    with pytest.raises(ValueError, match=r"row 1: assistant_only_loss: .* marks, and none around"):
+        tokenize_demonstrations(rows, tokenizer, name="x", learning=learning)
+
+
+def test_a_developers_message_is_read_as_system_under_marks_too():
+    tokenizer = marked()
+    tokenizer.chat_template = MARKED.replace(
+        "{% for m in messages %}", "{% for m in messages if m['role'] != 'developer' %}"
+    )
+    rows = Dataset.from_list([{"messages": [{"role": "developer", "content": "bi"}, *TALK]}])
+    made = tokenize_demonstrations(rows, tokenizer, name="x", learning=Learning(assistant_only_loss=True))
+    assert "bi" in tokenizer.decode(made[0]["input_ids"])
+    assert tokenizer.decode([label for label in made[0]["labels"] if label >= 0]) == "good </s> bad bi </s>"
 
 
 def test_a_cut_never_takes_the_reply(caplog):
