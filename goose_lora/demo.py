@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from goose_lora.errors import UserError
 from goose_lora.files import read_json, read_jsonl, write_json
 from goose_lora.reporting.run_files import lineage_of, read_evaluation
 from goose_lora.terminal import side_by_side, table
-from goose_lora.training.signals import EXIT_INTERRUPTED
+from goose_lora.training.signals import EXIT_INTERRUPTED, EXIT_TERMINATED, left_to
 
 VADER = Package(
     "vaderSentiment==3.3.2",
@@ -184,6 +185,8 @@ def _check_finished(stage: str, recipes: Path, output: Path, seed: int) -> None:
 
 
 def _run_stage(recipes: Path, stage: str, output: Path, seed: int) -> None:
+    from goose_lora.training.checkpoints import newest
+
     config = _config_of(stage, recipes)
     recipe = config.stem
     command = [str(recipes / f"{recipe}.py"), "--config", str(config)]
@@ -200,16 +203,23 @@ def _run_stage(recipes: Path, stage: str, output: Path, seed: int) -> None:
         if stage != "evaluation":  # which takes what there is
             command += ["--use_cpu", "false"]
 
-    # Its own words are above; what the evaluation prints is said at the end. Ctrl-C ends the demo
+    # A stage that was stopped goes on where it was
+    if newest(output / stage)[0] is not None:
+        command += ["--resume_from_checkpoint", "latest"]
+
+    # Its own words are above; what the evaluation prints is said at the end. A signal ends the demo
     # with it.
     shown = subprocess.DEVNULL if stage == "evaluation" else None
-    done = subprocess.run([sys.executable, *command, "--seed", str(seed)], env=environment, stdout=shown)
-    if done.returncode == EXIT_INTERRUPTED:
+    process = subprocess.Popen([sys.executable, *command, "--seed", str(seed)], env=environment, stdout=shown)
+    with left_to(lambda: [process.pid]):
+        code = process.wait()
+    # By a signal that it has answered, or one that came before it could
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
-    if done.returncode != 0:
+    if code != 0:
         raise UserError(
-            f"the stage {stage} ended with exit code {done.returncode}; what it printed is above. Stages"
-            " before it are kept."
+            f"the stage {stage} ended with exit code {code}; what it printed is above. Stages before it are"
+            " kept."
         )
 
 

@@ -252,9 +252,10 @@ def free_room(folder: Path) -> str:
     return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB free there)"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message: those of torch go on with a stack."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__).rstrip(".")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -268,11 +269,16 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         FailedWriteError: it cannot be written.
     """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all, as ``write_json`` does."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)

@@ -23,7 +23,13 @@ from goose_lora.models.arguments import ModelArguments, arguments_of
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dense_copy import make_dense_copy
 from goose_lora.models.endings import reply_ends
-from goose_lora.models.folders import ADAPTER_CONFIG, AdapterFolder, local_folder, read_lineage
+from goose_lora.models.folders import (
+    ADAPTER_CONFIG,
+    AdapterFolder,
+    context_of,
+    local_folder,
+    read_lineage,
+)
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
@@ -324,9 +330,7 @@ class PolicySession:
 
     def _check_room(self, tokens: int) -> None:
         """Raise UserError for an empty prompt, or one that leaves no room for a reply."""
-        # GPT-2 has its own name for it, and some models have no limit
-        config = self._core().config.get_text_config().to_dict()
-        context = config.get("max_position_embeddings") or config.get("n_positions")
+        context = context_of(self._core().config)
         longest = cast(int, self.sampling.max_new_tokens)
         if tokens == 0:
             raise UserError("there is nothing to answer: the prompt has no tokens.")

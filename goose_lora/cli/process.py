@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ REPORT = (
     "This is a bug of goose_lora, not of what you gave it. Please report it as an issue, with the lines"
     " above, the command and the output of pip freeze."
 )
+_TRAINING = ("sft", "reward", "ppo", "own_loop")  # recipes that leave checkpoints
 # A list as YAML has it: what errors about columns advise
 _IN_YAML = re.compile(r"column_mapping: \[([^\]]*)\]")
 _TOO_LONG = re.compile(r"(\S{80})\S{200,}(\S{20})")  # of a file that is one word
@@ -110,10 +112,10 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             print(f"\n{stop} Continue with: {continuing()}", file=sys.stderr)
             sys.exit(128 + stop.signum)
         except KeyboardInterrupt:
-            print(
-                "\nStopped at once. What was saved is kept; --resume_from_checkpoint latest goes on from it.",
-                file=sys.stderr,
-            )
+            saved = "What was saved is kept"
+            if Path(sys.argv[0]).stem in _TRAINING:
+                saved += "; --resume_from_checkpoint latest goes on from it"
+            print(f"\nStopped. {saved}.", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
         except UserError as error:
             _end_in_one_line(error, debug)

@@ -9,13 +9,12 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from goose_lora.errors import UserError
-from goose_lora.training.signals import STARTED_BY
+from goose_lora.training.signals import STARTED_BY, left_to
 
 # Commands, the script of each, and the words of --help.
 RECIPES = {
@@ -85,6 +84,7 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
     os.environ[STARTED_BY] = shlex.join(["goose-lora", name, *launcher])
 
     # Imported late: it loads torch, which --help of the other commands does not need
+    import psutil  # accelerate's
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -98,17 +98,14 @@ def run_recipe(name: str, words: Sequence[str]) -> int:
     # It lists what it takes by default, on each start
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
 
-    # Ctrl-C goes to the recipe too, which saves a checkpoint first; this process waits for it.
-    # A handler, since an ignored signal would be ignored by the recipe as well.
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+    # Asked to stop, the recipe saves a checkpoint first; this process waits for it
     try:
-        launch_command(launch_command_parser().parse_args([*launcher, str(script), *settings]))
+        with left_to(lambda: [child.pid for child in psutil.Process().children()]):
+            launch_command(launch_command_parser().parse_args([*launcher, str(script), *settings]))
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ChildFailedError as error:
         return max(failure.exitcode for failure in error.failures.values())
-    finally:
-        signal.signal(signal.SIGINT, before)
     return 0
 
 

@@ -108,7 +108,8 @@ def check_members_run(config: RewardConfig, number: int) -> None:
         )
     if config.push_to_hub:
         raise UserError(
-            "push_to_hub: an ensemble is several folders. Leave it out, and upload with hf upload."
+            "push_to_hub: an ensemble is several folders. Leave it out, and upload them afterwards: hf"
+            f" upload user/repo {config.output_dir}"
         )
 
 

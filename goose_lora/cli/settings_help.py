@@ -84,8 +84,13 @@ def _of(kind: type, everything: bool) -> Iterator[tuple[str, Setting]]:
     for field in dataclasses.fields(kind):
         if not field.init:
             continue
-        # The class that has written it last is whose it is
-        owner = next(base for base in kind.__mro__ if field.name in vars(base).get("__annotations__", {}))
+        # The class that has written it last is whose it is: heirs have the same object
+        heirs = [
+            base
+            for base in kind.__mro__
+            if vars(base).get("__dataclass_fields__", {}).get(field.name) is field
+        ]
+        owner = heirs[-1]
         is_own = owner.__module__.split(".")[0] not in ("transformers", "trl")
         if not is_own and not everything and field.name not in COMMON:
             continue

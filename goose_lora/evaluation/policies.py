@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,7 +165,7 @@ def compare_all(
 def summary(named: dict[str, Replies], *, against: str) -> dict[str, dict[str, Any]]:
     """Return figures by name: means with 95 % intervals, and comparisons with ``against``.
 
-    A comparison is a win rate, and a difference at equal length.
+    A comparison is a win rate, and a difference at equal length where some lengths are alike.
     """
     figures = {}
     for name, replies in named.items():
@@ -191,11 +192,13 @@ def summary(named: dict[str, Replies], *, against: str) -> dict[str, dict[str, A
             row |= {kind: mean.value, f"{kind}_ci": [mean.low, mean.high]}
             if name != against:
                 wins = statistics.win_rate(values, others)
-                matched = statistics.matched_length_difference(
-                    values, replies.lengths, others, named[against].lengths
-                )
                 row |= {f"{kind}_win_rate": wins.value, f"{kind}_win_rate_ci": [wins.low, wins.high]}
-                row |= {f"{kind}_gain_at_equal_length": matched.value}
+                # Where no two replies are of like length, nobody can know what length explains
+                with suppress(UserError):
+                    matched = statistics.matched_length_difference(
+                        values, replies.lengths, others, named[against].lengths
+                    )
+                    row |= {f"{kind}_gain_at_equal_length": matched.value}
         # A judge of pairs has no number a reply; a pair without an answer says nothing
         answered = [value for value in replies.preferred if value is not None]
         if answered:

@@ -18,10 +18,19 @@ from transformers import (
 )
 
 from goose_lora.errors import UserError
+from goose_lora.files import first_line
 from goose_lora.models.adapter_kinds import kept_base, known_tensor, require_dequantizable, require_known
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.base_files import require_whole
-from goose_lora.models.folders import AdapterFolder, Template, by_name, reading, require_model, saved_template
+from goose_lora.models.folders import (
+    AdapterFolder,
+    Template,
+    by_name,
+    context_of,
+    reading,
+    require_model,
+    saved_template,
+)
 from goose_lora.models.loading import lora_config
 
 _MOST_LAYERS = 10_000  # of a config.json that is not damaged
@@ -58,9 +67,7 @@ def check_fit(
         )
     require_whole(args, trust_remote_code=trust_remote_code)
     # Do the texts fit into its context?
-    context = core.config.get_text_config().to_dict().get(
-        "max_position_embeddings"
-    ) or core.config.get_text_config().to_dict().get("n_positions")
+    context = context_of(core.config)
     if tokens is not None and context is not None and tokens > context:
         raise UserError(
             f"the longest prompt and a reply make {tokens} tokens, and {args.model_name_or_path} has a"
@@ -257,4 +264,4 @@ def meta_model(
                 config, dtype=args.torch_dtype, trust_remote_code=trust_remote_code, **how
             )
         except ImportError as error:  # a package for the attention that is asked for
-            raise UserError(f"attn_implementation: {str(error).splitlines()[0]} Use sdpa.") from error
+            raise UserError(f"attn_implementation: {first_line(error)}. Use sdpa.") from error

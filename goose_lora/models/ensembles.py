@@ -4,7 +4,6 @@ The folder is the first member itself, which loads alone as any reward model doe
 where the others are, and on which scale all of them are compared.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from goose_lora.errors import UserError
-from goose_lora.files import file_sha256, is_number, read_json_object
+from goose_lora.files import file_sha256, is_number, read_json_object, write_json
 from goose_lora.functional import Aggregation, aggregate_scores, disagreement
 from goose_lora.models.roles import REWARD_ROLES
 
@@ -105,7 +104,7 @@ class RewardEnsemble:
             **asdict(self),
             "members": [asdict(member) for member in self.members],
         }
-        (Path(folder) / MEMBERS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(folder) / MEMBERS_FILE, content)
 
 
 def read_ensemble(folder: str | Path) -> RewardEnsemble | None:
@@ -128,6 +127,18 @@ def read_ensemble(folder: str | Path) -> RewardEnsemble | None:
                 f" not known. {_WAY_OUT}"
             )
     return found
+
+
+def member_folders(folder: str | Path) -> list[str]:
+    """Return where the further members of an ensemble are to be, from its folder; [] for none.
+
+    Raises:
+        UserError: ``members.json`` is damaged.
+    """
+    path = Path(folder) / MEMBERS_FILE
+    if not path.is_file():
+        return []
+    return [member.folder for member in _read(path, read_json_object(path)).members[1:]]
 
 
 _WAY_OUT = (

@@ -8,8 +8,9 @@ are read.
 
 import copy
 import json
+import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,15 +18,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
 
 from goose_lora.errors import UserError
-from goose_lora.files import brief, is_number, read_json_object
-from goose_lora.models.ensembles import MEMBERS_FILE, RewardEnsemble, read_ensemble
+from goose_lora.files import brief, first_line, is_number, read_json_object, write_text
+from goose_lora.models.ensembles import MEMBERS_FILE, RewardEnsemble, member_folders, read_ensemble
 from goose_lora.models.identity import BaseName, same_base
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -232,6 +234,13 @@ def tensor_shapes(
         raise UserError(f"{path} is damaged or cut short ({brief(error)}). {way_out}") from error
 
 
+def context_of(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model can read by its configuration, if that sets a bound."""
+    # Under GPT-2's own name too, which its configuration maps; XLNet says -1
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def saved_template(folder: str | Path) -> Template:
     """Return the chat template of the tokenizer in ``folder``, or several by name.
 
@@ -338,16 +347,56 @@ def local_folder(name: str | Path) -> Path:
     except Exception as error:
         raise UserError(
             f"{name} is no folder here, and could not be had from the Hub"
-            f" ({str(error).strip().splitlines()[0]}). Give the output_dir of the stage that trains it, run"
+            f" ({first_line(error)}). Give the output_dir of the stage that trains it, run"
             " to its end, or an adapter of the Hub as user/repo, user/repo/folder or user/repo@revision."
         ) from error
-    # What is read beside an adapter, of the same commit; others' adapters lack it
-    for filename in _READ_BESIDE:
+    _fetch_beside(str(name), place)
+    # Each further member of an ensemble has a folder of its own
+    for member in member_folders(config.parent):
+        own = Path(posixpath.normpath(posixpath.join(match["folder"] or "", member))).as_posix()
+        if own.startswith(".."):
+            raise UserError(f"{name}: its {MEMBERS_FILE} names a member outside of the repository: {member}.")
+        elsewhere = place | {"subfolder": own}
+        _fetch(str(name), elsewhere, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        _fetch_beside(str(name), elsewhere)
+    return config.parent
+
+
+def _fetch_beside(name: str, place: Mapping[str, Any]) -> None:
+    """Have what is read beside an adapter of the Hub in its cache; others' adapters lack it."""
+    _fetch(name, place, _READ_BESIDE, needed=False)
+
+
+def _fetch(name: str, place: Mapping[str, Any], files: Sequence[str], *, needed: bool = True) -> None:
+    """Have files of the Hub in its cache; those that are not ``needed`` may be missing there.
+
+    Raises:
+        UserError: one cannot be had, or nobody knows whether it is there.
+    """
+    for filename in files:
         try:
             hf_hub_download(**place, filename=filename)
-        except EntryNotFoundError:
-            continue
-    return config.parent
+        except Exception as error:  # of the Hub's client, the file system, and its HTTP library
+            missing = isinstance(error, EntryNotFoundError)
+            if isinstance(error, LocalEntryNotFoundError):
+                # No answer: a bias or a template that is there would be left out unseen. Who asks
+                # for the cache alone takes what it holds
+                missing = constants.HF_HUB_OFFLINE or _known_to_be_missing(place, filename)
+            if missing and needed:
+                raise UserError(
+                    f"{name}: {place['subfolder']} has no {filename}. Upload the whole folder."
+                ) from error
+            if not missing:
+                raise UserError(
+                    f"{name}: {filename} could not be had from the Hub ({first_line(error)}). Try again; or"
+                    " set HF_HUB_OFFLINE=1 to go on with the files that are in its cache."
+                ) from error
+
+
+def _known_to_be_missing(place: Mapping[str, Any], filename: str) -> bool:
+    """Return whether the Hub has said before that a file is not in this commit."""
+    path = posixpath.join(place["subfolder"] or "", filename)
+    return try_to_load_from_cache(place["repo_id"], path, revision=place["revision"]) is _CACHED_NO_EXIST
 
 
 def read_lineage(folder: str | Path) -> dict[str, Any]:
@@ -361,8 +410,7 @@ def read_lineage(folder: str | Path) -> dict[str, Any]:
 
 def write_lineage(folder: str | Path | None, **facts: object) -> None:
     """Note ``facts`` beside an adapter."""
-    path = Path(folder or ".") / LINEAGE
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(folder or ".") / LINEAGE, json.dumps(facts, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from goose_lora.models.folders import (
 from goose_lora.models.host_embeddings import keep_embeddings_on_host
 from goose_lora.models.identity import note_place
 from goose_lora.models.quantization import (
+    compute_4bit_in,
     cpu_multiplies_bf16,
     keep_4bit_trainable_on_cpu,
     keep_8bit_alike_on_cpu,
@@ -217,7 +218,7 @@ def read_weights(
     """
     # On one device as a whole: layers on several could not share a trunk
     with reading("the weights", name):
-        return auto_class.from_pretrained(
+        loaded = auto_class.from_pretrained(
             name,
             dtype=args.torch_dtype,
             device_map={"": place},
@@ -225,6 +226,9 @@ def read_weights(
             use_safetensors=True,
             **kwargs,
         )
+    # With output_loading_info, it comes beside what was found
+    compute_4bit_in(loaded[0] if isinstance(loaded, tuple) else loaded, args.torch_dtype)
+    return loaded
 
 
 def lora_config(

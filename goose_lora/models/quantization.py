@@ -61,14 +61,17 @@ def keep_4bit_trainable_on_cpu(model: nn.Module) -> None:
     """Keep 4-bit layers in the form that has gradients.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first forward in evaluation
-    mode, for good, into a form without
-    autograd: LoRA gradients are then missing or wrong, without an error. Repacking is only for
-    speed.
+    mode, for good, into a form without autograd: LoRA gradients are then missing or wrong, without
+    an error. Repacking is only for speed.
     """
-    # By name: bitsandbytes is not imported where nothing is quantized
-    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    for layer in layers:
+    for layer in _layers_of_kind(model, "Linear4bit"):
         layer.support_avx512bf16_for_cpu = False
+
+
+def compute_4bit_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let 4-bit layers compute in the run's dtype: a base that was saved so brings its own."""
+    for layer in _layers_of_kind(model, "Linear4bit"):
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
 def keep_8bit_alike_on_cpu(model: nn.Module) -> None:
@@ -78,8 +81,7 @@ def keep_8bit_alike_on_cpu(model: nn.Module) -> None:
     activations to int8 too in evaluation mode: log-probabilities of rollout and update differ by
     0.2 nats. The state of a layer, which its forward tells the mode, stays in training.
     """
-    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
-    for layer in layers:
+    for layer in _layers_of_kind(model, "Linear8bitLt"):
         # A property in a class of its own, since the forward sets the mode each time
         if layer.weight.device.type == "cpu":
             state = type(layer.state)
@@ -88,3 +90,8 @@ def keep_8bit_alike_on_cpu(model: nn.Module) -> None:
                 (state,),
                 {"is_training": property(lambda self: True, lambda self, mode: None)},
             )
+
+
+def _layers_of_kind(model: nn.Module, kind: str) -> list[Any]:
+    # By name: bitsandbytes is not imported where nothing is quantized
+    return [module for module in model.modules() if type(module).__name__ == kind]

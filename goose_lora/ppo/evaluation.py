@@ -50,10 +50,11 @@ def evaluate_prompts(
     device = accelerator.device
     # Each process takes every n-th prompt: their numbers differ by one at most.
     own = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
+    size = collector.batch_size  # out of memory, the collector makes its groups smaller, not these
     totals = torch.zeros(7, device=device, dtype=torch.float64)
     with own_random_numbers(accelerator, seed):
-        for start in range(0, len(own), collector.batch_size):
-            prompts = collate([rows[row] for row in own[start : start + collector.batch_size]])
+        for start in range(0, len(own), size):
+            prompts = collate([rows[row] for row in own[start : start + size]])
             ids, mask = prompts["input_ids"].to(device), prompts["attention_mask"].to(device)
             sampled = collector.generate(ids, mask)
             greedy = collector.generate(ids, mask, greedy=True)

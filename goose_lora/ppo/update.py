@@ -77,8 +77,9 @@ class Updater:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not should_reduce_batch_size(error):
                 raise
-            self._go_on_with_half(rollout.attention_mask.numel())
-            return self.collector.evaluate(rollout, score=score)
+        # After the except: the error's traceback held the graph of the pass
+        self._go_on_with_half(rollout.attention_mask.numel())
+        return self.collector.evaluate(rollout, score=score)
 
     def goes_on_from_scoring(self, rollout: Rollout, *, step: int) -> bool:
         """Return whether the update's first pass over a rollout is the one that scores it."""
@@ -147,10 +148,14 @@ class Updater:
                 # Only the last part's backward has to meet the other processes.
                 with self._unsynchronised(model, more=bool(parts)):
                     loss = loss + one_pass(part)
+                done = True
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if alone or not should_reduce_batch_size(error):
                     raise
-                # What half a pass has left is taken back, and the part is tried again in two.
+                done = False
+            if not done:
+                # What half a pass has left is taken back, and the part is tried again in two; after
+                # the except, since the error's traceback held what the pass had made
                 self._drop_gradients()
                 self.metrics.restore(totals)
                 parts = [*split_in_two(part), *parts]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from goose_lora.files import read_jsonl
+from goose_lora.files import read_jsonl, write_text
 from goose_lora.reporting import plots
 from goose_lora.reporting.diagnosis import diagnose
 from goose_lora.reporting.figures import (
@@ -64,7 +64,7 @@ def data_uri(png: bytes) -> str:
 
 def write_report(folder: str | Path) -> None:
     """Write report.html of the run in ``folder`` from the files that are there."""
-    (Path(folder) / REPORT_FILE).write_text(render_report(folder), encoding="utf-8")
+    write_text(Path(folder) / REPORT_FILE, render_report(folder))
 
 
 def refresh_report(folder: str | Path) -> None:

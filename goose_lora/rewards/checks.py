@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn, cast
 
 from goose_lora.errors import UserError
+from goose_lora.files import first_line
 
 _UNITS = ("words", "characters", "tokens")
 
@@ -57,8 +58,9 @@ def json_schema(
             kind = validators.validator_for(rules, default=Draft202012Validator)
             kind.check_schema(rules)
         except (ValueError, TypeError, SchemaError) as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"check:json_schema: schema={wanted!r} is no JSON schema ({first}).") from None
+            raise UserError(
+                f"check:json_schema: schema={wanted!r} is no JSON schema ({first_line(error)})."
+            ) from None
         try:
             value = json.loads(reply, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):

@@ -1,16 +1,18 @@
 """A reward model of any other origin: a sequence classifier with its own tokenizer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from goose_lora.data.tokenization import apply_template
 from goose_lora.errors import UserError
 from goose_lora.files import import_function
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.folders import reading, require_model
+from goose_lora.models.folders import context_of, reading, require_model
 from goose_lora.models.loading import read_weights, spare_token
 from goose_lora.rewards.group_judge import GroupJudge
 from goose_lora.rewards.named import READY, ReadyReward
@@ -90,7 +92,7 @@ class ClassifierReward:
 
         For this model's own settings give it own arguments.
         """
-        self.config.pad_token_id = self.tokenizer.pad_token_id
+        self.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         own = {"config": self.config, "trust_remote_code": self.trust_remote_code}
         model = read_weights(AutoModelForSequenceClassification, self.name, args, device, **own)
         self.model = model.requires_grad_(False).eval()
@@ -108,12 +110,7 @@ class ClassifierReward:
             # A template writes the special tokens itself.
             special = isinstance(prompts[0], str)
             batch = self.tokenizer(
-                rows,
-                padding=True,
-                truncation=True,
-                max_length=self._max_length,
-                add_special_tokens=special,
-                return_tensors="pt",
+                rows, padding=True, add_special_tokens=special, return_tensors="pt", **self._cut
             )
             scores += self.model(**batch.to(self.model.device)).logits[:, self.output].float().tolist()
         return scores
@@ -124,9 +121,7 @@ class ClassifierReward:
         ``template`` has keywords for the chat template. What is too long loses its beginning.
         """
         text, special = self._text(prompt, reply, **template), isinstance(reply, str)
-        return self.tokenizer(text, truncation=True, max_length=self._max_length, add_special_tokens=special)[
-            "input_ids"
-        ]
+        return self.tokenizer(text, add_special_tokens=special, **self._cut)["input_ids"]
 
     @torch.no_grad()
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -145,9 +140,22 @@ class ClassifierReward:
         turns = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
         return apply_template(self.tokenizer, [*(prompt or []), *turns], tokenize=False, **template)
 
-    @property
-    def _max_length(self) -> int:
-        return min(self.tokenizer.model_max_length, self.config.get_text_config().max_position_embeddings)
+    @cached_property
+    def _cut(self) -> dict[str, Any]:
+        """What the tokenizer is told about texts that are too long; nothing if none can be."""
+        with reading("its configuration", self.name), torch.device("meta"):
+            empty = AutoModelForSequenceClassification.from_config(
+                self.config, trust_remote_code=self.trust_remote_code
+            )
+        # RoBERTa and its kin count positions from beyond the padding's
+        bounds = [self.tokenizer.model_max_length, context_of(self.config) or VERY_LARGE_INTEGER]
+        bounds += [
+            part.num_embeddings - part.padding_idx - 1
+            for name, part in empty.named_modules()
+            if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None
+        ]
+        longest = min(bounds)
+        return {} if longest >= VERY_LARGE_INTEGER else {"truncation": True, "max_length": longest}
 
 
 def listed_sources(names: Sequence[str] | str | None) -> Sequence[str]:

@@ -197,8 +197,9 @@ def _refuse_members(folder: Path) -> None:
     """Raise UserError for an ensemble, of which an upload would take the first member alone."""
     if (folder / MEMBERS_FILE).is_file():
         raise UserError(
-            f"{folder} is an ensemble ({MEMBERS_FILE}), and an upload takes one adapter. Push a member, such"
-            f" as {folder / 'member_0'}, or upload the folder with hf upload."
+            f"{folder} is an ensemble ({MEMBERS_FILE}), and goose-lora push takes one adapter. Push a member,"
+            f" such as {folder / 'member_0'}, or all with hf upload user/repo {shlex.quote(str(folder))}: it"
+            " loads as user/repo."
         )
 
 

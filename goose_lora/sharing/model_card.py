@@ -13,7 +13,7 @@ from typing import Any, cast
 from huggingface_hub import EvalResult, ModelCardData
 
 from goose_lora.data.sources import READERS
-from goose_lora.files import read_json, read_jsonl, write_json
+from goose_lora.files import read_json, read_jsonl, write_json, write_text
 from goose_lora.models.folders import read_lineage
 from goose_lora.ownership import claim
 from goose_lora.reporting.figures import MEASURES, STAGE_TITLES, measured_in, rounded, with_interval
@@ -53,7 +53,7 @@ _LIMITS = [
 
 def write_card(folder: str | Path, *, place: Path | None = None) -> None:
     """Write README.md of the output in ``folder``; if given, ``place`` is where it will be."""
-    (Path(folder) / "README.md").write_text(render_card(folder, place=place), encoding="utf-8")
+    write_text(Path(folder) / "README.md", render_card(folder, place=place))
 
 
 def refresh_card(folder: str | Path) -> None:

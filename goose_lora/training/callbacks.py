@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from goose_lora.errors import UserError
-from goose_lora.files import append_line, read_sound_lines, sync, write_jsonl
+from goose_lora.files import append_line, json_line, read_sound_lines, write_text
 from goose_lora.ownership import claim
 from goose_lora.training.loss_scale import LEAST_SCALE
 
@@ -43,10 +43,7 @@ def _readable(path: Path) -> list[_Row]:
 
 def _replace(path: Path, rows: list[_Row]) -> None:
     """Replace a file of rows as a whole: a run that is killed here loses no line."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_jsonl(temporary, rows)
-    sync(temporary)
-    temporary.replace(path)
+    write_text(path, "".join(map(json_line, rows)))
 
 
 class MetricsFile(TrainerCallback):

@@ -24,6 +24,7 @@ from goose_lora.files import (
     sync,
     sync_all,
     write_json,
+    write_text,
 )
 from goose_lora.models.folders import ADAPTER_WEIGHTS
 from goose_lora.ownership import claim, keep_aside, release_claim, written
@@ -92,11 +93,7 @@ def seal(folder: str | Path, facts: Facts) -> None:
 
     # The manifest is there whole, or not at all
     content = {"format": FORMAT, "saved": time.time(), **facts, "files": entries}
-    temporary = folder / f".{MANIFEST}"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(temporary)
-    temporary.replace(folder / MANIFEST)
-    sync(folder)
+    write_text(folder / MANIFEST, json.dumps(content, indent=2) + "\n")
     sync(folder.parent)
 
 

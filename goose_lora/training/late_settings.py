@@ -21,6 +21,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
 from goose_lora.errors import UserError
+from goose_lora.files import first_line
 from goose_lora.models.folders import require_hub_name
 
 # What torch's checkpointing takes from a file; reentrant checkpointing is refused.
@@ -214,7 +215,7 @@ def _check_optimizer(args: TrainingArguments) -> None:
         given = ""
         if args.optim_args:
             given = f" with optim_args: {args.optim_args} (name=value, name=value)"
-        raise UserError(f"optim: {_value(args.optim)} cannot be had{given}: {_first_line(error)}") from error
+        raise UserError(f"optim: {_value(args.optim)} cannot be had{given}: {first_line(error)}") from error
 
 
 def _check_schedule(args: TrainingArguments) -> None:
@@ -241,14 +242,10 @@ def _check_schedule(args: TrainingArguments) -> None:
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         name = _value(args.lr_scheduler_type)
         raise UserError(
-            f"lr_scheduler_kwargs={settings}: {name} cannot be made of it: {_first_line(error)}"
+            f"lr_scheduler_kwargs={settings}: {name} cannot be made of it: {first_line(error)}"
         ) from error
 
 
 def _value(setting: object) -> object:
     """Return what is written in a file for a choice of transformers."""
     return setting.value if isinstance(setting, Enum) else setting
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

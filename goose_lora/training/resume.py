@@ -31,6 +31,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from goose_lora import files, ownership
 from goose_lora.errors import LostProcessError, UserError
+from goose_lora.files import first_line
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.ensembles import MEMBERS_FILE
 from goose_lora.models.folders import ADAPTER_WEIGHTS, AdapterFolder, tensor_shapes
@@ -231,7 +232,7 @@ class Resumable(_Trainer):
                 ) from error
             if "DataLoader worker" in str(error):
                 raise LostProcessError(
-                    f"a process that loads data died, often for lack of memory: {str(error).splitlines()[0]}"
+                    f"a process that loads data died, often for lack of memory: {first_line(error)}"
                     " Set dataloader_num_workers: 0, and go on with --resume_from_checkpoint latest."
                 ) from error
             raise

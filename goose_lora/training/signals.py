@@ -6,14 +6,14 @@ Standard library only.
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Exit codes of a command; another signal's is 128 + its number.
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 # Variable with the words that started a recipe, where they are goose-lora's: goose-lora ppo. With
 # them a stopped run names the command that continues it.
 STARTED_BY = "GOOSE_LORA_COMMAND"
@@ -79,3 +79,32 @@ class StopSignals:
         finally:
             self._handles = False
             put_back()
+
+
+@contextmanager
+def left_to(children: Callable[[], Iterable[int]]) -> Iterator[None]:
+    """Leave the signals inside to processes that this one waits for, by their numbers.
+
+    Ctrl-C reaches them by itself, as it does all that runs in a terminal; SIGTERM, which is sent to
+    one process, is sent on.
+    """
+
+    def send_on(signum: int, frame: FrameType | None) -> None:
+        for number in children():
+            with suppress(ProcessLookupError):
+                os.kill(number, signum)
+
+    # Handlers, since an ignored signal would be ignored by the children as well
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: send_on}
+    before = {signum: signal.getsignal(signum) for signum in handlers}
+    # Those that are ignored already, as under nohup, stay so; the main thread alone gets signals
+    mine = {signum for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    if threading.current_thread() is not threading.main_thread():
+        mine = set()
+    for signum in mine:
+        signal.signal(signum, handlers[signum])
+    try:
+        yield
+    finally:
+        for signum in mine:
+            signal.signal(signum, before[signum])

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,7 @@ from goose_lora.cli import recipes
 from goose_lora.cli.process import continuing
 from goose_lora.errors import UserError
 from goose_lora.files import read_json, read_jsonl
+from goose_lora.training import checkpoints
 
 TRAIN = {
     "quantization": "none",
@@ -86,6 +88,37 @@ def test_a_stage_is_trained_from_the_installed_package(installed, tmp_path, proc
     # As many as were asked for have trained: two steps of four rows each, of sixteen
     last = read_jsonl(tmp_path / "sft" / "metrics.jsonl")[-1]
     assert last["epoch"] == 2 * 4 * processes / 16
+
+
+def test_sigterm_of_the_command_reaches_the_recipe_which_saves(installed, tmp_path):
+    base = tiny.save_base(tmp_path / "base")
+    rows = tiny.write_rows(tmp_path / "texts.jsonl", tiny.texts(16))
+    settings = options(model_name_or_path=base, dataset_name=rows, output_dir="sft", **TRAIN)
+    words = ["sft", *settings, "--max_steps", 100_000]
+    command = [sys.executable, "-c", "from goose_lora.cli import main; main()", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(installed), "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            for line in process.stdout:
+                if line.strip().startswith("2/100000"):
+                    break
+            process.terminate()  # this process alone, as docker stop does
+            said = process.stdout.read()
+            assert process.wait(120) == 143, said
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "Stopped by SIGTERM; saved in" in said and "Continue with: goose-lora sft" in said
+    assert "Traceback" not in said
+    assert checkpoints.newest(tmp_path / "sft")[0] is not None
 
 
 def test_bad_input_of_a_recipe_ends_in_its_line_and_its_exit_code(installed, tmp_path):

@@ -342,8 +342,8 @@ def test_the_stages_run_on_any_gpu_unless_the_cpu_is_asked_for(capability, asked
     ran = []
     monkeypatch.setattr(
         demo.subprocess,
-        "run",
-        lambda words, env, stdout: ran.append((words, env)) or SimpleNamespace(returncode=0),
+        "Popen",
+        lambda words, env, stdout: ran.append((words, env)) or SimpleNamespace(pid=0, wait=lambda: 0),
     )
     for stage in demo.STAGES:
         demo._run_stage(tmp_path, stage, tmp_path, 0)

@@ -36,6 +36,23 @@ def test_the_kl_of_best_of_n_is_its_bound_and_it_wins_n_of_n_plus_1(number):
     assert row["score_win_rate"] == pytest.approx(number / (number + 1), abs=error)
 
 
+def test_replies_of_which_no_two_are_of_like_length_have_all_figures_but_the_one_at_equal_length():
+    def replies(length):
+        return Replies(
+            texts=["a b"] * 12,
+            scores=[float(place) for place in range(12)],
+            kl=[0.0] * 12,
+            base_loss=[2.0] * 12,
+            lengths=[length] * 12,
+            ended=[True] * 12,
+            judged=[1.0] * 12,
+        )
+
+    row = summary({"sft": replies(12), "ppo": replies(64)}, against="sft")["ppo"]
+    assert {"score", "score_win_rate", "judge", "judge_win_rate"} < row.keys()
+    assert not any(name.endswith("at_equal_length") for name in row)
+
+
 @torch.no_grad()
 def test_the_bases_loss_on_replies_is_that_of_a_separately_loaded_base_at_temperature_1(monkeypatch):
     shared = tiny.shared(tiny.base())

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from goose_lora.models import loading
@@ -233,6 +233,26 @@ def test_the_base_has_the_quantization_and_dtype_that_were_asked_for(
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
     assert model.config.pad_token_id == tiny.PAD
+
+
+def test_a_base_that_was_saved_in_4_bits_computes_in_the_dtype_that_is_asked_for(tiny_base, tmp_path):
+    saved_as = BitsAndBytesConfig(  # its default of bnb_4bit_compute_dtype is float32
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_base, quantization_config=saved_as, dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path)
+    load_tokenizer(tiny.arguments(tiny_base)).save_pretrained(tmp_path)
+    ids, mask = tiny.batch((9, 9), seed=5)
+    logits = []
+    for folder in (tiny_base, tmp_path):
+        args = tiny.arguments(str(folder), quantization="nf4", dtype="bfloat16")
+        loaded = load_base(args, load_tokenizer(args))
+        layers = [module for module in loaded.modules() if isinstance(module, Linear4bit)]
+        assert layers and {layer.compute_dtype for layer in layers} == {torch.bfloat16}
+        logits.append(loaded(input_ids=ids, attention_mask=mask).logits)
+    assert torch.equal(*logits)
 
 
 def test_a_sequence_classifier_has_one_output(tiny_base):

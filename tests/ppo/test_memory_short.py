@@ -1,5 +1,6 @@
 """Memory that is short in generation and scoring: groups are halved, and the run goes on."""
 
+import itertools
 import logging
 
 import pytest
@@ -82,3 +83,25 @@ def test_one_reply_that_does_not_fit_and_other_errors_end_the_run(tmp_path, monk
     monkeypatch.setattr(collector, "sample", broken)
     with pytest.raises(RuntimeError, match="another error"):
         run_of(tmp_path / "other").train()
+
+
+def test_an_evaluation_that_goes_on_in_halves_asks_each_prompt_once(tmp_path, monkeypatch):
+    asked = []
+
+    def watch(completion_ids, label, **columns):
+        asked.append(label)
+        return tiny_runs.even_share(completion_ids)
+
+    run = tiny_runs.trainer(
+        tmp_path,
+        rows=tiny_runs.prompt_rows().add_column("label", ["train"] * 64),
+        reward=watch,
+        eval_rows=tiny_runs.held_out().add_column("label", list("abcdefgh")),
+        score_normalization="none",  # no replies before the evaluation's
+        local_rollout_forward_batch_size=4,
+    )
+    short_above(2, monkeypatch, collector, "sample", lambda shared, ids, *rest: len(ids))
+    asked.clear()
+    run.evaluate()
+    assert run.collector.batch_size == 2
+    assert sorted(itertools.chain(*asked)) == sorted(2 * "abcdefgh"), "sampled and greedy"

@@ -84,6 +84,22 @@ def test_a_text_that_is_too_long_loses_its_beginning(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "read"),
+    [
+        ("roberta", {"pad_token_id": 0}, 30),  # positions begin beyond the padding's
+        ("gpt2", {"n_positions": 31, "n_embd": 24, "n_layer": 2, "n_head": 2, "pad_token_id": 0}, 31),
+        ("bloom", {"max_position_embeddings": None, "pad_token_id": 0}, 45),  # names no bound
+    ],
+)
+def test_a_text_is_cut_where_this_kind_of_model_ends(tmp_path, kind, shape, read):
+    folder, text = save_classifier(tmp_path, kind=kind, **shape), "x" * 43 + "ab"
+    model = loaded(folder)
+    want = pytest.approx([by_hand(folder, text[-read:])], abs=1e-5)
+    assert model(prompts=[text[:-2]], completions=["ab"]) == want
+    assert model.score_tokens([model.encode(text[:-2], "ab")]) == want
+
+
 def test_a_decoder_without_a_pad_token_of_its_own_reads_each_rows_last_token(tmp_path):
     folder = save_classifier(tmp_path, kind="llama", num_key_value_heads=2, pad_token_id=0)
     scores = loaded(folder)(prompts=["ab", "c"], completions=["cdefg", "d"])

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -14,14 +15,16 @@ import tiny
 import tiny_chain
 import tiny_runs
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from peft import PeftModel
 from recipe_runs import options, recipe
 from transformers import TrainingArguments
 
 from goose_lora import cli
 from goose_lora.apps.session import inspect_run
+from goose_lora.files import file_sha256
 from goose_lora.models.arguments import ModelArguments
+from goose_lora.models.ensembles import Member, RewardEnsemble, read_ensemble
 from goose_lora.models.folders import AdapterFolder, local_folder, read_lineage
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
@@ -260,6 +263,42 @@ def test_roles_load_from_the_hub_by_name_folder_and_revision(server, run):
         f'PeftModel.from_pretrained(base, "{REPO}", subfolder="reward",'
         f' revision="{server.commit_id(REPO, 1)}")' in reward
     )
+
+
+def test_a_hub_that_stops_answering_takes_no_bias_away(server, run, monkeypatch):
+    hub.push(run / "ppo", REPO, base_hub_id="org/base", include=["reward"])
+    server.failures = {r"goose_lora\.json": 503}
+    with pytest.raises(ValueError, match=r"goose_lora\.json could not be had from the Hub .*HF_HUB_OFFLINE"):
+        local_folder(f"{REPO}/reward")
+    # what the Hub once had, or had not, is in the cache
+    server.failures = {}
+    assert read_lineage(local_folder(f"{REPO}/reward"))["reward_bias"] == 0.25
+    server.failures = {r".": 503}
+    assert read_lineage(local_folder(f"{REPO}/reward"))["reward_bias"] == 0.25
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert read_lineage(local_folder(f"{REPO}/reward"))["reward_bias"] == 0.25
+
+
+def test_an_ensemble_that_was_uploaded_as_a_folder_loads_by_its_name(server, run, tmp_path):
+    whole = tmp_path / "pair"
+    shutil.copytree(run / "reward", whole)
+    shutil.copytree(run / "reward", whole / "member_1")
+    sha = file_sha256(whole / "adapter_model.safetensors")
+    members = tuple(Member(name, sha, 0.0, 1.0, seed) for seed, name in enumerate((".", "member_1")))
+    ensemble = RewardEnsemble("adapters", 1.0, 0.0, members)
+    ensemble.write(whole)
+    api = HfApi(server.endpoint, token=fake_hub.TOKEN)
+    api.create_repo(REPO)
+    api.upload_folder(repo_id=REPO, folder_path=whole)
+    found = AdapterFolder.open("reward_adapter", REPO, base="org/base", base_hub_id="org/base")
+    assert read_ensemble(found.path) == ensemble
+    assert [member.lineage["reward_bias"] for member in found.members] == [0.25, 0.25]
+    # a member that was left out is told
+    (whole / "member_1" / "adapter_model.safetensors").unlink()
+    api.create_repo(f"{REPO}-2")
+    api.upload_folder(repo_id=f"{REPO}-2", folder_path=whole)
+    with pytest.raises(ValueError, match=r"member_1 has no adapter_model\.safetensors"):
+        local_folder(f"{REPO}-2")
 
 
 def test_whom_one_can_talk_to_is_found_in_a_run_of_the_hub_at_its_commit(server, run):

@@ -469,10 +469,10 @@ def test_a_manifest_is_renamed_into_place_after_all_files_are_on_the_disk(tmp_pa
     assert order.count("adapter_model.safetensors") == 2 and {
         "value",
         "adapter_model.safetensors",
-        ".checkpoint.json",
+        ".checkpoint.json.tmp",
     } <= set(order[:at])
     assert order[at + 1 :] == ["checkpoint-4", tmp_path.name] and names == {
-        ".checkpoint.json": "checkpoint.json"
+        ".checkpoint.json.tmp": "checkpoint.json"
     }
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert json.loads((folder / "checkpoint.json").read_text())["files"].keys() == written - {
