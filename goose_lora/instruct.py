@@ -557,7 +557,7 @@ class RewardModel(nn.Module):
 
 
 class PairwiseLoss(nn.Module):
-    """-log sigmoid(chosen - rejected), a mean over pairs: ``ppo_math.pairwise_loss``."""
+    """-log sigmoid(chosen - rejected), a mean over pairs: ``functional.pairwise_loss``."""
 
     def forward(
         self, chosen_rewards: Float[Tensor, "*B"], rejected_rewards: Float[Tensor, "*B"]

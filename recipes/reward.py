@@ -62,7 +62,7 @@ class RewardArguments(DataArguments):
         },
     )
     use_margin: bool = field(
-        default=True, metadata={"help": "Use the data's margin column in the loss where there is one."}
+        default=True, metadata={"help": "Use the data's margin column in the loss of pairs, if there is one."}
     )
     augment_pairs: list[str] | None = field(
         default=None,
@@ -235,6 +235,7 @@ def main(args: list[str] | None = None) -> RewardTrainer:
     sets = {key: data.used(row_set) for key, row_set in sets.items()}
     tokenizer, longest = stage.tokenizer(), config.max_length
     stage.tell_hints(sets["train"])
+    stage.tell_overlap(sets["train"], sets["eval"])
     test = data.test(sets, tokenizer, longest)
     held_out = {
         key: data.tokens(row_set, tokenizer, longest) for key, row_set in sets.items() if key != "train"

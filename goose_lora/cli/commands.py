@@ -1,6 +1,7 @@
 """The commands of ``goose-lora``."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,18 @@ def _add_asking(parser: argparse.ArgumentParser, *, greedy: bool) -> None:
     )
 
 
+def _base(run: str | None, base: str | None) -> str | None:
+    """Return where the base of ``run`` is, if not where the run had it: as said, or as found."""
+    from goose_lora.embedded import resolve
+    from goose_lora.models.folders import ADAPTER_CONFIG, moved_base, read_lineage
+
+    if base:
+        return resolve(base)
+    if run is None or not (Path(run) / ADAPTER_CONFIG).is_file():
+        return None
+    return moved_base(run, read_lineage(run).get("base", {}))
+
+
 # ---- Run and diagnose ----
 def _add_demo(commands: Subcommands) -> None:
     parser = commands.add_parser(
@@ -148,7 +161,8 @@ def _recipes(arguments: argparse.Namespace) -> None:
         raise UserError("recipes copy needs a folder: goose-lora recipes copy my_recipes.")
     require_output_folder(arguments.folder, option="recipes copy")
     files = copy_recipes(Path(arguments.folder))
-    print(f"{len(files)} files in {arguments.folder}. Run: accelerate launch {files[0].parent}/ppo.py --help")
+    script = shlex.quote(str(Path(arguments.folder) / "ppo.py"))
+    print(f"{len(files)} files in {arguments.folder}. Run: accelerate launch {script} --help")
 
 
 def _add_env(commands: Subcommands) -> None:
@@ -450,6 +464,11 @@ def _add_export(commands: Subcommands) -> None:
     parser.add_argument("--to", required=True, choices=["ollama", "gguf"], help="the program to write for")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be empty or new")
     parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="rows with a prompt, to measure the merge on (default: the run's samples.jsonl)",
+    )
+    parser.add_argument(
         "--base", metavar="PATH_OR_HUB_ID", help="the base, where it is no longer where the run had it"
     )
 
@@ -532,7 +551,8 @@ def _add_verdict(commands: Subcommands) -> None:
 def _verdict(arguments: argparse.Namespace) -> None:
     from goose_lora.cli.reward_verdict import verdict
 
-    _say(verdict(**_reading_options(arguments, "base")))
+    arguments.base = _base(arguments.model, arguments.base)
+    _say(verdict(**_reading_options(arguments)))
 
 
 # ---- Ask and label ----
@@ -560,11 +580,10 @@ def _add_chat(commands: Subcommands) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from goose_lora.apps.chat import chat
-    from goose_lora.embedded import resolve
 
     options = vars(arguments)
     del options["command"]
-    chat(**{**options, "base": options["base"] and resolve(options["base"])})
+    chat(**{**options, "base": _base(arguments.run, arguments.base)})
 
 
 def _add_label(commands: Subcommands) -> None:
@@ -623,7 +642,8 @@ def _label(arguments: argparse.Namespace) -> None:
     _check_label(arguments)
     options = vars(arguments)
     del options["command"]
-    for name in ("base", "prompts", "replies"):
+    options["base"] = _base(options["policy"], options["base"])
+    for name in ("prompts", "replies"):
         options[name] = options[name] and resolve(options[name])
     name, url, rubric = (options.pop(name) for name in ("judge", "judge_base_url", "judge_rubric"))
     replies, columns = options.pop("replies"), options.pop("columns")

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from goose_lora.cli.yaml_settings import require_no_folder
 from goose_lora.errors import UserError
 from goose_lora.training.signals import STARTED_BY, left_to
 
@@ -60,6 +61,7 @@ def configuration(name: str) -> str:
         return name
     if name in configurations():
         return str(recipes_folder() / "configs" / f"{name}.yaml")
+    require_no_folder(name)
     near = difflib.get_close_matches(name, configurations(), n=4, cutoff=0.3)
     hint = f" Near it: {', '.join(near)};" if near else ""
     raise UserError(

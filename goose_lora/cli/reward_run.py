@@ -22,6 +22,7 @@ from goose_lora.evaluation.ensembles import (
     ScoredMember,
     align_members,
     judge_ensemble,
+    require_spread,
 )
 from goose_lora.evaluation.reward_model import RewardTest
 from goose_lora.evaluation.verdict import JudgedRewards, RewardVerdict, show_verdict, write_verdict
@@ -157,6 +158,11 @@ class RewardRun:
     trained: list[TrainedMember] = field(default_factory=list)
     _trainer: PairTrainer | ListTrainer | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what would end several members after their training."""
+        if self.is_ensemble:
+            require_spread(self.test.held_out)
+
     @property
     def root(self) -> Path:
         """The folder of the run."""
@@ -228,6 +234,8 @@ class RewardRun:
         trained = TrainedMember(scored, verdict, bias, steps, loss, history)
         if noted is None:
             self._save(trainer, trained, ours)
+        else:  # references may be others now, and with them its bias and its verdict
+            self._write_beside(folder, trained, ours)
         if self.is_ensemble:
             rows = [{"member": member.place, **row} for row in history]
             scored = replace(scored, sha256=file_sha256(folder / ADAPTER_WEIGHTS))
@@ -277,18 +285,18 @@ class RewardRun:
 
     def _save(self, trainer: PairTrainer | ListTrainer, member: TrainedMember, ours: Facts) -> None:
         """Save a member with its verdict; one of several also with its lineage and its run."""
-
-        def beside(folder: Path) -> None:  # without its verdict and its bias it is not the reward model
-            self._write_bias(folder, member.bias)
-            write_verdict(folder, member.verdict)
-            if self.is_ensemble:
-                figures = {"steps": member.steps, "seed": member.scored.seed, "loss": member.loss}
-                self.stage.record(folder, self._tokenizer, figures=figures, data=self.noted)
-                write_jsonl(folder / METRICS_FILE, member.history)
-                note_finished(folder, ours)
-
-        trainer.beside = beside
+        trainer.beside = lambda folder: self._write_beside(folder, member, ours)
         trainer.save_model()
+
+    def _write_beside(self, folder: Path, member: TrainedMember, ours: Facts) -> None:
+        """Write verdict and bias, without which a folder is not the reward model, and the rest."""
+        self._write_bias(folder, member.bias)
+        write_verdict(folder, member.verdict)
+        if self.is_ensemble:
+            figures = {"steps": member.steps, "seed": member.scored.seed, "loss": member.loss}
+            self.stage.record(folder, self._tokenizer, figures=figures, data=self.noted)
+            write_jsonl(folder / METRICS_FILE, member.history)
+            note_finished(folder, ours)
 
     def _write_bias(self, folder: Path, bias: float) -> None:
         """Note beside an adapter how its scores are read."""

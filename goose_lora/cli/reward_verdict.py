@@ -31,6 +31,7 @@ from goose_lora.models.arguments import ModelArguments, arguments_of, usable_dty
 from goose_lora.models.compatibility import check_fit
 from goose_lora.models.ensembles import RewardEnsemble
 from goose_lora.models.folders import ADAPTER_CONFIG, AdapterFolder
+from goose_lora.models.identity import BaseName, same_base
 from goose_lora.models.loading import device_of_process, load_base, lora_config, tokenizer_of
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.rewards.classifier import PREFIX, ClassifierReward
@@ -73,6 +74,12 @@ class AdapterModel:
                 " trl.RewardTrainer saved."
             )
         lineage, own = self.folder.lineage, self.folder.config["base_model_name_or_path"]
+        noted = BaseName(own or "", content=(lineage.get("base") or {}).get("content"))
+        if base is not None and noted.content and not same_base(noted, BaseName(resolve(base))):
+            raise UserError(
+                f"--base {base}: {name} was trained on {own}, whose weights are others. Give that base,"
+                " wherever it is now."
+            )
         if "base" in lineage:
             arguments = arguments_of(lineage["base"], base)
         elif base or own:
@@ -176,6 +183,7 @@ def judged_model(
     Raises:
         UserError: it is neither, or a base is named for a classifier.
     """
+    name = name.removeprefix(PREFIX)  # as a reward function of PPO has it
     if _is_adapter(name):
         return AdapterModel(name, base, quantization, dtype, batch_size)
     if base is not None:
@@ -185,8 +193,9 @@ def judged_model(
 
 def _is_adapter(name: str) -> bool:
     """Return whether a folder, or a repository of the Hub, holds an adapter."""
-    if name.strip() and Path(name).exists():
-        return (Path(name) / ADAPTER_CONFIG).is_file()
+    for place in (name, name.partition("#")[0]):  # with the label of a classifier
+        if place.strip() and Path(place).exists():
+            return (Path(place) / ADAPTER_CONFIG).is_file()
     if not name.strip() or name.startswith(("/", ".", "~")):
         return False  # a folder that is missing
     place, _, revision = name.partition("#")[0].partition("@")

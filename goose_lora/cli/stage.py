@@ -1,8 +1,10 @@
 """A stage of a run, from its settings to what it leaves behind."""
 
 import copy
+import json
 import logging
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -74,7 +76,8 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"  # what a run has said
 OF_PPO = ("ppo", "own_loop")
-FIGURES = ("objective/score", "objective/kl", "rollout/eos_rate")  # of the last rollout, for card and lineage
+# Of the last rollout, for card and lineage; the raw score is the one that a run prints
+FIGURES = ("objective/raw_score", "objective/score", "objective/kl", "rollout/eos_rate")
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,11 @@ class Stage:
         if dtype == "float16":
             compute_by_dtype(config)
         if isinstance(config, PPOConfig) and config.rollout_engine == "vllm":
+            if model.embeddings == "host":
+                raise UserError(
+                    "embeddings: host leaves the table out of what rollout_engine: vllm reads. Leave one of"
+                    " them out."
+                )
             require_vllm()
         # From here on the base has one name, wherever it is read
         model = replace(model, model_name_or_path=resolve(model.model_name_or_path))
@@ -233,6 +241,7 @@ class Stage:
         rows = {key: self._noted(row_set) for key, row_set in found.items()}
         learning = Learning.of(self.config)
         self.tell_hints(found["train"])
+        self.tell_overlap(found["train"], held_out)
         return {
             key: tokenize_demonstrations(
                 rows[key],
@@ -253,6 +262,19 @@ class Stage:
                 name=row_set.name,
                 as_chat=self.data.as_chat,
                 numbers=row_set.numbers,
+            )
+
+    def tell_overlap(self, train: RowSet, held_out: RowSet | None) -> None:
+        """Tell where held-out rows are among those to train on: one process does, of several."""
+        if held_out is None or self.config.process_index != 0:
+            return
+        kept = Counter(json.dumps(row, sort_keys=True, default=str) for row in held_out.rows)
+        seen = kept.keys() & {json.dumps(row, sort_keys=True, default=str) for row in train.rows}
+        if seen:
+            logger.warning(
+                "%s: %d of %d held-out rows are in %s too, and what is found on them is too good. Take them"
+                " out of one of the two",
+                *(held_out.name, sum(kept[row] for row in seen), len(held_out), train.name),
             )
 
     def _noted(self, row_set: RowSet) -> Dataset:
@@ -339,6 +361,7 @@ class Stage:
         others = self.data.held_out("ppo") if held_out else None
         tokenizer = self.tokenizer()
         self.tell_hints(train)
+        self.tell_overlap(train, others)
         prompts = self._tokenized(train, config.max_prompt_tokens)
         evaluation = None if others is None else self._tokenized(others, config.max_prompt_tokens)
         texts = None

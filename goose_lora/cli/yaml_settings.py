@@ -66,12 +66,22 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
+def require_no_folder(path: str) -> None:
+    """Raise UserError where ``path`` is a folder, and name the YAML files in it."""
+    if not Path(path).is_dir():
+        return
+    found = sorted(each.name for each in Path(path).iterdir() if each.suffix in (".yaml", ".yml"))
+    inside = f"Give one of the files in it: {', '.join(found)}" if found else "It has no .yaml file"
+    raise UserError(f"--config {path}: a folder, not a file. {inside}.")
+
+
 def read_config(path: str) -> dict[Any, Any]:
     """Return the settings in a YAML file.
 
     Raises:
         UserError: no such file, not YAML, not settings, or a key that stands twice.
     """
+    require_no_folder(path)
     if not Path(path).is_file():
         raise UserError(f"--config {path}: no such file. The shipped ones are in recipes/configs/.")
     try:

@@ -304,7 +304,9 @@ def _for_ppo(rows: Dataset, reader: _Reader) -> Dataset:
     found = _dataset(reader.made, reader.kind)
     same = "prompt" in rows.column_names and found.column_names == ["prompt"]
     kept = rows if len(places) == len(rows) else rows.select(places)
-    kept = kept.remove_columns([column for column in OF_TRAINERS if column in kept.column_names])
+    # Tools are those that were read, if any
+    gone = (*OF_TRAINERS, "tools")
+    kept = kept.remove_columns([column for column in gone if column in kept.column_names])
     if same and all(before == row["prompt"] for before, row in zip(kept["prompt"], reader.made, strict=True)):
         return kept
     kept = kept.remove_columns([column for column in found.column_names if column in kept.column_names])

@@ -73,9 +73,10 @@ def hints(
             " Leave such rows out, or set assistant_only_loss: true."
         )
     if stuck:
+        parts = "as_chat: true parts them; or begin" if tokenizer.chat_template else "Begin"
         found.append(
             f"{_count(stuck, len(rows))} have a reply that sticks to its prompt"
-            f" ({next(iter(stuck.values()))!r}). as_chat: true parts them; or begin replies with a space."
+            f" ({next(iter(stuck.values()))!r}). {parts} replies with a space."
         )
     if twice:
         found.append(

@@ -174,26 +174,38 @@ def check_asks(messages: Sequence[Message]) -> None:
         )
 
 
-def without(value: Cell, parts: Sequence[str]) -> Cell:
-    """Return messages, wherever they are in ``value``, without roles, keys or thoughts."""
+def without(value: Cell, parts: Sequence[str], *, is_prompt: bool = False) -> Cell:
+    """Return messages, wherever they are in ``value``, without roles, keys or thoughts.
+
+    ``tools`` are left out of the row. A turn that then says nothing goes too, but for the last one,
+    if that is no prompt's: a row with an empty reply is left out.
+    """
     if isinstance(value, dict):
-        return {key: without(inner, parts) for key, inner in value.items()}
+        return {
+            key: without(inner, parts, is_prompt=key == "prompt")
+            for key, inner in value.items()
+            if key != "tools" or "tools" not in parts
+        }
     if not isinstance(value, list):
         return value
     # Lists of replies hold lists of messages
     if not is_messages(value):
         return [without(inner, parts) for inner in value]
-    kept = [
-        {key: inner for key, inner in turn.items() if key not in parts}
-        for turn in value
-        if turn["role"] not in parts
-    ]
+    turns = [turn for turn in value if turn["role"] not in parts]
+    kept = [{key: inner for key, inner in turn.items() if key not in parts} for turn in turns]
     if "think" in parts:
         kept = [
             {**turn, "content": said(turn).rpartition("</think>")[2].lstrip()} if said(turn) else turn
             for turn in kept
         ]
-    return kept
+    return [
+        left
+        for place, (turn, left) in enumerate(zip(turns, kept, strict=True), 1)
+        if left == turn
+        or said(left).strip()
+        or left.get("tool_calls")
+        or (place == len(kept) and not is_prompt)
+    ]
 
 
 def said(message: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from goose_lora.data.hints import hints
 from goose_lora.data.labelled import pair_words
 from goose_lora.data.messages import Content
 from goose_lora.data.preferences import check_margin, encode_reply, within
-from goose_lora.data.rows import load_rows
+from goose_lora.data.rows import DataArguments, load_rows
 from goose_lora.data.shapes import Reading, Shape, StageName, conversation_prompt
 from goose_lora.data.sources import HubPlace
 from goose_lora.data.tokenization import (
@@ -103,7 +103,8 @@ def describe(
     if max_rows is not None and max_rows < 1:
         raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
     # Rows as the stage takes them, and the tokenizer that it would use
-    rows = load_rows(dataset, split, max_rows, column_mapping, place=hub_place)
+    asked_by = None if split == DataArguments.dataset_split else "--split"
+    rows = load_rows(dataset, split, max_rows, column_mapping, place=hub_place, asked_by=asked_by)
     how = Reading(tuple(pair_words(pairs) or ()), as_chat, tuple(leave_out or ()))
     stage = stage or _main_stage(rows, dataset, how)
     taken = take(rows, stage, dataset, how)

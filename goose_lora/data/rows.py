@@ -14,7 +14,7 @@ from goose_lora.data.columns import SET_ASIDE, is_text
 from goose_lora.data.formats import Taken, describe_dropped, take
 from goose_lora.data.labelled import BEST_FIRST, pair_words, parse_pairs
 from goose_lora.data.shapes import Reading, StageName
-from goose_lora.data.sources import HubPlace, has_splits, is_of_hub, is_table, numbers_again, read_rows
+from goose_lora.data.sources import HubPlace, is_of_hub, is_table, numbers_again, read_rows
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
 
@@ -128,15 +128,13 @@ class DataArguments:
 
     def _read(self, name: str, split: str, stage: StageName, setting: str) -> "RowSet":
         # A file is one split, whose name only the default may be silent about
-        if split != vars(DataArguments)[setting] and not has_splits(name):
-            raise UserError(
-                f"{setting}={split}: {name} has no splits. Leave it out, or name that split's file."
-            )
+        asked_by = None if split == vars(DataArguments)[setting] else setting
         # One place for both files, of which one may lie here
         names = (self.dataset_name, self.eval_dataset_name)
         elsewhere = not is_of_hub(name) and any(is_of_hub(other) for other in names if other)
         place = None if elsewhere else self.place
-        taken = take_rows(name, split, self.max_rows, self.column_mapping, stage, self.reading, place)
+        rows = load_rows(name, split, self.max_rows, self.column_mapping, place=place, asked_by=asked_by)
+        taken = take_told(rows, stage, resolve(name), self.reading)
         return RowSet(name, split, taken.rows, tuple(taken.numbers))
 
 
@@ -204,11 +202,12 @@ def load_rows(
     stage: StageName | None = None,
     reading: Reading | None = None,
     place: HubPlace | None = None,
+    asked_by: str | None = None,
 ) -> Dataset:
     """Read the rows of a file, of a Hub dataset or of the demo (embedded/NAME), columns renamed.
 
     With ``stage`` they are as that stage takes them (``formats.take``), and what it leaves out is
-    counted in a warning.
+    counted in a warning. ``asked_by`` is the setting by which a user has named the split, if any.
 
     Raises:
         ValueError: a file of another kind, one that is not there or is broken (with the line), an
@@ -220,7 +219,7 @@ def load_rows(
     # Read, cut and rename
     name = resolve(name)
     mapping = parse_column_mapping(column_mapping or [])
-    rows = read_rows(name, split, place)
+    rows = read_rows(name, split, place, asked_by=asked_by)
     if is_table(name):
         rows = numbers_again(rows, {**dict.fromkeys(c for c in rows.column_names if is_text(c)), **mapping})
     if max_rows is not None:

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,9 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.data_files import get_data_patterns, resolve_pattern
+from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import DatasetCard, constants
+from huggingface_hub import constants, metadata_load
 
 from goose_lora.embedded import MODEL
 from goose_lora.errors import UserError
@@ -52,7 +53,8 @@ READERS = {
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 SECONDS = 60  # without an answer of the web
 SEPARATORS = ",;\t|"
-WRAPPERS = ("data", "rows", "examples", "train")  # keys under which a JSON object has its rows
+SPLITS = frozenset(word for words in SPLIT_KEYWORDS.values() for word in words)
+WRAPPERS = ("data", "rows", "examples")  # keys under which a JSON object has its rows
 
 
 _PLACE = ("dataset_config", "data_dir", "dataset_revision")  # settings, in the order of HubPlace
@@ -66,23 +68,35 @@ class HubPlace(NamedTuple):
     revision: str | None = None
 
 
-def read_rows(name: str, split: str, place: HubPlace | None = None) -> Dataset:
+def read_rows(
+    name: str, split: str, place: HubPlace | None = None, *, asked_by: str | None = None
+) -> Dataset:
     """Read rows from a file, a glob, a folder or the Hub.
 
     A folder whose files are named for splits, as those of the Hub are (``train.jsonl``,
-    ``data/test-00000-of-00001.parquet``), gives the rows of ``split`` alone.
+    ``data/test-00000-of-00001.parquet``), and a JSON object of splits give the rows of ``split``
+    alone. ``asked_by`` is the setting where a user has named it: rows without splits are refused.
 
     Raises:
         UserError: none are there, or they cannot be read; it says where and what to do.
     """
     rows = _read_rows(name, split, place)
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise UserError(
+                f"{name}: no split {split}. There are {', '.join(map(str, rows))}: dataset_split:"
+                f" {next(iter(rows))}."
+            )
+        rows = rows[split]
+    elif asked_by and not _gives_one_split(name):
+        raise UserError(f"{asked_by}={split}: {name} has no splits. Leave it out, or name that split's file.")
     # Arrow ends such a name where it begins, and finds its values no more
     if "\\x00" in repr(rows.features):
         raise UserError(f"{name}: a name of a column, or a key in one, has a NUL character. Rename it.")
     return rows
 
 
-def _read_rows(name: str, split: str, place: HubPlace | None) -> Dataset:
+def _read_rows(name: str, split: str, place: HubPlace | None) -> Dataset | DatasetDict:
     # In the order of what a name can be: a folder, an address, a glob, a file, the Hub
     path = Path(name).expanduser()
     if path.is_dir() and _is_hub_copy(path):
@@ -111,7 +125,7 @@ def _read_rows(name: str, split: str, place: HubPlace | None) -> Dataset:
     return _from_hub(name, split, place or HubPlace())
 
 
-def _address(name: str) -> Dataset:
+def _address(name: str) -> Dataset | DatasetDict:
     """Read a file of the web, which is then read as one that lies here.
 
     Raises:
@@ -155,19 +169,11 @@ def _kind(name: str) -> str:
     return READERS[suffix]
 
 
-def _folder(path: Path, split: str) -> Dataset:
+def _folder(path: Path, split: str) -> Dataset | DatasetDict:
     """Read what ``save_to_disk`` wrote, or a folder of parts of one kind."""
     # Both are written by save_to_disk: one split, or several
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        rows = load_from_disk(str(path))
-        if not isinstance(rows, DatasetDict):
-            return rows
-        if split not in rows:
-            raise UserError(
-                f"{path}: no split {split}. There are {', '.join(map(str, rows))}: dataset_split:"
-                f" {next(iter(rows))}."
-            )
-        return rows[split]
+        return load_from_disk(str(path))
     # Rows of all splits in one would train on those that are held out
     splits = splits_of(path)
     if splits and split not in splits:
@@ -178,13 +184,11 @@ def _folder(path: Path, split: str) -> Dataset:
         )
     if splits:
         read = {file for files in splits.values() for file in files}
-        others = [part.name for part in sorted(path.iterdir()) if _suffix(part) in READERS]
-        others = [other for other in others if str((path / other).absolute()) not in read]
+        others = [part.name for part in _files_in(path) if str(part.absolute()) not in read]
         if others:
             logger.warning("%s: %s: of no split by its name, and not read.", path, ", ".join(others))
         return _parts(splits[split], f"{path} ({split})")
-    # Hidden files and notes beside the parts are none of them
-    parts = [str(part) for part in sorted(path.iterdir()) if _suffix(part) in READERS]
+    parts = [str(part) for part in _files_in(path)]
     if not parts:
         raise UserError(
             f"{path}: cannot read this kind of file. Use {', '.join(READERS)}, a folder of them, or one that"
@@ -193,13 +197,20 @@ def _folder(path: Path, split: str) -> Dataset:
     return _parts(parts, str(path))
 
 
+def _files_in(path: Path) -> list[Path]:
+    """Return the files of rows in a folder, without hidden ones and notes beside them."""
+    return [
+        part for part in sorted(path.iterdir()) if _suffix(part) in READERS and not part.name.startswith(".")
+    ]
+
+
 def _is_hub_copy(path: Path) -> bool:
     """Return whether a folder has the card of a Hub dataset, which says what belongs together."""
     card = path / "README.md"
     if not card.is_file():
         return False
     try:
-        return bool(DatasetCard.load(card).data.get("configs"))
+        return bool((metadata_load(card) or {}).get("configs"))
     except (ValueError, OSError, yaml.YAMLError):  # a note of the user's
         return False
 
@@ -213,12 +224,10 @@ def is_of_hub(name: str) -> bool:
     return not is_file and not any(letter in name for letter in "*?[")
 
 
-def has_splits(name: str) -> bool:
-    """Return whether a split's name chooses among the rows of ``name``; of a file it does not."""
+def _gives_one_split(name: str) -> bool:
+    """Return whether what is read by ``name`` is one split of several, chosen by its name."""
     path = Path(name).expanduser()
-    return is_of_hub(name) or (
-        path.is_dir() and ((path / "dataset_dict.json").is_file() or bool(splits_of(path)))
-    )
+    return is_of_hub(name) or (path.is_dir() and bool(splits_of(path)))
 
 
 def splits_of(path: Path) -> dict[str, list[str]]:
@@ -249,7 +258,7 @@ def _resolved(pattern: str, path: Path) -> list[str]:
         return []
 
 
-def _parts(parts: Sequence[str], name: str) -> Dataset:
+def _parts(parts: Sequence[str], name: str) -> Dataset | DatasetDict:
     if not parts:
         raise UserError(f"{name}: no such file. Check the path.")
     # Parts of one kind have one reader
@@ -260,12 +269,17 @@ def _parts(parts: Sequence[str], name: str) -> Dataset:
             f" that belong together: dataset_name: {Path(parts[0]).parent}/*{Path(parts[0]).suffix}."
         )
     # One part alone is read as the file that it is
-    if len(parts) == 1 or any(Path(part).suffix.lower() in COMPRESSED for part in parts):
-        return concatenate_datasets([_file(Path(part), part) for part in parts])
+    if len(parts) == 1:
+        return _file(Path(parts[0]), parts[0])
+    if any(Path(part).suffix.lower() in COMPRESSED for part in parts):
+        files = [_file(Path(part), part) for part in parts]
+        if any(isinstance(file, DatasetDict) for file in files):
+            raise UserError(f"{name}: each file has splits. Name one of them: dataset_name: {parts[0]}.")
+        return concatenate_datasets(files)  # type: ignore[type-var]
     return _files(list(parts), kinds.pop(), name)
 
 
-def _file(path: Path, name: str, *, keep: bool = False) -> Dataset:
+def _file(path: Path, name: str, *, keep: bool = False) -> Dataset | DatasetDict:
     if path.stat().st_size == 0:
         raise UserError(f"{name}: the file is empty. Write rows into it, or give another.")
     # A file as it is
@@ -283,12 +297,12 @@ def _file(path: Path, name: str, *, keep: bool = False) -> Dataset:
         return _files([str(whole)], _kind(str(whole)), name, keep=True)
 
 
-def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dataset:
+def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dataset | DatasetDict:
     """Read files of one kind; ``keep``: into memory, since the files go away."""
     # What is wrong with a file is told by its line, so it is looked at first
     for file in files if kind != "parquet" else []:
         check_encoding(Path(file), name if len(files) == 1 else file)
-    if kind == "json" and len(files) == 1 and (rows := _json_object(Path(files[0]))) is not None:
+    if kind == "json" and len(files) == 1 and (rows := _json_object(Path(files[0]), name)) is not None:
         return rows
     try:
         if kind == "csv":
@@ -299,7 +313,7 @@ def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dat
     except ImportError as error:  # fsspec's, for an address
         raise UserError(f"{name}: {brief(error)}. Install that, or download the file first.") from error
     except (DatasetGenerationError, ValueError, OSError) as error:
-        broken = broken_json(Path(files[0])) if kind == "json" else None
+        broken = _first_broken(files) if kind == "json" else None
         if "corresponds to no data" in str(error):
             broken = "no rows. Was it written to its end?"
         raise UserError(
@@ -321,10 +335,11 @@ def _without_its_log() -> Iterator[None]:
         library.setLevel(before)
 
 
-def _json_object(path: Path) -> Dataset | None:
+def _json_object(path: Path, name: str) -> Dataset | DatasetDict | None:
     """Return the rows of a file that is one JSON object; None for a list or for lines.
 
-    The object holds a list of rows, or a list to each column, as pandas writes it.
+    The object holds a list of rows, one to each split, or a list to each column, as pandas writes
+    it.
     """
     # Lines are read by the library; a list is too
     if path.suffix.lower() != ".json":
@@ -337,19 +352,27 @@ def _json_object(path: Path) -> Dataset | None:
             held = json.load(file)
         except (ValueError, RecursionError):
             return None  # several objects, or broken: the reader of lines says which
-    # The rows under a key, as exports of web services have them
-    rows = next((held[key] for key in WRAPPERS if isinstance(held.get(key), list)), None)
-    if rows and all(isinstance(row, dict) for row in rows):
-        return Dataset.from_list(rows, on_mixed_types="use_json")
+    # Rows under a key: those of a split, or as exports of web services have them
+    lists = {key: value for key, value in held.items() if isinstance(value, list)}
+    tables = {key: rows for key, rows in lists.items() if all(isinstance(row, dict) for row in rows)}
+    is_columns = len(lists) == len(held) and len({len(value) for value in lists.values()}) == 1
+    if not SPLITS.isdisjoint(tables) and not (is_columns and len(tables) < len(lists)):
+        return DatasetDict({key: _of_objects(rows, name) for key, rows in tables.items()})
+    rows = next((tables[key] for key in WRAPPERS if tables.get(key)), None)
+    if rows:
+        return _of_objects(rows, name)
     # A list to each column, all of one length
-    lists = [value for value in held.values() if isinstance(value, list)]
-    if lists and len(lists) == len(held) and len({len(value) for value in lists}) == 1:
-        columns = list(held)
-        return Dataset.from_list(
-            [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)],
-            on_mixed_types="use_json",
-        )
+    if is_columns:
+        rows = [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+        return _of_objects(rows, name)
     return None
+
+
+def _of_objects(rows: list[dict[str, object]], name: str) -> Dataset:
+    try:
+        return Dataset.from_list(rows, on_mixed_types="use_json")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: has {_half(error)}") from error
 
 
 def _table(file: str) -> Dataset:
@@ -378,7 +401,7 @@ def _separator(path: Path) -> str:
 def is_table(name: str) -> bool:
     """Return whether rows of this name come from csv, whose cells are all text."""
     path = Path(name.split("?")[0] if "://" in name else name).expanduser()
-    parts = list(path.iterdir()) if path.is_dir() else [path]
+    parts = _files_in(path) if path.is_dir() else [path]
     return any(_suffix(part) in (".csv", ".tsv") for part in parts)
 
 
@@ -444,8 +467,28 @@ def check_encoding(path: Path, name: str) -> None:
                 raise UserError(f"{name}: {place}. Save the file as UTF-8.") from error
 
 
+def _keys_once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Return an object of JSON; raise UserError where a key stands twice in it."""
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise UserError(f"has the key {twice[0]!r} twice in one object. Keep one of them.")
+    return dict(pairs)
+
+
+def _half(error: UnicodeEncodeError) -> str:
+    return f"{error.object[error.start]!r}, half of a character. Write the whole one, or leave it out."
+
+
+def _first_broken(files: Sequence[str]) -> str | None:
+    """Return what is wrong with the first file of JSON that is broken; of several, which it is."""
+    for file in files:
+        if broken := broken_json(Path(file)):
+            return broken if len(files) == 1 else f"{broken} The file is {file}."
+    return None
+
+
 def broken_json(path: Path) -> str | None:
-    """Find the first line that is not JSON; None if all are.
+    """Find the first line that is not JSON, or not for the reader of rows; None if all are.
 
     The file is one list, or one object per line.
     """
@@ -464,7 +507,12 @@ def broken_json(path: Path) -> str | None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_keys_once)
+            json.dumps(row, ensure_ascii=False).encode()
+        except UserError as error:
+            return f"line {number} {error}"
+        except UnicodeEncodeError as error:
+            return f"line {number} has {_half(error)}"
         except json.JSONDecodeError as error:
             return (
                 f"line {number} is not JSON: {error.msg} at character {error.colno}. Each line must be one"

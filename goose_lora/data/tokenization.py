@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from goose_lora.data.messages import Content, Message
+from goose_lora.data.messages import Cell, Content, Message
 from goose_lora.data.rows import (
     require_columns,
 )
@@ -80,8 +80,8 @@ def whole_text(
     """Return what the chat template makes of messages, and the messages as it has read them.
 
     Raises:
-        UserError: the template refuses them, or leaves out something that they say: eight of the
-            sixteen templates that TRL knows drop a developer's message, thirteen thoughts.
+        UserError: the template refuses them, or leaves out something that they say, or tools: eight
+            of the sixteen templates that TRL knows drop a developer's message, thirteen thoughts.
     """
     text = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=asks, **options)
     lost = _left_out(messages, text)
@@ -92,14 +92,21 @@ def whole_text(
         lost = _left_out(messages, text)
         if lost is None:
             _tell_once("the chat template has no role developer: such messages are read as system")
+    unwritten = _unwritten_tools(messages, tokenizer, asks=asks, **options)
+    if unwritten:
+        raise _loses(*unwritten[0], dict.fromkeys(where.partition(" ")[0] for where, _ in unwritten))
     if lost is not None:
         place, what, missing = lost
-        raise UserError(
-            f"the chat template leaves out {what} of message {place}: {missing[:60]!r}. Use a template that"
-            f" writes it (chat_template.jinja beside the tokenizer), or leave it out of the rows: leave_out:"
-            f" [{what}]."
-        )
+        raise _loses(f"{what} of message {place}", missing, [what])
     return text, messages
+
+
+def _loses(where: str, missing: str, parts: Iterable[str]) -> UserError:
+    return UserError(
+        f"the chat template leaves out {where}: {missing[:60]!r}. Use a template that writes it"
+        f" (chat_template.jinja beside the tokenizer), or leave it out of the rows: leave_out:"
+        f" [{', '.join(parts)}]."
+    )
 
 
 @cache
@@ -127,9 +134,6 @@ def _left_out(messages: Sequence[Message], text: str) -> tuple[int, str, str] | 
                 " out all thoughts."
             )
         parts += [(key, message[key]) for key in THOUGHTS if isinstance(message.get(key), str)]
-        # Calls: names, and what is said to them
-        for call in message.get("tool_calls") or []:
-            parts += [("tool_calls", leaf) for leaf in _leaves(call["function"])]
         for what, said in parts:
             if said.strip() and not _stands_in(said.strip(), text):
                 return place, what, said.strip()
@@ -141,13 +145,67 @@ def _said(message: Message) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _leaves(value: object) -> list[str]:
-    """Return the texts and names in a call of a tool."""
-    if isinstance(value, dict):
-        return [leaf for key, inner in value.items() if key != "description" for leaf in _leaves(inner)]
-    if isinstance(value, list):
-        return [leaf for inner in value for leaf in _leaves(inner)]
-    return [value] if isinstance(value, str) else []
+def _unwritten_tools(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, asks: bool, **options: Cell
+) -> list[tuple[str, str]]:
+    """Return what the template does not write of tools and of calls, each with where it stands.
+
+    Of a tool its name and those of its parameters are looked for, of a call everything. Their words
+    may stand elsewhere in the text, so the template is given others in their place.
+    """
+    marks = _Marks()
+    if options.get("tools"):
+        options["tools"] = [marks.tool(tool) for tool in options["tools"]]
+    turns = [
+        {**turn, "tool_calls": [marks.call(call, f"tool_calls of message {place}") for call in calls]}
+        if (calls := turn.get("tool_calls"))
+        else turn
+        for place, turn in enumerate(messages, 1)
+    ]
+    if not marks.said:
+        return []
+    try:
+        text = apply_template(tokenizer, turns, tokenize=False, add_generation_prompt=asks, **options)
+    except UserError:  # it takes the rows' own words, and not these: it reads them
+        return []
+    return [said for mark, said in marks.said.items() if mark not in text]
+
+
+class _Marks:
+    """Words that no text has by chance, each with where it stands and what it stands for."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, tuple[str, str]] = {}
+
+    def call(self, call: Mapping[str, Cell], where: str) -> dict[str, Cell]:
+        """Return a call with marks for its name and all of its arguments."""
+        function = {**call["function"], "name": self.of(call["function"]["name"], where)}
+        function["arguments"] = self.of(function.get("arguments", {}), where)
+        return {**call, "function": function}
+
+    def tool(self, tool: Mapping[str, Cell]) -> dict[str, Cell]:
+        """Return a tool with marks for its name and those of its parameters."""
+        function = tool.get("function")
+        if not isinstance(function, dict):  # of another kind than templates know
+            return self.of(tool, "tools")
+        marked = {**function, "name": self.of(function.get("name"), "tools")}
+        parameters = function.get("parameters")
+        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
+            properties = {self.of(key, "tools"): value for key, value in parameters["properties"].items()}
+            marked["parameters"] = {**parameters, "properties": properties}
+        return {**tool, "function": marked}
+
+    def of(self, value: Cell, where: str) -> Cell:
+        """Return a value with marks for its keys and all that it says, but for what is empty."""
+        if isinstance(value, dict):
+            return {self.of(key, where): self.of(inner, where) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.of(inner, where) for inner in value]
+        if value is None or value == "":
+            return value
+        mark = f"gooselora{len(self.said)}mark"
+        self.said[mark] = (where, str(value))
+        return mark
 
 
 def _stands_in(said: str, text: str) -> bool:

@@ -134,7 +134,7 @@ def best_of_n(scores: Sequence[np.ndarray], ranks: Sequence[Sequence[int]]) -> P
 
 
 def _mean(parts: Sequence[Proportion]) -> Proportion:
-    """Return the mean of independent shares, its interval by MOVER (Zou and Donner 2008)."""
+    """Return the mean of shares, its interval by MOVER (Zou and Donner 2008), as if independent."""
     value = sum(part.value for part in parts) / len(parts)
     below = sum((part.value - part.low) ** 2 for part in parts) ** 0.5 / len(parts)
     above = sum((part.high - part.value) ** 2 for part in parts) ** 0.5 / len(parts)

@@ -32,6 +32,16 @@ class ScoredMember:
     any_scores: HeldOutScores | None
 
 
+def require_spread(held_out: HeldOut) -> None:
+    """Raise UserError where held-out chosen replies cannot differ in score, whatever is trained."""
+    if len({tuple(own[0]) for own in held_out.completions}) < 2:
+        raise UserError(
+            f"eval_dataset_name: all chosen replies of its {len(held_out.completions)} prompts are one text,"
+            " and the members of num_members are counted in the spread of their scores of them. Name more"
+            " rows there."
+        )
+
+
 def align_members(kind: MemberKind, tested: Sequence[ScoredMember]) -> RewardEnsemble:
     """Return the ensemble of members, each counted in the spread of its scores of chosen replies.
 

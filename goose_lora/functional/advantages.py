@@ -48,8 +48,10 @@ def leave_one_out(returns: Float[Tensor, "B"], group_size: int) -> Float[Tensor,
     Ahmadian et al. 2024, arXiv:2402.14740, eq. 8. Replies to one prompt stand together: B is a
     multiple of ``group_size``. As in TRL's RLOOTrainer. Raises ValueError for groups of one.
     """
-    # A reply's own return has no part in its baseline, which so has no bias.
+    # A reply's own return has no part in its baseline, which so has no bias. Counted from the first
+    # of the group, equal returns are exactly 0: of what their sum is rounded by, Adam makes a step
     groups = _groups(_upcast(returns), group_size)
+    groups = groups - groups[:, :1]
     others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
 
@@ -63,7 +65,9 @@ def group_normalised(
     1) plus ``eps``, as in TRL's GRPOTrainer: a group whose replies score alike teaches nothing.
     Raises ValueError for groups of one.
     """
+    # Counted from the first of the group, whose replies then are exactly 0 where they score alike
     groups = _groups(_upcast(returns), group_size)
+    groups = groups - groups[:, :1]
     return ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + eps)).flatten()
 
 

@@ -116,7 +116,10 @@ def whiten(
     """
     x = _select(x, mask)
     _, mean, var = moments(x, mask) if statistics is None else statistics
-    whitened = (x - mean) * torch.rsqrt(var + eps)
+    # What the mean of equal numbers is rounded by must not be scaled up to a deviation
+    apart = x - mean
+    rounded = apart.abs() <= 8 * torch.finfo(x.dtype).eps * abs(mean)
+    whitened = torch.where(rounded, 0.0, apart) * torch.rsqrt(var + eps)
     # A mean that was added shows outside the mask, too.
     return _select(whitened if shift_mean else whitened + mean, mask)
 

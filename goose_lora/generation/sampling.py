@@ -208,7 +208,7 @@ class TokenSampler:
     def __init__(self, temperature: float | None):
         self.temperature = temperature
         self.columns: list[Tensor] = []
-        self.broken: Bool[Tensor, " B"] | None = None  # rows whose last logits were not finite
+        self.broken: Bool[Tensor, " B"] | None = None  # rows with logits that were not finite
 
     def until_broken(
         self, input_ids: Int[Tensor, "B L"], scores: object, **kwargs: object
@@ -218,7 +218,7 @@ class TokenSampler:
         return self.broken.any().expand(len(input_ids))
 
     def require_finite(self) -> None:
-        """Raise UserError if the last logits, at which all rows ended, were not finite."""
+        """Raise UserError if logits were not finite, at which all rows have ended."""
         # Here and not at each token: reading the device makes it wait for the host
         broken = 0 if self.broken is None else int(self.broken.sum())
         if self.broken is not None and broken:
@@ -237,7 +237,8 @@ class TokenSampler:
             logits.div_(self.temperature)
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         total = weights.sum(-1, keepdim=True)
-        self.broken = ~torch.isfinite(total).squeeze(-1)
+        broken = ~torch.isfinite(total).squeeze(-1)
+        self.broken = broken if self.broken is None else self.broken | broken
         if token is None:
             token = self._draw(weights)
         self.columns.append((weights.gather(-1, token) / total).log())

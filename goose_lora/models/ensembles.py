@@ -162,7 +162,8 @@ def _read(path: Path, content: dict[str, Any]) -> RewardEnsemble:
             and 2 <= len(members) <= MOST_MEMBERS
             and all(map(is_number, numbers))
             and min(spreads) > 0
-            and [place for place, member in enumerate(members) if member.folder == "."] == [0]
+            and members[0].folder == "."
+            and len({Path(member.folder).name for member in members}) == len(members)
             and all(isinstance(member.sha256, str) and _is_near(member.folder) for member in members)
         )
     except (KeyError, TypeError, AttributeError):

@@ -28,10 +28,11 @@ from transformers import PretrainedConfig
 from goose_lora.errors import UserError
 from goose_lora.files import brief, first_line, is_number, read_json_object, write_text
 from goose_lora.models.ensembles import MEMBERS_FILE, RewardEnsemble, member_folders, read_ensemble
-from goose_lora.models.identity import BaseName, same_base
+from goose_lora.models.identity import BaseName, base_content, same_base
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAGE = "goose_lora.json"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 Template = str | dict[str, str] | list[dict[str, str]] | None  # of chat: one, several by name, or none
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<folder>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
@@ -117,23 +118,44 @@ def require_model(name: str, *, weights: bool = True) -> None:
     path = Path(name)
     if path.is_dir():
         # A folder here: configuration, then weights, then whether they are whole
-        if not (path / "config.json").is_file():
-            adapter = (path / ADAPTER_CONFIG).is_file()
-            hint = (
-                " It is an adapter: model_name_or_path is its base, and the folder goes to policy_adapter or"
-                " reward_adapter."
-                if adapter
-                else ""
-            )
-            raise UserError(
-                f"{name}: has no config.json, so it is no"
-                f" model.{hint or ' Give the folder that save_pretrained wrote.'}"
-            )
+        configured = (path / "config.json").is_file()
+        if (weights or not configured) and not any(path.glob("*.safetensors")):
+            for file in path.glob("*.gguf"):
+                raise UserError(
+                    f"{name}: has no weights in safetensors, only {file.name}, and GGUF cannot be trained on."
+                    " Give the model that it was made from, or turn it back into one (docs/faq.md)."
+                )
+        if not configured:
+            hint = "Give the folder that save_pretrained wrote."
+            if (path / ADAPTER_CONFIG).is_file():
+                hint = (
+                    "It is an adapter: model_name_or_path is its base, and the folder goes to policy_adapter"
+                    " or reward_adapter."
+                )
+            raise UserError(f"{name}: has no config.json, so it is no model. {hint}")
         if weights and not any(path.glob("*.safetensors")):
             pickled = [file.name for file in sorted(path.iterdir()) if file.suffix in (".bin", ".pt", ".pth")]
             raise UserError(f"{name}: has no weights in safetensors{_pickles(pickled)}.")
         for file in path.glob("*.safetensors") if weights else ():
             tensor_shapes(file, "Download or save the model again.")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a stage has saved a tokenizer in ``folder``."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def require_tokenizer(name: str) -> None:
+    """Raise UserError for a folder that has no file of a tokenizer."""
+    path = Path(name)
+    if not path.is_dir() or any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        return
+    # A folder without a model is told as such
+    require_model(name, weights=False)
+    raise UserError(
+        f"{name}: has no tokenizer (looked for tokenizer.json and what others are called). Download or save"
+        " it again beside the model."
+    )
 
 
 def _pickles(names: list[str]) -> str:
@@ -406,6 +428,42 @@ def read_lineage(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / LINEAGE
     return check_lineage(path, read_json_object(path)) if path.is_file() else {}
+
+
+def base_place(run: str | Path, base: Mapping[str, Any]) -> str | None:
+    """Return where the base of a run is now: as it is named, or a folder; None if it is nowhere.
+
+    A stage names a folder relative to where it was started, which is a folder above the run as a
+    rule. What is found there must have the tensors that the base had.
+
+    Args:
+        base: of the run's lineage.
+    """
+    name, content = base.get("id"), base.get("content")
+    if name is None or Path(name).is_dir():
+        return name
+    # Of the Hub's models, those that were loaded have a commit
+    hubs = base.get("commit") is not None or content is None or name == base.get("hub_id")
+    if hubs and not Path(name).is_absolute():
+        return name
+    places = [str(above / name) for above in Path(run).absolute().parents]
+    return next((place for place in places if content and base_content(place) == content), None)
+
+
+def moved_base(run: str | Path, base: Mapping[str, Any]) -> str | None:
+    """Return where the base of a run is, if not where the run had it; None where it is there.
+
+    Raises:
+        UserError: it was a folder, and is neither here nor above the run.
+    """
+    place = base_place(run, base)
+    if place is None and base.get("id") is not None:
+        known = f" On the Hub it is {base['hub_id']}." if base.get("hub_id") else ""
+        raise UserError(
+            f"the run's base was the folder {base['id']}, which is neither here nor above {run}.{known} Say"
+            " where it is: --base PATH_OR_HUB_ID."
+        )
+    return None if place == base.get("id") else place
 
 
 def write_lineage(folder: str | Path | None, **facts: object) -> None:

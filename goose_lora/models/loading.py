@@ -25,9 +25,11 @@ from goose_lora.models.base_files import require_loaded, require_whole
 from goose_lora.models.dates import note_date
 from goose_lora.models.endings import note_ends, reply_ends, shipped_ends
 from goose_lora.models.folders import (
+    has_tokenizer,
     reading,
     require_model,
     require_name,
+    require_tokenizer,
     saved_template,
 )
 from goose_lora.models.host_embeddings import keep_embeddings_on_host
@@ -75,6 +77,7 @@ def load_tokenizer(
     require_name(name)
     if folder is not None:
         name, revision = str(folder), None
+    require_tokenizer(name)
     with reading("the tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
             name,
@@ -228,7 +231,7 @@ def read_weights(
         )
     # With output_loading_info, it comes beside what was found
     compute_4bit_in(loaded[0] if isinstance(loaded, tuple) else loaded, args.torch_dtype)
-    return loaded
+    return cast(PreTrainedModel, loaded)
 
 
 def lora_config(
@@ -309,7 +312,7 @@ def tokenizer_of(
     The latter gets the chat template of the first of them that has one.
     """
     for folder in folders:
-        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if has_tokenizer(folder):
             return load_tokenizer(args, folder, trust_remote_code=trust_remote_code)
         if template := saved_template(folder):
             tokenizer = load_tokenizer(args, trust_remote_code=trust_remote_code)

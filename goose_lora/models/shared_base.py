@@ -779,7 +779,7 @@ class SharedBase(PeftModel):
         ref_hidden: Float[Tensor, "B T H"] | None = None,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
-        ptx: tuple[Int[Tensor, "P N"], Int[Tensor, "P N"]] | None = None,
+        ptx: tuple[Int[Tensor, "P N"], Int[Tensor, "P N"], float] | None = None,
     ) -> PolicyAndValue:
         """Run policy and critic in one call.
 
@@ -790,8 +790,8 @@ class SharedBase(PeftModel):
             features: the reward adapter's states before each response token, for a critic on
                 ``reward_features``; computed where not given.
             ref_hidden: the reference's states before each response token, for the exact KL to it.
-            ptx: pretraining texts and their attention mask; their mean negative log-likelihood per
-                token is PPO-ptx's term.
+            ptx: pretraining texts, their attention mask, and what the sum of their tokens' negative
+                log-likelihood is divided by; PPO-ptx's term.
         """
         ptx_loss = None if ptx is None else self.negative_log_likelihood(*ptx)
 
@@ -826,13 +826,19 @@ class SharedBase(PeftModel):
         return PolicyAndValue(logprobs, entropy, values, kl, ptx_loss)
 
     def negative_log_likelihood(
-        self, input_ids: Int[Tensor, "P N"], attention_mask: Int[Tensor, "P N"]
+        self,
+        input_ids: Int[Tensor, "P N"],
+        attention_mask: Int[Tensor, "P N"],
+        num_tokens: float | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the policy's loss on whole texts in nats per token, first tokens left out."""
+        """Return the policy's loss on whole texts in nats per token, first tokens left out.
+
+        ``num_tokens`` is what the sum is divided by, where these texts are a part of more.
+        """
         # A token counts where it and the one before it are text
         predicted = (attention_mask[:, 1:] & attention_mask[:, :-1]).bool()
         logprobs, _ = self.logprobs(self.hidden("policy", input_ids, attention_mask), input_ids, predicted)
-        return -logprobs.sum() / predicted.sum()
+        return -logprobs.sum() / (predicted.sum() if num_tokens is None else num_tokens)
 
 
 def _fresh(policy: LoraConfig) -> LoraConfig:

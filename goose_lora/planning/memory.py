@@ -26,7 +26,7 @@ from goose_lora.models.dense_copy import (
     whole_columns,
     why_not_compiled,
 )
-from goose_lora.models.folders import AdapterFolder
+from goose_lora.models.folders import AdapterFolder, context_of
 from goose_lora.models.trunk import captured_depth
 from goose_lora.planning.costs import PassCosts
 from goose_lora.planning.shapes import FP32, read_model, read_roles
@@ -414,7 +414,7 @@ class Planner:
 
         0 stands where nothing fits. The batch sizes fit together at the response length as it is;
         the response length fits at the batch sizes as they are. None is looked for above 4096 rows,
-        as many replies as there are, or 32768 tokens.
+        as many replies as there are, or 32768 tokens and the base's context.
         """
 
         def fitting(sizes: Sizes, name: str, limit: int) -> int:
@@ -423,10 +423,13 @@ class Planner:
         # Groups of one row leave the most room for microbatches.
         rows = fitting(replace(self.sizes, rollout_rows=1), "rows", MOST_ROWS)
         beside = replace(self.sizes, rows=max(1, min(rows, self.sizes.rows)))
+        # A run refuses longer texts than its base can read
+        context = context_of(self.core.config)
+        room = MOST_TOKENS if context is None else min(MOST_TOKENS, context - self.sizes.prompt_tokens)
         return {
             "per_device_train_batch_size": rows,
             "local_rollout_forward_batch_size": fitting(beside, "rollout_rows", self.most_replies(beside)),
-            "response_length": fitting(self.sizes, "response_tokens", MOST_TOKENS),
+            "response_length": fitting(self.sizes, "response_tokens", room),
         }
 
     def report(self, memory: float | None = None) -> str:
@@ -498,7 +501,7 @@ def largest_number(fits: Callable[[int], bool], limit: int) -> int:
 
     ``fits`` holds below any number for which it does.
     """
-    if not fits(1):
+    if limit < 1 or not fits(1):
         return 0
     # Bisection: low fits, and high is above what fits.
     low, high = 1, limit + 1

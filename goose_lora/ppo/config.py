@@ -209,7 +209,7 @@ class PPOConfig(TrainingArguments):
         metadata={
             "help": (
                 "Cut each microbatch into parts of at most so many tokens, padding counted; the result is the"
-                " same, the memory less."
+                " same (ratio_threshold counts a part), the memory less."
             )
         },
     )

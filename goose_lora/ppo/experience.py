@@ -130,6 +130,7 @@ class ExperienceMaker:
     ):
         self.args, self.state, self.accelerator = args, state, accelerator
         self.values_are_scores = values_are_scores
+        self.charged_kl_coef = args.kl_coef  # what the rollout under way pays for a nat
 
     # ---- The units of scores ----
 
@@ -215,7 +216,8 @@ class ExperienceMaker:
         if seen.disagreement is not None:
             figures["objective/disagreement"] = seen.disagreement.mean()
         figures["objective/reward"] = rewards.sum(-1).mean()
-        figures["objective/kl_coef"] = torch.tensor(self.kl_coef)
+        self.charged_kl_coef = self.kl_coef  # the price moves before the update
+        figures["objective/kl_coef"] = torch.tensor(self.charged_kl_coef)
         figures |= self._of_advantages(made, values, mask)
 
         weights, of_weights = self._sampling_weights(rollout, seen)

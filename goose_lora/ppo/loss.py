@@ -52,7 +52,7 @@ def total_loss(
         stats["loss/kl"] = F.masked_mean(_kl(output, batch, args), mask, num_tokens=num_tokens)
         loss = loss + kl_coef * stats["loss/kl"]
     if output.ptx_loss is not None:
-        stats["loss/ptx"] = output.ptx_loss / args.gradient_accumulation_steps
+        stats["loss/ptx"] = output.ptx_loss
         loss = loss + args.ptx_coef * stats["loss/ptx"]
 
     # The critic.

@@ -1,6 +1,7 @@
 """Which prompts a rollout answers, and which pretraining texts a microbatch reads."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any, TypedDict
 
 import torch
@@ -159,18 +160,35 @@ class PretrainingTexts:
         microbatches: int,
         seed: int,
         process: int,
+        processes: int,
         pad_token_id: int,
         device: torch.device,
     ):
         self.rows, self.batch_size, self.microbatches = rows, batch_size, microbatches
-        self.seed, self.process = seed, process
+        self.seed, self.process, self.processes = seed, process, processes
         self.pad_token_id, self.device = pad_token_id, device
+        self._counted = (-1, 1.0)  # a step, and the tokens of its texts
 
-    def of(self, *, step: int, microbatch: int) -> tuple[Int[Tensor, "P N"], Int[Tensor, "P N"]]:
-        """Return ids and attention mask of the texts of a microbatch, counted within its step."""
+    def of(self, *, step: int, microbatch: int) -> tuple[Int[Tensor, "P N"], Int[Tensor, "P N"], float]:
+        """Return ids and attention mask of the texts of a microbatch, counted within its step.
+
+        The number is what the sum of their losses is divided by: the tokens that all microbatches
+        of the step predict, as a mean over processes.
+        """
+        texts = self._texts(step, microbatch, self.process)
+        return *left_pad(texts, self.pad_token_id, self.device), self._tokens(step)
+
+    def _texts(self, step: int, microbatch: int, process: int) -> list[list[int]]:
         place = step * self.microbatches + microbatch
         # A tuple of integers has the same hash in every run.
-        generator = torch.Generator().manual_seed(hash((self.seed, place, self.process)) % 2**63)
+        generator = torch.Generator().manual_seed(hash((self.seed, place, process)) % 2**63)
         numbers = torch.randint(len(self.rows), (self.batch_size,), generator=generator).tolist()
-        texts = [self.rows[number]["input_ids"] for number in numbers]
-        return left_pad(texts, self.pad_token_id, self.device)
+        return [self.rows[number]["input_ids"] for number in numbers]
+
+    def _tokens(self, step: int) -> float:
+        if self._counted[0] != step:
+            parts = product(range(self.microbatches), range(self.processes))
+            texts = [text for part in parts for text in self._texts(step, *part)]
+            tokens = sum(len(text) - 1 for text in texts)  # nothing predicts the first
+            self._counted = (step, max(1, tokens) / self.processes)
+        return self._counted[1]

@@ -192,6 +192,7 @@ class PPOTrainer(Resumable, Trainer):
                 microbatches=args.gradient_accumulation_steps,
                 seed=args.seed,
                 process=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
                 pad_token_id=pad,
                 device=args.device,
             )

@@ -61,6 +61,7 @@ class Updater:
         self.checks, self.metrics, self.texts = checks, metrics, texts
         self._left: Iterator[Microbatch] = iter(())
         self._rollout_is_new = False  # no pass of the update has been compared with it
+        self._text_share = 0.0  # of the step's pretraining text, in the part that was read last
         self._training: list[nn.Parameter] | None = None
         self._max_tokens = args.max_tokens_per_microbatch  # fewer after the memory was short
 
@@ -186,7 +187,8 @@ class Updater:
         values = output.values
         if values is not None:
             values = self.experience.values(values)
-        loss, stats = total_loss(output, microbatch, values, args, kl_coef=self.experience.kl_coef)
+        price = self.experience.charged_kl_coef
+        loss, stats = total_loss(output, microbatch, values, args, kl_coef=price)
         stats = {name: value.detach() for name, value in stats.items()}
 
         # A part whose ratio has left all bounds moves nothing, and figures are means over the rest:
@@ -202,8 +204,7 @@ class Updater:
     def _leave_out(self, stats: Collection[str], microbatch: Microbatch, skipped: Bool[Tensor, ""]) -> None:
         """Take a part that is skipped out of the means: its tokens, or its pretraining text."""
         tokens = microbatch.response_mask.sum() / microbatch.num_tokens
-        text = 1 / self.args.gradient_accumulation_steps
-        shares = {name: text if name == "loss/ptx" else tokens for name in stats}
+        shares = {name: self._text_share if name == "loss/ptx" else tokens for name in stats}
         self.metrics.leave_out({name: skipped * share for name, share in shares.items()})
 
     def _note_gap(
@@ -229,7 +230,9 @@ class Updater:
         texts = None
         if self.texts is not None and microbatch.reads_texts:
             number = self.metrics.microbatches % self.args.gradient_accumulation_steps
-            texts = self.texts.of(step=step, microbatch=number)
+            ids, mask, tokens = self.texts.of(step=step, microbatch=number)
+            texts = ids, mask, tokens
+            self._text_share = float(mask.sum() - len(mask)) / tokens
         return model(
             microbatch.input_ids,
             microbatch.attention_mask,

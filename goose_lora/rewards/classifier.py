@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from goose_lora.data.tokenization import apply_template
+from goose_lora.data.tokenization import apply_template, chat_options
 from goose_lora.errors import UserError
 from goose_lora.files import import_function
 from goose_lora.models.arguments import ModelArguments
@@ -20,6 +20,7 @@ from goose_lora.rewards.pairwise_judge import SERVED
 from goose_lora.rewards.sources import RewardFunction, RewardMix, RewardSource
 
 PREFIX = "model:"
+OF_TEMPLATES = ("tools", "chat_template_kwargs")  # columns that a chat template reads
 Turns = str | list[dict[str, object]]
 
 
@@ -65,16 +66,32 @@ class ClassifierReward:
                 f" {PREFIX}{self.name}#{next(iter(labels))}"
             )
         self.output = labels[label] if label else 0
-        # A long text is cut on its left: the reply stands at the end
+        # A long text is cut on its left: the reply stands at the end. Padding there would move the
+        # positions, which GPT-2 and BERT count from the first column
         with reading("the tokenizer", self.name):
             self.tokenizer = AutoTokenizer.from_pretrained(
-                self.name, trust_remote_code=trust_remote_code, truncation_side="left"
+                self.name,
+                trust_remote_code=trust_remote_code,
+                truncation_side="left",
+                padding_side="right",
             )
-        # Rows of a batch are padded with a token that says nothing
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = spare_token(self.tokenizer)
+        self._choose_padding()
         self.__name__ = self.name.rstrip("/").rpartition("/")[2]
         self.model: Any = None
+
+    def _choose_padding(self) -> None:
+        """Pad with what the model itself takes for padding, else with what no text contains.
+
+        A decoder reads its score from the last token that is not its configuration's padding. With
+        the tokenizer's in its place, a text that ends in that token would be read too early.
+        """
+        own = self.config.get_text_config()
+        known = getattr(own, "pad_token_id", None)
+        if known is not None and 0 <= known < len(self.tokenizer):
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(known)
+        elif self.tokenizer.pad_token_id in (None, self.tokenizer.eos_token_id):
+            self.tokenizer.pad_token = spare_token(self.tokenizer)
+        own.pad_token_id = self.tokenizer.pad_token_id
 
     def check(self, prompt: object) -> None:
         """Raise UserError if it cannot read prompts such as ``prompt``.
@@ -92,7 +109,6 @@ class ClassifierReward:
 
         For this model's own settings give it own arguments.
         """
-        self.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         own = {"config": self.config, "trust_remote_code": self.trust_remote_code}
         model = read_weights(AutoModelForSequenceClassification, self.name, args, device, **own)
         self.model = model.requires_grad_(False).eval()
@@ -100,9 +116,14 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: object) -> list[float]:
-        # The classifier's own tokens, from texts
+        # The classifier's own tokens, from texts, with each row's tools and template keywords
+        own = {name: cast("list[object]", columns[name]) for name in OF_TEMPLATES if name in columns}
+        options = [chat_options(dict(zip(own, row, strict=True))) for row in zip(*own.values(), strict=True)]
         texts = [
-            self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
+            self._text(prompt, completion, **template)
+            for prompt, completion, template in zip(
+                prompts, completions, options or [{}] * len(prompts), strict=True
+            )
         ]
         scores: list[float] = []
         for start in range(0, len(texts), self.batch_size):
@@ -141,7 +162,7 @@ class ClassifierReward:
         return apply_template(self.tokenizer, [*(prompt or []), *turns], tokenize=False, **template)
 
     @cached_property
-    def _cut(self) -> dict[str, Any]:
+    def _cut(self) -> dict[str, int]:
         """What the tokenizer is told about texts that are too long; nothing if none can be."""
         with reading("its configuration", self.name), torch.device("meta"):
             empty = AutoModelForSequenceClassification.from_config(

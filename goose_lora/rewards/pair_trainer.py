@@ -84,6 +84,8 @@ class PairRewardTrainer(RewardTrainer):
         centred = cast(RewardConfig, self.args).center_rewards_coefficient
         if centred is not None:
             loss = loss + centred * ((chosen + rejected) ** 2).mean()
+        if not model.training:  # what evaluations see is no part of the training's means
+            return (loss, outputs) if return_outputs else loss
         # TRL's figures, of the pairs that are decided: a tie has no right side
         with torch.no_grad():
             margins, decided = (chosen - rejected).float(), target != 0.5

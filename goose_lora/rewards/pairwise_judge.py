@@ -371,10 +371,14 @@ class PairwiseJudge:
                 raise
             self._note(f"an error {error.status_code}")
             return None
-        if not hasattr(said, "choices"):
-            raise _NoCompletionError(_shown(said))
-        message = said.choices[0].message if said.choices else None
-        text = (message and message.content) or ""
+        # The library hands on what the server sent, of whatever kind it is
+        try:
+            message = said.choices[0].message if said.choices else None
+            text = (message and message.content) or ""
+        except (AttributeError, TypeError, LookupError):
+            raise _NoCompletionError(_shown(said)) from None
+        if not isinstance(text, str):
+            raise _NoCompletionError(_shown(text))
         verdict = _read_verdict(text)
         if verdict is None:
             refusal = message and message.refusal
@@ -449,7 +453,7 @@ class PairwiseJudge:
         except openai.APIStatusError as error:
             problem = f"refused ({error.status_code}): {_shown(error.message)}. See the server's log, or take"
             problem += " another model."
-        except (openai.OpenAIError, json.JSONDecodeError, _NoCompletionError) as error:
+        except (openai.OpenAIError, json.JSONDecodeError, UnicodeDecodeError, _NoCompletionError) as error:
             problem = f"answered with something that is no chat completion: {_shown(error)}. Mend"
             problem += " judge_base_url (it ends in /v1 as a rule)."
         else:

@@ -7,6 +7,7 @@ All completions of a prompt are in one batch element, one forward a completion (
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -68,7 +69,8 @@ class RankedRewardTrainer(RewardTrainer):
         multiple: Any = args.pad_to_multiple_of
         pad = pad_id(args, processing_class)
         self.seen: dict[str, list[float]] = defaultdict(list)
-        kwargs["data_collator"] = lambda rows: collate_ranked(rows, pad, multiple)
+        # Not a lambda: processes that load data may have to pickle it
+        kwargs["data_collator"] = partial(collate_ranked, pad_token_id=pad, pad_to_multiple_of=multiple)
         super().__init__(args=args, processing_class=processing_class, **kwargs)
 
     def compute_loss(

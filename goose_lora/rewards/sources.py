@@ -66,7 +66,7 @@ class RewardMix:
                 f"reward_weights: {len(self.weights)} weights for {len(self.sources)} sources of reward; give"
                 " one to each."
             )
-        # Two functions of one name are told apart by their places
+        # Functions of one name are told apart by their places
         names = [
             "adapter" if source == "adapter" else getattr(source, "__name__", type(source).__name__)
             for source in self.sources
@@ -74,6 +74,9 @@ class RewardMix:
         self.names = [
             name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)
         ]
+        for index in range(len(self.names)):  # another function may have such a name itself
+            while self.names[index] in self.names[:index]:
+                self.names[index] += "_"
 
     @property
     def needs_adapter(self) -> bool:
@@ -211,14 +214,17 @@ class RewardMix:
         scores = torch.stack(
             [torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns]
         )
-        # Add: a source that said None has no say; a reply of which none spoke has no reward
-        silent = scores.isnan().all(0)
+        # Add: a source that said None has no say; a reply of which none that is paid spoke has no
+        # reward
+        weights = torch.tensor(self.weights, device=device)[:, None]
+        paid = scores[weights.squeeze(1) != 0]
+        silent = (paid if len(paid) else scores).isnan().all(0)
         if silent.any():
             raise UserError(
                 f"no source of reward said anything of {int(silent.sum())} of {len(lengths)} replies: each"
-                " returned None there."
+                " with a weight returned None there. Return a number for each reply, or weigh a source that"
+                " does."
             )
-        weights = torch.tensor(self.weights, device=device)[:, None]
         return Scores((weights * scores).nansum(0), dict(zip(self.names, scores, strict=True)), by_token)
 
 

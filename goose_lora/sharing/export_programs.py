@@ -48,13 +48,15 @@ class ChatForm(NamedTuple):
         return "".join([*parts, self.begin])
 
 
-def export(run: str | Path, out: str | Path, *, to: str, base: str | None = None) -> str:
+def export(
+    run: str | Path, out: str | Path, *, to: str, prompts: str | None = None, base: str | None = None
+) -> str:
     """Write ``run`` for another program into ``out``; return what was written, as text.
 
     Args:
         to: ``ollama``: merged safetensors and a Modelfile; ``gguf``: one file besides, where
             llama.cpp's converter is on the machine.
-        base: where the base is, if not where the run had it.
+        prompts, base: as of ``merge``.
 
     Raises:
         UserError: as ``merge``, no converter, or a chat template that Ollama's form cannot say.
@@ -63,11 +65,11 @@ def export(run: str | Path, out: str | Path, *, to: str, base: str | None = None
     out, folder = Path(out), local_folder(run)
     if to == "gguf":
         converter = find_converter()
-        return f"{merge(run, out, base=base)}\n{_to_gguf(converter, out)}"
+        return f"{merge(run, out, prompts=prompts, base=base)}\n{_to_gguf(converter, out)}"
     form = None
     if (folder / "tokenizer_config.json").is_file():
         form = chat_form(AutoTokenizer.from_pretrained(folder))
-    said = merge(run, out, base=base)
+    said = merge(run, out, prompts=prompts, base=base)
 
     # Beside the merged weights, whose tokenizer and ends are those of the run
     tokenizer = AutoTokenizer.from_pretrained(out)

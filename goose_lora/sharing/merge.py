@@ -31,7 +31,7 @@ from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.arguments import DTYPES, ModelArguments, arguments_of
 from goose_lora.models.dense_copy import DenseCopy
 from goose_lora.models.endings import reply_ends
-from goose_lora.models.folders import local_folder, read_lineage
+from goose_lora.models.folders import ADAPTER_CONFIG, local_folder, moved_base, read_lineage
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, quantization_config
 from goose_lora.models.shared_base import SharedBase
@@ -43,6 +43,14 @@ from goose_lora.training.validation import require_output_folder
 
 # What the KL is measured on: at most so many prompts, and replies of so many tokens.
 KL_PROMPTS, KL_REPLY_TOKENS, KL_PROMPT_TOKENS = 32, 32, 512
+# Settings of adapters that are no sum of two matrices, and whether PEFT's own merge is exact there
+_NOT_PLAIN = {
+    "use_dora": ("is a DoRA adapter", True),
+    "modules_to_save": ("has whole modules of its own", True),
+    "trainable_token_indices": ("has embeddings of its own", True),
+    "target_parameters": ("adapts parameters that are no layers", False),
+    "lora_bias": ("has biases of its own", False),
+}
 
 
 def merge(
@@ -70,7 +78,8 @@ def merge(
     """
     # What can be known before a weight is read
     folder, out = local_folder(run), Path(out)
-    args = arguments_of(_check(folder, out, dtype, quantized), base)
+    noted = _check(folder, out, dtype, quantized)
+    args = arguments_of(noted, base or moved_base(folder, noted))
     require_free(folder)
     tokenizer = tokenizer_of(folder, args=args)
     prompt_ids, data = _prompts(folder, prompts, tokenizer)
@@ -159,12 +168,13 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> BaseRecord:
     if "base" not in noted:
         raise UserError(
             f"{folder} has no goose_lora.json that tells how the base was quantized in training, and it must"
-            " be the same again."
+            f" be the same again. If it was not, PEFT merges it: {_by_peft(folder)}."
         )
     if noted["stage"] == "reward":
         raise UserError(
             f"{folder} is a reward model, whose head is no part of the base. Only policies are merged."
         )
+    _require_plain(folder, noted["base"].get("quantization"))
     # Nothing of the user's is written over
     if out.is_symlink() or out.is_file() or (out.exists() and any(out.iterdir())):
         kind = "is a link or a file" if out.is_symlink() or out.is_file() else "is not empty"
@@ -176,6 +186,26 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> BaseRecord:
         )
     require_output_folder(str(out), option="--out")
     return noted["base"]
+
+
+def _require_plain(folder: Path, quantization: str | None) -> None:
+    """Raise UserError for an adapter that is more than sums of two matrices."""
+    path = folder / ADAPTER_CONFIG
+    config = read_json_object(path) if path.is_file() else {}
+    for setting, (kind, by_peft) in _NOT_PLAIN.items():
+        if not config.get(setting):
+            continue
+        way_out = f"Train one without {setting}"
+        if by_peft:
+            way_out += f"; or let PEFT merge it: {_by_peft(folder)}"
+        if by_peft and quantization != "none":
+            way_out += f" (into the base as it is, not in {quantization} as in training)"
+        raise UserError(f"{folder} {kind} ({setting}), and only plain LoRA is merged here. {way_out}.")
+
+
+def _by_peft(folder: Path) -> str:
+    show = shlex.join(["goose-lora", "show", str(folder)])
+    return f"run the code of {show}, then model.merge_and_unload().save_pretrained(DIR)"
 
 
 def _prompts(

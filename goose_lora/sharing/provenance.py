@@ -7,7 +7,13 @@ from typing import cast
 
 from goose_lora.errors import UserError
 from goose_lora.files import file_sha256, read_json
-from goose_lora.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, saved_template
+from goose_lora.models.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_place,
+    has_tokenizer,
+    saved_template,
+)
 from goose_lora.models.identity import BaseName, same_base
 from goose_lora.reporting.run_files import BaseRecord, Lineage, ParentRecord, lineage_of
 from goose_lora.sharing.lineage import hub_name, template_sha256
@@ -63,6 +69,7 @@ def read_chain(folder: str | Path) -> list[Ancestor]:
         )
     # Of an adapter of other origin, PEFT's own file names the base
     base = lineage.get("base") or {"id": read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")}
+    base = {**base, "id": base_place(folder, base) or base["id"]}
     last = Ancestor(hub_name(folder), "policy", cast(Lineage, {**lineage, "base": base}))
     last.problems += _own_problems(folder, last.lineage)
     return [*_ancestors(last, frozenset([folder.resolve()])), last]
@@ -209,6 +216,13 @@ def describe_chain(folder: str | Path) -> str:
             " known."
         )
 
+    loads_base = own.get("stage") != "merge" and own["base"]["id"] is not None
+    if loads_base and base_place(folder, own["base"]) is None:
+        lines.append(
+            "The base is not here. Commands that load it take its place as --base PATH_OR_HUB_ID, recipes as"
+            " model_name_or_path."
+        )
+
     # What does not fit
     problems = [
         f"  {ancestor.stage} {ancestor.name}: {problem}"
@@ -221,7 +235,7 @@ def describe_chain(folder: str | Path) -> str:
         lines += ["", "All of it fits together."]
 
     # How to load it
-    plain, quantized = loading_code(own, hub_name(folder))
+    plain, quantized = loading_code(own, hub_name(folder), own_tokenizer=has_tokenizer(Path(folder)))
     lines += ["", "Without this project:", "", plain]
     if quantized:
         lines += ["", "On the base as it was trained on:", "", quantized]
@@ -250,11 +264,14 @@ _QUANTIZED = {
 }
 
 
-def loading_code(lineage: Lineage, folder: str) -> tuple[str, str | None]:
+def loading_code(lineage: Lineage, folder: str, *, own_tokenizer: bool = True) -> tuple[str, str | None]:
     """Return Python code that loads an adapter without this project, on two bases.
 
     The first is the base as it is; the second the base quantized as in training, None if it was
     not quantized. Merged weights are loaded alone, and have no second.
+
+    Args:
+        own_tokenizer: whether a tokenizer lies beside the adapter; else it is the base's.
     """
     base, place = lineage["base"], _place(folder)
     if lineage.get("stage") == "merge":
@@ -269,14 +286,15 @@ def loading_code(lineage: Lineage, folder: str) -> tuple[str, str | None]:
     # How the base is loaded
     dtype = base.get("dtype") or "auto"
     revision = base.get("commit") or base.get("revision")
-    options = [f'"{base.get("hub_id") or base["id"]}"', f'dtype="{dtype}"']
+    of_base = f'"{base.get("hub_id") or base["id"]}"'
     if revision:
-        options.append(f'revision="{revision}"')
+        of_base += f', revision="{revision}"'
+    options = [of_base, f'dtype="{dtype}"']
 
     # What comes after it. A reward model is a classifier with one output, which finds the end of a
     # text by its padding.
     auto = "AutoModelForCausalLM"
-    rest = [f"tokenizer = AutoTokenizer.from_pretrained({place})"]
+    rest = [f"tokenizer = AutoTokenizer.from_pretrained({place if own_tokenizer else of_base})"]
     if lineage.get("stage") == "reward":
         auto = "AutoModelForSequenceClassification"
         options.append("num_labels=1")

@@ -72,10 +72,11 @@ def _of_card(device: torch.device, dtype: str) -> list[str]:
     if not built:
         found = nvidia_smi()
         built = f"driver {found.driver if found else 'unknown'}, CUDA {torch.version.cuda}"
+    first = "" if device.index else " (the first that torch finds)"
     instead = dtype == "bfloat16" and emulates_bfloat16(device)
     computed = "float16, in place of bfloat16" if instead else f"{dtype}, as the settings say"
     lines = [
-        f"device: {device.type}:{device.index or 0} (the first that torch finds), {card.name}, capability"
+        f"device: {device.type}:{device.index or 0}{first}, {card.name}, capability"
         f" {card.major}.{card.minor}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {built}; dtype:"
         f" {computed}"
     ]

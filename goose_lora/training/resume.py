@@ -135,7 +135,7 @@ def _sha256_of_parent(parent: AdapterFolder) -> str:
     digest = files.file_sha256(parent.path / ADAPTER_WEIGHTS)
     if parent.ensemble is not None:
         digest += files.file_sha256(parent.path / MEMBERS_FILE)
-    scored = [parent.lineage.get(name) for name in ("reward_bias", "append_eos")]
+    scored = [member.lineage.get(name) for member in parent.members for name in ("reward_bias", "append_eos")]
     return hashlib.sha256(f"{digest} {scored}".encode()).hexdigest()[:12]
 
 

@@ -43,6 +43,12 @@ CASES = [
         ("resume_from_checkpoint=somewhere", "Use latest"),
     ),
     Case(
+        "vLLM without the embedding table",
+        "ppo",
+        {"rollout_engine": "vllm", "embeddings": "host"},
+        ("embeddings: host", "rollout_engine: vllm", "Leave one of them out"),
+    ),
+    Case(
         "an aggregation of one reward model",
         "ppo",
         {"reward_aggregation": "min"},

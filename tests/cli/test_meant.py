@@ -2,6 +2,7 @@
 terminal shows what people and models wrote, and obeys none of it."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,33 @@ def test_words_that_yaml_once_took_for_false_are_the_settings_own(tmp_path):
     )
     assert (config.save_strategy, config.run_name, config.logging_first_step) == ("no", "on", True)
     assert config.num_rollouts == 10
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["b.yaml", "a.yml", "c.txt"], "Give one of the files in it: a.yml, b.yaml."),
+        ([], "It has no .yaml file."),
+    ],
+)
+def test_a_folder_in_place_of_a_file_is_told_with_the_files_in_it(tmp_path, files, says, monkeypatch, capsys):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError) as refused:
+        read_config(str(tmp_path))
+    assert str(refused.value) == f"--config {tmp_path}: a folder, not a file. {says}"
+    monkeypatch.setattr(sys, "argv", ["goose-lora", "plan", "--config", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"a folder, not a file. {says}" in capsys.readouterr().err
+
+
+def test_the_command_that_recipes_copy_prints_names_a_file_that_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["goose-lora", "recipes", "copy", str(tmp_path / "my recipes")])
+    cli.main()
+    *_, script, option = shlex.split(capsys.readouterr().out)
+    assert (script, option) == (str(tmp_path / "my recipes" / "ppo.py"), "--help")
+    assert Path(script).is_file()
 
 
 def test_a_file_behind_an_equals_sign_is_read(tmp_path):

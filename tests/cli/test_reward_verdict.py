@@ -2,6 +2,7 @@
 PEFT's own scores."""
 
 import json
+import shutil
 
 import pytest
 import reward_runs
@@ -126,6 +127,26 @@ def test_an_ensemble_is_judged_as_its_own_run_judged_it(reward, tmp_path, capsys
     }
     said = capsys.readouterr().out
     assert "mean_minus_std: accuracy" in said and "members apart" in said
+
+
+def test_a_classifier_is_named_as_in_ppo_and_an_adapters_base_must_be_its_own(reward, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    how = {"quantization": None, "dtype": None, "batch_size": 3}
+    torch.manual_seed(3)
+    shape = tiny.ARCHITECTURES["llama"] | {"vocab_size": len(tiny.tokenizer()), "num_labels": 2}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **shape))
+    model.save_pretrained("a/b/two")
+    tiny.tokenizer().save_pretrained("a/b/two")
+    with pytest.raises(UserError, match=r"Name one of them: model:a/b/two#LABEL_0"):
+        judged_model("a/b/two", base=None, **how)
+    for name in ("model:a/b/two#LABEL_1", "a/b/two#LABEL_1"):
+        assert judged_model(name, base=None, **how).classifier.output == 1
+    # the same base elsewhere, and another of its shape
+    shutil.copytree(reward / "base", "moved")
+    assert judged_model(str(reward / "reward"), base="moved", **how).arguments.model_name_or_path == "moved"
+    tiny.save_base("other", seed=5)
+    with pytest.raises(UserError, match=r"--base other: .* was trained on .*, whose weights are others"):
+        judged_model(str(reward / "reward"), base="other", **how)
 
 
 def test_one_member_is_judged_alone(reward, tmp_path):

@@ -8,6 +8,7 @@ import trl
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer, chat_template_utils
 
+from goose_lora.data import tokenization
 from goose_lora.data.demonstrations import (
     NOT_LEARNED,
     Learning,
@@ -19,7 +20,8 @@ from goose_lora.data.preferences import encode_reply
 from goose_lora.data.report import row_parts
 from goose_lora.data.rows import load_rows
 from goose_lora.data.shapes import Reading
-from goose_lora.data.tokenization import render_whole, text_ids, tokenize_prompts
+from goose_lora.data.tokenization import apply_template, render_whole, text_ids, tokenize_prompts
+from goose_lora.errors import UserError
 
 USER = {"role": "user", "content": "ba be"}
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad bi"}
@@ -233,3 +235,140 @@ def test_tools_and_keywords_reach_the_template_in_ppo(extra):
     assert row["input_ids"] == wanted["input_ids"]
     plain = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=True, return_dict=True)
     assert row["input_ids"] != plain["input_ids"]
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
+    "</s>", "{% for c in m['tool_calls'] or [] %}{{ c['function'] | tojson }}{% endfor %}</s>"
+)
+ASKING = {"role": "user", "content": "look into query: cats 5"}
+
+
+def looking(**arguments):
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+LOOKED = {"role": "tool", "name": "look", "content": "9 lives"}
+
+
+def of_template(text):
+    tokenizer = tiny.chat_tokenizer()
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def takes(tokenizer, messages, **options):
+    """Whether the rows pass; None where the template itself refuses them."""
+    try:
+        render_whole(messages, tokenizer, **options)
+    except UserError as error:
+        return None if "refuses" in str(error) else False
+    return True
+
+
+def differ(tokenizer, messages, others, options, other_options):
+    """Whether a template makes two texts of them; None where it refuses them."""
+    try:
+        return apply_template(tokenizer, messages, tokenize=False, **options) != apply_template(
+            tokenizer, others, tokenize=False, **other_options
+        )
+    except UserError:
+        return None
+
+
+@pytest.mark.parametrize("rows", ["tools", "calls", "both"])
+def test_tools_and_calls_pass_just_where_a_template_of_trl_writes_them(rows):
+    found, wanted = {}, {}
+    for name in sorted(path.stem for path in TEMPLATES.glob("*.jinja")):
+        tokenizer = with_template(name)
+        options = {} if rows == "calls" else {"tools": [TOOL]}
+        messages = [ASKING, GOOD] if rows == "tools" else [ASKING, looking(query="cats")]
+        found[name] = takes(tokenizer, messages, **options)
+        no_tools = differ(tokenizer, messages, messages, options, {}) if options else True
+        no_call = (
+            differ(tokenizer, messages, [ASKING, looking(query="dogs")], options, options)
+            if rows != "tools"
+            else True
+        )
+        wanted[name] = None if None in (no_tools, no_call) else no_tools and no_call
+    assert found == wanted
+    assert {True, False} <= set(found.values())
+
+
+@pytest.mark.parametrize("arguments", [{"query": "cats"}, {"query": 5}, {"query": ["cats", {"into": 5}]}, {}])
+def test_a_call_is_missed_though_its_words_stand_elsewhere(arguments):
+    messages = [ASKING, looking(**arguments), LOOKED, GOOD]
+    with pytest.raises(
+        UserError, match=r"leaves out tool_calls of message 2: 'look'.*leave_out: \[tool_calls\]"
+    ):
+        render_whole(messages, of_template(CHATML))
+    assert takes(of_template(WITH_TOOLS), messages)
+
+
+def test_tools_and_calls_that_are_missed_are_named_together():
+    with pytest.raises(UserError, match=r"leaves out tools: 'look'.*leave_out: \[tools, tool_calls\]"):
+        render_whole([ASKING, looking(query="cats"), LOOKED, GOOD], of_template(CHATML), tools=[TOOL])
+
+
+def test_of_named_templates_the_one_that_is_used_counts():
+    tokenizer = of_template({"default": CHATML, "tool_use": WITH_TOOLS})
+    calls = [ASKING, looking(query="cats"), LOOKED, GOOD]
+    assert takes(tokenizer, calls, tools=[TOOL]) and not takes(tokenizer, calls)
+
+
+def test_tools_may_stand_before_the_last_question_alone():
+    # As Mistral's templates write them; the prompt before an earlier reply has them elsewhere
+    tokenizer = tiny.letters(
+        "{% set asked = messages | selectattr('role', 'eq', 'user') | list %}{% for m in messages %}"
+        "{% if tools and m == asked[-1] %}{{ tools | tojson }}{% endif %}<{{ m['role'] }}>{{ m['content'] }}"
+        "{% endfor %}"
+    )
+    row = {"messages": [USER, GOOD, ASKING, GOOD], "tools": [TOOL]}
+    assert demonstration(row, tokenizer, Learning(None)).has_reply
+
+
+def test_a_template_that_takes_no_call_of_a_tool_that_is_not_there_reads_both():
+    tokenizer = of_template(
+        "{% for m in messages %}{% for c in m['tool_calls'] or [] %}"
+        "{% if c['function']['name'] not in (tools | map(attribute='function.name')) %}"
+        "{{ raise_exception('no such tool') }}{% endif %}{{ c['function'] | tojson }}{% endfor %}"
+        "{{ m['content'] }}{% endfor %}{{ tools | tojson }}"
+    )
+    assert takes(tokenizer, [ASKING, looking(query="cats"), LOOKED, GOOD], tools=[TOOL])
+
+
+def test_rows_without_tools_are_rendered_once(monkeypatch):
+    calls = []
+    real = tokenization.apply_template
+    monkeypatch.setattr(tokenization, "apply_template", lambda *a, **how: calls.append(1) or real(*a, **how))
+    render_whole(TALK, of_template(CHATML))
+    assert len(calls) == 1
+    render_whole(TALK, of_template(WITH_TOOLS), tools=[TOOL])
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_tools_and_calls_that_are_left_out_leave_the_rest_of_the_row(stage, tmp_path):
+    messages = [ASKING, looking(query="cats"), LOOKED, GOOD]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": messages, "tools": [TOOL]}])
+    reading = Reading(leave_out=("tools", "tool_calls", "tool"))
+    rows = load_rows(path, stage=stage, reading=reading)
+    plain = of_template(CHATML)
+    if stage == "ppo":
+        (row,) = tokenize_prompts(rows, plain, name="x", max_prompt_tokens=99)
+        assert row["input_ids"] == render_whole([ASKING], plain, asks=True)
+    else:
+        assert list(rows) == [{"messages": [ASKING, GOOD]}]
+
+
+def test_a_row_that_ends_in_a_call_is_left_out_with_its_calls(tmp_path, caplog):
+    ends = [ASKING, GOOD, USER, looking(query="cats")]
+    rows = [{"messages": ends}, {"messages": [ASKING, {**looking(query=5), "content": "bo"}]}]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    kept = load_rows(path, stage="sft", reading=Reading(leave_out=("tool_calls",)))
+    assert list(kept) == [{"messages": [ASKING, {"role": "assistant", "content": "bo"}]}]
+    assert "1 because the last message of messages is empty (row 1)" in caplog.text

@@ -58,6 +58,17 @@ def test_it_is_told_with_the_setting_that_decides(row, tokenizer, as_chat, told)
     assert told is None or "plain text" in found[0] or "(row 7)" in found[0]
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "way_out"),
+    [(CHAT, "as_chat: true parts them; or begin replies"), (PLAIN, "(row 1) have a reply")],
+)
+def test_turns_are_a_way_out_where_there_is_a_chat_template_alone(tokenizer, way_out):
+    rows = Dataset.from_list([{"prompt": "Who feeds it?", "completion": "He."}])
+    told = hints(rows, tokenizer, as_chat=None)[-1]
+    assert way_out in told and ("as_chat" in told) == (tokenizer is CHAT)
+    assert told.lower().endswith("begin replies with a space.")
+
+
 def test_data_tells_it_too(tmp_path):
     path = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "Who feeds it?", "completion": "He."}])
     CHAT.save_pretrained(tmp_path / "tokenizer")

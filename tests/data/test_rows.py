@@ -145,6 +145,17 @@ USER = json.dumps({"prompt": "ba"}).encode()
         ("a.csv", b"prompt,id\ncaf\xe9,1\n", r"a.csv: line 2 is not UTF-8, at byte 4 of it \(0xe9\)"),
         ("a.csv", b"prompt,id\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
         ("a.json", b'[{"prompt": "ba"},\n {"prompt"}]', "a.json: line 2 is not JSON: .* at character 11"),
+        (
+            "a.jsonl",
+            USER + b'\n\n{"a": {"b": 1, "b": 2}}\n',
+            "a.jsonl: line 3 has the key 'b' twice in one object",
+        ),
+        (
+            "a.jsonl",
+            USER + b'\n{"prompt": "\\ud83d"}\n',
+            r"a.jsonl: line 2 has '\\ud83d', half of a character",
+        ),
+        ("a.json", b'{"data": [{"prompt": "\\ud83d"}]}', r"a.json: has '\\ud83d', half of a character"),
         ("a.parquet", b"no parquet at all", "a.parquet: .*[Pp]arquet"),
     ],
 )
@@ -153,6 +164,13 @@ def test_a_broken_file_names_the_line_and_what_is_wrong_with_it(name, content, m
     with pytest.raises(ValueError, match=message):
         load_rows(str(tmp_path / name))
     assert "Failed to load" not in capfd.readouterr().err
+
+
+def test_of_several_files_the_broken_one_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(USER + b"\n")
+    (tmp_path / "b.jsonl").write_bytes(USER + b"\n{\n")
+    with pytest.raises(ValueError, match=r"line 2 is not JSON.*The file is .*b\.jsonl"):
+        load_rows(str(tmp_path / "*.jsonl"))
 
 
 def test_columns_are_renamed_and_can_be_swapped(tmp_path):

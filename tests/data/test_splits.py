@@ -1,11 +1,15 @@
 """Folders whose files are named for splits, and settings that only a dataset of the Hub has."""
 
+import gzip
+import json
+
 import pytest
 import tiny
 from datasets import Dataset, load_dataset
 
 from goose_lora.data import sources
-from goose_lora.data.rows import DataArguments
+from goose_lora.data.report import describe
+from goose_lora.data.rows import DataArguments, load_rows
 from goose_lora.errors import UserError
 
 CARD = """---
@@ -23,7 +27,10 @@ LAYOUTS = {
     "a copy of the Hub's": ["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"],
     "folders": ["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"],
     "no splits": ["contest.jsonl", "latest.jsonl"],
+    "hidden files": ["a.jsonl", ".a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"],
+    "hidden files of splits": ["train.jsonl", "._train.jsonl", "s/test.jsonl", "s/.c/test-1.jsonl"],
 }
+OF_SPLITS = {"train": [{"prompt": "a"}], "test": [{"prompt": "b"}, {"prompt": "c"}]}
 
 
 def write(folder, files):
@@ -82,8 +89,9 @@ def test_a_copy_with_a_card_of_configurations_is_read_by_its_card(tmp_path):
 def test_what_only_a_dataset_of_the_hub_has_is_refused_for_another(
     name, setting, value, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("goose_lora.data.rows.resolve", lambda name: name.removeprefix("embedded/"))
-    write(tmp_path, ["rows.jsonl", "folder/a.jsonl", "prompts"])
+    there = {"embedded/prompts": "rows.jsonl"}
+    monkeypatch.setattr("goose_lora.data.rows.resolve", lambda name: there.get(name, name))
+    write(tmp_path, ["rows.jsonl", "folder/a.jsonl"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"{setting}={value.replace('[', '.')[:6]}.*Leave it out, or name"):
         DataArguments(name, **{setting: value}).train("ppo")
@@ -104,3 +112,56 @@ def test_a_split_of_held_out_rows_that_nobody_names_is_told(tmp_path, caplog):
     rows = write(tmp_path, ["rows.jsonl"]) + "/rows.jsonl"
     assert DataArguments(rows, eval_dataset_split="dev").held_out("ppo") is None
     assert "Without effect here: eval_dataset_split (needs eval_dataset_name)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.json.gz", "folder"])
+def test_a_json_object_of_splits_gives_the_rows_of_the_split_that_is_asked_for(name, tmp_path):
+    text = json.dumps(OF_SPLITS, indent=1)
+    (tmp_path / "rows.json").write_text(text)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "rows.json").write_text(text)
+    path = str(tmp_path / name)
+    data = DataArguments(path, eval_dataset_name=path)
+    assert data.train("ppo").rows["prompt"][:] == ["a"]
+    assert data.held_out("ppo").rows["prompt"][:] == ["b", "c"]
+    swapped = DataArguments(path, dataset_split="test", eval_dataset_name=path, eval_dataset_split="train")
+    assert swapped.train("ppo").rows["prompt"][:] == ["b", "c"]
+    assert swapped.held_out("ppo").rows["prompt"][:] == ["a"]
+    with pytest.raises(UserError, match=r"no split validation\. There are train, test"):
+        DataArguments(path, dataset_split="validation").train("ppo")
+
+
+def test_packed_parts_that_hold_splits_each_are_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(json.dumps(OF_SPLITS).encode()))
+    with pytest.raises(
+        UserError, match=r"each file has splits\. Name one of them: dataset_name: .*a\.json\.gz"
+    ):
+        load_rows(str(tmp_path / "*.json.gz"))
+
+
+def test_columns_that_are_named_as_splits_are_columns(tmp_path):
+    columns = {"prompt": ["a", "b"], "test": [{"asserts": 1}, {"asserts": 2}]}
+    (tmp_path / "rows.json").write_text(json.dumps(columns))
+    assert load_rows(str(tmp_path / "rows.json"), "test").to_dict() == columns
+
+
+def test_a_split_of_a_file_without_splits_is_refused_by_data_too(tmp_path):
+    path = write(tmp_path, ["rows.jsonl"]) + "/rows.jsonl"
+    assert "1 row, columns prompt" in describe(path, split="train")
+    with pytest.raises(UserError, match=r"--split=test: .*rows\.jsonl has no splits\. Leave it out, or name"):
+        describe(path, split="test")
+
+
+def test_a_hidden_table_beside_rows_makes_no_table_of_them(tmp_path):
+    tiny.write_rows(tmp_path / "a.jsonl", [{"prompt": "7"}])
+    (tmp_path / "._a.csv").write_text("prompt\n7\n")
+    assert list(load_rows(str(tmp_path))) == [{"prompt": "7"}]
+
+
+def test_notes_in_a_folder_of_rows_are_passed_over_in_silence(tmp_path, capfd):
+    folder = write(tmp_path / "rows", ["a.jsonl"])
+    (tmp_path / "rows" / "README.md").write_text("# Mine")
+    assert DataArguments(folder).train("ppo").rows["prompt"][:] == ["of a.jsonl"]
+    assert "metadata" not in capfd.readouterr().err

@@ -162,6 +162,35 @@ def test_a_run_of_other_settings_does_not_go_on_from_finished_members(run, tmp_p
         )
 
 
+def test_references_that_come_later_shift_the_finished_members_too(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    references = tiny.write_rows(
+        tmp_path / "references.jsonl",
+        [{"prompt": "ba", "completion": " lo lo"}, {"prompt": "de", "completion": " ku"}],
+    )
+    train(tmp_path, resume_from_checkpoint="latest", reference_dataset_name=references)
+    folder, tokenizer = tmp_path / "reward", load_tokenizer(tiny.arguments(str(run / "base")))
+    texts = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in ("ba lo lo", "de ku")]
+    for place in range(3):
+        scores = pefts_scores(folder / f"member_{place}", texts)
+        bias = read_json(folder / f"member_{place}" / "goose_lora.json")["reward_bias"]
+        assert bias == pytest.approx(sum(scores) / 2, abs=1e-4) and abs(bias) > 1e-3
+    assert same(weights(folder / "member_1"), weights(run / "reward" / "member_1"))
+    first = read_json(folder / "member_0" / "goose_lora.json")
+    assert read_json(folder / "goose_lora.json")["reward_bias"] == first["reward_bias"]
+    assert first["figures"]["steps"] == 6 and first["stage"] == "reward"
+
+
+def test_held_out_replies_that_are_one_text_are_refused_before_anything_loads(run, tmp_path):
+    shutil.copytree(run / "base", tmp_path / "base")
+    rows = tiny.write_rows(tmp_path / "one.jsonl", [{"prompt": "ba", "chosen": " good", "rejected": " bad"}])
+    with pytest.raises(
+        UserError, match=r"eval_dataset_name: all chosen replies of its 1 prompts are one text"
+    ):
+        train(tmp_path, eval_dataset_name=rows)
+    assert not (tmp_path / "reward" / "member_0").exists()
+
+
 def test_a_finished_member_that_was_changed_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     folder = tmp_path / "copy" / "reward"
@@ -355,6 +384,6 @@ def test_the_plan_counts_all_members_to_the_byte(run, tmp_path):
 
 
 def test_an_ensemble_is_not_uploaded_as_its_first_member_alone(run):
-    with pytest.raises(UserError, match="an upload takes one adapter"):
+    with pytest.raises(UserError, match=r"goose-lora push takes one adapter.*hf upload user/repo"):
         files_to_upload(run / "reward")
     assert "adapter_config.json" in files_to_upload(run / "reward" / "member_1")

@@ -96,6 +96,16 @@ def test_the_share_of_groups_that_score_alike_is_counted(drawn, level):
     close(F.alike_share(scores, size), torch.tensor(reference.alike_share(scores.tolist(), size)))
 
 
+@pytest.mark.parametrize("value", [0.7, 10.1, -100.1, 1000.1])
+@pytest.mark.parametrize("size", [3, 4, 12, 64])
+@pytest.mark.parametrize("function", [F.leave_one_out, F.group_normalised])
+def test_a_group_that_scores_alike_teaches_exactly_nothing(function, size, value):
+    # of a rounding error, Adam makes a whole step
+    returns = torch.cat([torch.full((size,), value), torch.arange(size) ** 2.0 / size])
+    alike, apart = function(returns, size).split(size)
+    assert not alike.any() and apart.all()
+
+
 def test_alike_is_but_for_rounding():
     scores = torch.tensor([0.1 + 0.2, 0.3, 1.0, 1.001, 0.0, 0.0])
     close(F.alike_share(scores, 2), torch.tensor(2 / 3))

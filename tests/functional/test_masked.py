@@ -77,6 +77,15 @@ def test_equal_tokens_whiten_to_zero():
     assert (whiten(torch.tensor([[3.0, 5.0]]), mask) == 0).all()
 
 
+@pytest.mark.parametrize("value", [0.7, 10.1, -100.1, 1000.1])
+@pytest.mark.parametrize("count", [3, 12, 77, 4096])
+def test_equal_numbers_are_exactly_zero_on_ranks_together_too(value, count):
+    x, mask = torch.full((count,), value), torch.ones(count, dtype=torch.bool)
+    assert not whiten(x, mask).any()
+    both = merge_moments([moments(x[:2], mask[:2]), moments(x[2:], mask[2:])])
+    assert not whiten(x, mask, statistics=both).any()
+
+
 @given(ragged())
 def test_ranks_whiten_alike_by_merged_statistics(batch):
     mask, x = batch

@@ -1,7 +1,7 @@
 """The manifest of reward models that score as one."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -51,6 +51,7 @@ def test_members_are_counted_in_their_own_spread_and_the_whole_in_their_mean():
         {"shift": float("nan")},
         {"members": []},
         {"members": [{"folder": "."}]},
+        {"members": [asdict(MEMBERS[0]), asdict(MEMBERS[1]), asdict(MEMBERS[1])]},
         {"surplus": 1},
         {"members": 3},
     ],

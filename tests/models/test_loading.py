@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goose_lora.models import loading
 from goose_lora.models.arguments import ModelArguments
-from goose_lora.models.folders import AdapterFolder
+from goose_lora.models.folders import AdapterFolder, require_model
 from goose_lora.models.loading import (
     adapters_to_fp32,
     linear_names,
@@ -376,3 +376,29 @@ def test_a_cpu_that_multiplies_bfloat16_in_software_is_told_of(
     arguments = tiny.arguments(tiny_base, dtype=dtype)
     load_base(arguments, load_tokenizer(arguments), device=torch.device("cpu"))
     assert ("set dtype: float32" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ([], "has no config.json, so it is no model. Give the folder that save_pretrained wrote."),
+        (["m-q4.gguf"], "has no weights in safetensors, only m-q4.gguf, and GGUF cannot be trained on. Give"),
+        (
+            ["config.json"],
+            "has no tokenizer (looked for tokenizer.json and what others are called). Download",
+        ),
+    ],
+)
+def test_a_folder_without_a_tokenizer_is_told_by_what_it_lacks(tmp_path, files, says):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with raises(f"{tmp_path}: {says}"):
+        load_tokenizer(ModelArguments(str(tmp_path)))
+
+
+def test_gguf_beside_a_configuration_is_no_model_either(tmp_path):
+    for name in ("config.json", "m-q4.gguf"):
+        (tmp_path / name).write_text("{}")
+    require_model(str(tmp_path), weights=False)
+    with raises("only m-q4.gguf, and GGUF cannot be trained on"):
+        require_model(str(tmp_path))

@@ -53,9 +53,10 @@ def settings(folder="unused", **changes):
     return BENCHMARK["settings"](folder, **sizes | {"rollout_weights": "shared"} | changes)
 
 
-def plan_of(model=None, memory=None, **changes):
+def plan_of(model=None, memory=None, context=10**6, **changes):
     model = model or ModelArguments("m", quantization="none", dtype="float32")
-    return Planner(meta_model(model, config=shape()), model, settings(**changes), memory=memory)
+    core = meta_model(model, config=shape(max_position_embeddings=context))
+    return Planner(core, model, settings(**changes), memory=memory)
 
 
 def test_the_plan_of_a_real_run_is_within_a_tenth_of_what_the_allocator_gave_out(tmp_path):
@@ -139,6 +140,12 @@ def test_each_largest_size_fits_and_one_more_does_not():
     assert plan_of(per_device_train_batch_size=rows, local_rollout_forward_batch_size=1).needed() <= memory
     assert plan_of(per_device_train_batch_size=rows + 1, local_rollout_forward_batch_size=1).needed() > memory
     assert plan_of(response_length=tokens).needed() <= memory < plan_of(response_length=tokens + 1).needed()
+
+
+def test_no_reply_is_proposed_that_the_bases_context_has_no_room_for():
+    assert plan_of(context=512).largest(10**12)["response_length"] == 512 - 40
+    assert plan_of(context=40).largest(10**12)["response_length"] == 0
+    assert "no response_length at these batch sizes" in plan_of(context=30).advice(10**12)
 
 
 def test_a_gpu_is_left_the_margin_that_was_measured_and_a_cpu_is_not():

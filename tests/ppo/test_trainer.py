@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from tiny_runs import (
     config,
@@ -628,12 +629,49 @@ def test_pretraining_text_stays_likely_with_ppo_ptx(tmp_path):
     assert len(rows) == 6 and rows[-1]["loss/ptx"] < rows[0]["loss/ptx"]
 
 
+@pytest.mark.parametrize("cut", [{}, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}])
+def test_the_loss_on_texts_is_a_mean_over_the_tokens_of_the_step(tmp_path, cut):
+    rows = Dataset.from_list([{"input_ids": list(range(4, 4 + length))} for length in (2, 3, 14, 2, 12, 5)])
+    shared = SharedBase.build(base := tiny.base(), tiny.lora(base, layers="top-2"), critic="shared")
+    settings = config(tmp_path, ptx_coef=0.7, ptx_batch_size=2, num_rollouts=1, learning_rate=0.0, **cut)
+    ppo = PPOTrainer(
+        shared, settings, prompt_rows(), tiny.tokenizer(), reward_function=even_share, ptx_dataset=rows
+    )
+    losses = []
+    with torch.no_grad():
+        for step in range(settings.steps_per_rollout):
+            nats, tokens = 0.0, 0
+            for number in range(settings.gradient_accumulation_steps):
+                ids, mask, _ = ppo.updater.texts.of(step=step, microbatch=number)
+                for row, length in zip(ids, mask.sum(-1).tolist(), strict=True):
+                    text = row[-length:][None]  # alone, by the model itself
+                    loss = base(input_ids=text, labels=text).loss
+                    nats, tokens = nats + loss.item() * (length - 1), tokens + length - 1
+            losses.append(nats / tokens)
+    ppo.train()
+    row = next(row for row in read_jsonl(tmp_path / "metrics.jsonl") if "loss/ptx" in row)
+    assert row["loss/ptx"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_the_price_that_is_logged_is_the_one_that_the_loss_has_paid(tmp_path):
+    changes = {"kl_location": "loss", "kl_estimator": "k2", "entropy_coef": 0.0, "vf_coef": 0.5}
+    ppo = trainer(
+        tmp_path, kl_target=1.0, kl_horizon=8, kl_coef=0.3, num_ppo_epochs=1, num_rollouts=4, **changes
+    )
+    ppo.train()
+    rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if "loss/kl" in row]
+    assert len({row["objective/kl_coef"] for row in rows}) == 4
+    for row in rows:
+        paid = row["loss"] - row["loss/policy"] - 0.5 * row["loss/value"]
+        assert paid == pytest.approx(row["objective/kl_coef"] * row["loss/kl"], abs=1e-4)
+
+
 def test_the_texts_of_a_step_follow_from_the_step(tmp_path):
     ppo, again = (with_texts(tmp_path / name, 1.0) for name in ("a", "b"))
     texts, same = ppo.updater.texts, again.updater.texts
-    first, _ = texts.of(step=0, microbatch=0)
+    first, *_ = texts.of(step=0, microbatch=0)
     assert torch.equal(first, same.of(step=0, microbatch=0)[0]) and first.shape == (5, 9)
-    later, _ = texts.of(step=3, microbatch=0)
+    later, *_ = texts.of(step=3, microbatch=0)
     assert torch.equal(later, same.of(step=3, microbatch=0)[0])
     assert not torch.equal(later, first)
     assert not torch.equal(texts.of(step=3, microbatch=1)[0], later)

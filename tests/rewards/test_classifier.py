@@ -5,7 +5,12 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from goose_lora.rewards.classifier import ClassifierReward, reward_sources
 
@@ -98,6 +103,48 @@ def test_a_text_is_cut_where_this_kind_of_model_ends(tmp_path, kind, shape, read
     want = pytest.approx([by_hand(folder, text[-read:])], abs=1e-5)
     assert model(prompts=[text[:-2]], completions=["ab"]) == want
     assert model.score_tokens([model.encode(text[:-2], "ab")]) == want
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("bert", {}), ("gpt2", {"n_positions": 31, "n_embd": 24, "n_layer": 2, "n_head": 2, "pad_token_id": 0})],
+)
+def test_a_text_scores_as_it_does_alone_whichever_side_its_tokenizer_pads(tmp_path, kind, shape):
+    folder = save_classifier(tmp_path, kind=kind, **shape)
+    AutoTokenizer.from_pretrained(folder, padding_side="left").save_pretrained(folder)
+    texts = ["ab", "cdefghij", "k", "lmnopq"]
+    model, want = loaded(folder), pytest.approx([by_hand(folder, text) for text in texts], abs=1e-5)
+    assert model(prompts=[text[:1] for text in texts], completions=[text[1:] for text in texts]) == want
+    assert model.score_tokens([model.encode(text[:1], text[1:]) for text in texts]) == want
+
+
+def test_a_text_that_ends_in_the_tokenizers_padding_is_read_to_its_end(tmp_path):
+    """As by the model itself, whose configuration has other padding."""
+    folder = save_classifier(tmp_path, kind="llama", num_key_value_heads=2, pad_token_id=0)
+    AutoTokenizer.from_pretrained(folder, eos_token="|", pad_token="|").save_pretrained(folder)
+    scores = loaded(folder)(prompts=["ab", "c"], completions=["cdefg|", "d|"])
+    assert scores == pytest.approx([by_hand(folder, "abcdefg|"), by_hand(folder, "cd|")], abs=1e-5)
+
+
+def test_a_rows_tools_and_template_keywords_are_in_the_text(tmp_path):
+    template = (
+        "{% for t in tools or [] %}t{{ t['function']['name'] }}|{% endfor %}{{ mood or '' }}"
+        "{% for m in messages %}{{ m['role'][0] }}|{{ m['content'] }}|{% endfor %}"
+    )
+    folder = save_classifier(tmp_path, template=template)
+    tool = {"type": "function", "function": {"name": "go", "parameters": {}}}
+    model, ask = loaded(folder), [{"role": "user", "content": "hi"}]
+    scores = model(
+        prompts=[ask, ask],
+        completions=["yo", "yo"],
+        tools=[[tool], None],
+        chat_template_kwargs=[None, {"mood": "z"}],
+        label=["a", "b"],
+    )
+    want = [by_hand(folder, "tgo|u|hi|a|yo|"), by_hand(folder, "zu|hi|a|yo|")]
+    assert scores == pytest.approx(want, abs=1e-5)
+    ids = [model.encode(ask, "yo", tools=[tool]), model.encode(ask, "yo", mood="z")]
+    assert model.score_tokens(ids) == pytest.approx(want, abs=1e-5)
 
 
 def test_a_decoder_without_a_pad_token_of_its_own_reads_each_rows_last_token(tmp_path):

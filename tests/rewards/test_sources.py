@@ -116,6 +116,34 @@ def test_numbers_alone_belong_to_no_token():
     assert RewardMix([length, label])(None, **REPLIES).by_token is None
 
 
+def test_what_only_watches_speaks_for_no_reply():
+    def paid(completions, **columns):
+        return [1.0, None]
+
+    def watching(completions, **columns):
+        return [5.0, 5.0]
+
+    with pytest.raises(
+        ValueError, match=r"said anything of 1 of 2 replies: each with a weight returned None"
+    ):
+        RewardMix([watching, paid], [0.0, 1.0])(None, completions=["a", "b"])
+
+
+def test_names_stay_apart_whatever_functions_are_called():
+    def reward(completions, **columns):
+        return [1.0] * len(completions)
+
+    def other(completions, **columns):
+        return [2.0] * len(completions)
+
+    def third(completions, **columns):
+        return [4.0] * len(completions)
+
+    other.__name__, third.__name__ = "reward", "reward_1"
+    total, by_source, _ = RewardMix([reward, other, third])(None, completions=["a"])
+    assert total.tolist() == [7.0] and [score.item() for score in by_source.values()] == [1.0, 2.0, 4.0]
+
+
 def test_a_reply_of_which_only_a_silent_function_speaks_is_refused():
     with pytest.raises(ValueError, match="no source of reward said anything of 1 of 3 replies"):
         RewardMix([by_token])(None, **REPLIES)

@@ -1,11 +1,13 @@
 """What export writes for other programs: a Modelfile that says what the chat template says."""
 
 import json
+import sys
 
 import pytest
 import tiny
 import tiny_chain
 
+from goose_lora import cli
 from goose_lora.errors import UserError
 from goose_lora.sharing import export_programs
 from goose_lora.sharing.export_programs import chat_form, export, modelfile
@@ -153,6 +155,21 @@ def test_a_run_becomes_a_folder_for_ollama_with_the_ends_of_its_merged_model(run
     assert text.startswith("FROM .\n") and (tmp_path / "out" / "model.safetensors").is_file()
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     assert text.count("PARAMETER stop") == len(ends) > 0
+
+
+def test_without_samples_of_the_run_the_option_that_the_refusal_names_gives_prompts(
+    run, tmp_path, monkeypatch, capsys
+):
+    (run / "samples.jsonl").unlink()
+    words = ["goose-lora", "export", str(run), "--to", "ollama", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "no prompts to measure on: --prompts FILE" in capsys.readouterr().err
+    mine = tiny.write_rows(tmp_path / "mine.jsonl", tiny.prompts(3))
+    monkeypatch.setattr(sys, "argv", [*words, "--prompts", mine])
+    cli.main()
+    assert "(3 prompts," in capsys.readouterr().out and (tmp_path / "out" / "Modelfile").is_file()
 
 
 def test_a_template_that_ollama_cannot_say_is_refused_before_anything_is_merged(run, tmp_path, monkeypatch):

@@ -132,6 +132,48 @@ def test_show_prints_chain_and_loading_code(whole, monkeypatch, capsys):
     )
 
 
+def test_show_finds_a_relative_base_above_the_run_and_tells_one_that_is_gone(run, tmp_path, monkeypatch):
+    change(run / "ppo", base={**read_lineage(run / "ppo")["base"], "id": "run/base"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shown = provenance.describe_chain(run / "ppo")
+    assert f'from_pretrained("{run / "base"}"' in shown and "is not here" not in shown
+    (run / "base").rename(tmp_path / "moved")
+    assert "The base is not here" in provenance.describe_chain(run / "ppo")
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [("chat", "goose_lora.apps.chat.chat"), ("verdict", "goose_lora.cli.reward_verdict.verdict")],
+)
+def test_commands_look_for_a_relative_base_above_the_run_and_name_the_way_out(
+    run, tmp_path, monkeypatch, capsys, command, place
+):
+    folder, asked = run / ("reward" if command == "verdict" else "ppo"), []
+    change(folder, base={**read_lineage(folder)["base"], "id": "run/base"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(place, lambda *args, **options: asked.append(options["base"]) or "")
+    words = ["--dataset", "x.jsonl"] if command == "verdict" else []
+    monkeypatch.setattr(sys, "argv", ["goose-lora", command, str(folder), *words])
+    cli.main()
+    monkeypatch.chdir(tmp_path)
+    cli.main()
+    assert asked == [str(run / "base"), None], "where it is as the run named it, nothing is said"
+    (run / "base").rename(tmp_path / "moved")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "neither here nor above" in (said := capsys.readouterr().err) and "--base" in said
+
+
+def test_the_code_for_an_adapter_without_a_tokenizer_takes_the_bases(run):
+    for path in (run / "sft").glob("tokenizer*"):
+        path.unlink()
+    shown = provenance.describe_chain(run / "sft")
+    assert f'AutoTokenizer.from_pretrained("{run / "base"}")' in shown
+    assert f'AutoTokenizer.from_pretrained("{run / "ppo"}")' in provenance.describe_chain(run / "ppo")
+
+
 def test_a_parent_that_is_gone_is_read_from_its_copy(run):
     shutil.rmtree(run / "sft")
     links = provenance.read_chain(run / "ppo")

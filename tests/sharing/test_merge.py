@@ -1,6 +1,7 @@
 """Merging: plain transformers loads the result, it says what the adapter's model says, and 4 bits
 are only written where asked for."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tiny_chain
 import torch
 from cards import unexplained
 from huggingface_hub import ModelCard
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -198,8 +200,65 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(run, tmp_pat
     with pytest.raises(ValueError, match="is not empty"):
         merge.merge(run / "ppo", run / "sft")
     (run / "ppo" / "goose_lora.json").unlink()
-    with pytest.raises(ValueError, match=r"no goose_lora.json that tells how the base was quantized"):
+    with pytest.raises(ValueError, match=r"no goose_lora.json that tells how the base was quantized.*show"):
         merge.merge(run / "ppo", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "kind"),
+    [
+        ("use_dora", True, "is a DoRA adapter (use_dora)"),
+        ("modules_to_save", ["embed_tokens"], "has whole modules of its own (modules_to_save)"),
+        ("lora_bias", True, "has biases of its own (lora_bias)"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused_in_words_before_anything_loads(
+    run, tmp_path, monkeypatch, setting, value, kind
+):
+    path = run / "ppo" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    monkeypatch.setattr(merge, "load_base", None)
+    with pytest.raises(ValueError) as refused:
+        merge.merge(run / "ppo", tmp_path / "out")
+    said = str(refused.value)
+    assert kind in said and f"Train one without {setting}" in said
+    assert ("merge_and_unload" in said) == merge._NOT_PLAIN[setting][1] == (setting != "lora_bias")
+    assert "(into the base as it is, not in nf4 as in training)" in said or setting == "lora_bias"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"use_dora": True}, {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [3, 5]}],
+    ids=lambda changes: next(iter(changes)),
+)
+@torch.no_grad()
+def test_the_merge_of_peft_that_a_refusal_names_is_exact(changes):
+    model = get_peft_model(tiny.base(), tiny.lora(tiny.base(), **changes)).double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in (each for each in model.parameters() if each.requires_grad):
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    ids = torch.arange(3, 12)[None]
+    want = model(input_ids=ids).logits
+    with model.disable_adapter():
+        assert (model(input_ids=ids).logits - want).abs().max() > 0.1, "the adapter must show"
+    got = model.merge_and_unload()(input_ids=ids).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+
+
+def test_a_base_named_relative_to_where_training_began_is_found_above_the_run(run, tmp_path, monkeypatch):
+    noted = read_lineage(run / "ppo")
+    relative = {**noted["base"], "id": "run/base"}
+    write_lineage(run / "ppo", **(noted | {"base": relative}))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    merge.merge(run / "ppo", tmp_path / "out")
+    assert read_lineage(tmp_path / "out")["base"]["id"] == str(run / "base")
+    # Another model of that name is another model
+    write_lineage(run / "ppo", **(noted | {"base": relative | {"content": "0"}}))
+    monkeypatch.setattr(merge, "load_base", None)
+    with pytest.raises(ValueError, match=r"was the folder run/base, which is neither here nor above.*--base"):
+        merge.merge(run / "ppo", tmp_path / "again")
 
 
 @pytest.mark.parametrize("what", ["a link", "a file", "a folder with files", "a disk of its own"])
