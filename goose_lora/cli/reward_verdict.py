@@ -41,6 +41,7 @@ from goose_lora.training.validation import require_output_folder
 Quantization = Literal["nf4", "int8", "none"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 SUBSET = "subset"
+SPLIT = "test"  # of --split, where nobody names one
 PROBED = 200  # prompts: the interval of a share is then at most 0.07 to either side
 COLUMNS = ("subset", "prompts", "replies", "accuracy", "best of N", "length balanced")
 
@@ -238,7 +239,8 @@ def benchmark_rows(
     Raises:
         UserError: as the reader, or there is no such column.
     """
-    rows = load_rows(name, split, max_rows, column_mapping, place=place)
+    asked_by = None if split == SPLIT else "--split"
+    rows = load_rows(name, split, max_rows, column_mapping, place=place, asked_by=asked_by)
     if subset is not None and subset not in rows.column_names:
         raise UserError(
             f"--subset {subset}: {name} has no such column. It has {', '.join(rows.column_names)}."

@@ -273,9 +273,10 @@ def _parts(parts: Sequence[str], name: str) -> Dataset | DatasetDict:
         return _file(Path(parts[0]), parts[0])
     if any(Path(part).suffix.lower() in COMPRESSED for part in parts):
         files = [_file(Path(part), part) for part in parts]
-        if any(isinstance(file, DatasetDict) for file in files):
+        rows = [file for file in files if isinstance(file, Dataset)]
+        if len(rows) < len(files):
             raise UserError(f"{name}: each file has splits. Name one of them: dataset_name: {parts[0]}.")
-        return concatenate_datasets(files)  # type: ignore[type-var]
+        return concatenate_datasets(rows)
     return _files(list(parts), kinds.pop(), name)
 
 

@@ -386,7 +386,7 @@ CASES = [
     ),
     c(
         "merge: base gone",
-        ("the run's base was /gone, and that is not here.", "Say where it is: --base PATH_OR_HUB_ID."),
+        ("the run's base was the folder /gone, which is neither", "Say where it is: --base PATH_OR_HUB_ID."),
         "merge",
         F + "/sft",
         "--out",
@@ -595,7 +595,7 @@ CASES = [
     ),
     c(
         "plan: config a folder",
-        ("no such file, nor a configuration of the package",),
+        ("a folder, not a file", "no .yaml file"),
         "plan",
         "--config",
         F + "/base",

@@ -193,7 +193,7 @@ CASES = [
         ("no such file", "recipes/configs/"),
         ("--config", "nowhere.yaml"),
     ),
-    Case("a folder of settings", "ppo", {}, ("no such file", "recipes/configs/"), ("--config", "{folder}")),
+    Case("a folder of settings", "ppo", {}, ("a folder, not a file", ".yaml"), ("--config", "{folder}")),
     Case("--config without a file", "ppo", {}, ("--config needs a file", "demo_cpu/ppo.yaml"), ("--config",)),
     Case("a setting left out", "sft", {"dataset_name": LEFT_OUT}, ("required", "--dataset_name")),
     Case("env that is no mapping", "sft", {"env": 5}, ("config.yaml: env: expected names", "env: {")),

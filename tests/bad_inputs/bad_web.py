@@ -57,13 +57,13 @@ CASES = [
     chat(
         "a base that is gone",
         run(base={"id": "/gone/base"}),
-        ("base was /gone/base", "not here", "--base PATH_OR_HUB_ID"),
+        ("base was the folder /gone/base", "neither here", "--base PATH_OR_HUB_ID"),
         "{folder}/sft",
     ),
     chat(
         "a base that is gone and is on the Hub",
         run(base={"id": "/gone/base", "hub_id": "org/base"}),
-        ("base was /gone/base", "On the Hub it is org/base", "--base"),
+        ("base was the folder /gone/base", "On the Hub it is org/base", "--base"),
         "{folder}/sft",
     ),
     chat(

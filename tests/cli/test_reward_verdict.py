@@ -161,6 +161,7 @@ def test_one_member_is_judged_alone(reward, tmp_path):
         (["--subset", "nothing"], "has no such column"),
         (["--max_rows", "0"], "must be 1 or more"),
         (["--base", "base"], "is no adapter"),
+        (["--split", "validation"], "has no splits"),
         (["--output_dir", "."], "is there already"),
     ],
 )
