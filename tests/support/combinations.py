@@ -76,6 +76,7 @@ def constant(completion_ids, **columns):
 
 
 REWARDS = {f.__name__: f for f in (even, some, by_token, mixed, slow, as_tensor, no_score, constant)}
+_OF_SOME = ("some", "mixed", "no_score")  # say nothing of some replies
 _TEACH_NOTHING = {"no_score", "constant"}
 _NOT_ALL = _TEACH_NOTHING | {"some", "mixed"}  # give some replies no score
 
@@ -247,6 +248,9 @@ def _sources(chance: random.Random, *, has_reward: bool) -> tuple[list[str], lis
     chance.shuffle(names)
     weights = [chance.choice([1.0, 0.3, 0.0, -1.0]) for _ in names]
     if not any(weight and name not in _TEACH_NOTHING for name, weight in zip(names, weights, strict=True)):
+        weights = [1.0] * len(names)
+    # What only watches speaks for no reply
+    if all(name in _OF_SOME for name, weight in zip(names, weights, strict=True) if weight):
         weights = [1.0] * len(names)
     return names, weights
 
