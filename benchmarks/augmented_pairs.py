@@ -24,7 +24,7 @@ from goose_lora.demo import slow_bf16_options
 from goose_lora.files import append_line, read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "recipes" / "configs" / "demo_cpu" / "reward.yaml"
+CONFIGS = ROOT / "recipes" / "configs" / "demo_cpu"
 KINDS: dict[str, dict[str, float]] = {
     "none": {},
     "other_prompt": {"other_prompt": 0.5},
@@ -41,6 +41,19 @@ PROBES = ("flattering", "gushing", "fawning", "empty", "repeated", "truncated", 
 Row = dict[str, Any]
 
 
+def recipe(name: str, folder: Path, seed: int, *settings: object) -> None:
+    """Run a stage of the demo into ``folder``, on one thread; stop everything if it fails."""
+    command = [sys.executable, ROOT / "recipes" / f"{name}.py", "--config", CONFIGS / f"{name}.yaml"]
+    command += ["--output_dir", folder, "--seed", seed, *settings]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_USE_CPU": "true"}
+    with open(log, "w", encoding="utf-8") as file:
+        done = subprocess.run(list(map(str, command)), env=environment, stdout=file, stderr=file)
+    if done.returncode:
+        sys.exit(f"{folder.name}, seed {seed} failed; see {log}")
+
+
 def train(kind: str, seed: int, folder: Path) -> Row:
     """Train one reward model into ``folder``, on one thread; stop everything if that fails.
 
@@ -48,19 +61,11 @@ def train(kind: str, seed: int, folder: Path) -> Row:
         What its verdict says: accuracy, and each probe's share of the prompts.
     """
     shares, slow = KINDS[kind], slow_bf16_options("reward")
-    steps = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["max_steps"]
-    command = [sys.executable, str(ROOT / "recipes" / "reward.py"), "--config", str(CONFIG)]
-    command += ["--output_dir", str(folder), "--seed", str(seed), *slow]
-    command += ["--max_steps", str(round(steps * (1 + sum(shares.values()))))]
+    steps = yaml.safe_load((CONFIGS / "reward.yaml").read_text(encoding="utf-8"))["max_steps"]
+    asked = ["--max_steps", round(steps * (1 + sum(shares.values())))]
     if shares:
-        command += ["--augment_pairs", *(f"{name}={share}" for name, share in shares.items())]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_suffix(".log")
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_USE_CPU": "true"}
-    with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run(command, env=environment, stdout=file, stderr=file)
-    if done.returncode:
-        sys.exit(f"{kind}, seed {seed} failed; see {log}")
+        asked += ["--augment_pairs", *(f"{name}={share}" for name, share in shares.items())]
+    recipe("reward", folder, seed, *slow, *asked)
     verdict = read_json(folder / "verdict.json")
     probes = {name: probe["beats_chosen"] for name, probe in verdict["probes"].items()}
     dtype = "float32" if slow else "bfloat16"

@@ -14,20 +14,16 @@ side, if not on one seed's first run. Prints a table: means over the seeds that 
 
 import argparse
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-from augmented_pairs import ROOT, found
+from augmented_pairs import ROOT, found, recipe
 
 from goose_lora.demo import slow_bf16_options
 from goose_lora.files import append_line, read_json, read_jsonl
 
-CONFIGS = ROOT / "recipes" / "configs" / "demo_cpu"
 JUDGE = "goose_lora.demo:vader_of_reply"
 AGGREGATIONS = {"four": ["--reward_aggregation", "min"]}
 MODELS = ("none", "empty", "four")
@@ -47,19 +43,10 @@ WINDOW = 5  # rollouts that a mean on the way is of
 Row = dict[str, Any]
 
 
-def recipe(name: str, folder: Path, seed: int, *settings: object) -> None:
-    """Run a stage of the demo into ``folder``, on one thread; stop everything if it fails."""
-    if (folder / "stage.json").is_file():
-        return
-    command = [sys.executable, ROOT / "recipes" / f"{name}.py", "--config", CONFIGS / f"{name}.yaml"]
-    command += ["--output_dir", folder, "--seed", seed, *slow_bf16_options(name), *settings]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_name(f"{folder.name}.log")
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_USE_CPU": "true"}
-    with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run(list(map(str, command)), env=environment, stdout=file, stderr=file)
-    if done.returncode:
-        sys.exit(f"{folder.name}, seed {seed} failed; see {log}")
+def stage(name: str, folder: Path, seed: int, *settings: object) -> None:
+    """Run a stage of the demo into ``folder``, unless it has been."""
+    if not (folder / "stage.json").is_file():
+        recipe(name, folder, seed, *slow_bf16_options(name), *settings)
 
 
 def run(runs: Path, model: str, seed: int, rollouts: int, kl_coef: float) -> Row:
@@ -75,11 +62,11 @@ def run(runs: Path, model: str, seed: int, rollouts: int, kl_coef: float) -> Row
     watched = ["--reward_function", "adapter", JUDGE, "--reward_weights", 1, 0]
     asked = ["--num_rollouts", rollouts, "--kl_coef", kl_coef, *AGGREGATIONS.get(model, [])]
     asked.append(f"--length_penalty={-kl_coef:g}")  # pays for a token what the KL takes, as the demo's
-    recipe("sft", own / "sft", seed)
-    recipe("ppo", folder, seed, *start, *watched, *asked)
+    stage("sft", own / "sft", seed)
+    stage("ppo", folder, seed, *start, *watched, *asked)
     judged = folder.with_name(f"{folder.name}, judged")
     adapters = ["--sft_adapter", own / "sft", "--reward_adapter", own / "none"]
-    recipe("evaluate", judged, seed, "--policy_adapter", folder, *adapters)
+    stage("evaluate", judged, seed, "--policy_adapter", folder, *adapters)
     figures = read_json(judged / "evaluation.json")["figures"]
     logged, watched_as = read_jsonl(folder / "metrics.jsonl"), f"reward/{JUDGE.partition(':')[2]}"
     heard = np.array([row[watched_as] for row in logged if watched_as in row])

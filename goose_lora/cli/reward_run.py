@@ -5,6 +5,7 @@ is a run of one member, whose folder is that of the run.
 """
 
 import random
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,7 +111,7 @@ def check_members_run(config: RewardConfig, number: int) -> None:
     if config.push_to_hub:
         raise UserError(
             "push_to_hub: an ensemble is several folders. Leave it out, and upload them afterwards: hf"
-            f" upload user/repo {config.output_dir}"
+            f" upload user/repo {shlex.quote(str(config.output_dir))}"
         )
 
 

@@ -1,7 +1,6 @@
 """A stage of a run, from its settings to what it leaves behind."""
 
 import copy
-import json
 import logging
 import shlex
 from collections import Counter
@@ -24,7 +23,7 @@ from transformers import (
 from goose_lora import terminal
 from goose_lora.data.demonstrations import Learning, tokenize_demonstrations, tokenize_texts
 from goose_lora.data.hints import tell_hints
-from goose_lora.data.rows import DataArguments, RowSet
+from goose_lora.data.rows import DataArguments, RowSet, row_lines
 from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
@@ -268,13 +267,13 @@ class Stage:
         """Tell where held-out rows are among those to train on: one process does, of several."""
         if held_out is None or self.config.process_index != 0:
             return
-        kept = Counter(json.dumps(row, sort_keys=True, default=str) for row in held_out.rows)
-        seen = kept.keys() & {json.dumps(row, sort_keys=True, default=str) for row in train.rows}
+        kept = Counter(row_lines(held_out.rows))
+        seen = {line for line in row_lines(train.rows) if line in kept}
         if seen:
             logger.warning(
                 "%s: %d of %d held-out rows are in %s too, and what is found on them is too good. Take them"
                 " out of one of the two",
-                *(held_out.name, sum(kept[row] for row in seen), len(held_out), train.name),
+                *(held_out.name, sum(kept[line] for line in seen), len(held_out), train.name),
             )
 
     def _noted(self, row_set: RowSet) -> Dataset:

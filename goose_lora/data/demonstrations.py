@@ -6,6 +6,7 @@ that a template drops, a cut that takes the reply, turns that are not to be lear
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value
@@ -262,18 +263,27 @@ def _marking_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     Raises:
         UserError: neither has marks.
     """
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+    from trl.chat_template_utils import has_generation_markers
 
     # Not by the word: a question after add_generation_prompt has it too
     if tokenizer.chat_template is None or has_generation_markers(tokenizer.chat_template):
         return None
     try:
-        return get_training_chat_template(tokenizer)
+        return _trls_template(tokenizer, str(tokenizer.chat_template))
     except ValueError as error:
         raise UserError(
             f"assistant_only_loss: {' '.join(str(error).split())} Leave it out, or give a template with"
             " {% generation %} marks: chat_template_path."
         ) from error
+
+
+@lru_cache(maxsize=4)
+def _trls_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """Return TRL's training template for ``template``, which is the tokenizer's as it is now."""
+    # To find it, TRL renders conversations with tools: four times the time of a row
+    from trl.chat_template_utils import get_training_chat_template
+
+    return get_training_chat_template(tokenizer)
 
 
 def _learns_to_stop(tokenizer: PreTrainedTokenizerBase) -> bool:

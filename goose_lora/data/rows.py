@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -156,10 +156,16 @@ class RowSet:
         return fingerprint(self.name, self.split, self.rows)
 
 
+def row_lines(rows: Dataset) -> Iterator[bytes]:
+    """Yield each row as a line of JSON with sorted keys, by which rows are compared."""
+    for row in rows:
+        yield json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n"
+
+
 def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
     """Return a data set as a stage saw it: name, split, number of rows, sha256 and kind.
 
-    The sha256 is of the rows as lines of JSON with sorted keys. ``chat`` tells whether anything in
+    The sha256 is of all ``row_lines``. ``chat`` tells whether anything in
     the first row is chat messages.
     """
     # Chat is seen in the first row: rows are of one kind
@@ -168,8 +174,8 @@ def fingerprint(name: str, split: str | None, rows: Dataset) -> dict[str, Any]:
         isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
         for value in rows[0].values()
     )
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+    for line in row_lines(rows):
+        digest.update(line)
     return {"name": name, "split": split, "rows": len(rows), "sha256": digest.hexdigest(), "chat": chat}
 
 

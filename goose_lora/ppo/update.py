@@ -61,7 +61,8 @@ class Updater:
         self.checks, self.metrics, self.texts = checks, metrics, texts
         self._left: Iterator[Microbatch] = iter(())
         self._rollout_is_new = False  # no pass of the update has been compared with it
-        self._text_share = 0.0  # of the step's pretraining text, in the part that was read last
+        # Of the step's pretraining text, in the part that was read last
+        self._text_share: Float[Tensor, ""] = torch.zeros(())
         self._training: list[nn.Parameter] | None = None
         self._max_tokens = args.max_tokens_per_microbatch  # fewer after the memory was short
 
@@ -230,9 +231,9 @@ class Updater:
         texts = None
         if self.texts is not None and microbatch.reads_texts:
             number = self.metrics.microbatches % self.args.gradient_accumulation_steps
-            ids, mask, tokens = self.texts.of(step=step, microbatch=number)
-            texts = ids, mask, tokens
-            self._text_share = float(mask.sum() - len(mask)) / tokens
+            texts = self.texts.of(step=step, microbatch=number)
+            _, mask, tokens = texts
+            self._text_share = (mask.sum() - len(mask)) / tokens
         return model(
             microbatch.input_ids,
             microbatch.attention_mask,

@@ -118,12 +118,9 @@ class ClassifierReward:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: object) -> list[float]:
         # The classifier's own tokens, from texts, with each row's tools and template keywords
         own = {name: cast("list[object]", columns[name]) for name in OF_TEMPLATES if name in columns}
-        options = [chat_options(dict(zip(own, row, strict=True))) for row in zip(*own.values(), strict=True)]
         texts = [
-            self._text(prompt, completion, **template)
-            for prompt, completion, template in zip(
-                prompts, completions, options or [{}] * len(prompts), strict=True
-            )
+            self._text(prompt, completion, **chat_options({name: own[name][row] for name in own}))
+            for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         scores: list[float] = []
         for start in range(0, len(texts), self.batch_size):

@@ -232,7 +232,7 @@ class Resumable(_Trainer):
                 ) from error
             if "DataLoader worker" in str(error):
                 raise LostProcessError(
-                    f"a process that loads data died, often for lack of memory: {first_line(error)}"
+                    f"a process that loads data died, often for lack of memory: {first_line(error)}."
                     " Set dataloader_num_workers: 0, and go on with --resume_from_checkpoint latest."
                 ) from error
             raise

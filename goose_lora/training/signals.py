@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Exit codes of a command; another signal's is 128 + its number.
@@ -44,21 +43,11 @@ class StopSignals:
         It does nothing inside itself, and in a thread other than the main one, which alone gets
         signals.
         """
-        if self._handles or threading.current_thread() is not threading.main_thread():
+        if self._handles or not _gets_signals():
             yield
             return
-        # Those that are ignored, as under nohup, stay so; None is a handler that was not made in
-        # Python.
-        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-        before = {
-            signum: handler for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)
-        }
 
-        def put_back() -> None:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-        def ask(signum: int, frame: FrameType | None) -> None:
+        def ask(signum: int, put_back: Callable[[], None]) -> None:
             # print could be what the signal has interrupted; a write to the terminal cannot
             self.asked = signum
             put_back()
@@ -71,14 +60,12 @@ class StopSignals:
                 ).encode(),
             )
 
-        for signum in before:
-            signal.signal(signum, ask)
         self.asked, self._handles = 0, True
         try:
-            yield
+            with _answered(ask):
+                yield
         finally:
             self._handles = False
-            put_back()
 
 
 @contextmanager
@@ -89,22 +76,37 @@ def left_to(children: Callable[[], Iterable[int]]) -> Iterator[None]:
     one process, is sent on.
     """
 
-    def send_on(signum: int, frame: FrameType | None) -> None:
-        for number in children():
+    # An answer to both, since a signal that is ignored would be ignored by the children as well
+    def send_on(signum: int, put_back: Callable[[], None]) -> None:
+        for number in children() if signum == signal.SIGTERM else ():
             with suppress(ProcessLookupError):
                 os.kill(number, signum)
 
-    # Handlers, since an ignored signal would be ignored by the children as well
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: send_on}
-    before = {signum: signal.getsignal(signum) for signum in handlers}
-    # Those that are ignored already, as under nohup, stay so; the main thread alone gets signals
-    mine = {signum for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    if threading.current_thread() is not threading.main_thread():
-        mine = set()
-    for signum in mine:
-        signal.signal(signum, handlers[signum])
+    with _answered(send_on):
+        yield
+
+
+def _gets_signals() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def _answered(answer: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
+    """Answer signals inside by ``answer``, which is given what puts their handlers back.
+
+    Those that are ignored, as under nohup, stay so. It does nothing in a thread that gets none.
+    """
+    # None is a handler that was not made in Python
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS} if _gets_signals() else {}
+    before = {signum: handler for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def put_back() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    for signum in before:
+        signal.signal(signum, lambda signum, frame: answer(signum, put_back))
     try:
         yield
     finally:
-        for signum in mine:
-            signal.signal(signum, before[signum])
+        put_back()
