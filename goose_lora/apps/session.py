@@ -152,7 +152,7 @@ def inspect_run(run: str | Path, *, base: str | None = None) -> RunInfo:
             f"{run} is what {stage} left, and no policy's adapter. Give the output_dir of recipes/ppo.py or"
             " recipes/sft.py."
         )
-    arguments = arguments_of(lineage["base"], base)
+    arguments = arguments_of(folder, lineage["base"], base)
 
     # Who can be asked. After PPO the adapter it started from is a role of its own
     reference = reward = None

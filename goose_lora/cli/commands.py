@@ -93,18 +93,6 @@ def _add_asking(parser: argparse.ArgumentParser, *, greedy: bool) -> None:
     )
 
 
-def _base(run: str | None, base: str | None) -> str | None:
-    """Return where the base of ``run`` is, if not where the run had it: as said, or as found."""
-    from goose_lora.embedded import resolve
-    from goose_lora.models.folders import ADAPTER_CONFIG, moved_base, read_lineage
-
-    if base:
-        return resolve(base)
-    if run is None or not (Path(run) / ADAPTER_CONFIG).is_file():
-        return None
-    return moved_base(run, read_lineage(run).get("base", {}))
-
-
 # ---- Run and diagnose ----
 def _add_demo(commands: Subcommands) -> None:
     parser = commands.add_parser(
@@ -220,7 +208,9 @@ def _add_data(commands: Subcommands) -> None:
         help="the stage's limit in tokens: max_length, for ppo max_prompt_tokens (default: the recipe's)",
     )
     parser.add_argument("--max_rows", type=int, help="look at the first so many rows only")
-    parser.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    parser.add_argument(
+        "--split", default="train", help="which split, of rows that have several (default: %(default)s)"
+    )
     _add_reading(parser)
     parser.add_argument(
         "--as_chat",
@@ -516,7 +506,9 @@ def _add_verdict(commands: Subcommands) -> None:
         help="prompt with chosen and rejected, each a reply or a list of them, or ranked lists; what"
         " recipes/reward.py reads",
     )
-    parser.add_argument("--split", default="test", help="split of a Hub dataset (default: %(default)s)")
+    parser.add_argument(
+        "--split", default="test", help="which split, of rows that have several (default: %(default)s)"
+    )
     parser.add_argument(
         "--subset", metavar="COLUMN", help="column that names each row's subset (default: subset, if there)"
     )
@@ -550,8 +542,9 @@ def _add_verdict(commands: Subcommands) -> None:
 
 def _verdict(arguments: argparse.Namespace) -> None:
     from goose_lora.cli.reward_verdict import verdict
+    from goose_lora.embedded import resolve
 
-    arguments.base = _base(arguments.model, arguments.base)
+    arguments.base = arguments.base and resolve(arguments.base)
     _say(verdict(**_reading_options(arguments)))
 
 
@@ -580,10 +573,11 @@ def _add_chat(commands: Subcommands) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from goose_lora.apps.chat import chat
+    from goose_lora.embedded import resolve
 
     options = vars(arguments)
     del options["command"]
-    chat(**{**options, "base": _base(arguments.run, arguments.base)})
+    chat(**{**options, "base": arguments.base and resolve(arguments.base)})
 
 
 def _add_label(commands: Subcommands) -> None:
@@ -642,8 +636,7 @@ def _label(arguments: argparse.Namespace) -> None:
     _check_label(arguments)
     options = vars(arguments)
     del options["command"]
-    options["base"] = _base(options["policy"], options["base"])
-    for name in ("prompts", "replies"):
+    for name in ("prompts", "replies", "base"):
         options[name] = options[name] and resolve(options[name])
     name, url, rubric = (options.pop(name) for name in ("judge", "judge_base_url", "judge_rubric"))
     replies, columns = options.pop("replies"), options.pop("columns")

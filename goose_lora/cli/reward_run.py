@@ -37,7 +37,7 @@ from goose_lora.models.folders import (
     write_lineage,
 )
 from goose_lora.models.loading import bare_again, fresh_score_head, train_head_alone
-from goose_lora.ownership import check_place, replacing
+from goose_lora.ownership import check_place, replacing, written
 from goose_lora.rewards.pair_trainer import PairRewardTrainer
 from goose_lora.rewards.ranking_trainer import RankedRewardTrainer
 from goose_lora.training.callbacks import METRICS_FILE
@@ -93,11 +93,17 @@ def check_members(number: int, kind: MemberKind, reward_adapter: str | None) -> 
 
 def check_members_run(config: RewardConfig, number: int) -> None:
     """Raise UserError for settings of one reward model alone, or a member's folder of another's."""
+    root, resumed = Path(config.output_dir or "."), config.resume_from_checkpoint
     if number == 1:
+        members = [path for path in root.glob("member_*") if written(path).stage == "reward"]
+        if resumed is not None and members and not any(root.glob("checkpoint-*")):
+            raise UserError(
+                f"num_members: {root} has {len(members)} members of an ensemble, and no checkpoint of one"
+                " model to go on from. Set num_members as it was, or leave resume_from_checkpoint out."
+            )
         return
     for place in range(number):
-        check_place(Path(config.output_dir or ".") / f"member_{place}", "reward")
-    resumed = config.resume_from_checkpoint
+        check_place(root / f"member_{place}", "reward")
     if resumed not in (None, "latest", "true", "True"):
         raise UserError(
             f"resume_from_checkpoint={resumed}: with num_members each member goes on from its own. Use"

@@ -3,6 +3,7 @@
 An adapter of this project or of PEFT, an ensemble of them, or a sequence classifier.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +38,8 @@ from goose_lora.models.shared_base import SharedBase
 from goose_lora.rewards.classifier import PREFIX, ClassifierReward
 from goose_lora.terminal import table
 from goose_lora.training.validation import require_output_folder
+
+logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -82,7 +85,7 @@ class AdapterModel:
                 " wherever it is now."
             )
         if "base" in lineage:
-            arguments = arguments_of(lineage["base"], base)
+            arguments = arguments_of(self.folder.path, lineage["base"], base)
         elif base or own:
             arguments = ModelArguments(base or own, quantization="none", dtype=_usual_dtype())
         else:
@@ -221,7 +224,7 @@ class BenchmarkRows:
     split: str
     rows: Dataset
     numbers: tuple[int, ...]
-    subsets: tuple[str, ...] | None
+    subsets: tuple[str | None, ...] | None
 
 
 def benchmark_rows(
@@ -239,8 +242,15 @@ def benchmark_rows(
     Raises:
         UserError: as the reader, or there is no such column.
     """
-    asked_by = None if split == SPLIT else "--split"
-    rows = load_rows(name, split, max_rows, column_mapping, place=place, asked_by=asked_by)
+    rows = load_rows(
+        name,
+        split,
+        max_rows,
+        column_mapping,
+        place=place,
+        split_by="--split",
+        is_default=split == SPLIT,
+    )
     if subset is not None and subset not in rows.column_names:
         raise UserError(
             f"--subset {subset}: {name} has no such column. It has {', '.join(rows.column_names)}."
@@ -248,7 +258,15 @@ def benchmark_rows(
     column = subset or (SUBSET if SUBSET in rows.column_names else None)
     own = None
     if column is not None:
-        own = [str(value) for value in rows[column]]
+        own = [None if value is None or value == "" else str(value) for value in rows[column]]
+        if missing := own.count(None):
+            logger.warning(
+                "%s: %d of %d rows have no %s: they count among all, and in no subset.",
+                name,
+                missing,
+                len(own),
+                column,
+            )
         rows = rows.remove_columns(column)
     taken = take_told(rows, "reward", resolve(name), reading)
     if own is not None and len(taken.numbers) + sum(map(len, taken.dropped.values())) != len(rows):
@@ -359,7 +377,7 @@ class BenchmarkReport:
 
 
 def _report(
-    judged: Judged, held_out: HeldOut, scores: list[HeldOutScores], subsets: list[str] | None
+    judged: Judged, held_out: HeldOut, scores: list[HeldOutScores], subsets: list[str | None] | None
 ) -> BenchmarkReport:
     if judged.ensemble is None:
         return BenchmarkReport(benchmark_verdict(held_out, scores[0], subsets), {}, {}, "")

@@ -103,8 +103,15 @@ def describe(
     if max_rows is not None and max_rows < 1:
         raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
     # Rows as the stage takes them, and the tokenizer that it would use
-    asked_by = None if split == DataArguments.dataset_split else "--split"
-    rows = load_rows(dataset, split, max_rows, column_mapping, place=hub_place, asked_by=asked_by)
+    rows = load_rows(
+        dataset,
+        split,
+        max_rows,
+        column_mapping,
+        place=hub_place,
+        split_by="--split",
+        is_default=split == DataArguments.dataset_split,
+    )
     how = Reading(tuple(pair_words(pairs) or ()), as_chat, tuple(leave_out or ()))
     stage = stage or _main_stage(rows, dataset, how)
     taken = take(rows, stage, dataset, how)

@@ -33,7 +33,7 @@ class DataArguments:
             )
         }
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Which split, of rows that have several."})
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a Hub dataset that has several."}
     )
@@ -43,7 +43,7 @@ class DataArguments:
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows, as dataset_name."})
     eval_dataset_split: str = field(
-        default="test", metadata={"help": "Split of a Hub dataset to evaluate on."}
+        default="test", metadata={"help": "Split of eval_dataset_name, where that has several."}
     )
     max_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
     column_mapping: list[str] | None = field(
@@ -77,7 +77,7 @@ class DataArguments:
         metadata={
             "help": (
                 "Parts of messages to leave out where a chat template would lose them: a role (developer), a"
-                " key (reasoning_content), or think for thoughts inside the text."
+                " key (reasoning_content, tool_calls), tools, or think for thoughts inside the text."
             )
         },
     )
@@ -128,12 +128,20 @@ class DataArguments:
 
     def _read(self, name: str, split: str, stage: StageName, setting: str) -> "RowSet":
         # A file is one split, whose name only the default may be silent about
-        asked_by = None if split == vars(DataArguments)[setting] else setting
+        is_default = split == vars(DataArguments)[setting]
         # One place for both files, of which one may lie here
         names = (self.dataset_name, self.eval_dataset_name)
         elsewhere = not is_of_hub(name) and any(is_of_hub(other) for other in names if other)
         place = None if elsewhere else self.place
-        rows = load_rows(name, split, self.max_rows, self.column_mapping, place=place, asked_by=asked_by)
+        rows = load_rows(
+            name,
+            split,
+            self.max_rows,
+            self.column_mapping,
+            place=place,
+            split_by=setting,
+            is_default=is_default,
+        )
         taken = take_told(rows, stage, resolve(name), self.reading)
         return RowSet(name, split, taken.rows, tuple(taken.numbers))
 
@@ -208,12 +216,14 @@ def load_rows(
     stage: StageName | None = None,
     reading: Reading | None = None,
     place: HubPlace | None = None,
-    asked_by: str | None = None,
+    split_by: str = "dataset_split",
+    is_default: bool = True,
 ) -> Dataset:
     """Read the rows of a file, of a Hub dataset or of the demo (embedded/NAME), columns renamed.
 
     With ``stage`` they are as that stage takes them (``formats.take``), and what it leaves out is
-    counted in a warning. ``asked_by`` is the setting by which a user has named the split, if any.
+    counted in a warning. ``split_by`` is the setting that names the split, and ``is_default`` says
+    that nobody has set it.
 
     Raises:
         ValueError: a file of another kind, one that is not there or is broken (with the line), an
@@ -225,7 +235,7 @@ def load_rows(
     # Read, cut and rename
     name = resolve(name)
     mapping = parse_column_mapping(column_mapping or [])
-    rows = read_rows(name, split, place, asked_by=asked_by)
+    rows = read_rows(name, split, place, split_by=split_by, is_default=is_default)
     if is_table(name):
         rows = numbers_again(rows, {**dict.fromkeys(c for c in rows.column_names if is_text(c)), **mapping})
     if max_rows is not None:

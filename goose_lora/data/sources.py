@@ -69,38 +69,49 @@ class HubPlace(NamedTuple):
 
 
 def read_rows(
-    name: str, split: str, place: HubPlace | None = None, *, asked_by: str | None = None
+    name: str,
+    split: str,
+    place: HubPlace | None = None,
+    *,
+    split_by: str = "dataset_split",
+    is_default: bool = True,
 ) -> Dataset:
     """Read rows from a file, a glob, a folder or the Hub.
 
     A folder whose files are named for splits, as those of the Hub are (``train.jsonl``,
     ``data/test-00000-of-00001.parquet``), and a JSON object of splits give the rows of ``split``
-    alone. ``asked_by`` is the setting where a user has named it: rows without splits are refused.
+    alone. ``split_by`` is the setting that names it; where that is not the setting's default, rows
+    without splits are refused.
 
     Raises:
         UserError: none are there, or they cannot be read; it says where and what to do.
     """
-    rows = _read_rows(name, split, place)
+    rows = _read_rows(name, split, place, split_by)
     if isinstance(rows, DatasetDict):
         if split not in rows:
             raise UserError(
-                f"{name}: no split {split}. There are {', '.join(map(str, rows))}: dataset_split:"
-                f" {next(iter(rows))}."
+                f"{name}: no split {split}. There are {', '.join(map(str, rows))}:"
+                f" {_said(split_by, next(iter(rows)))}."
             )
         rows = rows[split]
-    elif asked_by and not _gives_one_split(name):
-        raise UserError(f"{asked_by}={split}: {name} has no splits. Leave it out, or name that split's file.")
+    elif not is_default and not _gives_one_split(name):
+        raise UserError(f"{split_by}={split}: {name} has no splits. Leave it out, or name that split's file.")
     # Arrow ends such a name where it begins, and finds its values no more
     if "\\x00" in repr(rows.features):
         raise UserError(f"{name}: a name of a column, or a key in one, has a NUL character. Rename it.")
     return rows
 
 
-def _read_rows(name: str, split: str, place: HubPlace | None) -> Dataset | DatasetDict:
+def _said(setting: str, value: object) -> str:
+    """Return how a setting of a file, or an option (``--split``), is written."""
+    return f"{setting} {value}" if setting.startswith("--") else f"{setting}: {value}"
+
+
+def _read_rows(name: str, split: str, place: HubPlace | None, split_by: str) -> Dataset | DatasetDict:
     # In the order of what a name can be: a folder, an address, a glob, a file, the Hub
     path = Path(name).expanduser()
     if path.is_dir() and _is_hub_copy(path):
-        return _from_hub(str(path), split, place or HubPlace())
+        return _from_hub(str(path), split, place or HubPlace(), split_by)
     given = [f"{setting}={value}" for setting, value in zip(_PLACE, place or (), strict=False) if value]
     if given and (path.exists() or "://" in name or _suffix(path) in READERS):
         raise UserError(
@@ -108,7 +119,7 @@ def _read_rows(name: str, split: str, place: HubPlace | None) -> Dataset | Datas
             " files of that part."
         )
     if path.is_dir():
-        return _folder(path, split)
+        return _folder(path, split, split_by)
     if "://" in name:
         return _address(name)
     if any(letter in name for letter in "*?["):
@@ -122,7 +133,7 @@ def _read_rows(name: str, split: str, place: HubPlace | None) -> Dataset | Datas
             f"{name}: cannot read this kind of file. Use {', '.join(READERS)}, also with"
             f" {', '.join(COMPRESSED)}, a folder of them or the name of a Hub dataset."
         )
-    return _from_hub(name, split, place or HubPlace())
+    return _from_hub(name, split, place or HubPlace(), split_by)
 
 
 def _address(name: str) -> Dataset | DatasetDict:
@@ -169,7 +180,7 @@ def _kind(name: str) -> str:
     return READERS[suffix]
 
 
-def _folder(path: Path, split: str) -> Dataset | DatasetDict:
+def _folder(path: Path, split: str, split_by: str) -> Dataset | DatasetDict:
     """Read what ``save_to_disk`` wrote, or a folder of parts of one kind."""
     # Both are written by save_to_disk: one split, or several
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -179,8 +190,8 @@ def _folder(path: Path, split: str) -> Dataset | DatasetDict:
     if splits and split not in splits:
         first, files = next(iter(splits.items()))
         raise UserError(
-            f"{path}: no split {split}. Its files are named for {', '.join(splits)}: dataset_split: {first}."
-            f" Or name the files: dataset_name: {files[0]}."
+            f"{path}: no split {split}. Its files are named for {', '.join(splits)}:"
+            f" {_said(split_by, first)}. Or give its files by name, such as {files[0]}."
         )
     if splits:
         read = {file for files in splits.values() for file in files}
@@ -429,7 +440,7 @@ def _is_number(cell: object) -> bool:
         return False
 
 
-def _from_hub(name: str, split: str, place: HubPlace) -> Dataset:
+def _from_hub(name: str, split: str, place: HubPlace, split_by: str) -> Dataset:
     try:
         rows = load_dataset(name, place.config, split=split, data_dir=place.data_dir, revision=place.revision)
     except Exception as error:  # what httpx, fsspec, pyarrow and pandas raise, passed on
@@ -440,7 +451,7 @@ def _from_hub(name: str, split: str, place: HubPlace) -> Dataset:
         way_out = (
             "Unset HF_HUB_OFFLINE"
             if constants.HF_HUB_OFFLINE
-            else "Check the name, dataset_split and the network"
+            else f"Check the name, {split_by} and the network"
         )
         raise UserError(
             f"{name}: no file here, and not to be had from the Hub: {brief(error)}. {way_out}, or give a"
@@ -448,7 +459,7 @@ def _from_hub(name: str, split: str, place: HubPlace) -> Dataset:
         ) from error
     # Several splits are a folder of rows, not rows
     if not isinstance(rows, Dataset):
-        raise UserError(f"{name}: expected one split of rows; name it with dataset_split.")
+        raise UserError(f"{name}: expected one split of rows; name it with {split_by}.")
     return rows
 
 

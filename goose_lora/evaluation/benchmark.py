@@ -83,11 +83,11 @@ class BenchmarkVerdict:
 
 
 def benchmark_verdict(
-    held_out: HeldOut, scores: HeldOutScores, subsets: Sequence[str] | None = None
+    held_out: HeldOut, scores: HeldOutScores, subsets: Sequence[str | None] | None = None
 ) -> BenchmarkVerdict:
-    """Return the verdict of scores on a benchmark; ``subsets`` names that of each prompt."""
+    """Return the verdict of scores on a benchmark; ``subsets`` is each prompt's, if any."""
     found = {}
-    for name in dict.fromkeys(subsets or ()):
+    for name in dict.fromkeys(name for name in subsets or () if name is not None):
         places = [place for place, own in enumerate(subsets or ()) if own == name]
         found[name] = _subset(held_out, scores, places)
     return BenchmarkVerdict(

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from goose_lora.embedded import MODEL
 from goose_lora.errors import UserError
-from goose_lora.models.folders import require_hub_name, require_name
+from goose_lora.models.folders import moved_base, require_hub_name, require_name
 from goose_lora.models.trunk import top_layers
 
 _LARGEST_RANK = 2**16
@@ -142,10 +142,12 @@ def _is_here(name: str) -> bool:
     return name == MODEL or Path(name).expanduser().is_dir()
 
 
-def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:
+def arguments_of(run: str | Path, noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:
     """Return the settings with which a run had its base, from ``base`` in its lineage.
 
-    ``base`` says where it is, if not where the run had it.
+    Args:
+        run: its folder, above which the base is looked for if it is not where the run had it.
+        base: where it is, if somebody says so.
 
     Raises:
         ValueError: the base is not there any more, or the lineage does not say how it was
@@ -163,6 +165,7 @@ def arguments_of(noted: Mapping[str, Any], base: str | None = None) -> ModelArgu
             " again, or train it again."
         )
     # Where is it now?
+    base = base or moved_base(run, noted)
     try:
         require_name(base or noted["id"])
     except ValueError as error:

@@ -8,6 +8,7 @@ are read.
 
 import copy
 import json
+import logging
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
@@ -30,8 +31,11 @@ from goose_lora.files import brief, first_line, is_number, read_json_object, wri
 from goose_lora.models.ensembles import MEMBERS_FILE, RewardEnsemble, member_folders, read_ensemble
 from goose_lora.models.identity import BaseName, base_content, same_base
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAGE = "goose_lora.json"
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of transformers', a file a template
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 Template = str | dict[str, str] | list[dict[str, str]] | None  # of chat: one, several by name, or none
 
@@ -273,7 +277,7 @@ def saved_template(folder: str | Path) -> Template:
         found = read_json_object(path / "tokenizer_config.json").get("chat_template")
     if (path / "chat_template.jinja").is_file():
         found = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    named = path.glob("additional_chat_templates/*.jinja")
+    named = path.glob(f"{NAMED_TEMPLATES}/*.jinja")
     more = {file.stem: file.read_text(encoding="utf-8") for file in named}
     return by_name({"default": found, **more} if more and isinstance(found, str) else found)
 
@@ -387,6 +391,23 @@ def local_folder(name: str | Path) -> Path:
 def _fetch_beside(name: str, place: Mapping[str, Any]) -> None:
     """Have what is read beside an adapter of the Hub in its cache; others' adapters lack it."""
     _fetch(name, place, _READ_BESIDE, needed=False)
+    if constants.HF_HUB_OFFLINE:
+        return
+    # Templates by name, such as that for tools, of which nobody knows the names
+    under = posixpath.join(place["subfolder"] or "", NAMED_TEMPLATES)
+    try:
+        tree = HfApi().list_repo_tree(place["repo_id"], under, revision=place["revision"])
+        found = [posixpath.basename(entry.path) for entry in tree if entry.path.endswith(".jinja")]
+    except EntryNotFoundError:
+        return
+    except Exception as error:  # as above
+        logger.warning(
+            "%s: the Hub did not say which chat templates it has by name (%s): those in the cache are taken.",
+            name,
+            first_line(error),
+        )
+        return
+    _fetch(name, place, [posixpath.join(NAMED_TEMPLATES, file) for file in found])
 
 
 def _fetch(name: str, place: Mapping[str, Any], files: Sequence[str], *, needed: bool = True) -> None:

@@ -24,7 +24,14 @@ from goose_lora.errors import FailedWriteError, UserError
 from goose_lora.files import read_json
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.ensembles import MEMBERS_FILE
-from goose_lora.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, write_lineage
+from goose_lora.models.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LINEAGE,
+    NAMED_TEMPLATES,
+    base_place,
+    write_lineage,
+)
 from goose_lora.models.roles import ADAPTERS
 from goose_lora.reporting.run_files import Lineage, lineage_of
 from goose_lora.sharing import model_card
@@ -54,6 +61,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    f"{NAMED_TEMPLATES}/*.jinja",
 )
 RUN_FILES = ("README.md", "stage.json", "metrics.jsonl", "evaluation.json", "curves.png")
 # The end of each message about a broken connection.
@@ -97,9 +105,12 @@ def without_trainers_push(config: Settings) -> Settings:
     return quiet
 
 
-def require_hub_base(base: str) -> None:
-    """Raise UserError if ``base`` is a folder: who downloads the adapter does not have it."""
-    if Path(base).exists() or Path(base).is_absolute():
+def require_hub_base(base: str, *, is_folder: bool = False) -> None:
+    """Raise UserError if ``base`` is a folder: who downloads the adapter does not have it.
+
+    ``is_folder`` says so of one that is not here.
+    """
+    if is_folder or Path(base).exists() or Path(base).is_absolute():
         raise UserError(
             f"the base is the folder {base}, which nobody else has. Say what it is on the Hub: --base_hub_id"
             " user/model."
@@ -179,7 +190,8 @@ def files_to_upload(folder: str | Path, include: Sequence[str] = ()) -> list[str
     _refuse_members(folder)
     names: list[str] = []
     if folder.is_dir():
-        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+        files = [path for path in (*folder.iterdir(), *folder.glob(f"{NAMED_TEMPLATES}/*")) if path.is_file()]
+        names = sorted(path.relative_to(folder).as_posix() for path in files)
     if ADAPTER_CONFIG not in names and "config.json" not in names:
         raise UserError(
             f"{folder} has no {ADAPTER_CONFIG} and no config.json: nothing to upload. Give the"
@@ -234,7 +246,9 @@ def push(
     if not known and noted_base:
         known = noted_base.get("hub_id")
     if base is not None:
-        require_hub_base(known or base)
+        # Seen from another directory, a relative folder looks like a name of the Hub
+        moved = not known and noted_base and base_place(folder, noted_base) != noted_base["id"]
+        require_hub_base(known or base, is_folder=bool(moved))
     name = authorize(repo, token=token, private=private)
 
     # The files here come to know the repository, before they are read for the upload

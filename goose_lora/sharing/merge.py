@@ -31,7 +31,7 @@ from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models.arguments import DTYPES, ModelArguments, arguments_of
 from goose_lora.models.dense_copy import DenseCopy
 from goose_lora.models.endings import reply_ends
-from goose_lora.models.folders import ADAPTER_CONFIG, local_folder, moved_base, read_lineage
+from goose_lora.models.folders import ADAPTER_CONFIG, local_folder, read_lineage
 from goose_lora.models.loading import load_base, tokenizer_of
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, quantization_config
 from goose_lora.models.shared_base import SharedBase
@@ -79,7 +79,7 @@ def merge(
     # What can be known before a weight is read
     folder, out = local_folder(run), Path(out)
     noted = _check(folder, out, dtype, quantized)
-    args = arguments_of(noted, base or moved_base(folder, noted))
+    args = arguments_of(folder, noted, base)
     require_free(folder)
     tokenizer = tokenizer_of(folder, args=args)
     prompt_ids, data = _prompts(folder, prompts, tokenizer)

@@ -84,6 +84,18 @@ def test_a_foreign_classifiers_figures_are_those_of_transformers_own_logits(tmp_
     assert "mean of subsets" in said and "flattering reply" in said and "best of N" in said
 
 
+def test_rows_without_a_subset_count_among_all_and_in_none(tmp_path, caplog):
+    folder = classifier(tmp_path / "model", tiny.chat_tokenizer())
+    changed = [BEST_OF[0] | {"subset": None}, BEST_OF[1] | {"subset": ""}, *BEST_OF[2:]]
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", changed)
+    run(folder, "--dataset", rows, "--output_dir", tmp_path / "out")
+    found = read_json(tmp_path / "out" / "verdict.json")
+    assert {name: each["prompts"] for name, each in found["subsets"].items()} == {
+        name: sum(row["subset"] == name for row in changed) for name in ("Focus", "Ties")
+    }
+    assert f"2 of {len(changed)} rows have no subset: they count among all, and in no subset" in caplog.text
+
+
 def test_a_foreign_classifiers_scores_are_its_logits_in_batches_of_any_length(tmp_path):
     folder = classifier(tmp_path / "model", tiny.tokenizer())
     judged = judged_model(folder, base=None, quantization=None, dtype=None, batch_size=3)

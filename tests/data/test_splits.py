@@ -59,6 +59,13 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     folder = write(tmp_path / "rows", LAYOUTS["names"])
     with pytest.raises(UserError, match=r"no split validation\. Its files are named for train, test"):
         DataArguments(folder, dataset_split="validation").train("ppo")
+    # with the setting by which it was named, be it a default
+    names = ["train.jsonl", "dev.jsonl"]
+    folder = write(tmp_path / "others", names)
+    with pytest.raises(UserError, match=r"no split test\..*: eval_dataset_split: train\."):
+        DataArguments(folder, eval_dataset_name=folder).held_out("ppo")
+    with pytest.raises(UserError, match=r"no split test\..*: --split train\."):
+        sources.read_rows(folder, "test", split_by="--split")
 
 
 def test_a_file_of_no_split_beside_others_is_told(tmp_path, caplog):

@@ -149,7 +149,14 @@ def test_a_run_whose_members_were_all_finished_tells_what_they_took(run, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 2e-2}, {"max_steps": 8}, {"num_members": 2}, {"augment_pairs": {"cut": 1}}]
+    "change",
+    [
+        {"learning_rate": 2e-2},
+        {"max_steps": 8},
+        {"num_members": 2},
+        {"num_members": 1},
+        {"augment_pairs": {"cut": 1}},
+    ],
 )
 def test_a_run_of_other_settings_does_not_go_on_from_finished_members(run, tmp_path, change):
     shutil.copytree(run, tmp_path / "copy")

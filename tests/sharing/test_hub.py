@@ -18,14 +18,14 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from peft import PeftModel
 from recipe_runs import options, recipe
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 from goose_lora import cli
 from goose_lora.apps.session import inspect_run
 from goose_lora.files import file_sha256
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.ensembles import Member, RewardEnsemble, read_ensemble
-from goose_lora.models.folders import AdapterFolder, local_folder, read_lineage
+from goose_lora.models.folders import AdapterFolder, local_folder, read_lineage, saved_template
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.sharing import hub, provenance
@@ -277,6 +277,40 @@ def test_a_hub_that_stops_answering_takes_no_bias_away(server, run, monkeypatch)
     assert read_lineage(local_folder(f"{REPO}/reward"))["reward_bias"] == 0.25
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert read_lineage(local_folder(f"{REPO}/reward"))["reward_bias"] == 0.25
+
+
+def test_chat_templates_by_name_go_to_the_hub_and_come_back(server, run, monkeypatch, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(run / "ppo")
+    named = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}" + tokenizer.chat_template}
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(run / "ppo")
+    hub.push(run / "ppo", REPO, base_hub_id="org/base")
+    found = local_folder(REPO)
+    assert AutoTokenizer.from_pretrained(found).chat_template == named
+    # what the Hub once had is in the cache
+    server.failures = {"/tree/": 503}
+    assert saved_template(local_folder(REPO)) == named
+    assert "did not say which chat templates it has by name" in caplog.text
+    server.failures = {".": 503}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert saved_template(local_folder(REPO)) == named
+
+
+def test_a_base_that_was_a_folder_elsewhere_is_no_name_of_the_hub(
+    server, adapter_chain, tmp_path, monkeypatch
+):
+    run = tiny_chain.copy(adapter_chain, tmp_path / "here" / "run")
+    for file in ("goose_lora.json", "adapter_config.json"):
+        text = (run / "sft" / file).read_text().replace(str(run / "base"), "run/base")
+        (run / "sft" / file).write_text(text)
+    assert read_lineage(run / "sft")["base"]["id"] == "run/base"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the base is the folder run/base, which nobody else has"):
+        hub.push(run / "sft", REPO)
+    shutil.rmtree(run / "base")
+    with pytest.raises(ValueError, match="the base is the folder run/base, which nobody else has"):
+        hub.push(run / "sft", REPO)
+    assert server.repos == {}
 
 
 def test_an_ensemble_that_was_uploaded_as_a_folder_loads_by_its_name(server, run, tmp_path):

@@ -8,6 +8,7 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import yaml
 
@@ -60,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def serve(self):
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
         what = f"{self.command} {path}"
         self.server.requests.append(what)
         length = int(self.headers.get("Content-Length") or 0)
@@ -161,6 +162,15 @@ class Handler(BaseHTTPRequestHandler):
         oid = self.server.commit_id(repo, len(self.server.repos[repo]) - 1)
         self.answer(200, {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{oid}", "commitOid": oid})
 
+    def tree(self, body, repo, revision, path):
+        ids = [self.server.commit_id(repo, index) for index in range(len(self.server.repos[repo]))]
+        files = self.server.repos[repo][ids.index(revision)]
+        found = [name for name in files if name.rpartition("/")[0] == path]
+        if not found:
+            self.answer(404, {}, X_Error_Code="EntryNotFound")
+            return
+        self.answer(200, [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in found])
+
     def resolve(self, body, repo, revision, path):
         commits = self.server.repos.get(repo)
         if not commits:
@@ -189,6 +199,7 @@ ROUTES = [
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", Handler.batch),
     (r"PUT /lfs/(\w+)", Handler.put),
     (rf"POST /api/models/{_REPO}/commit/main", Handler.commit),
+    (rf"GET /api/models/{_REPO}/tree/(\w+)/(.+)", Handler.tree),
     (rf"(?:GET|HEAD) /{_REPO}/resolve/(\w+)/(.+)", Handler.resolve),
 ]
 
