@@ -303,7 +303,7 @@ def test_a_base_that_has_moved_is_asked_for_and_taken_from_where_it_is_now(
     run = tiny_chain.copy(adapter_chain, tmp_path / "run")
     (run / "base").rename(tmp_path / "moved")
     with pytest.raises(
-        ValueError, match=r"the run's base was .*/run/base, and that is not here\. Say where it is: --base"
+        ValueError, match=r"the folder .*/run/base, which is neither here nor above .*Say where it is: --base"
     ):
         inspect_run(run / "ppo")
     shown = say(

@@ -12,7 +12,10 @@ import torch
 from datasets import Dataset
 
 from goose_lora import cli
+from goose_lora.apps.session import inspect_run
+from goose_lora.cli.reward_verdict import judged_model
 from goose_lora.data.rows import fingerprint
+from goose_lora.errors import UserError
 from goose_lora.models.folders import read_lineage, write_lineage
 from goose_lora.models.loading import load_base, load_tokenizer
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu
@@ -142,28 +145,27 @@ def test_show_finds_a_relative_base_above_the_run_and_tells_one_that_is_gone(run
     assert "The base is not here" in provenance.describe_chain(run / "ppo")
 
 
-@pytest.mark.parametrize(
-    ("command", "place"),
-    [("chat", "goose_lora.apps.chat.chat"), ("verdict", "goose_lora.cli.reward_verdict.verdict")],
-)
-def test_commands_look_for_a_relative_base_above_the_run_and_name_the_way_out(
-    run, tmp_path, monkeypatch, capsys, command, place
-):
-    folder, asked = run / ("reward" if command == "verdict" else "ppo"), []
+def base_in_chat(folder):
+    return inspect_run(folder).arguments.model_name_or_path
+
+
+def base_in_verdict(folder):
+    judged = judged_model(str(folder), base=None, quantization=None, dtype=None, batch_size=2)
+    return judged.arguments.model_name_or_path
+
+
+@pytest.mark.parametrize(("name", "base_of"), [("ppo", base_in_chat), ("reward", base_in_verdict)])
+def test_a_relative_base_is_looked_for_above_the_run(run, tmp_path, monkeypatch, name, base_of):
+    folder = run / name
     change(folder, base={**read_lineage(folder)["base"], "id": "run/base"})
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(place, lambda *args, **options: asked.append(options["base"]) or "")
-    words = ["--dataset", "x.jsonl"] if command == "verdict" else []
-    monkeypatch.setattr(sys, "argv", ["goose-lora", command, str(folder), *words])
-    cli.main()
+    assert base_of(folder) == str(run / "base")
     monkeypatch.chdir(tmp_path)
-    cli.main()
-    assert asked == [str(run / "base"), None], "where it is as the run named it, nothing is said"
+    assert base_of(folder) == "run/base", "where it is as the run named it"
     (run / "base").rename(tmp_path / "moved")
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "neither here nor above" in (said := capsys.readouterr().err) and "--base" in said
+    with pytest.raises(UserError, match=r"neither here nor above.* --base PATH_OR_HUB_ID"):
+        base_of(folder)
 
 
 def test_the_code_for_an_adapter_without_a_tokenizer_takes_the_bases(run):
