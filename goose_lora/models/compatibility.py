@@ -30,6 +30,7 @@ from goose_lora.models.folders import (
     reading,
     require_model,
     saved_template,
+    steady_length,
 )
 from goose_lora.models.loading import lora_config
 
@@ -72,6 +73,13 @@ def check_fit(
         raise UserError(
             f"the longest prompt and a reply make {tokens} tokens, and {args.model_name_or_path} has a"
             f" context of {context} (max_position_embeddings). Lower max_prompt_tokens or response_length."
+        )
+    steady = steady_length(core.config)
+    if tokens is not None and steady is not None and tokens > steady:
+        raise UserError(
+            f"the longest prompt and a reply make {tokens} tokens, and above {steady} the positions of"
+            f" {args.model_name_or_path} (rope_type: longrope) depend on the longest text of a batch, so that"
+            " what it says of one text depends on others. Lower max_prompt_tokens or response_length."
         )
     # Has each token an embedding?
     vocabulary = cast(nn.Embedding, core.get_input_embeddings()).weight.shape[0]

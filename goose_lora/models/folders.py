@@ -267,6 +267,21 @@ def context_of(config: PretrainedConfig) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def steady_length(config: PretrainedConfig) -> int | None:
+    """Return up to how many tokens a text has the same states whatever stands beside it.
+
+    With LongRoPE (Phi-3 and 4) the frequencies of a whole batch change where its longest text
+    passes the length of pretraining, and with them keys and values that a cache has kept. None
+    where nothing changes.
+    """
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]  # by kind of layer
+    lengths = [
+        each.get("original_max_position_embeddings") for each in kinds if each.get("rope_type") == "longrope"
+    ]
+    return min((length for length in lengths if length), default=None)
+
+
 def saved_template(folder: str | Path) -> Template:
     """Return the chat template of the tokenizer in ``folder``, or several by name.
 

@@ -26,7 +26,7 @@ from goose_lora.models.dense_copy import (
     whole_columns,
     why_not_compiled,
 )
-from goose_lora.models.folders import AdapterFolder, context_of
+from goose_lora.models.folders import AdapterFolder, context_of, steady_length
 from goose_lora.models.trunk import captured_depth
 from goose_lora.planning.costs import PassCosts
 from goose_lora.planning.shapes import FP32, read_model, read_roles
@@ -424,8 +424,8 @@ class Planner:
         rows = fitting(replace(self.sizes, rollout_rows=1), "rows", MOST_ROWS)
         beside = replace(self.sizes, rows=max(1, min(rows, self.sizes.rows)))
         # A run refuses longer texts than its base can read
-        context = context_of(self.core.config)
-        room = MOST_TOKENS if context is None else min(MOST_TOKENS, context - self.sizes.prompt_tokens)
+        known = [context_of(self.core.config), steady_length(self.core.config)]
+        room = min([MOST_TOKENS, *(bound - self.sizes.prompt_tokens for bound in known if bound is not None)])
         return {
             "per_device_train_batch_size": rows,
             "local_rollout_forward_batch_size": fitting(beside, "rollout_rows", self.most_replies(beside)),

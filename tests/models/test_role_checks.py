@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from goose_lora.errors import UserError
 from goose_lora.models import role_checks
+from goose_lora.models.compatibility import check_fit
 from goose_lora.models.dense_copy import DenseCopy, make_dense_copy
+from goose_lora.models.folders import steady_length
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.models.trunk import decoder_layers
 
@@ -291,3 +293,48 @@ def test_the_checks_take_six_passes_and_the_last_layer_once_more():
         layer.self_attn.register_forward_hook(lambda *call, index=index: calls.append(index))
     SharedBase.build(base, tiny.lora(base), reference="copy", critic="adapter")
     assert [calls.count(index) for index in range(len(layers))] == [6] * (len(layers) - 1) + [7]
+
+
+# ---- Frequencies that change with the longest text ----
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 7,
+    "long_factor": [3.0] * 7,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 12,
+}
+
+
+@torch.no_grad()
+def test_up_to_its_steady_length_a_text_has_the_same_logits_beside_any_other():
+    model = tiny.base("phi3", original_max_position_embeddings=12, rope_parameters=LONGROPE).eval()
+    steady = steady_length(model.config)
+    assert steady == 12
+
+    def beside(length):
+        """How far the logits of a short text move beside one of this length."""
+        ids, mask = tiny.batch((5, length), seed=4)
+        both = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[0, -5:]
+        return (both - model(input_ids=ids[:1, -5:]).logits[0]).abs().max().item()
+
+    assert beside(steady) < 1e-4 < 0.1 < beside(steady + 1)
+
+
+def test_of_layers_of_several_kinds_the_first_change_counts():
+    config = model_of("llama").config
+    assert steady_length(config) is None
+    config.rope_parameters = {
+        "full_attention": LONGROPE,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert steady_length(config) == 12
+
+
+def test_a_run_whose_texts_pass_the_steady_length_is_refused(tmp_path):
+    tiny.base("phi3", original_max_position_embeddings=12, rope_parameters=LONGROPE).save_pretrained(tmp_path)
+    check_fit(tiny.arguments(str(tmp_path)), tiny.tokenizer(), [], tokens=12)
+    with pytest.raises(
+        UserError, match=r"make 13 tokens, and above 12 the positions of .* \(rope_type: longrope\)"
+    ):
+        check_fit(tiny.arguments(str(tmp_path)), tiny.tokenizer(), [], tokens=13)
