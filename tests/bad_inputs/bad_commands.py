@@ -340,7 +340,7 @@ CASES = [
     ),
     c(
         "merge: not there",
-        ("none has no goose_lora.json that tells how the", "training, and it must be the same again."),
+        ("none has no adapter_config.json: no adapter.", "Give the output_dir of a stage, run to its end"),
         "merge",
         "./none",
         "--out",
