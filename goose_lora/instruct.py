@@ -199,7 +199,7 @@ class Agent(nn.Module):
         """
         self.shared.save_pretrained(str(save_directory))
 
-    def _save_model(self, save_directory: str | Path, **settings: Any) -> None:
+    def _save_model(self, save_directory: str | Path, **settings: object) -> None:
         """Save the transformers model whole: the policy merged into its base, by its own names.
 
         ``settings`` are those of transformers.
@@ -227,7 +227,9 @@ class Agent(nn.Module):
         merged.require_same("policy")
         merged.model.save_pretrained(save_directory, **settings)
 
-    def _without_checkpointing(self, generate: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    def _without_checkpointing(
+        self, generate: Callable[..., Any], *args: object, **settings: object
+    ) -> object:
         """Call the model's ``generate``, which checkpointing would cost its context (TF#36051)."""
         with self.shared.role(self.shared.acting, generating=True):
             return generate(*args, **settings)
