@@ -929,7 +929,9 @@ def _scored_sides(have: Columns, stage: StageName) -> Shape | None:
         better, worse = sides if first >= second else sides[::-1]
         return _pair(row, better, worse, asking)
 
-    title = f"two replies, the better one by {scores[0]} and {scores[1]}"
+    title = "two replies"
+    if plain:
+        title += f", the better one by {scores[0]} and {scores[1]}"
     return Shape(title, ("prompt", "chosen", "rejected"), frozenset(have.used), read, True, asking)
 
 
