@@ -81,10 +81,10 @@ class PPOTrainer(Resumable, Trainer):
         model: the shared base, with a critic where ``advantage_estimator`` is gae, and with a
             reward adapter unless ``reward_function`` is given.
         args: settings.
-        train_dataset: prompts: texts, lists of chat messages, or rows as the recipe takes them,
-            tokenized here; or rows with ``input_ids``, from ``data.tokenize_prompts``. Further
-            columns go to the reward function. None for a loop of one's own by ``generate`` and
-            ``step``.
+        train_dataset: prompts: texts, lists of chat messages, or rows as the recipe takes them (or
+            a table of them, of pandas or a dict of columns), tokenized here; or rows with
+            ``input_ids``, from ``data.tokenize_prompts``. Further columns go to the reward
+            function. None for a loop of one's own by ``generate`` and ``step``.
         processing_class: the base's tokenizer.
         reward_function: scores in place of the reward adapter; or several in a list, ``"adapter"``
             among them where it has a part. See RewardMix.

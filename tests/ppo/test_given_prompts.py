@@ -1,8 +1,11 @@
 """PPOTrainer tokenizes prompts itself: texts, chat messages, or rows with a prompt."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import tiny
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tiny_runs import config, even_share, fresh
 
 from goose_lora.data.tokenization import tokenize_prompts
@@ -21,8 +24,15 @@ def made(folder, prompts, tokenizer=None, **more):
 
 @pytest.mark.parametrize(
     "prompts",
-    [TEXTS, tuple(TEXTS), [{"prompt": text} for text in TEXTS], Dataset.from_dict({"prompt": TEXTS})],
-    ids=["texts", "tuple", "rows", "dataset"],
+    [
+        TEXTS,
+        tuple(TEXTS),
+        [{"prompt": text} for text in TEXTS],
+        Dataset.from_dict({"prompt": TEXTS}),
+        pd.DataFrame({"prompt": TEXTS}),
+        {"prompt": TEXTS},
+    ],
+    ids=["texts", "tuple", "rows", "dataset", "pandas", "columns"],
 )
 def test_texts_become_the_recipes_tokens(prompts, tmp_path):
     rows = Dataset.from_dict({"prompt": TEXTS})
@@ -41,6 +51,7 @@ def test_messages_go_through_the_chat_template(tmp_path):
 def test_columns_go_to_the_reward_function(tmp_path):
     rows = [{"prompt": text, "target": place} for place, text in enumerate(TEXTS)]
     assert made(tmp_path, rows).train_dataset["target"][5] == 5
+    assert made(tmp_path, pd.DataFrame(rows)).train_dataset["target"][5] == 5
 
 
 @pytest.mark.parametrize(
@@ -50,6 +61,19 @@ def test_columns_go_to_the_reward_function(tmp_path):
         ([1, 2], "train_dataset has int: give texts alone"),
         ([TEXTS[0], CHATS[0]], "train_dataset has list, str: give texts alone"),
         ([{"number": 3}], "train_dataset: has the columns number"),
+        ("data/prompts.jsonl", "train_dataset is 'data/prompts.jsonl'. Give prompts in a list, or the rows"),
+        (
+            Path("prompts.jsonl"),
+            "train_dataset is of the kind PosixPath. Give prompts in a list",
+        ),
+        (5, "train_dataset is 5. Give prompts in a list"),
+        (
+            DatasetDict({"train": Dataset.from_dict({"prompt": TEXTS})}),
+            r"train_dataset has the splits train. Give one of them: \['train'\]",
+        ),
+        ({"prompt": "ba be"}, "train_dataset is one row, or columns that are no lists"),
+        ([{"prompt": "ba"}, {"prompt": 1}], "train_dataset: its rows make no table: .* values of one kind"),
+        ({"prompt": TEXTS, "gold": [1]}, "train_dataset: its rows make no table"),
     ],
 )
 def test_other_things_are_refused(prompts, said, tmp_path):
