@@ -68,10 +68,11 @@ def settle_types(settings: "DataclassInstance") -> None:
     check_types(values, [type(settings)], where="", from_python=True)
 
 
-def require_kind(name: str, value: object, kind: type, way_out: str) -> None:
+def require_kind(name: str, value: object, kind: type | types.UnionType, way_out: str) -> None:
     """Raise UserError unless what a Python user gave as ``name`` is of this kind."""
     if not isinstance(value, kind):
-        raise UserError(f"{name} is {kind_of(value)}, not of the kind {kind.__name__}. {way_out}")
+        kinds = " or ".join(one.__name__ for one in get_args(kind) or [kind])
+        raise UserError(f"{name} is {kind_of(value)}, not of the kind {kinds}. {way_out}")
 
 
 def kind_of(value: object) -> str:
