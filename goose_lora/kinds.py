@@ -71,7 +71,7 @@ def settle_types(settings: "DataclassInstance") -> None:
 def require_kind(name: str, value: object, kind: type | types.UnionType, way_out: str) -> None:
     """Raise UserError unless what a Python user gave as ``name`` is of this kind."""
     if not isinstance(value, kind):
-        kinds = " or ".join(one.__name__ for one in get_args(kind) or [kind])
+        kinds = " or ".join(str(one.__name__) for one in get_args(kind) or cast(tuple[type], (kind,)))
         raise UserError(f"{name} is {kind_of(value)}, not of the kind {kinds}. {way_out}")
 
 

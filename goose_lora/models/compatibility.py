@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -125,13 +126,13 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: int, name
 def require_prompts(
     core: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, Sequence[Sequence[int]]],
+    prompts: Mapping[str, Dataset | None],
     response_length: int,
 ) -> None:
-    """Compare the tokenizer, and prompts as token ids, with a base that is loaded.
+    """Compare the tokenizer, and tokenized prompts, with a base that is loaded.
 
     Args:
-        prompts: by what errors call them.
+        prompts: rows with ``input_ids``, by what errors call them.
 
     Raises:
         UserError: a tokenizer of more tokens than the base has, a prompt that is empty, has an id
@@ -141,7 +142,7 @@ def require_prompts(
     require_vocabulary(tokenizer, vocabulary, _name_of(core))
     longest = 0
     for name, rows in prompts.items():
-        for row, ids in enumerate(rows):
+        for row, ids in enumerate([] if rows is None else rows["input_ids"]):
             if len(ids) == 0 or min(ids) < 0 or max(ids) >= vocabulary:
                 raise UserError(
                     f"{name}: row {row + 1} has the input_ids {short.repr(list(ids))}. Give one or more,"

@@ -67,7 +67,7 @@ def _rows(prompts: GivenPrompts, name: str) -> Dataset:
     if isinstance(prompts, Dataset):
         return prompts
     if isinstance(prompts, DatasetDict | IterableDatasetDict):
-        splits = list(prompts)
+        splits = list(map(str, prompts))
         raise UserError(f"{name} has the splits {', '.join(splits)}. Give one of them: [{splits[0]!r}].")
     if isinstance(prompts, pd.DataFrame):
         return Dataset.from_pandas(prompts, preserve_index=False)

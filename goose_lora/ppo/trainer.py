@@ -127,9 +127,7 @@ class PPOTrainer(Resumable, Trainer):
         **kwargs: Any,
     ):
         # 1. What does not go together is refused before anything is set up.
-        require_kind("model", model, SharedBase, "Make one: SharedBase.build(load_base(...), ...).")
-        require_kind("args", args, PPOConfig, "Make one: PPOConfig(output_dir=...).")
-        require_tokenizer_object("processing_class", processing_class)
+        _require_parts(model, args, processing_class)
         alone = train_dataset is None and not model.has("reward")
         sources = _sources(reward_function, default=unscored if alone else "adapter")
         reward = RewardMix(sources, reward_weights, timeout=args.reward_timeout)
@@ -145,17 +143,7 @@ class PPOTrainer(Resumable, Trainer):
         require_one_gpu(args)
         if args.push_to_hub:
             self.push_to_hub()
-        if (args.ptx_coef > 0) != (ptx_dataset is not None):
-            raise UserError(
-                f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set"
-                " ptx_dataset_name too"
-            )
-
-        if processing_class.pad_token_id is None:
-            raise UserError(
-                "the tokenizer has no pad token. Load it with goose_lora.load_tokenizer, or set"
-                " tokenizer.pad_token to a token that is not its end-of-text token."
-            )
+        _require_texts(args, ptx_dataset)
 
         # 2. The library's trainer, and what is called back by it.
         self.has_prompts = train_dataset is not None
@@ -164,9 +152,12 @@ class PPOTrainer(Resumable, Trainer):
         if train_dataset is not None:
             train_rows = rows(train_dataset, name="train_dataset")
         eval_rows = None if eval_dataset is None else rows(eval_dataset, name="eval_dataset")
-        named = {"train_dataset": train_rows, "eval_dataset": eval_rows}
-        ids = {name: given["input_ids"] for name, given in named.items() if given is not None}
-        require_prompts(model.core, processing_class, ids, args.response_length)
+        require_prompts(
+            model.core,
+            processing_class,
+            {"train_dataset": train_rows, "eval_dataset": eval_rows},
+            args.response_length,
+        )
         super().__init__(
             model=model,
             args=args,
@@ -667,6 +658,27 @@ class PPOTrainer(Resumable, Trainer):
         """
         if self.own_loop.finish():
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+
+def _require_parts(model: object, args: object, tokenizer: object) -> None:
+    """Raise UserError for parts of another kind, or a tokenizer without a pad token."""
+    require_kind("model", model, SharedBase, "Make one: SharedBase.build(load_base(...), ...).")
+    require_kind("args", args, PPOConfig, "Make one: PPOConfig(output_dir=...).")
+    require_tokenizer_object("processing_class", tokenizer)
+    if cast(PreTrainedTokenizerBase, tokenizer).pad_token_id is None:
+        raise UserError(
+            "the tokenizer has no pad token. Load it with goose_lora.load_tokenizer, or set"
+            " tokenizer.pad_token to a token that is not its end-of-text token."
+        )
+
+
+def _require_texts(args: PPOConfig, texts: Dataset | None) -> None:
+    """Raise UserError for pretraining text without its weight, or the weight without text."""
+    if (args.ptx_coef > 0) != (texts is not None):
+        raise UserError(
+            f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set"
+            " ptx_dataset_name too"
+        )
 
 
 def _sources(
