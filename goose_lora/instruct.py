@@ -35,6 +35,7 @@ from goose_lora.errors import UserError
 from goose_lora.functional import token_rewards
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config, response_mask, sample
+from goose_lora.kinds import settle_types
 from goose_lora.models.adapter_kinds import require_harmless_start, require_known
 from goose_lora.models.dense_copy import DenseCopy, dense_bytes, free_bytes, unmergeable
 from goose_lora.models.folders import AdapterFolder
@@ -518,6 +519,7 @@ class RLHFConfig:
     whiten_advantages: bool = True
 
     def __post_init__(self) -> None:
+        settle_types(self)
         # Two names of one setting: whichever is given is what both say
         for name, theirs in (("cliprange", "epsilon"), ("entropy_coef", "ent_coef")):
             ours, value = getattr(self, name), getattr(self, theirs)

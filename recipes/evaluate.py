@@ -10,6 +10,7 @@ asks a language model behind a server which of two replies is better, in both or
 what the reward model alone can pick from SFT.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
+        self.output_dir = os.path.expanduser(self.output_dir)  # as TrainingArguments do
         require_at_least_one(self, "num_prompts", "response_length", "max_prompt_tokens", "batch_size")
         if isinstance(self.stop_strings, str):  # one text without brackets in a YAML file
             self.stop_strings = [self.stop_strings]

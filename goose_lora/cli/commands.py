@@ -292,13 +292,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     from goose_lora.cli.notebook import load_recipe
     from goose_lora.data.rows import DataArguments
     from goose_lora.embedded import resolve
+    from goose_lora.kinds import check_types
     from goose_lora.models.arguments import ModelArguments
     from goose_lora.models.dense_copy import free_bytes
     from goose_lora.planning import ways
     from goose_lora.planning.memory import PlannedRoles, plan_run, read_memory
     from goose_lora.planning.shapes import is_trained
     from goose_lora.ppo.config import PPOConfig
-    from goose_lora.training.validation import check_types
 
     # The settings of recipes/ppo.py, those that do not concern memory passed over.
     types = (PPOConfig, ModelArguments, PlannedRoles)

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from goose_lora.cli.parser import read_config
 from goose_lora.cli.recipes import RECIPES, configuration, recipes_folder
 from goose_lora.errors import UserError
 from goose_lora.files import read_json
+from goose_lora.kinds import kind_of, plain
 from goose_lora.ownership import release
 from goose_lora.redaction import is_secret, redacted
 from goose_lora.reporting.run_files import lineage_of
@@ -54,7 +56,8 @@ def run(stage: str, config: Mapping[str, Any] | str | Path | None = None, **over
         overrides: settings that win over those of ``config``.
 
     Raises:
-        UserError: no such stage or configuration, or whatever the recipe refuses.
+        UserError: no such stage or configuration, a value that no file of settings can hold, or
+            whatever the recipe refuses.
     """
     if stage not in RECIPES:
         raise UserError(f"{stage!r} is no stage. There are {', '.join(RECIPES)}.")
@@ -64,7 +67,7 @@ def run(stage: str, config: Mapping[str, Any] | str | Path | None = None, **over
     elif config is not None:
         settings = read_config(configuration(str(config)))
     settings |= overrides
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    settings = {name: _of_yaml(str(name), plain(value)) for name, value in settings.items()}
     if not settings.get("output_dir"):
         raise UserError("output_dir is missing: name the folder for the results.")
 
@@ -80,12 +83,36 @@ def run(stage: str, config: Mapping[str, Any] | str | Path | None = None, **over
         try:
             trainer = recipe.main(["--config", str(path), *words])
         except UserError as error:
-            error.args = (redacted(str(error)),)  # a notebook shows it, and is saved
+            # A notebook shows it, and is saved; the file is gone by then
+            error.args = (redacted(str(error)).replace(f"{path}: ", ""),)
             raise
         finally:
             release()  # a folder that an error has left held
-    results = Path(settings["output_dir"])
+    results = Path(str(settings["output_dir"])).expanduser()
     return StageResult(results, _figures(results), trainer)
+
+
+def _of_yaml(name: str, value: object) -> object:
+    """Return the value of a setting as a file of settings holds it.
+
+    Raises:
+        UserError: a function, rows, or anything else that no file holds.
+    """
+    if isinstance(value, Enum):
+        return _of_yaml(name, value.value)
+    if isinstance(value, list):
+        return [_of_yaml(name, item) for item in value]
+    if isinstance(value, dict):
+        return {key: _of_yaml(name, item) for key, item in value.items()}
+    if type(value) in (str, int, float, bool, type(None)):
+        return value
+    # What it may have been given for
+    way_out = "Give text, a number, true or false, or a list or dict of these."
+    if name.endswith("dataset_name"):
+        way_out = "Save the rows to a file, such as rows.jsonl, and give its name."
+    elif callable(value):
+        way_out = "Put it into a file and name both: 'my_file.py:function', or 'module:function'."
+    raise UserError(f"{name}: {kind_of(value)}, and run takes what a file of settings can hold. {way_out}")
 
 
 def load_recipe(script: str) -> ModuleType:

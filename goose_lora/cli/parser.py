@@ -34,7 +34,7 @@ def parse(*types: type, args: Sequence[str] | None = None) -> Any:
         UserError: an unknown setting (with the nearest known one), a value of the wrong type, or a
             configuration file that is not there.
     """
-    from goose_lora.training.validation import check_words
+    from goose_lora.kinds import check_words
 
     quiet_libraries()
     keep_freed_memory()
@@ -223,7 +223,7 @@ def _spare_word(word: str, words: Sequence[str], types: Sequence[type]) -> NoRet
 
 
 def _check_keys(config: Mapping[Any, Any], types: Sequence[type], path: str) -> None:
-    from goose_lora.training.validation import check_types
+    from goose_lora.kinds import check_types
 
     # Names, then the environment, then types: the order in which a reader would mend them
     check_names(config, types, path)

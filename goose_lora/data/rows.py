@@ -17,6 +17,7 @@ from goose_lora.data.shapes import Reading, StageName
 from goose_lora.data.sources import HubPlace, is_of_hub, is_table, numbers_again, read_rows
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
+from goose_lora.kinds import settle_types
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class DataArguments:
         elif isinstance(self.column_mapping, Mapping):
             self.column_mapping = [f"{source}={target}" for source, target in self.column_mapping.items()]
         parse_column_mapping(self.column_mapping or [])
+        settle_types(self)
         if self.max_rows is not None and self.max_rows < 1:
             raise UserError(f"max_rows={self.max_rows}: must be 1 or more, or null for all rows.")
 

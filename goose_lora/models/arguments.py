@@ -1,5 +1,6 @@
 """The settings that name a base model, its quantization and its LoRA adapter."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from accelerate import PartialState
 
 from goose_lora.embedded import MODEL
 from goose_lora.errors import UserError
+from goose_lora.kinds import require_kind, settle_types
 from goose_lora.models.folders import moved_base, require_hub_name, require_name
 from goose_lora.models.trunk import top_layers
 
@@ -17,6 +19,12 @@ _LARGEST_RANK = 2**16
 # What a base computes in, and what its merged weights can be written in.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BFLOAT16_SINCE = (8, 0)  # the first capability of an NVIDIA card with instructions for bfloat16
+
+
+def require_arguments(args: object, caller: str) -> None:
+    """Raise UserError where a function for ModelArguments is given a name or anything else."""
+    way_out = f"Give the settings of a base: {caller}(ModelArguments('org/model'))."
+    require_kind(f"the first argument of {caller}", args, ModelArguments, way_out)
 
 
 @dataclass
@@ -81,6 +89,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        settle_types(self)
+        self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
         # Ranges that no base changes; layers and targets are compared with the base later
         if self.lora_r < 1 or self.lora_alpha <= 0:
             raise UserError(
@@ -139,7 +149,7 @@ def check_revision(args: ModelArguments) -> None:
 
 def _is_here(name: str) -> bool:
     """Return whether a base is a folder, or the embedded one."""
-    return name == MODEL or Path(name).expanduser().is_dir()
+    return name == MODEL or Path(name).is_dir()
 
 
 def arguments_of(run: str | Path, noted: Mapping[str, Any], base: str | None = None) -> ModelArguments:
@@ -165,7 +175,7 @@ def arguments_of(run: str | Path, noted: Mapping[str, Any], base: str | None = N
             " again, or train it again."
         )
     # Where is it now?
-    base = base or moved_base(run, noted)
+    base = os.path.expanduser(base) if base else moved_base(run, noted)
     try:
         require_name(base or noted["id"])
     except ValueError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,6 +20,7 @@ from transformers import (
 
 from goose_lora.errors import UserError
 from goose_lora.files import first_line
+from goose_lora.kinds import short
 from goose_lora.models.adapter_kinds import kept_base, known_tensor, require_dequantizable, require_known
 from goose_lora.models.arguments import ModelArguments
 from goose_lora.models.base_files import require_whole
@@ -67,20 +69,8 @@ def check_fit(
             " is nothing to adapt. Copy it again."
         )
     require_whole(args, trust_remote_code=trust_remote_code)
-    # Do the texts fit into its context?
-    context = context_of(core.config)
-    if tokens is not None and context is not None and tokens > context:
-        raise UserError(
-            f"the longest prompt and a reply make {tokens} tokens, and {args.model_name_or_path} has a"
-            f" context of {context} (max_position_embeddings). Lower max_prompt_tokens or response_length."
-        )
-    steady = steady_length(core.config)
-    if tokens is not None and steady is not None and tokens > steady:
-        raise UserError(
-            f"the longest prompt and a reply make {tokens} tokens, and above {steady} the positions of"
-            f" {args.model_name_or_path} (rope_type: longrope) depend on the longest text of a batch, so that"
-            " what it says of one text depends on others. Lower max_prompt_tokens or response_length."
-        )
+    if tokens is not None:
+        require_context(core, tokens, args.model_name_or_path)
     # Has each token an embedding?
     vocabulary = cast(nn.Embedding, core.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocabulary:
@@ -93,10 +83,7 @@ def check_fit(
                     " Merge it into the base that it was trained on, save that with its tokenizer, and use it"
                     " as model_name_or_path."
                 )
-        raise UserError(
-            f"{args.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model"
-            f" {vocabulary}. They do not belong together: use the tokenizer that the model came with."
-        )
+    require_vocabulary(tokenizer, vocabulary, args.model_name_or_path)
     # Has it the layers that LoRA is to go on, and those that each adapter changes?
     _check_targets(args, core)
     for adapter in adapters:
@@ -116,6 +103,66 @@ def check_fit(
                 " which is that of the policy's adapter where it saved one, else the base's. Train both with"
                 " one template (chat_template_path)."
             )
+
+
+def require_context(core: PreTrainedModel, tokens: int, name: str | None = None) -> None:
+    """Raise UserError unless texts of so many tokens, prompt and reply, fit the base's context."""
+    context = context_of(core.config)
+    if context is not None and tokens > context:
+        raise UserError(
+            f"the longest prompt and a reply make {tokens} tokens, and {name or _name_of(core)} has a context"
+            f" of {context} (max_position_embeddings). Lower max_prompt_tokens or response_length."
+        )
+    steady = steady_length(core.config)
+    if steady is not None and tokens > steady:
+        raise UserError(
+            f"the longest prompt and a reply make {tokens} tokens, and above {steady} the positions of"
+            f" {name or _name_of(core)} (rope_type: longrope) depend on the longest text of a batch, so that"
+            " what it says of one text depends on others. Lower max_prompt_tokens or response_length."
+        )
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: int, name: str) -> None:
+    """Raise UserError for a tokenizer of more tokens than the base has."""
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens and the model {vocabulary}. They do not"
+            " belong together: use the tokenizer that the model came with."
+        )
+
+
+def require_prompts(
+    core: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Dataset | None],
+    response_length: int,
+) -> None:
+    """Compare the tokenizer, and tokenized prompts, with a base that is loaded.
+
+    Args:
+        prompts: rows with ``input_ids``, by what errors call them.
+
+    Raises:
+        UserError: a tokenizer of more tokens than the base has, a prompt that is empty, has an id
+            that the base does not have, or leaves no room for a reply in its context.
+    """
+    vocabulary = core.config.get_text_config().vocab_size
+    require_vocabulary(tokenizer, vocabulary, _name_of(core))
+    longest = 0
+    for name, rows in prompts.items():
+        for row, ids in enumerate([] if rows is None else rows["input_ids"]):
+            if len(ids) == 0 or min(ids) < 0 or max(ids) >= vocabulary:
+                raise UserError(
+                    f"{name}: row {row + 1} has the input_ids {short.repr(list(ids))}. Give one or more,"
+                    f" from 0 to {vocabulary - 1}: the base's tokenizer makes such."
+                )
+            longest = max(longest, len(ids))
+    if longest:
+        require_context(core, longest + response_length)
+
+
+def _name_of(core: PreTrainedModel) -> str:
+    return core.name_or_path or "the base"
 
 
 def _stripped(template: Template) -> dict[str, str]:

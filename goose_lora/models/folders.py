@@ -9,6 +9,7 @@ are read.
 import copy
 import json
 import logging
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -375,9 +376,9 @@ def local_folder(name: str | Path) -> Path:
         ValueError: neither a folder nor an adapter that can be had from the Hub.
     """
     # A folder here comes first; what looks like a missing folder is not asked for on the Hub
-    match = _HUB_NAME.fullmatch(str(name))
-    if Path(name).exists() or match is None or (match["revision"] is None and Path(name).parent.is_dir()):
-        return Path(name)
+    match, path = _HUB_NAME.fullmatch(str(name)), Path(os.path.expanduser(name))
+    if path.exists() or match is None or (match["revision"] is None and path.parent.is_dir()):
+        return path
     place: dict[str, Any] = {"repo_id": match["repo"], "subfolder": match["folder"]}
     try:
         config = Path(hf_hub_download(**place, filename=ADAPTER_CONFIG, revision=match["revision"]))

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from goose_lora.embedded import resolve
 from goose_lora.errors import UserError
-from goose_lora.models.arguments import ModelArguments, device_of_process, usable_dtype
+from goose_lora.kinds import require_kind
+from goose_lora.models.arguments import ModelArguments, device_of_process, require_arguments, usable_dtype
 from goose_lora.models.base_files import require_loaded, require_whole
 from goose_lora.models.dates import note_date
 from goose_lora.models.endings import note_ends, reply_ends, shipped_ends
@@ -72,6 +73,7 @@ def load_tokenizer(
     Args:
         folder: what a stage saved, whose tokenizer takes the place of the base's.
     """
+    require_arguments(args, "load_tokenizer")
     args = replace(args, model_name_or_path=resolve(args.model_name_or_path))
     name, revision = args.model_name_or_path, args.model_revision
     require_name(name)
@@ -136,6 +138,8 @@ def load_base(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs
     ``device`` and ``trust_remote_code`` may be given by keyword; the device is accelerate's by
     default.
     """
+    require_arguments(args, "load_base")
+    require_tokenizer_object("the second argument of load_base", tokenizer)
     return _load(AutoModelForCausalLM, args, tokenizer, **kwargs)
 
 
@@ -143,7 +147,15 @@ def load_reward_base(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
 ) -> PreTrainedModel:
     """Load the same base as a sequence classifier of one output, for ``trl.RewardTrainer``."""
+    require_arguments(args, "load_reward_base")
+    require_tokenizer_object("the second argument of load_reward_base", tokenizer)
     return _load(AutoModelForSequenceClassification, args, tokenizer, num_labels=1, **kwargs)
+
+
+def require_tokenizer_object(name: str, tokenizer: object) -> None:
+    """Raise UserError where a Python user gives no tokenizer, or the name of one, as ``name``."""
+    way_out = "Give the base's tokenizer, from goose_lora.load_tokenizer(args)."
+    require_kind(name, tokenizer, PreTrainedTokenizerBase, way_out)
 
 
 def _load(

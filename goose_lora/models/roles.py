@@ -157,6 +157,9 @@ def _critic_start(critic: Critic | None, critic_init: CriticInit | None, *, has_
             "critic: reward_features reads the reward adapter's states, and there is no reward adapter. Use"
             " adapter or shared."
         )
+    if critic not in _CRITIC_STARTS:
+        known = ", ".join(get_args(Critic))
+        raise UserError(f"critic: {critic!r} is not one of {known}, or None for no critic.")
     possible = [start for start in _CRITIC_STARTS[critic] if has_reward or start != "reward"]
     if critic_init is None:
         return "reward" if "reward" in possible else "zero"

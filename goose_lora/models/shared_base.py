@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from goose_lora.errors import UserError
 from goose_lora.functional import Aggregation
+from goose_lora.kinds import require_kind
 from goose_lora.models import adapters, role_checks, role_outputs
 from goose_lora.models.adapter_kinds import require_harmless_start
 from goose_lora.models.ensembles import RewardEnsemble
@@ -135,6 +136,7 @@ class SharedBase(PeftModel):
                 from the model that it stands for, on a few tokens.
         """
         # What is asked for, and the adapters as they lie on the disk.
+        _require_parts(base, policy)
         start = None if isinstance(policy, LoraConfig) else AdapterFolder.of("policy", policy)
         judge = None if reward is None else AdapterFolder.of("reward", reward)
         own_reference, kind = _reference(reference)
@@ -879,6 +881,18 @@ def _fresh(policy: LoraConfig) -> LoraConfig:
     fresh = copy.deepcopy(policy)
     require_harmless_start(fresh)
     return adapters.without_lora_dropout(fresh, "the policy's LoraConfig")
+
+
+def _require_parts(base: object, policy: object) -> None:
+    """Raise UserError for a base or a policy of another kind than ``SharedBase.build`` takes."""
+    require_kind("base", base, PreTrainedModel, "Load one: goose_lora.load_base(args, tokenizer).")
+    if cast(PreTrainedModel, base).get_output_embeddings() is None:
+        raise UserError(
+            f"base is of the kind {type(base).__name__}, which has no language-model head. Load it as a"
+            " causal language model: goose_lora.load_base(args, tokenizer)."
+        )
+    kinds = LoraConfig | AdapterFolder | str | Path
+    require_kind("policy", policy, kinds, "Give lora_config(args, base), or the folder of an adapter.")
 
 
 def _reference(

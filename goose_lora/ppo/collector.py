@@ -139,6 +139,11 @@ class RolloutCollector:
         self.batch_size = wanted["local_rollout_forward_batch_size"]
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model has."""
+        return self.shared.core.config.get_text_config().vocab_size
+
+    @property
     def device(self) -> torch.device:
         """Where the head of the model stands, and so a rollout."""
         return output_head(self.shared.core).weight.device

@@ -8,6 +8,7 @@ from transformers.trainer_utils import SchedulerType
 
 from goose_lora.errors import UserError
 from goose_lora.functional import KLEstimator
+from goose_lora.kinds import settle_types
 from goose_lora.models.roles import RolePlan, default_critic
 from goose_lora.models.trunk import top_layers
 from goose_lora.ppo.trl_names import FROM_TRL, answers_trl
@@ -56,6 +57,7 @@ RESUME_RULES = SettingRules(
     )
 )
 _SAVE_EVERY_ROLLOUTS = 10
+_SCHEDULES = [str(schedule.value) for schedule in SchedulerType]
 _VLLM_COLDEST = 0.01  # vLLM samples at this temperature where it is asked for a lower one
 
 
@@ -342,6 +344,7 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Fill in what follows from other settings, and check all of them."""
+        settle_types(self)
         # One text without brackets in a YAML file is a string, whose letters would each end a
         # reply.
         if isinstance(self.stop_strings, str):
@@ -602,6 +605,8 @@ class PPOConfig(TrainingArguments):
             self.ema_decay is None or 0 < self.ema_decay < 1,
             "must lie between 0 and 1; 0.992 is InstructGPT's",
         )
+        known = self.lr_scheduler_type in _SCHEDULES
+        self._require("lr_scheduler_type", known, f"must be one of {', '.join(_SCHEDULES)}")
         # The base is not known yet: any number of layers that is spelt right
         top_layers(self.train_layers, 10**6, "train_layers")
         self._require_or_null("early_stopping_patience", 1, "must be 1 or more, or null for no early stop")
@@ -621,9 +626,7 @@ class PPOConfig(TrainingArguments):
             "lam_critic", own is None or self.needs_critic, "rloo and grpo have no critic to learn by it"
         )
         # ReduceLROnPlateau goes by a metric, not by the step alone.
-        schedules = [
-            schedule.value for schedule in SchedulerType if schedule != SchedulerType.REDUCE_ON_PLATEAU
-        ]
+        schedules = [name for name in _SCHEDULES if name != SchedulerType.REDUCE_ON_PLATEAU]
         known = self.value_lr_scheduler_type is None or self.value_lr_scheduler_type in schedules
         self._require("value_lr_scheduler_type", known, f"must be one of {', '.join(schedules)}")
 

@@ -19,8 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from goose_lora.data.tokenization import left_pad
 from goose_lora.errors import UserError
+from goose_lora.files import is_number
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.stopping import ends_with_stop
+from goose_lora.kinds import plain, short
+from goose_lora.models.compatibility import require_context
 from goose_lora.ppo.collector import RolloutCollector
 from goose_lora.rewards.sources import Scores
 from goose_lora.training.signals import StopSignals
@@ -185,14 +188,19 @@ def rollout_of(
     Raises:
         UserError: lists that do not belong together, or a response without a token of the policy's.
     """
+    queries = token_lists(queries, "queries", collector.vocabulary)
+    responses = token_lists(responses, "responses", collector.vocabulary)
     if masks is None:
         masks = [[True] * len(response) for response in responses]
+    masks = _truth_lists(masks)
     _check_samples(queries, responses, masks)
+    longest = max(len(query) + len(response) for query, response in zip(queries, responses, strict=True))
+    require_context(collector.shared.core, longest)
 
     # Prompts padded on the left and replies on the right, so that all replies begin in one column.
     device = collector.device
     pad = cast(int, tokenizer.pad_token_id)
-    prompt_ids, prompt_mask = left_pad([list(map(int, query)) for query in queries], pad, device)
+    prompt_ids, prompt_mask = left_pad(queries, pad, device)
     width = max(map(len, responses))
     ids = torch.full((len(responses), width), pad)
     attended, counted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -213,6 +221,44 @@ def rollout_of(
         counted.to(device),
         torch.tensor(ended, device=device),
     )
+
+
+def token_lists(given: Sequence[Ids], name: str, vocabulary: int) -> list[list[int]]:
+    """Return token ids as lists.
+
+    Raises:
+        UserError: no list of such lists, or an id that the vocabulary does not have.
+    """
+    lists = plain(given)
+    if not isinstance(lists, Sequence) or isinstance(lists, str) or len(lists) == 0:
+        raise UserError(f"{name}: {short.repr(lists)}: give a list of samples, each a list of token ids.")
+    found = []
+    for row, ids in enumerate(lists):
+        if not isinstance(ids, Sequence) or isinstance(ids, str):
+            raise UserError(
+                f"{name}: sample {row} is {short.repr(ids)}. Give token ids: tokenizer(text)['input_ids']."
+            )
+        wrong = [token for token in ids if type(token) is not int or not 0 <= token < vocabulary]
+        if wrong:
+            raise UserError(
+                f"{name}: sample {row} has {short.repr(wrong[0])}, which is no token id: they go from 0 to"
+                f" {vocabulary - 1}. Use the base's tokenizer."
+            )
+        found.append(list(ids))
+    return found
+
+
+def _truth_lists(masks: Masks) -> list[list[bool]]:
+    """Return masks as lists of truth values; raises as ``rollout_of``."""
+    lists = plain(masks)
+    found = []
+    for row, mask in enumerate(lists if isinstance(lists, list) else [lists]):
+        if not isinstance(mask, list) or not all(counts in (0, 1) for counts in mask):
+            raise UserError(
+                f"response mask {row} is {short.repr(mask)}. Give a list of one truth value for each token."
+            )
+        found.append([bool(counts) for counts in mask])
+    return found
 
 
 def _check_samples(queries: Sequence[Ids], responses: Sequence[Ids], masks: Masks) -> None:
@@ -254,16 +300,19 @@ def scores_of(scores: GivenScores, rollout: Rollout) -> Scores:
             finite.
     """
     mask = rollout.response_mask
-    if len(scores) != len(mask):
+    given = plain(scores)
+    if not isinstance(given, list) or len(given) != len(mask):
+        count = len(given) if isinstance(given, list) else short.repr(given)
         raise UserError(
-            f"{len(scores)} scores for {len(mask)} responses; give one number, or one list of numbers, a"
-            " response."
+            f"{count} scores for {len(mask)} responses; give one number, or one list of numbers, a response."
         )
     # Scores are given for each token of a response, others' tokens in it included.
     lengths = rollout.attention_mask[:, rollout.prompt_tokens :].sum(-1).tolist()
     by_token = torch.zeros(mask.shape)
     dense = False
-    for row, (score, length) in enumerate(zip(scores, lengths, strict=True)):
+    for row, (score, length) in enumerate(zip(given, lengths, strict=True)):
+        if not all(map(_is_score, score if isinstance(score, list) else [score])):
+            raise UserError(f"score {row} is {short.repr(score)}; give a finite number, or one a token.")
         numbers = torch.as_tensor(score, dtype=torch.float32, device="cpu")
         of_tokens = numbers.dim() > 0
         fits = numbers.dim() <= 1 and numbers.numel() == (length if of_tokens else 1)
@@ -281,6 +330,11 @@ def scores_of(scores: GivenScores, rollout: Rollout) -> Scores:
         by_token[row].scatter_add_(0, owner, numbers.reshape(-1))
     by_token = by_token.to(mask.device)
     return Scores(by_token.sum(-1), {}, by_token[mask] if dense else None)
+
+
+def _is_score(score: object) -> bool:
+    # Which numbers are finite, and how deep lists are, is looked at as a tensor
+    return isinstance(score, float | bool | list) or is_number(score)
 
 
 def unscored(**replies: object) -> list[float | None]:

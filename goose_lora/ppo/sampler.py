@@ -1,11 +1,13 @@
 """Which prompts a rollout answers, and which pretraining texts a microbatch reads."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, TypedDict
 
+import pandas as pd
+import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from goose_lora.data.formats import take
 from goose_lora.data.tokenization import left_pad, tokenize_prompts
 from goose_lora.errors import UserError
+from goose_lora.files import brief
+from goose_lora.kinds import kind_of
 
 
 class PromptBatch(TypedDict):
@@ -24,7 +28,9 @@ class PromptBatch(TypedDict):
 
 
 GivenPrompt = str | Sequence[Mapping[str, Any]]  # text, or chat messages
-GivenPrompts = Dataset | Sequence[GivenPrompt | Mapping[str, Any]]
+GivenPrompts = (
+    Dataset | pd.DataFrame | Mapping[str, Sequence[object]] | Sequence[GivenPrompt | Mapping[str, Any]]
+)
 
 
 def prompt_rows(
@@ -34,32 +40,61 @@ def prompt_rows(
 
     Args:
         prompts: texts, lists of chat messages, or rows as ``recipes/ppo.py`` takes them: with
-            ``prompt``, ``messages`` or pairs. Other columns go to reward functions.
+            ``prompt``, ``messages`` or pairs; also as a table, of pandas or a dict of columns.
+            Other columns go to reward functions.
         name: what errors call them.
 
     Raises:
         UserError: no prompts, another kind of thing, or what ``data.tokenize_prompts`` refuses.
     """
-    if isinstance(prompts, Dataset):
-        rows = prompts
-    else:
-        listed = list(prompts)
-        if all(isinstance(prompt, Mapping) for prompt in listed):
-            rows = Dataset.from_list([dict(row) for row in listed if isinstance(row, Mapping)])
-        elif all(isinstance(prompt, str) for prompt in listed) or all(map(_is_chat, listed)):
-            rows = Dataset.from_list([{"prompt": prompt} for prompt in listed])
-        else:
-            kinds = sorted({type(prompt).__name__ for prompt in listed})
-            raise UserError(
-                f"{name} has {', '.join(kinds)}: give texts alone, lists of chat messages alone, or rows with"
-                " a prompt."
-            )
+    try:
+        rows = _rows(prompts, name)
+    except (pa.ArrowException, TypeError) as error:
+        raise UserError(
+            f"{name}: its rows make no table: {brief(error)}. Give each column values of one kind."
+        ) from error
     if len(rows) == 0:
         raise UserError(f"{name}: no prompts.")
     if "input_ids" in rows.column_names:
         return rows
     taken = take(rows, "ppo", name)
     return tokenize_prompts(taken.rows, tokenizer, name=name, max_prompt_tokens=max_prompt_tokens)
+
+
+def _rows(prompts: GivenPrompts, name: str) -> Dataset:
+    """Return prompts as rows, texts and chat messages in a column ``prompt``."""
+    # Tables
+    if isinstance(prompts, Dataset):
+        return prompts
+    if isinstance(prompts, DatasetDict | IterableDatasetDict):
+        splits = list(map(str, prompts))
+        raise UserError(f"{name} has the splits {', '.join(splits)}. Give one of them: [{splits[0]!r}].")
+    if isinstance(prompts, pd.DataFrame):
+        return Dataset.from_pandas(prompts, preserve_index=False)
+    if isinstance(prompts, Mapping):
+        if not all(isinstance(column, (list, tuple)) for column in prompts.values()):
+            raise UserError(
+                f"{name} is one row, or columns that are no lists. Give a list of rows, or a list for each"
+                " column."
+            )
+        return Dataset.from_dict({column: list(values) for column, values in prompts.items()})
+
+    # Lists; a text has letters, and a path is the name of a file
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        raise UserError(
+            f"{name} is {kind_of(prompts)}. Give prompts in a list, or the rows of a file:"
+            " datasets.load_dataset('json', data_files=FILE, split='train')."
+        )
+    listed = list(prompts)
+    if all(isinstance(prompt, Mapping) for prompt in listed):
+        return Dataset.from_list([dict(row) for row in listed if isinstance(row, Mapping)])
+    if all(isinstance(prompt, str) for prompt in listed) or all(map(_is_chat, listed)):
+        return Dataset.from_list([{"prompt": prompt} for prompt in listed])
+    kinds = sorted({type(prompt).__name__ for prompt in listed})
+    raise UserError(
+        f"{name} has {', '.join(kinds)}: give texts alone, lists of chat messages alone, or rows with a"
+        " prompt."
+    )
 
 
 def _is_chat(prompt: object) -> bool:

@@ -23,7 +23,10 @@ from goose_lora.errors import UserError
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config
 from goose_lora.generation.vllm import VLLMEngine
+from goose_lora.kinds import require_kind
+from goose_lora.models.compatibility import require_context, require_prompts
 from goose_lora.models.endings import reply_ends
+from goose_lora.models.loading import require_tokenizer_object
 from goose_lora.models.roles import ADAPTERS, Role
 from goose_lora.models.shared_base import SharedBase
 from goose_lora.ppo import first_step_checks
@@ -46,6 +49,7 @@ from goose_lora.ppo.own_loop import (
     OwnLoop,
     rollout_of,
     scores_of,
+    token_lists,
     unscored,
 )
 from goose_lora.ppo.processes import gathered
@@ -81,10 +85,10 @@ class PPOTrainer(Resumable, Trainer):
         model: the shared base, with a critic where ``advantage_estimator`` is gae, and with a
             reward adapter unless ``reward_function`` is given.
         args: settings.
-        train_dataset: prompts: texts, lists of chat messages, or rows as the recipe takes them,
-            tokenized here; or rows with ``input_ids``, from ``data.tokenize_prompts``. Further
-            columns go to the reward function. None for a loop of one's own by ``generate`` and
-            ``step``.
+        train_dataset: prompts: texts, lists of chat messages, or rows as the recipe takes them (or
+            a table of them, of pandas or a dict of columns), tokenized here; or rows with
+            ``input_ids``, from ``data.tokenize_prompts``. Further columns go to the reward
+            function. None for a loop of one's own by ``generate`` and ``step``.
         processing_class: the base's tokenizer.
         reward_function: scores in place of the reward adapter; or several in a list, ``"adapter"``
             among them where it has a part. See RewardMix.
@@ -123,6 +127,7 @@ class PPOTrainer(Resumable, Trainer):
         **kwargs: Any,
     ):
         # 1. What does not go together is refused before anything is set up.
+        _require_parts(model, args, processing_class)
         alone = train_dataset is None and not model.has("reward")
         sources = _sources(reward_function, default=unscored if alone else "adapter")
         reward = RewardMix(sources, reward_weights, timeout=args.reward_timeout)
@@ -138,17 +143,7 @@ class PPOTrainer(Resumable, Trainer):
         require_one_gpu(args)
         if args.push_to_hub:
             self.push_to_hub()
-        if (args.ptx_coef > 0) != (ptx_dataset is not None):
-            raise UserError(
-                f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set"
-                " ptx_dataset_name too"
-            )
-
-        if processing_class.pad_token_id is None:
-            raise UserError(
-                "the tokenizer has no pad token. Load it with goose_lora.load_tokenizer, or set"
-                " tokenizer.pad_token to a token that is not its end-of-text token."
-            )
+        _require_texts(args, ptx_dataset)
 
         # 2. The library's trainer, and what is called back by it.
         self.has_prompts = train_dataset is not None
@@ -156,11 +151,18 @@ class PPOTrainer(Resumable, Trainer):
         train_rows = _unread_rows(args, processing_class)
         if train_dataset is not None:
             train_rows = rows(train_dataset, name="train_dataset")
+        eval_rows = None if eval_dataset is None else rows(eval_dataset, name="eval_dataset")
+        require_prompts(
+            model.core,
+            processing_class,
+            {"train_dataset": train_rows, "eval_dataset": eval_rows},
+            args.response_length,
+        )
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_rows,
-            eval_dataset=None if eval_dataset is None else rows(eval_dataset, name="eval_dataset"),
+            eval_dataset=eval_rows,
             processing_class=processing_class,
             **kwargs,
         )
@@ -585,12 +587,19 @@ class PPOTrainer(Resumable, Trainer):
         """Return one reply of the policy as it is now to each query (token ids), sampled or greedy.
 
         A reply is its ids (T,), the token that ends it included.
+
+        Raises:
+            UserError: no list of queries, one without tokens, one that leaves no room for a reply,
+                or an id that the vocabulary does not have.
         """
+        prompts = token_lists(queries, "queries", self.collector.vocabulary)
+        if not all(prompts):
+            raise UserError(f"queries: sample {prompts.index([])} is empty. A query has a token or more.")
+        require_context(self.shared.core, max(map(len, prompts)) + self.args.response_length)
         if not self.own_loop.started:
             self.start()
         # In the user's thread, between two steps: no trunk is noted, since the replies may change
         # before they come back.
-        prompts = [list(map(int, query)) for query in queries]
         ids, mask = left_pad(prompts, self.processing_class.pad_token_id, self.args.device)
         rollout = self.collector.generate(ids, mask, greedy=greedy)
         return [torch.tensor(reply) for reply in rollout.response_ids()]
@@ -628,6 +637,7 @@ class PPOTrainer(Resumable, Trainer):
         """
         # All that can be refused is refused before the training gets anything.
         wanted = self.args.rollout_batch_size
+        queries = token_lists(queries, "queries", self.collector.vocabulary)
         if len(queries) != wanted:
             raise UserError(
                 f"{len(queries)} samples for a rollout of {wanted}, which is per_device_train_batch_size *"
@@ -648,6 +658,27 @@ class PPOTrainer(Resumable, Trainer):
         """
         if self.own_loop.finish():
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+
+def _require_parts(model: object, args: object, tokenizer: object) -> None:
+    """Raise UserError for parts of another kind, or a tokenizer without a pad token."""
+    require_kind("model", model, SharedBase, "Make one: SharedBase.build(load_base(...), ...).")
+    require_kind("args", args, PPOConfig, "Make one: PPOConfig(output_dir=...).")
+    require_tokenizer_object("processing_class", tokenizer)
+    if cast(PreTrainedTokenizerBase, tokenizer).pad_token_id is None:
+        raise UserError(
+            "the tokenizer has no pad token. Load it with goose_lora.load_tokenizer, or set"
+            " tokenizer.pad_token to a token that is not its end-of-text token."
+        )
+
+
+def _require_texts(args: PPOConfig, texts: Dataset | None) -> None:
+    """Raise UserError for pretraining text without its weight, or the weight without text."""
+    if (args.ptx_coef > 0) != (texts is not None):
+        raise UserError(
+            f"ptx_coef={args.ptx_coef:g}: PPO-ptx needs a weight above 0 and pretraining text: set"
+            " ptx_dataset_name too"
+        )
 
 
 def _sources(

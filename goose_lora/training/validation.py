@@ -1,31 +1,21 @@
-"""Checks of settings, our own and those of transformers and TRL: types, ranges, folders."""
+"""Checks of settings, our own and those of transformers and TRL: ranges, folders, secrets."""
 
 import math
 import os
-import reprlib
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
 from goose_lora.errors import UserError
+from goose_lora.kinds import short
 from goose_lora.redaction import SECRET_VALUES, is_secret, remember
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_KINDS: dict[object, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    type(None): "null",
-    dict: "names with a value each",
-}
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _NOT_NEGATIVE = (
     "learning_rate",
@@ -56,141 +46,6 @@ LARGEST_SEED = 2**32 - 1  # numpy's
 _LARGEST_COUNT = 2**53
 _LARGEST, _SMALLEST = 3.4e38, 1e-37  # of float32, with a margin
 
-_short = reprlib.Repr()  # aliases make a few lines of YAML a value without end
-_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring = 2, 4, 4, 60
-
-
-def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: str) -> None:
-    """Compare the values of a YAML file with the types of the settings.
-
-    Text where a number belongs is left to argparse, which reads it as one: YAML takes 1e-5 for
-    text.
-
-    Raises:
-        UserError: a value of another type: a list for a number, a fraction for a count, null where
-            something must be.
-    """
-    # The dataclasses' own annotations say what a value may be
-    hints: dict[str, object] = {}
-    choices: dict[str, list[object]] = {}
-    for dataclass in dataclasses:
-        hints |= get_type_hints(dataclass)
-        for field in fields(dataclass):
-            if field.name != "loss_type":  # of which there are fewer here
-                choices[field.name] = list(field.metadata.get("choices") or [])
-    for name, value in config.items():
-        if name in hints and _is_no_number(value, hints[name]):
-            raise UserError(f"{where}{name}={value}: must be a finite number.")
-        if name in hints and not _fits(value, hints[name]):
-            # As YAML writes it, and with what helps most often: 0123 for text
-            found = "null" if value is None else _short.repr(value)
-            if is_secret(name):
-                found = "what stands there"
-            quotes = ""
-            if "text" in _words(hints[name]) and isinstance(value, (int, float)):
-                quotes = " Put it in quotes."
-            raise UserError(f"{where}{name}: {found} is not {_words(hints[name])}.{quotes}")
-        # argparse compares words of the command line with them, and no default from a file
-        if value is not None and choices.get(name) and value not in choices[name]:
-            known = ", ".join(map(str, choices[name]))
-            raise UserError(f"{where}{name}: {_short.repr(value)} is none of {known}.")
-
-
-def check_words(words: Sequence[str], dataclasses: Sequence[type]) -> None:
-    """Raise UserError for a setting of the command line that would be read as something else.
-
-    That is a number that is NaN or infinite, since some become whole numbers as soon as they are
-    read, and a list that stands twice, of which argparse takes the last alone.
-    """
-    hints: dict[str, object] = {}
-    for dataclass in dataclasses:
-        hints |= get_type_hints(dataclass)
-    seen: set[str] = set()
-    for option, after in zip_longest(words, words[1:], fillvalue=""):
-        name, equals, value = option.partition("=")
-        name = name.removeprefix("--").replace("-", "_")
-        value = value if equals else after
-        if option.startswith("--") and name in hints and _is_no_number(value, hints[name]):
-            raise UserError(f"{name}={value}: must be a finite number.")
-        if option.startswith("--") and _takes_several(hints.get(name)):
-            if name in seen:
-                raise UserError(f"--{name} stands twice. Give all of it at once: --{name} ONE OTHER.")
-            seen.add(name)
-
-
-def _takes_several(hint: object) -> bool:
-    """Return whether a setting takes a list."""
-    return any(get_origin(part) is list for part in (hint, *get_args(hint)))
-
-
-def _is_no_number(value: object, hint: object) -> bool:
-    """Return whether a value of a setting that may be a number is NaN, infinite, or text for it."""
-    if str in (hint, *get_args(hint)) or not {int, float} & {hint, *get_args(hint)}:
-        return False
-    if not isinstance(value, (str, float)):
-        return False
-    try:
-        return not math.isfinite(float(value))
-    except ValueError:
-        return False
-
-
-def _fits(value: object, hint: object) -> bool:
-    """Return whether a value of YAML is one of the type ``hint``, or text that may become one."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is Literal:
-        return value in parts
-    if origin is list:
-        return _fits_list(value, parts[0])
-    if hint in (int, float, bool):
-        return _fits_number(value, hint)
-    if hint in (str, type(None)):
-        return isinstance(value, (str if hint is str else type(None)))
-    if hint is dict or origin is dict:
-        # JSON text too. A number would be opened as a file: 1 is standard output
-        return isinstance(value, (Mapping, str))
-    return not isinstance(value, (list, tuple, Mapping))  # enums: their owner says what it takes
-
-
-def _fits_list(value: object, part: object) -> bool:
-    """Return whether a value is a list of ``part``, or a single one of them.
-
-    A mapping stands for a list of texts FROM=TO.
-    """
-    if isinstance(value, (list, tuple)):
-        # Numbers in text stay refused inside lists, which argparse does not read
-        numbers_in_text = part is not str and any(isinstance(item, str) for item in value)
-        return not numbers_in_text and all(_fits(item, part) for item in value)
-    if value is None:
-        return False
-    return (isinstance(value, Mapping) and part is str) or _fits(value, part)
-
-
-def _fits_number(value: object, hint: object) -> bool:
-    """Return whether a value is a whole number, a number, or true or false; a bool is no number."""
-    if isinstance(value, str):
-        return True
-    if hint is bool or isinstance(value, bool):
-        return hint is bool and isinstance(value, bool)
-    return isinstance(value, int) or (hint is float and isinstance(value, float))
-
-
-def _words(hint: object) -> str:
-    """Return a type in the words of an error."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_words(part) for part in parts)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, parts))
-    if origin is dict:
-        return _KINDS[dict]
-    if origin is list:
-        plural = [_words(part).removeprefix("a ") + "s" * (part is not str) for part in parts]
-        return f"a list of {', '.join(plural)}"
-    return _KINDS.get(hint, str(getattr(hint, "__name__", hint)))
-
 
 def check_finite(settings: "DataclassInstance") -> None:
     """Raise UserError, naming the setting, if a number among ``settings`` is none.
@@ -208,7 +63,7 @@ def check_finite(settings: "DataclassInstance") -> None:
                 raise UserError(f"seed={number}: must not be negative, and at most {LARGEST_SEED}.")
             # Counts end in 64 bits, and numbers of float32 are 0 or infinite beyond these
             if isinstance(number, int) and abs(number) > _LARGEST_COUNT:
-                raise UserError(f"{field.name}={_short.repr(number)}: is too large for anything.")
+                raise UserError(f"{field.name}={short.repr(number)}: is too large for anything.")
             if abs(number) > _LARGEST or 0 < abs(number) < _SMALLEST:
                 size = "large" if abs(number) > 1 else "small"
                 raise UserError(f"{field.name}={number}: is too {size} for the arithmetic of float32.")
@@ -291,7 +146,7 @@ def check_not_empty(settings: "DataclassInstance") -> None:
         # Signed addresses of the web may be as long as they like
         is_name = isinstance(value, str) and "://" not in value
         if is_name and any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(value).parts):
-            raise UserError(f"{name}={_short.repr(value)}: no file system takes so long a name. Shorten it.")
+            raise UserError(f"{name}={short.repr(value)}: no file system takes so long a name. Shorten it.")
 
 
 def check_no_secrets(settings: "DataclassInstance") -> None:

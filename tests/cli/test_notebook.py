@@ -4,11 +4,16 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
+import torch
+from datasets import Dataset
 from peft import PeftModel
+from transformers.trainer_utils import SchedulerType
 
 import goose_lora
+from goose_lora.cli.yaml_settings import read_config
 from goose_lora.errors import UserError
 from goose_lora.files import read_json
 
@@ -87,6 +92,76 @@ def test_what_is_wrong_is_raised(stage, given, said, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
         goose_lora.run(stage, **given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The settings that a recipe would have been given, of the last call."""
+    seen = {}
+
+    def main(words):
+        seen.clear()
+        seen.update(read_config(words[1]))
+
+    monkeypatch.setattr("goose_lora.cli.notebook.load_recipe", lambda script: SimpleNamespace(main=main))
+    return seen
+
+
+def test_what_python_has_for_a_setting_reaches_the_recipe_as_that(written, tmp_path):
+    given = {"kl_coef": np.float64(0.5), "seed": np.int64(3), "lora_target_modules": ("a", "b")}
+    given |= {
+        "dtype": torch.float32,
+        "lr_scheduler_type": SchedulerType.COSINE,
+        "vf_coef": torch.tensor(0.25),
+    }
+    goose_lora.run("ppo", given, output_dir=tmp_path, policy_adapter=tmp_path / "sft")
+    assert written == {
+        "kl_coef": 0.5,
+        "seed": 3,
+        "lora_target_modules": ["a", "b"],
+        "dtype": "float32",
+        "lr_scheduler_type": "cosine",
+        "vf_coef": 0.25,
+        "output_dir": str(tmp_path),
+        "policy_adapter": str(tmp_path / "sft"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"reward_function": even}, "reward_function: of the kind function, .* 'my_file.py:function'"),
+        ({"reward_function": [even, "adapter"]}, "reward_function: of the kind function"),
+        (
+            {"dataset_name": Dataset.from_list(tiny.prompts())},
+            "dataset_name: .* Dataset, .* to a file",
+        ),
+        ({"seed": object()}, "seed: of the kind object, .* Give text, a number"),
+    ],
+    ids=["function", "functions", "rows", "object"],
+)
+def test_what_no_file_can_hold_is_refused_with_the_way_out(given, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        goose_lora.run("ppo", given, output_dir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_names_no_file_that_is_gone(settings, tmp_path):
+    with pytest.raises(UserError) as refused:
+        goose_lora.run("ppo", settings, output_dir=tmp_path, kl_coef=[0.1])
+    assert str(refused.value) == "kl_coef: [0.1] is not a number."
+
+
+def test_folders_in_the_home_folder_are_found_and_the_result_is_read_there(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.save_base(tmp_path / "base")
+    rows = tiny.write_rows(tmp_path / "texts.jsonl", tiny.texts(16))
+    settings |= {"model_name_or_path": "~/base", "bf16": False, "max_steps": 1, "dataset_name": rows}
+    first = goose_lora.run("sft", settings, output_dir="~/first")
+    assert first.folder == tmp_path / "first" and first.figures["steps"] == 1
+    assert first.folder / "adapter_model.safetensors" in first.files
+    again = goose_lora.run("sft", settings, output_dir="~/again", policy_adapter="~/first")
+    assert read_json(again.folder / "goose_lora.json")["base"]["id"] == str(tmp_path / "base")
 
 
 def test_a_secret_reaches_the_recipe_and_no_file(settings, tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
+from goose_lora.errors import UserError
 from goose_lora.generation.sampling import generation_config, sample
 from goose_lora.models import loading
 from goose_lora.models.folders import write_lineage
@@ -875,3 +876,25 @@ def test_a_folder_is_loaded_from_the_models_own_dtype_into_fp32(tiny_base, tmp_p
     assert shared.scores(*tiny.batch()).dtype == torch.float32
     got = gradients(shared, lambda: joint_loss(shared, *tiny.batch(), tiny.response_mask()))
     assert {gradient.dtype for gradient in got.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("base", "policy", "roles", "said"),
+    [
+        (tiny.base(), None, {}, "policy is None, not of the kind LoraConfig or AdapterFolder or str or Path"),
+        (None, "sft", {}, "base is None, not of the kind PreTrainedModel. Load one: goose_lora.load_base"),
+        ("base", "sft", {}, "base is 'base', not of the kind PreTrainedModel"),
+        (tiny.base(), tiny.lora(tiny.base()), {"critic": "sharde"}, "critic: 'sharde' is not one of adapter"),
+    ],
+    ids=["no policy", "no base", "name of a base", "critic"],
+)
+def test_parts_of_another_kind_are_refused(base, policy, roles, said):
+    with pytest.raises(UserError, match=said):
+        SharedBase.build(base, policy, **roles)
+
+
+def test_a_classifier_is_no_base():
+    settings = AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"], num_labels=1)
+    classifier = AutoModelForSequenceClassification.from_config(settings)
+    with pytest.raises(UserError, match="LlamaForSequenceClassification, which has no language-model head"):
+        SharedBase.build(classifier, tiny.lora(tiny.base()))

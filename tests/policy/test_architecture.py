@@ -58,6 +58,7 @@ SAME_ROOM = {
     "ownership": "files",
     "redaction": "files",
     "deadline": "files",
+    "kinds": "files",
     "demo": "cli",
 }
 

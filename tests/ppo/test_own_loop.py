@@ -1,6 +1,7 @@
 """A loop of the user's own: the same training as the trainer's, told token by token what the policy
 wrote and what it earned."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,6 +21,7 @@ from tiny_runs import (
 from transformers import TrainerCallback
 
 import goose_lora.functional as F
+from goose_lora.errors import UserError
 from goose_lora.ppo.own_loop import rollout_of, scores_of
 
 pytestmark = pytest.mark.timeout(100)  # a deadlock must not last
@@ -185,7 +187,20 @@ def test_what_follows_the_policys_last_token_does_not_change_the_update(tmp_path
         ),
         ({"responses": [[5]] * 15 + [[]]}, "sample 15: 3 query tokens, 0 response tokens"),
         ({"queries": [[5, 6, 7]] * 15 + [[]]}, "sample 15: 0 query tokens"),
+        ({"queries": ["ba be"] * 16}, r"queries: sample 0 is 'ba be'. Give token ids: tokenizer\(text\)"),
+        ({"queries": [5, 6, 7]}, "queries: sample 0 is 5. Give token ids"),
+        ({"queries": [[5, 6, 61]] * 16}, "queries: sample 0 has 61, which is no token id: .* from 0 to 60"),
+        ({"responses": ["ba"] * 16}, "responses: sample 0 is 'ba'. Give token ids"),
+        ({"responses": [[5]] * 15 + [[999]]}, "responses: sample 15 has 999, which is no token id"),
+        ({"responses": [[5]] * 15 + [[-1]]}, "responses: sample 15 has -1, which is no token id"),
+        ({"responses": [[5.5]] * 16}, "responses: sample 0 has 5.5, which is no token id"),
+        ({"responses": [[5]] * 15 + [[5] * 125]}, "make 128 tokens, and the base has a context of 127"),
+        ({"masks": [[True]] * 15 + [["yes"]]}, r"response mask 15 is \['yes'\]. Give a list of one truth"),
         ({"scores": [1.0] * 15}, "15 scores for 16 responses"),
+        ({"scores": 1.0}, "1.0 scores for 16 responses; give one number"),
+        ({"scores": [None] * 16}, "score 0 is None; give a finite number"),
+        ({"scores": [1.0] * 15 + ["good"]}, "score 15 is 'good'; give a finite number"),
+        ({"scores": [1.0] * 15 + [[None]]}, r"score 15 is \[None\]; give a finite number"),
         (
             {"scores": [1.0] * 15 + [float("nan")]},
             r"score 15 has the shape \(\) for 1 response tokens; give a finite number",
@@ -201,6 +216,38 @@ def test_what_does_not_belong_together_is_refused(given, message, tmp_path):
         ppo.step(*(plain | given).values())
     assert ppo.state.global_step == 0
     ppo.finish()
+
+
+@pytest.mark.parametrize(
+    ("queries", "said"),
+    [
+        ([], r"queries: \[\]: give a list of samples"),
+        (["ba be"], "queries: sample 0 is 'ba be'. Give token ids"),
+        ([4, 5, 6], "queries: sample 0 is 4. Give token ids"),
+        ([[5], []], "queries: sample 1 is empty"),
+        ([[999]], "queries: sample 0 has 999, which is no token id"),
+        ([[5] * 122], "make 128 tokens, and the base has a context of 127"),
+    ],
+    ids=["nothing", "text", "one query", "empty", "no token", "too long"],
+)
+def test_queries_that_are_none_are_refused_and_the_loop_goes_on(queries, said, tmp_path):
+    ppo = own(tmp_path)
+    with pytest.raises(UserError, match=said):
+        ppo.generate(queries)
+    replies = ppo.generate(torch.tensor([[5, 6], [7, 8]]))
+    assert len(replies) == 2 and all(len(reply) > 0 for reply in replies)
+    ppo.finish()
+
+
+def test_lists_of_numpy_and_torch_are_those_of_python(tmp_path):
+    """Also one number a token, truth values, and scores that are true or false."""
+    ppo = own(tmp_path)
+    queries, responses = np.array([[5, 6]] * 2), torch.tensor([[10, 11], [20, 21]])
+    made = rollout_of(queries, responses, np.ones((2, 2), dtype=bool), ppo.processing_class, ppo.collector)
+    assert made.input_ids.tolist() == [[5, 6, 10, 11], [5, 6, 20, 21]]
+    assert scores_of(np.array([0.5, 1.5]), made).total.tolist() == [0.5, 1.5]
+    assert scores_of([torch.tensor([1.0, 2.0]), [np.float32(4), 8]], made).total.tolist() == [3.0, 12.0]
+    assert scores_of([True, False], made).total.tolist() == [1.0, 0.0]
 
 
 def test_a_refused_step_changes_nothing(tmp_path):
