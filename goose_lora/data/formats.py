@@ -6,6 +6,7 @@ A row that is malformed is an error with its number, counted from 1; one that is
 nothing is left out, with a reason.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -34,8 +35,11 @@ from goose_lora.data.shapes import (
     by_prompt,
     leftover,
     shape_of,
+    without_prompts,
 )
 from goose_lora.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "chat"]
 LOOKED_AT = 1000  # rows, for the first value of each column
@@ -149,6 +153,8 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
         reader.read(number, row)  # type: ignore[arg-type]
     if "label" in shape.form:
         reader.group(len(rows))
+    elif stage == "reward":
+        reader.cut_prompts()
 
     # Rows must be left
     missing = [
@@ -168,7 +174,8 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
     ignored = [
         column for column in rows.column_names if column not in shape.uses and column not in kept.column_names
     ]
-    return Taken(kept, reader.format, reader.kind, dict(reader.dropped), reader.numbers, shape.title, ignored)
+    dropped = {reason: sorted(numbers) for reason, numbers in reader.dropped.items()}
+    return Taken(kept, reader.format, reader.kind, dropped, reader.numbers, shape.title, ignored)
 
 
 def looks_like(rows: Dataset, stage: StageName, reading: Reading) -> Shape | None:
@@ -207,11 +214,29 @@ class _Reader:
             passed_over = leftover(self.shape, row, self.stage)
             if passed_over is not None:
                 raise UserError(passed_over)
-            reason = self._reason(number, made)
+            self._keep(number, made, self._reason(number, made))
         except LeftOut as error:
-            reason = str(error)
+            self.dropped[str(error)].append(number)
         except UserError as error:
             raise UserError(f"{self.name}: row {number}: {error}") from error
+
+    def cut_prompts(self) -> None:
+        """Cut prompts off replies of text, if all replies of the file begin with theirs."""
+        made = without_prompts(self.made, self.shape.asking)
+        if made is None:
+            return
+        logger.warning(
+            "%s: the replies of all %d rows begin with their prompt, which is cut off. If they are to keep"
+            " it, begin them with a space.",
+            self.name,
+            len(made),
+        )
+        # A reply that was nothing but its prompt is empty now
+        numbers, self.made, self.numbers = self.numbers, [], []
+        for number, row in zip(numbers, made, strict=True):
+            self._keep(number, row, reason_to_drop(row, self.format, self.stage, self.kind))
+
+    def _keep(self, number: int, made: Cells, reason: str | None) -> None:
         if reason is not None:
             self.dropped[reason].append(number)
             return

@@ -37,6 +37,7 @@ StageName = Literal["sft", "reward", "ppo"]
 Row = Mapping[str, Any]
 Cells = dict[str, Any]
 
+APART = "\n\n"  # between a prompt and a reply of text that are not glued
 TURN_MARKER = "\n\nAssistant:"  # of Anthropic's hh-rlhf, whose texts hold the whole dialogue
 # A text that is a dialogue already: it is left as text
 DIALOGUE = re.compile(
@@ -168,7 +169,7 @@ class Asking:
             return [{"role": "assistant", "content": reply.removeprefix(" ")}]
         if isinstance(reply, str) and isinstance(prompt, str) and self.separate and prompt:
             apart = prompt[-1:].isspace() or reply[:1].isspace()
-            return reply if apart else f"\n\n{reply}"
+            return reply if apart else f"{APART}{reply}"
         return reply
 
     @staticmethod
@@ -597,13 +598,6 @@ def _pair(row: Row, better: str, worse: str, asking: Asking) -> Cells:
         if not str(prompt).strip():
             raise UserError(f"{NO_PROMPT} {asking.instead}")
         chosen, rejected = chosen[len(prompt) :], str(rejected)[len(prompt) :]
-    elif isinstance(prompt, str) and prompt.strip() and chosen.startswith(prompt):
-        # The replies hold the prompt too: it is not said twice
-        if not str(rejected).startswith(prompt):
-            raise UserError(
-                "chosen begins with the prompt and rejected does not. Write replies without their prompt."
-            )
-        chosen, rejected = chosen[len(prompt) :], str(rejected)[len(prompt) :]
     replies = {side: asking.answer(reply, prompt) for side, reply in _sides(chosen, rejected)}
     return {"prompt": asking.asked(prompt), **replies, **extras}
 
@@ -729,7 +723,7 @@ def _lists(have: Columns, stage: StageName) -> Shape | None:
 
 
 def without_prompt(replies: Sequence[Content], prompt: Content, column: str) -> list[Content]:
-    """Return replies without the prompt that whole conversations begin with, and texts if all do.
+    """Return replies without the prompt that whole conversations begin with.
 
     Raises:
         UserError: a conversation that begins with another prompt.
@@ -745,12 +739,42 @@ def without_prompt(replies: Sequence[Content], prompt: Content, column: str) -> 
                 )
             reply = reply[len(asked) :]
         made.append(reply)
-    # One text may repeat what it was asked; several that do all hold the prompt
-    texts = [reply for reply in made if isinstance(reply, str)]
-    several = isinstance(prompt, str) and prompt.strip() and 1 < len(made) == len(texts)
-    if several and all(text.startswith(str(prompt)) for text in texts):
-        return [text[len(prompt) :] for text in texts]
     return made
+
+
+def without_prompts(made: Sequence[Cells], asking: Asking | None) -> list[Cells] | None:
+    """Return rows of text whose replies all hold their prompt, without it there.
+
+    None if any reply of any row does not: one may begin with the words of its prompt by chance.
+    """
+    # The prompt stands beside the replies, and says something in some row
+    if asking is None or asking.prompt is None:
+        return None
+    if not any(isinstance(row["prompt"], str) and row["prompt"].strip() for row in made):
+        return None
+    cut = []
+    for row in made:
+        replies = {side: row[side] for side in ("chosen", "rejected") if side in row}
+        listed = row["completions"] if "completions" in row else list(replies.values())
+        rest = [_after(reply, row["prompt"], asking) for reply in listed]
+        if None in rest:
+            return None
+        sides = dict(zip(replies, rest, strict=True)) if replies else {"completions": rest}
+        cut.append({**row, **sides})
+    return cut
+
+
+def _after(reply: Content, prompt: Content, asking: Asking) -> Content | None:
+    """Return a reply of text without its prompt; None if it does not begin with it as words."""
+    if not isinstance(reply, str) or not isinstance(prompt, str):
+        return None
+    if not prompt.strip():
+        return reply
+    reply = reply.removeprefix(APART) if asking.separate else reply
+    rest = reply.removeprefix(prompt)
+    around = prompt[-1] + rest[:1]
+    inside_a_word = len(around) > 1 and around.isascii() and around.isalnum()
+    return None if not reply.startswith(prompt) or inside_a_word else asking.answer(rest, prompt)
 
 
 def _from_one(ranks: Cell, count: int) -> Cell:
