@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
 from goose_lora.data.columns import (
     HISTORIES,
@@ -24,7 +24,7 @@ from goose_lora.data.columns import (
     plain_name,
     says_nothing,
 )
-from goose_lora.data.messages import Cell, check_asks, without
+from goose_lora.data.messages import ROLE_KEYS, Cell, Meant, as_meant, check_asks, meant_by, without
 from goose_lora.data.shapes import (
     Cells,
     LeftOut,
@@ -134,7 +134,8 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
     """
     # What the columns say, once for all rows
     reading = reading or Reading()
-    values = _first_values(rows)
+    meant = meant_by(_with_texts(rows))  # type: ignore[arg-type]
+    values = _first_values(rows, meant)
     try:
         shape = shape_of(values, stage, reading)
     except UserError as error:
@@ -150,7 +151,9 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
     reader = _Reader(shape, stage, name, reading.leave_out)
     needed = [column for column in rows.column_names if column in shape.uses or meaning(column) is not None]
     for number, row in enumerate(rows.select_columns(needed), 1):
-        reader.read(number, row)  # type: ignore[arg-type]
+        cells = {column: as_meant(value, meant, (column,)) for column, value in dict(row).items()}  # type: ignore[call-overload]
+        reader.read(number, cells)
+    _tell_mixed(name, meant, shape)
     if "label" in shape.form:
         reader.group(len(rows))
     elif stage == "reward":
@@ -184,7 +187,48 @@ def looks_like(rows: Dataset, stage: StageName, reading: Reading) -> Shape | Non
     Raises:
         UserError: a shape that is known and not understood.
     """
-    return shape_of(_first_values(rows), stage, reading)
+    first = rows.select(range(min(len(rows), LOOKED_AT)))
+    return shape_of(_first_values(rows, meant_by(_with_texts(first))), stage, reading)  # type: ignore[arg-type]
+
+
+def _with_texts(rows: Dataset) -> Dataset:
+    """Return the columns in which a text may stand for more, by their types and first letters."""
+    # Objects with roles are messages by their type
+    kinds = {column: kind for column, kind in rows.features.items() if column not in OF_TRAINERS}
+    texts = [column for column, kind in kinds.items() if isinstance(kind, Value) and "string" in kind.dtype]
+    deep = [
+        column
+        for column, kind in kinds.items()
+        if isinstance(kind, List | LargeList | Json | dict)
+        and not (isinstance(kind, List) and isinstance(kind.feature, dict) and {*ROLE_KEYS} & {*kind.feature})
+    ]
+    found: set[str] = set()
+    for table in rows.select_columns(texts).with_format("arrow").iter(batch_size=1000) if texts else ():
+        for column in {*texts} - found:
+            cells = table[column].to_pylist()  # type: ignore[call-overload]
+            if any(text and text.lstrip()[:1] in ("[", "{") for text in cells):
+                found.add(column)
+    return rows.select_columns([column for column in kinds if column in (*deep, *found)])
+
+
+def _tell_mixed(name: str, meant: Meant, shape: Shape) -> None:
+    """Log where text that could be chat messages is none, since most of its column is not."""
+    for spot, rows in meant.mixed.items():
+        if spot[0] in shape.uses:
+            shown = [
+                ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "") for numbers in rows
+            ]
+            way = "what is text stays so" if spot in meant.messages else "all is read as text"
+            logger.warning(
+                "%s: %s is chat messages as JSON in %d rows (%s) and none in %d (%s); %s.",
+                name,
+                spot[0],
+                len(rows[0]),
+                shown[0],
+                len(rows[1]),
+                shown[1],
+                way,
+            )
 
 
 class _Reader:
@@ -278,7 +322,7 @@ class _Reader:
         return reason_to_drop(made, self.format, self.stage, kind)
 
 
-def _first_values(rows: Dataset) -> dict[str, Any]:
+def _first_values(rows: Dataset, meant: Meant) -> dict[str, Any]:
     """Return each column with its first value that says something; None where there is none."""
     # Ids of another tokenizer are none of its columns: nothing may read them
     values: dict[str, Any] = dict.fromkeys(
@@ -289,7 +333,7 @@ def _first_values(rows: Dataset) -> dict[str, Any]:
         if not missing or number >= LOOKED_AT:
             break
         for column in missing:
-            values[column] = row[column]  # type: ignore[index,call-overload]
+            values[column] = as_meant(row[column], meant, (column,))  # type: ignore[index,call-overload]
     return values
 
 

@@ -20,6 +20,7 @@ from goose_lora.data.messages import (
     Cell,
     Content,
     Message,
+    Turns,
     check_asks,
     history_of,
     is_messages,
@@ -27,6 +28,7 @@ from goose_lora.data.messages import (
     messages_of,
     parsed,
     said,
+    texts_of,
     tools_of,
     turns_of,
 )
@@ -115,6 +117,7 @@ class Asking:
     chat: bool  # text becomes messages
     separate: bool  # text is not glued: prompt and reply have something between
     instead: str = OWN_COLUMN  # what to do where there is no prompt
+    turns: bool = False  # prompts may be lists of texts, the first of which is asked
 
     def of(self, row: Row) -> Content | None:
         """Return the prompt of a row, without its replies; None if it has none.
@@ -123,7 +126,7 @@ class Asking:
             UserError: parts that cannot go together.
         """
         # The parts, each as text or messages
-        asked = None if self.prompt is None else value_of(row[self.prompt], self.prompt)
+        asked = None if self.prompt is None else value_of(self._first(row[self.prompt]), self.prompt)
         system = self._text(row, self.system)
         about = self._text(row, self.input)
         history = [] if self.history is None else history_of(row[self.history])
@@ -157,7 +160,7 @@ class Asking:
                 key: value for key, value in template.items() if value is not None
             }
         # OpenAI's preference data keeps tools beside the messages
-        inner = None if self.prompt is None else parsed(row[self.prompt])
+        inner = None if self.prompt is None else row[self.prompt]
         if isinstance(inner, dict) and (tools := tools_of(inner.get("tools"))):
             found["tools"] = tools
         return found
@@ -172,6 +175,17 @@ class Asking:
             return reply if apart else f"{APART}{reply}"
         return reply
 
+    def _first(self, value: Cell) -> Cell:
+        """Return the first text of a list of turns; other prompts are returned as they are."""
+        if self.turns and isinstance(value, Turns | list) and not is_messages(value):
+            return next(iter(texts_of(value) or ()), None)
+        if isinstance(value, Turns) and texts_of(value) is not None:
+            raise UserError(
+                f"{self.prompt} is a JSON list of texts: {value[:60]}. Write each turn as a message, or as"
+                " plain text."
+            )
+        return value
+
     @staticmethod
     def _text(row: Row, column: str | None) -> str:
         value = None if column is None else row[column]
@@ -183,28 +197,21 @@ class Asking:
 
 
 def value_of(value: object, column: str) -> Content | None:
-    """Return a cell as text or messages; text that is no messages is returned as it is.
+    """Return a cell as text or messages; text is text (``as_meant`` has read what stands for more).
 
     Raises:
         UserError: messages that are not sound, or neither text nor messages.
     """
-    # JSON in a cell is read as what it is
-    found = parsed(value)
-    alone = isinstance(found, dict) and (is_messages([found]) or is_messages(found.get("messages")))
-    if alone or is_messages(found) or (isinstance(value, list) and value):
+    alone = isinstance(value, dict) and (is_messages([value]) or is_messages(value.get("messages")))
+    if alone or (isinstance(value, list) and value):
         try:
-            return messages_of(found)
+            return messages_of(value)
         except UserError as error:
             raise UserError(f"{column}: {error}") from error
     # What is neither has no place in a prompt or a reply
     if value is not None and not isinstance(value, str | list):
         raise UserError(f"{column} is {type(value).__name__}; expected text or a list of chat messages.")
-    if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
-        raise UserError(
-            f"{column} is a JSON list of texts: {str(value)[:60]}. Write each turn as a message, or as plain"
-            " text."
-        )
-    return value  # type: ignore[return-value]
+    return value
 
 
 def with_system(messages: list[Message], system: str) -> list[Message]:
@@ -415,6 +422,8 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
         have.used |= set(models)
     plain = {a, b} == {"chosen", "rejected"}
     asking = _asking(have, plain=plain, replies=(have.values[a], have.values[b]))
+    turns = asking.prompt is not None and plain_name(found.a) == "response_a"
+    asking = replace(asking, turns=turns)
 
     def read(row: Row) -> Cells:
         # A row without a judgement, or with a tie, teaches no preference
@@ -423,8 +432,8 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
             raise LeftOut("there is no judgement")
         if winner == "tie" and stage == "reward":
             raise LeftOut("it is a tie, no preference")
-        if plain_name(found.a) == "response_a" and isinstance(parsed(row[a]), list):
-            row = _turns_of_the_arena(row, asking.prompt, a, b)
+        if asking.turns:
+            row = _turns_of_the_arena(row, str(asking.prompt), a, b)
         # The better one first
         better, worse = (b, a) if winner == "b" else (a, b)
         made = _pair(row, better, worse, asking)
@@ -435,19 +444,26 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
     return Shape(found.title, ("prompt", "chosen", "rejected"), frozenset(have.used), read, True, asking)
 
 
-def _turns_of_the_arena(row: Row, prompt: str | None, a: str, b: str) -> Row:
-    """Return a row whose prompts and replies are JSON lists, one a turn, as two conversations."""
+def _turns_of_the_arena(row: Row, prompt: str, a: str, b: str) -> Row:
+    """Return a row whose prompts and replies are lists of texts, one a turn, as two conversations.
+
+    Any other row is returned as it is.
+    """
+    # Beside one prompt of text, replies of text are what they are, JSON too
+    one = isinstance(row[prompt], str) and not isinstance(row[prompt], Turns)
+    if is_messages(row[a]) or is_messages(row[prompt]) or (one and isinstance(row[a], str)):
+        return row
     # One prompt and one reply a turn; the judgement is on both conversations
-    asked = parsed(row[str(prompt)])
-    asked = asked if isinstance(asked, list) else [asked]
-    sides = {}
-    for side in (a, b):
-        answers = parsed(row[side])
-        turns = [text for both in zip(asked, answers, strict=False) for text in both]
-        if any(text is None for text in turns):
-            raise LeftOut("a turn is missing")
-        sides[side] = turns_of(turns)
-    return {**row, **sides, str(prompt): asked[0]}
+    asked, *answers = [row[prompt]] if one else texts_of(row[prompt]), texts_of(row[a]), texts_of(row[b])
+    if not all(texts and all(texts) for texts in (asked, *answers)):
+        raise LeftOut("a turn is missing")
+    sides = []
+    for texts in answers:
+        turns = list(zip(asked or (), texts or (), strict=False))
+        if not len(turns) == len(asked or ()) == len(texts or ()):
+            raise LeftOut("there are not as many replies as prompts")
+        sides.append(turns_of([str(text) for turn in turns for text in turn]))
+    return {**row, a: sides[0], b: sides[1], prompt: str((asked or [""])[0])}
 
 
 def _pairs(have: Columns, stage: StageName) -> Shape | None:
