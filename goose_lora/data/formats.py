@@ -9,6 +9,7 @@ nothing is left out, with a reason.
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, Literal, NamedTuple, get_args
 
 from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
@@ -494,4 +495,7 @@ def _ranked_reason(row: Row, kind: Kind) -> str | None:
         reason = _value_reason(completion, f"completion {place}", kind)
         if reason is not None:
             return "a completion is missing or empty"
+    for (one, rank), (other, its) in combinations(zip(completions, ranks, strict=True), 2):
+        if rank != its and one == other:
+            return "one reply stands there twice, with different ranks"
     return "all completions have one rank" if len(set(ranks)) == 1 else None

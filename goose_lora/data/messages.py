@@ -214,12 +214,17 @@ def history_of(history: object) -> list[Message]:
         return []
     if is_messages(history):
         return messages_of(history)
-    if isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        return turns_of([text for turn in history for text in turn])
-    raise UserError(
-        "history is not a list of [question, answer] pairs. Write it so, or set it aside: column_mapping:"
-        " [history=unused_history]."
-    )
+    set_aside = "or set it aside: column_mapping: [history=unused_history]."
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history
+    ):
+        raise UserError(f"history is not a list of [question, answer] pairs. Write it so, {set_aside}")
+    for place, turn in enumerate(history, 1):
+        if not all(isinstance(text, str) for text in turn):
+            raise UserError(
+                f"turn {place} of history is {str(turn)[:60]}; expected two texts. Mend the row, {set_aside}"
+            )
+    return turns_of([text for turn in history for text in turn])
 
 
 def tools_of(value: object) -> list[dict[str, Any]] | None:

@@ -9,12 +9,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import Any, Literal, NamedTuple
 
 from goose_lora.data import columns as names
 from goose_lora.data import labelled
 from goose_lora.data.columns import first_of, meaning, plain_name, says_nothing, setting_aside
-from goose_lora.data.labelled import BEST_FIRST, Pairs, cell, ranks_from, winner_of
+from goose_lora.data.labelled import BEST_FIRST, BOTH, Pairs, cell, ranks_from, winner_of
 from goose_lora.data.messages import (
     ASKING_ROLES,
     Cell,
@@ -432,6 +433,8 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
             raise LeftOut("there is no judgement")
         if winner == "tie" and stage == "reward":
             raise LeftOut("it is a tie, no preference")
+        if winner == BOTH and stage == "reward":
+            raise LeftOut("it is won by several sides at once")
         if asking.turns:
             row = _turns_of_the_arena(row, str(asking.prompt), a, b)
         # The better one first
@@ -718,12 +721,17 @@ def _lists(have: Columns, stage: StageName) -> Shape | None:
         if isinstance(prompt, str) and any(isinstance(answer, list) for answer in answers):
             prompt = [{"role": "user", "content": prompt}]
         made: Cells = {"prompt": asking.asked(prompt), "completions": answers, **asking.extras(row)}
+        # What judges the replies: the first counts, and others may not contradict it
+        judged: dict[str, Cell] = {}
         if ranks is not None and row[ranks] is not None:
-            made["ranks"] = _from_one(parsed(row[ranks]), len(answers))
-        elif scores is not None:
-            made["ranks"] = ranks_from(_one_each(parsed(row[scores]), answers, scores), best="high")
-        elif own is not None:
-            made["ranks"] = own
+            judged[ranks] = _from_one(parsed(row[ranks]), len(answers))
+        if scores is not None and not (judged and row[scores] is None):
+            judged[scores] = ranks_from(_one_each(parsed(row[scores]), answers, scores), best="high")
+        judged |= own
+        if judged:
+            made["ranks"] = next(iter(judged.values()))
+            if stage == "reward":
+                _check_order(judged, row)
         elif best_first:
             made["ranks"] = list(range(1, len(answers) + 1))
         elif stage == "reward":
@@ -733,9 +741,26 @@ def _lists(have: Columns, stage: StageName) -> Shape | None:
             )
         return made
 
-    own = size > 0 and isinstance(first[0], dict) and not is_messages([first[0]])
-    title = "ranked lists" + (f", by {scores}" if scores else ", each with its rank or score" if own else "")
+    inside = size > 0 and isinstance(first[0], dict) and not is_messages([first[0]])
+    title = "ranked lists" + (
+        f", by {scores}" if scores else ", each with its rank or score" if inside else ""
+    )
     return Shape(title, ("prompt", "completions"), frozenset(have.used), read, True, asking)
+
+
+def _check_order(judged: Mapping[str, Cell], row: Row) -> None:
+    """Raise UserError where a judgement puts two replies in another order than the first does."""
+    (name, first), *others = judged.items()
+    for other, ranks in others:
+        if not isinstance(first, list) or not all(map(is_number, first)) or len(first) != len(ranks):
+            return  # told where ranks are checked
+        both = list(zip(first, ranks, strict=True))
+        if any(a < b and c > d for (a, c), (b, d) in permutations(both, 2)):
+            way_out = setting_aside(other) if other in row else f"leave {other} out of the replies"
+            raise UserError(
+                f"{name} and {other} put the replies in different orders: ranks {first} and {ranks}. Mend the"
+                f" row, or keep the one that is right: {way_out}."
+            )
 
 
 def without_prompt(replies: Sequence[Content], prompt: Content, column: str) -> list[Content]:
@@ -808,8 +833,8 @@ def _one_each(scores: Cell, replies: Sequence[object], column: str) -> list[Any]
     return scores
 
 
-def _list_of_replies(value: object) -> tuple[list[Content], list[int] | None]:
-    """Return the replies of a list, and ranks where each says its own."""
+def _list_of_replies(value: object) -> tuple[list[Content], dict[str, list[int]]]:
+    """Return the replies of a list, and ranks by each rank or score that all of them have."""
     # Texts or messages, with their ranks elsewhere
     items = parsed(value)
     if items is None:
@@ -820,7 +845,7 @@ def _list_of_replies(value: object) -> tuple[list[Content], list[int] | None]:
         raise LeftOut("a completion is missing or empty")
     if not all(isinstance(item, dict) and not is_messages([item]) for item in items):
         replies = [value_of(item, f"completion {place}") for place, item in enumerate(items, 1)]
-        return [reply for reply in replies if reply is not None], None
+        return [reply for reply in replies if reply is not None], {}
     # Objects: their text, and what ranks them
     key = next((key for key in REPLY_KEYS if items and key in items[0]), None)
     if key is None:
@@ -832,11 +857,13 @@ def _list_of_replies(value: object) -> tuple[list[Content], list[int] | None]:
     if any(says_nothing(text) for text in texts):
         raise LeftOut("a completion is missing or empty")
     replies = [text for text in texts if text is not None]
+    judged: dict[str, list[int]] = {}
     for name, best in (("rank", "low"), *((score, "high") for score in SCORE_KEYS)):
         own = [item.get(name) for item in items]
-        if all(number is not None for number in own):
-            return replies, ranks_from(own, best=best)
-    return replies, None
+        # The first must be numbers; of others, those that are
+        if all(map(is_number, own)) or (not judged and all(number is not None for number in own)):
+            judged[name] = ranks_from(own, best=best)
+    return replies, judged
 
 
 def _tldr(have: Columns, stage: StageName) -> Shape | None:
@@ -845,10 +872,19 @@ def _tldr(have: Columns, stage: StageName) -> Shape | None:
         return None
 
     def read(row: Row) -> Cells:
+        # What the prompt is worded from
         info, both, choice = parsed(row["info"]), parsed(row["summaries"]), row["choice"]
-        if choice not in (0, 1) or not info.get("post"):
-            raise LeftOut("there is no post or no choice")
-        better, worse = both[choice]["text"], both[1 - choice]["text"]
+        for key in ("post", "title", "subreddit"):
+            if not isinstance(info, dict) or says_nothing(info.get(key)):
+                raise LeftOut(f"there is no {key} in info")
+        # Two summaries, as texts or as objects, and which of them is chosen
+        if choice not in (0, 1):
+            raise LeftOut("choice is not 0 or 1")
+        listed = both if isinstance(both, list) else []
+        texts = [text.get("text") if isinstance(text, dict) else text for text in listed]
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise LeftOut("there are not two summaries")
+        better, worse = texts if choice == 0 else texts[::-1]
         return {"prompt": TLDR.format(**info), "chosen": better, "rejected": worse}
 
     uses = frozenset(("info", "summaries", "choice"))
@@ -874,14 +910,18 @@ def _label_studio(have: Columns, stage: StageName) -> Shape | None:
     pairs = Pairs(left, right, "selected", ("left", left), ("right", right))
 
     def read(row: Row) -> Cells:
+        # What annotators selected; results of other kinds are about something else
         chosen = [
-            result["value"]["selected"]
-            for annotation in parsed(row["annotations"])
+            word
+            for annotation in _objects(row["annotations"])
             if not annotation.get("was_cancelled")
-            for result in annotation["result"]
-            if result["type"] == "pairwise"
+            for result in _objects(annotation.get("result"))
+            if result.get("type") in (None, "pairwise")
+            for word in _selected(result)
         ]
-        task = parsed(row["data"])
+        if strange := [word for word in chosen if word not in ("left", "right", left, right)]:
+            raise UserError(f"an annotator selected {strange[0]!r}; expected left or right. Mend the row.")
+        task = {**dict.fromkeys(data), **next(iter(_objects([row["data"]])), {})}
         winner = winner_of({"selected": chosen}, pairs) if chosen else None
         if winner in (None, "tie"):
             raise LeftOut("there is no judgement" if winner is None else "it is a tie, no preference")
@@ -890,6 +930,20 @@ def _label_studio(have: Columns, stage: StageName) -> Shape | None:
     title = "Label Studio: two texts and what annotators selected"
     uses = frozenset(("data", "annotations"))
     return Shape(title, ("prompt", "chosen", "rejected"), uses, read, judged=True)
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    """Return the objects of a list; none where there is no list."""
+    found = parsed(value)
+    listed = [parsed(item) for item in found] if isinstance(found, list) else []
+    return [item for item in listed if isinstance(item, dict)]
+
+
+def _selected(result: Mapping[str, Any]) -> list[Any]:
+    """Return what a result of Label Studio selects, under either name."""
+    value = result.get("value")
+    found = (value.get("selected") or value.get("choices")) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def two_sides(values: Mapping[str, Any]) -> tuple[str, str] | None:
