@@ -57,7 +57,7 @@ def parsed(value: object) -> Cell:
     return value
 
 
-class Turns(str):
+class TurnsAsJson(str):
     """Text of a column that is lists of texts as JSON, one a turn (Chatbot Arena)."""
 
 
@@ -97,8 +97,8 @@ def meant_by(rows: Iterable[Mapping[str, Any]]) -> Meant:
 
 
 def texts_of(value: Cell) -> list[str | None] | None:
-    """Return ``Turns``, or a list of texts, as that list; None for all else."""
-    found = parsed(value) if isinstance(value, Turns) else value
+    """Return ``TurnsAsJson``, or a list of texts, as that list; None for all else."""
+    found = parsed(value) if isinstance(value, TurnsAsJson) else value
     listed = isinstance(found, list) and all(text is None or isinstance(text, str) for text in found)
     return found if listed else None
 
@@ -109,7 +109,7 @@ def as_meant(value: Cell, meant: Meant, spot: Spot) -> Cell:
         if spot in meant.messages:
             found = parsed(value)
             return [found] if is_messages([found]) else found
-        return Turns(value) if spot in meant.turns else value
+        return TurnsAsJson(value) if spot in meant.turns else value
     # What messages say is text
     if _holds_messages(value):
         return value

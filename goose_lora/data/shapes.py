@@ -21,7 +21,7 @@ from goose_lora.data.messages import (
     Cell,
     Content,
     Message,
-    Turns,
+    TurnsAsJson,
     check_asks,
     history_of,
     is_messages,
@@ -178,9 +178,9 @@ class Asking:
 
     def _first(self, value: Cell) -> Cell:
         """Return the first text of a list of turns; other prompts are returned as they are."""
-        if self.turns and isinstance(value, Turns | list) and not is_messages(value):
+        if self.turns and isinstance(value, TurnsAsJson | list) and not is_messages(value):
             return next(iter(texts_of(value) or ()), None)
-        if isinstance(value, Turns) and texts_of(value) is not None:
+        if isinstance(value, TurnsAsJson) and texts_of(value) is not None:
             raise UserError(
                 f"{self.prompt} is a JSON list of texts: {value[:60]}. Write each turn as a message, or as"
                 " plain text."
@@ -453,7 +453,7 @@ def _turns_of_the_arena(row: Row, prompt: str, a: str, b: str) -> Row:
     Any other row is returned as it is.
     """
     # Beside one prompt of text, replies of text are what they are, JSON too
-    one = isinstance(row[prompt], str) and not isinstance(row[prompt], Turns)
+    one = isinstance(row[prompt], str) and not isinstance(row[prompt], TurnsAsJson)
     if is_messages(row[a]) or is_messages(row[prompt]) or (one and isinstance(row[a], str)):
         return row
     # One prompt and one reply a turn; the judgement is on both conversations
@@ -636,7 +636,7 @@ def _split_messages(
 
     The replies may be turns of the assistant, or hold the whole conversation.
     """
-    # Turns of the assistant alone answer the prompt beside them
+    # TurnsAsJson of the assistant alone answer the prompt beside them
     whole = chosen[0]["role"] != "assistant"
     if not whole and prompt is not None:
         if isinstance(prompt, str):
