@@ -14,16 +14,19 @@ trainer.snapshot(...)`` before its first update and give ``compute_loss(..., old
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -33,10 +36,11 @@ from goose_lora.functional import token_rewards
 from goose_lora.generation.rollout import Rollout
 from goose_lora.generation.sampling import generation_config, response_mask, sample
 from goose_lora.models.adapter_kinds import require_harmless_start, require_known
+from goose_lora.models.dense_copy import DenseCopy, dense_bytes, free_bytes, unmergeable
 from goose_lora.models.folders import AdapterFolder
 from goose_lora.models.loading import linear_names
 from goose_lora.models.quantization import keep_4bit_trainable_on_cpu, keep_8bit_alike_on_cpu
-from goose_lora.models.roles import ADAPTERS
+from goose_lora.models.roles import ADAPTERS, belongs_to
 from goose_lora.models.shared_base import Critic, Role, SharedBase
 from goose_lora.models.trunk import decoder_layers
 
@@ -52,7 +56,13 @@ class Agent(nn.Module):
     of rank 16 on all linear layers. A ``PeftModel`` brings its own, which trains on in its own
     parameters. ``critic`` is ``shared`` for a head on the policy's states, as
     in InstructGOOSE, or ``adapter`` for an adapter of its own. ``temperature`` is that of sampling
-    and of all log-probabilities. Raises ValueError if the model has no end-of-text token.
+    and of all log-probabilities.
+
+    The model answers, generates, checkpoints and saves as before, with the policy in it. An
+    optimizer that has weights of the model must be made after the agent.
+
+    Raises UserError if the model is no causal language model of transformers or PEFT, has an agent
+    already, or has no end-of-text token.
     """
 
     def __init__(
@@ -63,6 +73,11 @@ class Agent(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
+        if _agent_of(model) is not None:
+            raise UserError(
+                f"this {type(model).__name__} has an agent already, which create_reference_model or"
+                " Agent(model) has made. Give RLHFTrainer the model, or load the model again."
+            )
         # The model says what ends its replies: its generation's settings first
         ends = [
             config.eos_token_id
@@ -79,11 +94,6 @@ class Agent(nn.Module):
         self.temperature = temperature
         keep_4bit_trainable_on_cpu(model)
         keep_8bit_alike_on_cpu(model)
-        if _agent_of(model) is not None:
-            raise UserError(
-                f"this {type(model).__name__} has an agent already, which create_reference_model or"
-                " Agent(model) has made. Give RLHFTrainer the model, or load the model again."
-            )
         # PEFT's model has its policy already, which goes on as it is
         core = model
         if isinstance(model, PeftModel):
@@ -95,6 +105,11 @@ class Agent(nn.Module):
             self.shared = SharedBase.build(model, policy or everywhere, critic=critic)
         # In a tuple, so that it is no submodule of the model
         vars(core)[_AGENT] = (self,)
+        # transformers' own would write PEFT's names, which nothing can load
+        vars(core)["save_pretrained"] = self._save_model
+        own = cast(Callable[..., Any], core.generate)
+        vars(core)["generate"] = partial(self._without_checkpointing, own)
+        _watch_optimizers(self)
         self.eval()
 
     def generate(
@@ -168,11 +183,87 @@ class Agent(nn.Module):
 
         A value is that of the state before its token.
         """
+        self.shared.adopt_checkpointing()
         ids, attention, mask = rollout.input_ids, rollout.attention_mask, rollout.response_mask
         output = self.shared(
             ids, attention, mask, temperature=self.temperature, entropy_gradient=entropy_gradient
         )
         return output.logprobs, output.entropy, output.values
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Save the policy's adapter as PEFT does, and the critic in ``value/`` beside it.
+
+        ``PeftModel.from_pretrained(base, folder)`` loads the policy. ``Agent(base, policy=folder)``
+        goes on from it, and from the critic after
+        ``agent.shared.load_role("value", f"{folder}/value")``. The base is not in the folder.
+        """
+        self.shared.save_pretrained(str(save_directory))
+
+    def _save_model(self, save_directory: str | Path, **settings: object) -> None:
+        """Save the transformers model whole: the policy merged into its base, by its own names.
+
+        ``settings`` are those of transformers.
+
+        Raises:
+            UserError: an adapter that is no sum of two matrices, too little memory, or a
+                ``state_dict`` of the caller's.
+        """
+        # What cannot be merged is saved as the adapter that it is
+        core, odd = self.shared.core, unmergeable(self.shared)
+        need, free = dense_bytes(self.shared), free_bytes(self.shared.device)
+        why = None
+        if settings.get("state_dict") is not None:
+            why = "takes no state_dict: its weights are the base's and the policy's, merged"
+        elif odd is not None:
+            why = f"merges the policy, which takes plain LoRA only, and here is {odd}"
+        elif need > free:
+            why = f"merges the policy in {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        if why is not None:
+            raise UserError(
+                f"save_pretrained of this {type(core).__name__} {why}. Save the adapter:"
+                " create_reference_model(model).agent.save_pretrained(FOLDER)."
+            )
+        merged = DenseCopy(self.shared)
+        merged.require_same("policy")
+        merged.model.save_pretrained(save_directory, **settings)
+
+    def _without_checkpointing(
+        self, generate: Callable[..., Any], *args: object, **settings: object
+    ) -> object:
+        """Call the model's ``generate``, which checkpointing would cost its context (TF#36051)."""
+        with self.shared.role(self.shared.acting, generating=True):
+            return generate(*args, **settings)
+
+
+class _Weight(NamedTuple):
+    """A weight of the base, and what changes when it is written to, converted or replaced."""
+
+    name: str
+    parameter: nn.Parameter
+    version: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @classmethod
+    def all_of(cls, shared: SharedBase) -> list["_Weight"]:
+        """Return those of a base, in order: all that no adapter and no head of a role adds."""
+        added = tuple(shared.peft_config)
+        return [
+            cls(name.replace(".base_layer", ""), p, 0 if p.is_inference() else p._version, p.dtype, p.shape)
+            for name, p in shared.core.named_parameters()
+            if not belongs_to(name, *added)
+        ]
+
+    @staticmethod
+    def first_changed(before: list["_Weight"], now: list["_Weight"]) -> str | None:
+        """Return the name of the first that is another, new, or gone; None if all are the same."""
+        for was, one in zip(before, now, strict=False):
+            # An offloaded weight is another object after each pass
+            same = was.parameter is one.parameter or one.parameter.is_meta
+            if not same or was[2:] != one[2:]:
+                return was.name
+        longer = max(before, now, key=len)[min(len(before), len(now)) :]
+        return longer[0].name if longer else None
 
 
 class ReferenceModel(nn.Module):
@@ -180,6 +271,10 @@ class ReferenceModel(nn.Module):
 
     It answers as a copy would: logits of token ids, ``generate``, ``config``, ``parameters``. Of an
     adapter that had been trained by then it keeps the tensors.
+
+    It copies no weight of the base. Where one has been written to, converted to another dtype,
+    resized or replaced since, it raises UserError instead of an answer. It cannot see writes that
+    torch does not count: through ``parameter.data``, or by a fused optimizer.
     """
 
     def __init__(self, agent: Agent, *, of_plain_model: bool = False):
@@ -197,10 +292,7 @@ class ReferenceModel(nn.Module):
         self._kept: dict[str, Tensor] = {}
         if not untrained:
             self._kept = {n: p.detach().clone() for n, p in shared.role_parameters("policy")}
-        # Of each weight of the base, how often it has been written to
-        roles = {id(p) for role in shared.role_plan.adapters for _, p in shared.role_parameters(role)}
-        base = [p for p in shared.parameters() if id(p) not in roles and not p.is_inference()]
-        self._written = [(p, p._version) for p in base]
+        self._weights = _Weight.all_of(shared)
         self.eval()
 
     @property
@@ -218,10 +310,12 @@ class ReferenceModel(nn.Module):
         """Let the base answer inside as it did; afterwards it is as it is now."""
         shared = self.agent.shared
         # Another base would be another reference
-        if any(p._version != version for p, version in self._written):
+        changed = _Weight.first_changed(self._weights, _Weight.all_of(shared))
+        if changed is not None:
             raise UserError(
-                f"the weights of this {type(shared.core).__name__} have changed since its reference was made,"
-                " and the reference copies none. Train adapters alone, or load the model again."
+                f"the weights of this {type(shared.core).__name__} have changed since its reference was made"
+                f" ({changed}), and the reference copies none. Train adapters alone; after a change that is"
+                " meant, call create_reference_model(model) again."
             )
         # A tensor's data is exchanged: autograd's record of the policy stays what it is
         own = {name: p for name, p in shared.role_parameters("policy") if name in self._kept}
@@ -242,7 +336,7 @@ class ReferenceModel(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        input_ids: Int[Tensor, "B L"],
+        input_ids: Int[Tensor, "B L"] | None = None,
         attention_mask: Int[Tensor, "B L"] | None = None,
         **settings: Any,
     ) -> ModelOutput:
@@ -251,11 +345,14 @@ class ReferenceModel(nn.Module):
             return core(input_ids, attention_mask=attention_mask, **settings)
 
     @torch.no_grad()
-    def generate(self, input_ids: Int[Tensor, "B P"], **settings: Any) -> Int[Tensor, "B P+T"]:
+    def generate(self, input_ids: Int[Tensor, "B P"] | None = None, **settings: Any) -> Int[Tensor, "B P+T"]:
         """Return prompts and replies, as ``generate`` of what it is the reference of."""
         with self._as_it_was(generating=True) as core:
             if self._of_plain_model:
-                return core.generate(input_ids, **settings)  # type: ignore[operator]
+                prompts = {} if input_ids is None else {"inputs": input_ids}
+                return core.generate(**prompts, **settings)  # type: ignore[operator]
+            if input_ids is None:
+                raise UserError("generate() without input_ids: an agent continues token ids. Give them.")
             return self.agent.generate(input_ids, role=self._role, **settings)
 
     @torch.no_grad()
@@ -292,16 +389,70 @@ def create_reference_model(model: Agent | PreTrainedModel | PeftModel) -> Refere
     InstructGOOSE copies all weights. Here a plain model of transformers gets the adapters of an
     ``Agent`` instead, in place: it answers as before, what trains from then on is the adapters, and
     ``RLHFTrainer(model, ref_model, config)`` trains them. A model of PEFT trains its own adapter.
+
+    Make the optimizer afterwards, from the parameters that require a gradient. After a conversion
+    of the model, such as ``model.to(torch.bfloat16)``, make the reference again.
+    ``model.save_pretrained`` saves the base with the trained policy merged into it.
     """
     if isinstance(model, Agent):
         return ReferenceModel(model)
     return ReferenceModel(_agent_of(model) or Agent(model), of_plain_model=True)
 
 
-def _agent_of(model: PreTrainedModel | PeftModel) -> Agent | None:
-    """Return the agent that was made on a model of transformers or of PEFT, if one was."""
-    found = vars(model.get_base_model() if isinstance(model, PeftModel) else model).get(_AGENT)
+def _agent_of(model: object) -> Agent | None:
+    """Return the agent that was made on a model of transformers or of PEFT, if one was.
+
+    Raises:
+        UserError: anything else, or a model that does not continue texts.
+    """
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(core, PreTrainedModel) or not core.can_generate():
+        raise UserError(
+            f"model is of type {type(core).__name__}, and must be a causal language model. Load one with"
+            " AutoModelForCausalLM.from_pretrained(NAME), and give that."
+        )
+    found = vars(core).get(_AGENT)
     return found[0] if found else None
+
+
+# ---- Optimizers that were made too early ----
+
+_AGENTS: weakref.WeakSet[Agent] = weakref.WeakSet()
+# Of each optimizer that has been looked at since the last agent came, how many parameters it had
+_LOOKED_AT: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+
+def _watch_optimizers(agent: Agent) -> None:
+    """Let every optimizer's next step be looked at: the weights of ``agent`` are frozen now."""
+    _AGENTS.add(agent)
+    _LOOKED_AT.clear()
+    _register_once()
+
+
+@cache
+def _register_once() -> None:
+    register_optimizer_step_pre_hook(lambda optimizer, *call: _require_adapters(optimizer))
+
+
+def _require_adapters(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that has frozen weights of an agent's model and nothing that trains.
+
+    It is one that was made before the agent. Its steps would move nothing, without a word.
+    """
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if _LOOKED_AT.get(optimizer) == count:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for agent in _AGENTS:
+        core = type(agent.shared.core).__name__
+        found = [p.requires_grad for p in agent.parameters() if id(p) in held]
+        if found and not any(found):
+            raise UserError(
+                f"this {type(optimizer).__name__} has weights of a {core} that are frozen, and none of its"
+                " adapters, so that its steps train nothing there. Make the optimizer after"
+                " create_reference_model(model), from [p for p in model.parameters() if p.requires_grad]."
+            )
+    _LOOKED_AT[optimizer] = count
 
 
 def _on_peft_model(

@@ -5,6 +5,7 @@ stands in the way keeps its content under another name. One process at a time ma
 """
 
 import atexit
+import glob
 import json
 import logging
 import os
@@ -269,17 +270,23 @@ def refuse_inputs_inside(folder: str | Path, inputs: Mapping[str, Sequence[str]]
     for setting, values in inputs.items():
         for value in values:
             _require_encodable(setting, value)
-            path = Path(value)
-            if not value or not path.exists():
-                continue
-            # By its name and by what it points to: a link may lead in or out
-            ways = (Path(os.path.abspath(path)), path.resolve())
-            where = _relation(setting, ways, places, folder)
-            if where is not None:
-                raise UserError(
-                    f"{setting}: {value} {where} output_dir, {folder}, where this run writes, so that it may"
-                    " lose what it reads. Give another output_dir, beside its inputs."
-                )
+            for path in _paths(value):
+                # By its name and by what it points to: a link may lead in or out
+                ways = (Path(os.path.abspath(path)), path.resolve())
+                where = _relation(setting, ways, places, folder)
+                if where is not None:
+                    raise UserError(
+                        f"{setting}: {value} {where} output_dir, {folder}, where this run writes, so that it"
+                        " may lose what it reads. Give another output_dir, beside its inputs."
+                    )
+
+
+def _paths(value: str) -> list[Path]:
+    """Return what is there under a name: a path, an address of a file here, or a glob."""
+    path = Path(value.removeprefix("file://")).expanduser()
+    if value and path.exists():
+        return [path]
+    return [Path(found) for found in glob.glob(str(path))] if glob.has_magic(value) else []
 
 
 # Rows are read from all files below a folder; below an adapter's, these are parts of it.

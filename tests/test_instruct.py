@@ -3,6 +3,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, optim
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -701,6 +705,64 @@ def test_a_reference_whose_base_has_been_written_to_says_so():
         reference(ids)
 
 
+CHANGES = {
+    "to bfloat16": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "one weight to float64": lambda model: model.lm_head.double(),
+    "more words": lambda model: model.resize_token_embeddings(80),
+    "another head": lambda model: setattr(model, "lm_head", torch.nn.Linear(tiny.HIDDEN, tiny.VOCABULARY)),
+    "a norm less": lambda model: setattr(model.base_model, "norm", torch.nn.Identity()),
+    "a bias more": lambda model: setattr(
+        model.lm_head, "bias", torch.nn.Parameter(torch.ones(tiny.VOCABULARY))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_reference_whose_base_is_another_now_says_so(change):
+    """And one that is made afterwards answers as the changed model does."""
+    model, (ids, _) = tiny.base(), tiny.batch()
+    reference, rollout = create_reference_model(model), trainer_of(agent())._rollout(**replies())
+    reference(ids)
+    CHANGES[change](model)
+    for answer in (
+        lambda: reference(ids),
+        lambda: reference.generate(ids),
+        lambda: reference.logprobs(rollout),
+    ):
+        with pytest.raises(
+            UserError, match=r"have changed since .* call create_reference_model\(model\) again"
+        ):
+            answer()
+    if change != "one weight to float64":
+        with torch.no_grad():
+            assert torch.equal(create_reference_model(model)(ids).logits, model(ids).logits)
+
+
+def test_what_changes_no_weight_of_the_base_leaves_the_reference_as_it_is():
+    model, (ids, _) = tiny.base(), tiny.batch()
+    reference = create_reference_model(model)
+    want = reference(ids).logits
+    model.train()
+    model.requires_grad_(True)
+    model.to("cpu", torch.float32)
+    another = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    reference.agent.shared.add_adapter("another", another)
+    assert torch.equal(reference(ids).logits, want)
+
+
+def test_a_reference_reads_embeddings_as_its_model_does():
+    model, (ids, mask) = tiny.base(), tiny.batch()
+    reference = create_reference_model(model)
+    given = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    greedy = {"do_sample": False, "max_new_tokens": 4}
+    with torch.no_grad():
+        assert torch.equal(reference(**given).logits, model(**given).logits)
+        assert torch.equal(reference.generate(**given, **greedy), model.generate(**given, **greedy))
+    with pytest.raises(UserError, match="continues token ids"):
+        create_reference_model(agent()).generate(**given)
+
+
 def test_the_references_settings_of_generation_are_those_of_its_making():
     model, (ids, mask) = tiny.base(), tiny.batch()
     reference = create_reference_model(model)
@@ -812,6 +874,229 @@ def test_a_model_without_an_end_of_text_token_is_refused():
         Agent(model)
 
 
+# ---- Optimizers, checkpointing and folders of transformers ----
+
+
+@pytest.mark.parametrize("kind", ["plain", "agent"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_optimizer_made_before_the_model_was_frozen_is_refused_at_its_first_step(kind, mixed):
+    model, other = tiny.base("gpt2"), torch.nn.Linear(3, 3)
+    optimizer = optim.AdamW(
+        [*model.parameters(), *other.parameters()] if mixed else model.parameters(), lr=1e-2
+    )
+    made = model if kind == "plain" else Agent(model)
+    trainer = RLHFTrainer(made, create_reference_model(made), RLHFConfig())
+    trainer.compute_loss(**replies()).backward()
+    with pytest.raises(UserError, match=r"AdamW .* Make the optimizer after create_reference_model"):
+        optimizer.step()
+    # The way out, which trains
+    before = trainer.snapshot(**replies()).logprobs
+    optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+    assert not torch.allclose(trainer.snapshot(**replies()).logprobs, before)
+
+
+def test_an_optimizer_that_has_stepped_before_the_model_was_frozen_is_refused_too():
+    model, (ids, _) = tiny.base("gpt2"), tiny.batch()
+    optimizer = optim.SGD(model.parameters(), lr=1e-2)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    reference = create_reference_model(model)
+    want = reference(ids).logits
+    with pytest.raises(UserError, match="Make the optimizer after"):
+        optimizer.step()  # the gradients are there still, and would change the frozen weights
+    assert torch.equal(reference(ids).logits, want)
+
+
+def test_other_optimizers_are_left_alone_and_looked_at_once(monkeypatch):
+    made, other = agent(), torch.nn.Linear(3, 3)
+    for parameter in other.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before, optimizer = other.weight.detach().clone(), optim.SGD(other.parameters(), lr=1.0)
+    optimizer.step()
+    looks = []
+    monkeypatch.setattr(Agent, "parameters", lambda self: looks.append(self) or iter(()))
+    for _ in range(3):
+        optimizer.step()
+    assert not looks
+    torch.testing.assert_close(other.weight.detach(), before - 4)
+    optimizer.add_param_group({"params": made.shared.score_head("value").weight})
+    optimizer.step()
+    assert looks
+
+
+def test_a_watched_agent_goes_when_its_model_goes():
+    model = tiny.base()
+    gone = weakref.ref(create_reference_model(model).agent)
+    optim.SGD([p for p in model.parameters() if p.requires_grad]).step()
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+CHECKPOINTED = {
+    "plain": lambda model: (model, model),
+    "agent": lambda model: (Agent(model), model),
+    "agent with two adapters": lambda model: (Agent(model, critic="adapter"), model),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_checkpointing_of_the_model_changes_no_gradient(shape, first, kind):
+    """Enabled before the reference is made or afterwards, and the reference asked before
+    backward."""
+    found, recomputed = [], []
+    for on in (False, True):
+        base = tiny.base(shape)
+        if on and first:
+            base.gradient_checkpointing_enable()
+        made, model = CHECKPOINTED[kind](base)
+        reference = create_reference_model(made)
+        tiny.stir(reference.agent, std=0.05)
+        if on and not first:
+            model.gradient_checkpointing_enable()
+        made.train()
+        trainer, calls = RLHFTrainer(made, reference, RLHFConfig()), []
+        reference.agent.shared.layers[2].register_forward_hook(lambda *_, calls=calls: calls.append("layer"))
+        inside = next(m for m in reference.agent.shared.layers[2].modules() if hasattr(m, "base_layer"))
+        inside.register_forward_hook(lambda *_, calls=calls: calls.append("inside"))
+        loss = trainer.compute_loss(**replies(lengths=(6, 2, 4)))
+        reference(tiny.batch()[0])
+        forward = calls.count("inside")
+        loss.backward()
+        recomputed.append(calls.count("inside") > forward)
+        trained = [p for p in reference.agent.parameters() if p.requires_grad]
+        found.append([p.grad for p in trained])
+    assert recomputed == [False, True]
+    assert all(grad is not None and grad.any() for grad in found[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_checkpointing_that_cannot_know_roles_is_refused():
+    for options in ({"use_reentrant": True}, {"use_reentrant": False, "context_fn": tuple}):
+        model = tiny.base()
+        trainer = RLHFTrainer(model, create_reference_model(model), RLHFConfig())
+        model.gradient_checkpointing_enable(options)
+        with pytest.raises(UserError, match=r"Call model\.gradient_checkpointing_enable"):
+            trainer.compute_loss(**replies())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.compute_loss(**replies()).backward()
+
+
+def test_a_model_with_checkpointing_generates_what_it_did():
+    model, (ids, mask) = tiny.base(), tiny.batch()
+    greedy = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6}
+    want = model.generate(ids, **greedy)
+    reference = create_reference_model(model)
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(ids, **greedy), want)
+    assert torch.equal(reference.generate(ids, **greedy), want)
+    assert model.training and model.is_activation_checkpointing
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_an_agent_saves_is_loaded_by_transformers_and_peft_and_goes_on(shape, critic, tmp_path):
+    base, folder = tiny.save_base(tmp_path / "base", shape), tmp_path / "saved"
+    made, (ids, mask) = Agent(AutoModelForCausalLM.from_pretrained(base), critic=critic), tiny.batch()
+    tiny.stir(made, std=0.05)
+    made.save_pretrained(folder)
+    with torch.no_grad():
+        want = made.shared.core(ids, attention_mask=mask).logits
+        bare = AutoModelForCausalLM.from_pretrained(base)
+        assert not torch.allclose(bare(ids, attention_mask=mask).logits, want, atol=1e-3)
+        for again in (AutoModelForCausalLM.from_pretrained(folder), PeftModel.from_pretrained(bare, folder)):
+            torch.testing.assert_close(again.eval()(input_ids=ids, attention_mask=mask).logits, want)
+    # The critic too
+    onward = Agent(AutoModelForCausalLM.from_pretrained(base), policy=str(folder), critic=critic)
+    onward.shared.load_role("value", folder / "value")
+    rollout = trainer_of(made)._rollout(**replies())
+    torch.testing.assert_close(onward.evaluate(rollout), made.evaluate(rollout))
+
+
+def loaded(folder: Any, ids: Tensor) -> Tensor:
+    """Logits of the model in ``folder``, which must be whole, by transformers alone."""
+    model, said = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def same_but_for_rounding(merged: Tensor, want: Tensor) -> None:
+    """Weights are added before the product instead of after it, in logits of about 10."""
+    torch.testing.assert_close(merged, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["plain", "agent", "PEFT"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_is_saved_whole_as_it_was_trained(shape, tied, kind, tmp_path):
+    """Its base too, which is in no folder: it was made in memory."""
+    model, ids = tiny.base(shape, tie_word_embeddings=tied), tiny.batch()[0]
+    targets = ["c_attn"] if shape == "gpt2" else ["q_proj"]
+    peft = LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+    made = {
+        "plain": lambda: model,
+        "agent": lambda: Agent(model),
+        "PEFT": lambda: get_peft_model(model, peft),
+    }
+    trained = made[kind]()
+    trainer = RLHFTrainer(trained, create_reference_model(trained), RLHFConfig())
+    trainer.compute_loss(**replies()).backward()
+    before = model(ids).logits
+    optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.5).step()
+    copied = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="10KB")
+    with torch.no_grad():
+        want = model(ids).logits
+        assert not torch.allclose(want, before, atol=1e-3)
+        same_but_for_rounding(loaded(tmp_path / "saved", ids), want)
+        assert torch.equal(model(ids).logits, want)
+        trainer.ref_model(ids)  # no weight of the base was written to
+        # A copy saves itself
+        tiny.stir(copied, std=0.05)
+        copied.save_pretrained(tmp_path / "copied")
+        same_but_for_rounding(loaded(tmp_path / "copied", ids), copied(ids).logits)
+
+
+def test_adapted_embeddings_that_were_tied_are_saved_beside_the_head(tmp_path):
+    model, ids = tiny.base("gpt2", tie_word_embeddings=True), tiny.batch()[0]
+    tiny.stir(Agent(model, policy=LoraConfig(target_modules=["wte", "c_attn"])), std=0.05)
+    model.save_pretrained(tmp_path)
+    same_but_for_rounding(loaded(tmp_path, ids), model(ids).logits.detach())
+
+
+def test_a_model_on_a_4_bit_base_is_saved_dense(tmp_path):
+    widths = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    base, ids = tiny.save_base(tmp_path / "base", "llama", **widths), tiny.batch()[0]
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nf4, dtype=torch.float32)
+    tiny.stir(create_reference_model(model).agent, std=0.05)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        same_but_for_rounding(loaded(tmp_path / "saved", ids), model(ids).logits)
+
+
+def test_a_model_that_cannot_be_saved_whole_says_how_its_adapter_is(tmp_path, monkeypatch):
+    way_out = r"create_reference_model\(model\)\.agent\.save_pretrained\(FOLDER\)"
+    model, dora = tiny.base(), Agent(tiny.base(), policy=LoraConfig(target_modules=["q_proj"], use_dora=True))
+    create_reference_model(model)
+    with pytest.raises(UserError, match=f"plain LoRA only.*{way_out}"):
+        dora.shared.core.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=f"takes no state_dict.*{way_out}"):
+        model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict())
+    monkeypatch.setattr("goose_lora.instruct.free_bytes", lambda device: 10)
+    with pytest.raises(UserError, match=f"0.0 GB are free.*{way_out}"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    create_reference_model(model).agent.save_pretrained(tmp_path / "saved")
+    PeftModel.from_pretrained(tiny.base(), tmp_path / "saved")
+
+
 # ---- Rewards ----
 
 
@@ -900,6 +1185,37 @@ def test_a_snapshot_of_other_rows_is_refused():
     trainer, batch = trainer_of(agent()), replies()
     with pytest.raises(ValueError, match=r"old\.rows"):
         trainer.compute_loss(**row(batch, 0), old=trainer.snapshot(**batch))
+
+
+def no_causal_models() -> dict[str, Any]:
+    llama = AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"])
+    bert = {"hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 7}
+    scorer = AutoModelForSequenceClassification.from_config(llama)
+    return {
+        "str": "gpt2",
+        "NoneType": None,
+        "Linear": torch.nn.Linear(3, 3),
+        "BertModel": AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=61, **bert)),
+        "LlamaModel": AutoModel.from_config(llama),
+        "LlamaForSequenceClassification": scorer,
+    }
+
+
+@pytest.mark.parametrize("kind", no_causal_models())
+def test_what_is_no_causal_language_model_is_refused(kind):
+    given, reference = no_causal_models()[kind], create_reference_model(agent())
+    for take in (create_reference_model, Agent, lambda model: RLHFTrainer(model, reference, RLHFConfig())):
+        with pytest.raises(
+            UserError, match=rf"of type {kind}, and must be a causal language model\. Load one"
+        ):
+            take(given)
+
+
+def test_a_classifier_of_peft_is_refused():
+    config = AutoConfig.for_model("llama", **tiny.ARCHITECTURES["llama"])
+    scorer = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(UserError, match="LlamaForSequenceClassification, and must be a causal"):
+        create_reference_model(get_peft_model(scorer, LoraConfig(task_type="SEQ_CLS")))
 
 
 def test_a_copied_reference_is_refused():

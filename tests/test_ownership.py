@@ -359,6 +359,20 @@ def test_a_folder_that_is_read_as_a_whole_has_no_run_inside(setting, outputs, tm
         ownership.refuse_inputs_inside(tmp_path / "input" / "evaluation", named)
 
 
+@pytest.mark.parametrize(
+    "name", ["run/sample*.jsonl", "r?n/*", "~/run/samples.jsonl", "file://{}/run/samples.jsonl"]
+)
+def test_rows_of_the_run_are_refused_by_whatever_name(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.jsonl").write_text("{}")
+    named = ownership.named_inputs(Settings(dataset_name=name.format(tmp_path)))
+    with pytest.raises(ValueError, match=r"^dataset_name: .* lies in output_dir"):
+        ownership.refuse_inputs_inside("run", named)
+    ownership.refuse_inputs_inside("other", named)
+
+
 def test_a_hard_link_to_a_file_of_the_run_is_refused(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -305,7 +305,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     file = configuration(arguments.config)
     settings = read_config(file)
     recipe = load_recipe(RECIPES["ppo"][0])
-    check_names(settings, (*types, DataArguments, recipe.RoleArguments), file)
+    try:
+        check_names(settings, (*types, DataArguments, recipe.RoleArguments), file)
+    except UserError as error:
+        raise UserError(f"{error} goose-lora plan reads the settings of PPO alone.") from error
     check_types(settings, types, where=f"{file}: ")
     config, model, roles, _ = parse_with(settings_parser(types), [], settings)
     model.model_name_or_path = resolve(model.model_name_or_path)

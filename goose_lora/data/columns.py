@@ -46,10 +46,22 @@ MEANINGS = (
     (r".*scores?(_.*)?|.*ratings?(_.*)?|rewards?|ranks?", "a score or a rank"),
     (r"weights?", "how much a row counts"),
 )
+# KTO's columns of a judgement on one reply, and the words in them besides true and false
+THUMBS = ("label", "thumbs_up", "thumb")
+THUMB_WORDS = {"true": True, "false": False, "desirable": True, "undesirable": False}
+# Names of numbers on replies; of those of the second kind, of one side each, more is better
+ON_A_REPLY = re.compile(r"(^|_)(score|rating|reward|rank)s?(_|\d|$)")
+QUALITY = re.compile(
+    r"((overall|total|final|quality|helpful(ness)?|human|user|annotator|expert|gpt_?\d[a-z]*|llm|ai|judge"
+    r"|model|rm|reward(_model)?|preference|mean|average|avg|response|reply|answer|output|completion)_)*"
+    r"(score|rating|reward)s?_?(a|b|0|1|2|left|right)"
+)
 # Texts that judge a reply; others in a column named label are topics
 VERDICTS = re.compile(
     r"good|bad|chosen|rejected|accept(ed)?|reject|true|false|yes|no"
     r"|up|down|positive|negative|pass|fail|(in)?correct|wrong|right"
+    r"|(un)?desirable|(un)?desired|(dis)?liked?|(dis)?preferred|(un)?helpful|(un)?acceptable"
+    r"|(dis)?approved?|thumbs?[ _-]?(up|down)|better|worse|best|worst|[+-]?[01]"
 )
 SET_ASIDE = re.compile(r"(unused|ignored|old)(_.*)?$")
 

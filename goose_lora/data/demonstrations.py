@@ -24,6 +24,7 @@ from goose_lora.data.tokenization import (
     whole_text,
 )
 from goose_lora.errors import UserError
+from goose_lora.models.endings import unwritten_end
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,10 @@ def demonstration(
         learned = [one and other for one, other in zip(learned, said, strict=True)]
     weights = _weights(row, ids, tokenizer, options)
     learned = [one and other for one, other in zip(learned, weights, strict=True)]
+    # A reply ends as PPO's do, also where the template leaves that to the next turn
+    missing = unwritten_end(tokenizer)
+    if missing is not None and _ends_with_reply(row) and ids[-1] != missing:
+        ids, said, learned = [*ids, missing], [*said, said[-1]], [*learned, learned[-1]]
     # The cut
     kept = slice(None)
     if learning.max_length is not None and len(ids) > learning.max_length:
@@ -250,6 +255,13 @@ def _conversation(
         return ids, [True] * len(ids)  # a template that takes whole conversations alone
     start = tokens_in_common(before, ids)
     return ids, [place >= start for place in range(len(ids))]
+
+
+def _ends_with_reply(row: Mapping[str, Any]) -> bool:
+    """Return whether the last turn of a row of messages is the assistant's."""
+    if "text" in row or isinstance(row.get("prompt"), str):
+        return False
+    return _turns_of(row)[-1]["role"] == "assistant"
 
 
 def _turns_of(row: Mapping[str, Any]) -> list[Message]:

@@ -25,7 +25,16 @@ from goose_lora.data.columns import (
     plain_name,
     says_nothing,
 )
-from goose_lora.data.messages import ROLE_KEYS, Cell, Meant, as_meant, check_asks, meant_by, without
+from goose_lora.data.messages import (
+    ROLE_KEYS,
+    Cell,
+    Meant,
+    as_meant,
+    check_asks,
+    check_whole_turns,
+    meant_by,
+    without,
+)
 from goose_lora.data.shapes import (
     Cells,
     LeftOut,
@@ -33,6 +42,7 @@ from goose_lora.data.shapes import (
     Row,
     Shape,
     StageName,
+    asked_of,
     by_prompt,
     leftover,
     shape_of,
@@ -75,7 +85,8 @@ class Taken(NamedTuple):
     """Rows as a stage takes them, and the numbers, from 1, of those it leaves out, by reason.
 
     ``numbers`` are those of the rows that are left, in the file; ``title`` says what the rows look
-    like, and ``ignored`` names columns that nothing uses.
+    like, ``ignored`` names columns that nothing uses, and ``not_there`` parts to leave out that no
+    row has.
     """
 
     rows: Dataset
@@ -85,6 +96,7 @@ class Taken(NamedTuple):
     numbers: list[int]
     title: str
     ignored: list[str]
+    not_there: list[str]
 
 
 def find_format(columns: Iterable[str], stage: StageName, name: str) -> Format:
@@ -115,9 +127,13 @@ def _renaming(columns: Sequence[str], stage: StageName) -> str:
     """Return a mapping of the first columns that are free to the names that the stage takes."""
     wanted = {"sft": ("prompt", "completion"), "reward": ("prompt", "chosen", "rejected"), "ppo": ("prompt",)}
     needed = [name for name in wanted[stage] if name not in columns]
-    # What goes with a prompt is no reply
+    # What goes with a prompt is no reply, and neither is a judgement on one
     beside = (*SYSTEMS, *INPUTS, *HISTORIES, *TOOLS, *TEMPLATE)
-    free = [name for name in columns if name not in wanted[stage] and plain_name(name) not in beside]
+    free = [
+        name
+        for name in columns
+        if name not in wanted[stage] and plain_name(name) not in beside and meaning(name) is None
+    ]
     pairs = [f"{source}={target}" for source, target in zip(free, needed, strict=False)]
     return ", ".join(pairs) or "instruction=prompt"
 
@@ -179,7 +195,16 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
         column for column in rows.column_names if column not in shape.uses and column not in kept.column_names
     ]
     dropped = {reason: sorted(numbers) for reason, numbers in reader.dropped.items()}
-    return Taken(kept, reader.format, reader.kind, dropped, reader.numbers, shape.title, ignored)
+    return Taken(
+        kept,
+        reader.format,
+        reader.kind,
+        dropped,
+        reader.numbers,
+        shape.title,
+        ignored,
+        reader.not_there,
+    )
 
 
 def looks_like(rows: Dataset, stage: StageName, reading: Reading) -> Shape | None:
@@ -237,6 +262,7 @@ class _Reader:
 
     def __init__(self, shape: Shape, stage: StageName, name: str, leave_out: Sequence[str]):
         self.shape, self.name, self.leave_out = shape, name, leave_out
+        self.not_there = list(leave_out)
         self.stage: StageName = stage
         self.format = (
             next(format for format in FORMATS if format.columns == shape.form[:3])
@@ -255,7 +281,10 @@ class _Reader:
         try:
             made = self.shape.read(row)
             if self.leave_out:
+                self.not_there = [part for part in self.not_there if without(made, [part]) == made]
                 made = without(made, self.leave_out)
+            if self.stage == "sft":
+                check_whole_turns(made)
             passed_over = leftover(self.shape, row, self.stage)
             if passed_over is not None:
                 raise UserError(passed_over)
@@ -293,11 +322,11 @@ class _Reader:
         # The numbers of lists are their own: each is of several rows
         lists = list(by_prompt(self.made))
         if lists:
-            used = {str(row["prompt"]) for row in lists}
+            used = {asked_of(row) for row in lists}
             alone = [
                 number
                 for number, row in zip(self.numbers, self.made, strict=True)
-                if str(row["prompt"]) not in used
+                if asked_of(row) not in used
             ]
         else:
             alone = self.numbers

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
+from goose_lora.data.columns import setting_aside
 from goose_lora.errors import UserError
 
 Cell = Any  # what a row may hold, and what JSON text may stand for
@@ -36,6 +37,7 @@ ROLE_NAMES = {
 CALLING = ("function_call", "tool_call")  # ShareGPT's roles whose text is the JSON of a call
 KNOWN_ROLES = (*CHAT_ROLES, *ROLE_NAMES, *CALLING)
 LEARNED_KEYS = ("train", "training", "train_on_turn", "loss")  # Axolotl's and others' for a turn's weight
+YES_AND_NO = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 
 
@@ -253,6 +255,30 @@ def tools_of(value: object) -> list[dict[str, Any]] | None:
     ]
 
 
+def system_of(value: object, column: str) -> str:
+    """Return the text of a cell for the system message: text, a message, or a list of one of them.
+
+    Raises:
+        UserError: something else.
+    """
+    # Text that is JSON of another kind is text
+    found = parsed(value)
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if is_messages([found]):
+        (message,) = messages_of(found)
+        if message["role"] in ("system", "developer"):
+            return said(message)
+    elif isinstance(found, str):
+        return found
+    elif isinstance(value, str) and isinstance(found, dict):
+        return value
+    raise UserError(
+        f"{column} is {str(value)[:60]}; expected text, or one message with the role system. Write it so, or"
+        f" set it aside: {setting_aside(column)}."
+    )
+
+
 def check_asks(messages: Sequence[Message]) -> None:
     """Raise UserError unless the last message is one that the assistant answers."""
     role = messages[-1]["role"]
@@ -263,6 +289,18 @@ def check_asks(messages: Sequence[Message]) -> None:
         raise UserError(
             f"the last message is of the {role}; a prompt ends with a turn of the user. {way_out}"
         )
+
+
+def check_whole_turns(row: Mapping[str, Cell]) -> None:
+    """Raise UserError where a message says that a part of its text is not to be learned."""
+    for value in row.values():
+        for place, message in enumerate(value if is_messages(value) else [], 1):
+            if message.get("train_detail"):
+                raise UserError(
+                    f"message {place} has train_detail, which says what part of a turn is learned, and turns"
+                    " are learned as a whole. Give it weight: 0, or learn all of it: leave_out:"
+                    " [train_detail]."
+                )
 
 
 def without(value: Cell, parts: Sequence[str], *, is_prompt: bool = False) -> Cell:
@@ -286,7 +324,9 @@ def without(value: Cell, parts: Sequence[str], *, is_prompt: bool = False) -> Ce
     kept = [{key: inner for key, inner in turn.items() if key not in parts} for turn in turns]
     if "think" in parts:
         kept = [
-            {**turn, "content": said(turn).rpartition("</think>")[2].lstrip()} if said(turn) else turn
+            {**turn, "content": said(turn).rpartition("</think>")[2].lstrip()}
+            if "</think>" in said(turn)
+            else turn
             for turn in kept
         ]
     return [
@@ -337,8 +377,10 @@ def _message(message: object, place: int) -> Message:
     }
     # Whether a turn is learned: other trainers' words for OpenAI's weight
     for key in LEARNED_KEYS:
-        if "weight" not in rest and rest.get(key) in (True, False):
-            rest["weight"] = int(rest.pop(key))
+        if key in rest:
+            weight = _weight(rest.pop(key), key, place)
+            if rest.setdefault("weight", weight) != weight:
+                raise UserError(f"message {place} has {key} beside another weight. Keep one of them.")
     role = str(message[role_key]).strip()
     role = ROLE_NAMES.get(role.lower(), role.lower() if role.lower() in CHAT_ROLES else role)
     content = None if text_key is None else _text(message[text_key], place, role)
@@ -351,15 +393,30 @@ def _message(message: object, place: int) -> Message:
             " Rename it in the rows."
         )
     read = {"role": role, "content": content}
-    if "tool_calls" in rest:
+    # OpenAI's first form of a call is one object, maybe as JSON text
+    call = parsed(rest.pop("function_call", None))
+    if rest.get("tool_calls"):
         rest["tool_calls"] = _calls(parsed(rest["tool_calls"]), place)
-    elif isinstance(rest.get("function_call"), dict):
-        rest["tool_calls"] = _calls(rest.pop("function_call"), place)
+        if call:
+            raise UserError(f"message {place} has both tool_calls and function_call. Keep one of them.")
+    elif call:
+        rest["tool_calls"] = _calls(call, place)
     if content is None and not rest.get("tool_calls"):
         raise UserError(
             f"message {place}, of the {role}, has no content. Each message needs role and content."
         )
     return read | rest
+
+
+def _weight(value: object, key: str, place: int) -> int:
+    """Return OpenAI's weight for what others write: true and false, also as text."""
+    weight = YES_AND_NO.get(str(value).strip().lower())
+    if weight is None:
+        raise UserError(
+            f"message {place} has {key}: {str(value)[:40]!r}, which says whether the turn is learned. Write"
+            " true or false, or leave it out of the rows."
+        )
+    return weight
 
 
 def _key(message: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -16,7 +16,7 @@ from goose_lora.data.formats import ranks_of
 from goose_lora.data.rows import require_columns
 from goose_lora.data.tokenization import chat_options, render_whole, require_chat_template, text_ids
 from goose_lora.errors import UserError
-from goose_lora.models.endings import reply_ends
+from goose_lora.models.endings import reply_ends, unwritten_end
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ def encode_reply(
     chat template, which writes an end of its own; ``template`` has keywords for it, such as
     ``tools``.
 
-    Unlike in TRL, what a template writes after the end token (ChatML: a line break) is cut off: the
-    score is read at the last token, and PPO's replies have none after it.
+    Unlike in TRL, what a template writes after the end token (ChatML: a line break) is cut off, and
+    an end that it does not write after the last turn (GLM) is added: the score is read at the last
+    token, which in PPO is the one that ends the reply.
     """
     # Text: one string
     if isinstance(reply, str):
@@ -64,7 +65,10 @@ def encode_reply(
     end = max((place + 1 for place, token in enumerate(ids) if token in ends), default=len(ids))
     said, rest = messages[-1]["content"], str(tokenizer.decode(ids[end:])).strip()
     reply_follows = rest and (not said or said in rest)  # the end token closes an earlier turn
-    return ids if reply_follows else ids[:end]
+    if not reply_follows:
+        return ids[:end]
+    missing = unwritten_end(tokenizer)
+    return ids if missing is None else [*ids, missing]
 
 
 def as_ranked(row: Mapping[str, Any], place: str) -> Ranked:

@@ -93,15 +93,20 @@ def describe(
 
     Raises:
         ValueError: what ``load_rows`` and ``take`` raise; messages for a tokenizer without a chat
-            template; max_length without a tokenizer.
+            template; max_length or chat_template_path without a tokenizer.
     """
     # Options that need each other
     if max_length is not None and tokenizer is None:
         raise UserError(
             f"--max_length {max_length} counts tokens: give --tokenizer too, a Hub id, a folder or embedded."
         )
-    if max_rows is not None and max_rows < 1:
-        raise UserError(f"--max_rows {max_rows}: must be 1 or more.")
+    if chat_template_path is not None and tokenizer is None:
+        raise UserError(
+            "--chat_template_path is for a tokenizer: give --tokenizer too, a Hub id, a folder or embedded."
+        )
+    for option, value in (("max_rows", max_rows), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise UserError(f"--{option} {value}: must be 1 or more.")
     # Rows as the stage takes them, and the tokenizer that it would use
     rows = load_rows(
         dataset,

@@ -277,6 +277,12 @@ def take_told(rows: Dataset, stage: StageName, name: str, reading: Reading | Non
         )
     if taken.ignored:
         logger.warning("%s: read as %s; ignored: %s", name, taken.title, ", ".join(taken.ignored))
+    if taken.not_there:
+        logger.warning(
+            "%s: without effect: leave_out: [%s]; no row has a role, a key or a part of that name.",
+            name,
+            ", ".join(taken.not_there),
+        )
     return taken
 
 

@@ -29,6 +29,7 @@ from goose_lora.data.messages import (
     messages_of,
     parsed,
     said,
+    system_of,
     texts_of,
     tools_of,
     turns_of,
@@ -50,6 +51,7 @@ DIALOGUE = re.compile(
 TWO_SIDES = (("a", "b"), ("0", "1"), ("1", "2"), ("left", "right"))
 # Of a reply that is an object: where its text is, and what ranks it
 REPLY_KEYS = ("response", "answer", "completion", "generation", "output", "text", "content", "summary")
+OF_TWO = ("reply", "conversation", "candidate")  # further names of one of two replies
 SCORE_KEYS = ("overall_score", "score", "rating", "reward")
 SCORED = ("score", "rating", "reward", "avg_rating")
 NO_PROMPT = "chosen and rejected do not begin alike, so there is no prompt in them."
@@ -128,7 +130,9 @@ class Asking:
         """
         # The parts, each as text or messages
         asked = None if self.prompt is None else value_of(self._first(row[self.prompt]), self.prompt)
-        system = self._text(row, self.system)
+        system = ""
+        if self.system is not None and not says_nothing(row[self.system]):
+            system = system_of(row[self.system], self.system)
         about = self._text(row, self.input)
         history = [] if self.history is None else history_of(row[self.history])
         if asked is None:
@@ -157,6 +161,11 @@ class Asking:
         if self.tools is not None and (tools := tools_of(row[self.tools])):
             found["tools"] = tools
         if self.template is not None and (template := parsed(row[self.template])):
+            if not isinstance(template, dict):
+                raise UserError(
+                    f"{self.template} is {str(template)[:60]}; expected an object of names and values:"
+                    " {enable_thinking: false}."
+                )
             found["chat_template_kwargs"] = {
                 key: value for key, value in template.items() if value is not None
             }
@@ -351,7 +360,7 @@ def _harmless(column: str, value: object, what: str, shape: Shape, stage: StageN
             return True
         # A word for good or bad is one on the reply
         verdict = isinstance(value, str) and names.VERDICTS.fullmatch(value.strip().lower())
-        if verdict and "completion" in shape.form:
+        if verdict and "text" not in shape.form:
             return False
         # A class of a text, or a topic: no word on how good it is
         return (
@@ -370,15 +379,16 @@ def _asking(have: Columns, *, plain: bool, replies: Sequence[object] = ()) -> As
     prompt = have.find(names.ASKED)
     # Names that are prompts by what they hold: HelpSteer3's context, SHP's history, OpenAI's input
     if prompt is None:
-        for column in ("context", "history", "input"):
-            value = have.values.get(column)
-            if is_messages(parsed(value)) or isinstance(parsed(value), str | dict):
-                prompt = have.find((column,))
+        for name in ("context", "history", "input"):
+            column = first_of(have.values, (name,))
+            value = None if column is None else parsed(have.values[column])
+            if is_messages(value) or isinstance(value, str | dict):
+                prompt = have.find((name,))
                 break
     # What goes with it
     system = have.find(names.SYSTEMS)
-    about = next((name for name in names.INPUTS if name in have.values and name != prompt), None)
-    history = next((name for name in names.HISTORIES if name in have.values and name != prompt), None)
+    beside = [column for column in have.values if column != prompt]
+    about, history = first_of(beside, names.INPUTS), first_of(beside, names.HISTORIES)
     have.used |= {column for column in (about, history) if column is not None}
     # Plain names of TRL mean plain text, and so does a dialogue that is written out
     first = "" if prompt is None else have.values[prompt]
@@ -440,8 +450,10 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
         # The better one first
         better, worse = (b, a) if winner == "b" else (a, b)
         made = _pair(row, better, worse, asking)
-        if found.margin:
-            made["margin"] = cell(row, found.margin)
+        if found.margin and stage == "reward":
+            made["margin"] = _margin(
+                cell(row, found.margin), found.margin, is_signed=found.margin == found.winner
+            )
         return made
 
     return Shape(found.title, ("prompt", "chosen", "rejected"), frozenset(have.used), read, True, asking)
@@ -496,8 +508,8 @@ def _pairs(have: Columns, stage: StageName) -> Shape | None:
         made = _pair(row, better, worse, asking)
         for chosen, rejected in scores:
             _check_scores(row, chosen, rejected)
-        if margin is not None:
-            made["margin"] = row[margin]
+        if margin is not None and stage == "reward":
+            made["margin"] = _margin(row[margin], margin)
         return made
 
     inside = ", the prompt inside both" if asking.prompt is None else ""
@@ -587,6 +599,21 @@ def _check_scores(row: Row, chosen: str, rejected: str) -> None:
         )
 
 
+def _margin(value: Cell, column: str, *, is_signed: bool = False) -> Cell:
+    """Return by how much the chosen reply is better; its type is checked where it is used.
+
+    ``is_signed``: the column says by its sign which reply is better.
+    """
+    if not is_number(value) or value >= 0:
+        return value
+    if is_signed:
+        return -value
+    raise UserError(
+        f"{column} is {value:g}: it is below 0, which says that the reply that is chosen is worse. Mend the"
+        f" row, or leave the margins out: {setting_aside(column)}."
+    )
+
+
 def _pair(row: Row, better: str, worse: str, asking: Asking) -> Cells:
     """Return prompt, chosen and rejected of a row.
 
@@ -651,7 +678,7 @@ def _split_messages(
     # A prompt beside whole conversations is in them, or one of the two is wrong
     asked = [prompt] if isinstance(prompt, str) else [said(turn) for turn in prompt]
     held = [said(turn).strip() for turn in common]
-    strange = next((text for text in asked if not any(text.strip() in turn for turn in held)), None)
+    strange = next((text for text in asked if text.strip() not in held), None)
     if isinstance(prompt, list) and prompt[0]["role"] == "system" and strange == said(prompt[0]):
         # The system message stands in a column of its own
         common, strange = with_system(common, said(prompt[0])), None
@@ -948,50 +975,90 @@ def _selected(result: Mapping[str, Any]) -> list[Any]:
 
 def two_sides(values: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return two columns of replies whose names differ in a, b or 1, 2 alone; None if none are."""
-    # Names alike but for their ends
-    names_ = {plain_name(name): name for name, value in values.items() if _may_be_reply(value)}
+    # Names alike but for their ends; numbers on replies may be written as text
+    names_ = {
+        plain_name(name): name
+        for name, value in values.items()
+        if _may_be_reply(value) and not names.ON_A_REPLY.search(plain_name(name))
+    }
+    found: dict[str, tuple[str, str]] = {}
     for first, second in TWO_SIDES:
         for name, column in names_.items():
             if re.search(rf"(^|_|[a-z]){first}$", name):
-                other = names_.get(name[: len(name) - len(first)] + second)
+                stem = name[: len(name) - len(first)]
+                other = names_.get(stem + second)
                 if other is not None and "model" not in name and not name.endswith(f"id_{first}"):
-                    return column, other
-    return None
+                    found.setdefault(stem.rstrip("_"), (column, other))
+    # Beside replies there may be what somebody says of each
+    replies = [sides for stem, sides in found.items() if stem in (*REPLY_KEYS, *OF_TWO)]
+    both = replies or list(found.values())
+    return both[0] if len(both) == 1 else None
 
 
 def _scored_sides(have: Columns, stage: StageName) -> Shape | None:
     """Look for two replies with a score each, of which the higher one is better."""
-    sides, scores = two_sides(have.values), _two_scores(have.values)
-    if sides is None or scores is None or have.reading.pairs:
+    sides, found = two_sides(have.values), _two_scores(have.values)
+    if sides is None or not found or have.reading.pairs:
         return None
+    scores = found[0]
+    # Of a score by another name nobody knows whether more of it is better: toxicity_score_a
+    plain = names.QUALITY.fullmatch(plain_name(scores[0])) is not None and len(found) == 1
+    if not plain and stage == "reward":
+        _refuse_scores(sides, found)
     have.used |= {*sides, *scores}
     asking = _asking(have, plain=False, replies=(have.values[sides[0]], have.values[sides[1]]))
 
     def read(row: Row) -> Cells:
-        first, second = (row[name] for name in scores)
-        if not is_number(first) or not is_number(second):
+        first, second = (_score(row[name]) for name in scores)
+        if first is None or second is None:
             raise LeftOut("a score is missing")
         if first == second and stage == "reward":
             raise LeftOut("it is a tie, no preference")
         better, worse = sides if first >= second else sides[::-1]
         return _pair(row, better, worse, asking)
 
-    title = f"two replies, the better one by {scores[0]} and {scores[1]}"
+    title = "two replies"
+    if plain:
+        title += f", the better one by {scores[0]} and {scores[1]}"
     return Shape(title, ("prompt", "chosen", "rejected"), frozenset(have.used), read, True, asking)
 
 
-def _two_scores(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the only two columns of scores whose names differ as those of two replies do."""
-    # A rank is better where it is lower
-    names_ = {plain_name(name): name for name, value in values.items() if is_number(value)}
-    found = [
+def _refuse_scores(sides: tuple[str, str], found: Sequence[tuple[str, str]]) -> None:
+    """Raise UserError for scores of two replies that do not say which is better."""
+    # Plain names say that the higher one is, and swapped ones the lower one
+    one, two = found[0]
+    scores = " and ".join(", ".join(pair) for pair in found)
+    aside = [f"{name}=unused_{plain_name(name)}" for pair in found[1:] for name in pair]
+    high, low = (
+        ", ".join([f"{first}=score_a", f"{second}=score_b", *aside])
+        for first, second in ((one, two), (two, one))
+    )
+    raise UserError(
+        f"{sides[0]} and {sides[1]} stand beside {scores}, and nothing says which is better. If it is the"
+        f" one of the higher {one}: column_mapping: [{high}]; if it is that of the lower one: [{low}]."
+    )
+
+
+def _score(value: object) -> float | None:
+    """Return a score, which may be written as text; None if there is none."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    return float(number) if is_number(number) else None  # type: ignore[arg-type]
+
+
+def _two_scores(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the columns of scores whose names differ as those of two replies do, two by two."""
+    names_ = {plain_name(name): name for name, value in values.items() if _score(value) is not None}
+    return [
         (column, names_[name[: len(name) - len(first)] + second])
         for first, second in TWO_SIDES
         for name, column in names_.items()
-        if re.search(rf"(score|rating|reward)s?_{first}$", name)
+        if names.ON_A_REPLY.search(name)
+        and name.endswith(first)
         and name[: len(name) - len(first)] + second in names_
     ]
-    return found[0] if len(found) == 1 else None
 
 
 def _may_be_reply(value: object) -> bool:
@@ -1003,7 +1070,13 @@ def _refuse_unjudged(values: Mapping[str, Any]) -> None:
     sides = two_sides(values)
     if sides is None:
         return
-    judging = [name for name in values if meaning(name) in ("a judgement", "a score or a rank")]
+    # A number on one reply is no judgement on two
+    numbers = {name for pair in _two_scores(values) for name in pair}
+    judging = [
+        name
+        for name in values
+        if meaning(name) in ("a judgement", "a score or a rank") and name not in numbers
+    ]
     found = [values[name] for name in judging[:1]]
     raise UserError(
         f"{sides[0]} and {sides[1]} look like two replies, and nothing says which is better. Say so:"
@@ -1026,14 +1099,30 @@ def _conversation_column(have: Columns) -> str | None:
 def _demonstrations(have: Columns, stage: StageName) -> Shape | None:
     """Look for what fine-tuning takes, and what has a prompt for PPO."""
     # A reply is text or messages, whatever its column is called
-    reply = first_of(have.values, names.REPLIES)
-    if reply is not None and not _may_be_reply(have.values[reply]) and reply != "completion":
-        reply = None
+    replies = [
+        column
+        for name in names.REPLIES
+        if (column := first_of(have.values, (name,))) is not None
+        and (_may_be_reply(have.values[column]) or column == "completion")
+    ]
+    reply = next(iter(replies), None)
     truth = stage == "ppo" and reply is not None and plain_name(reply) in names.TRUTHS
     asking = _asking(have, plain=truth or reply in (None, "completion"))
     text_prompt = asking.prompt is None or not is_messages(parsed(have.values[asking.prompt]))
     beside = Columns(have.values, have.reading)
     dialogue = _conversation_column(beside)
+    # TRL's name says which is the reply, others do not
+    if (
+        stage == "sft"
+        and asking.prompt is not None
+        and len(replies) > 1
+        and plain_name(replies[0]) != "completion"
+    ):
+        aside = ", ".join(f"{column}=unused_{plain_name(column)}" for column in replies[1:])
+        raise UserError(
+            f"{' and '.join(replies)} could each be the reply to {asking.prompt}. Set aside what is not, for"
+            f" example column_mapping: [{aside}] to learn {reply}."
+        )
     # Messages say more than a prompt of text beside them
     if (
         asking.prompt is not None
@@ -1064,7 +1153,7 @@ def _text_of(row: Row, column: str) -> str:
 
 def _prompt_and_reply(have: Columns, asking: Asking, reply: str | None, stage: StageName) -> Shape:
     prompt_column = str(asking.prompt)
-    label = first_of(have.values, ("label", "thumbs_up", "thumb"))
+    label = first_of(have.values, names.THUMBS)
     thumbs = label if label is not None and _thumb(have.values[label]) is not None else None
     have.used |= {column for column in (reply, thumbs) if column is not None}
 
@@ -1096,7 +1185,7 @@ def _prompt_and_reply(have: Columns, asking: Asking, reply: str | None, stage: S
 def _thumb(value: object) -> bool | None:
     if isinstance(value, bool):
         return value
-    return {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else None
+    return names.THUMB_WORDS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def _conversation(have: Columns, column: str, stage: StageName) -> Shape:
@@ -1119,7 +1208,8 @@ def _conversation(have: Columns, column: str, stage: StageName) -> Shape:
         if not messages:
             raise LeftOut(f"{column} is empty")
         if system is not None:
-            messages = with_system(messages, "" if says_nothing(row[system]) else str(row[system]))
+            about = "" if says_nothing(row[system]) else system_of(row[system], system)
+            messages = with_system(messages, about)
         if stage == "ppo":
             prompt = conversation_prompt(messages)
             if not prompt:
@@ -1156,12 +1246,18 @@ def _prompts_of(shape: Shape) -> Shape:
 
 def _thumbs(have: Columns) -> Shape | None:
     """Look for KTO's rows for the reward model: a reply each, and whether it is good."""
-    label = next((name for name in ("label", "thumbs_up", "thumb") if name in have.values), None)
-    if label is None or _thumb(have.values[label]) is None:
+    label = first_of(have.values, names.THUMBS)
+    if label is None or says_nothing(have.values[label]):
         return None
     shape = _demonstrations(Columns(have.values, have.reading), "sft")
     if shape is None or "completion" not in shape.form:
         return None
+    if _thumb(have.values[label]) is None:
+        raise UserError(
+            f"{label} is {have.values[label]!r}. A judgement on one reply is"
+            f" {', '.join(names.THUMB_WORDS)}, with both kinds of replies to a prompt. Write it so in the"
+            " rows, or give pairs: prompt, chosen and rejected."
+        )
 
     def read(row: Row) -> Cells:
         thumb = _thumb(row[label])
@@ -1172,13 +1268,17 @@ def _thumbs(have: Columns) -> Shape | None:
     return Shape(shape.title, ("prompt", "completion", "label"), shape.uses, read, judged=True)
 
 
+def asked_of(row: Row) -> str:
+    """Return what a row asks, by which KTO's rows go together: its prompt, tools and template's."""
+    return json.dumps([row.get(key) for key in ("prompt", "tools", "chat_template_kwargs")], sort_keys=True)
+
+
 def by_prompt(rows: Sequence[Row]) -> Iterator[Cells]:
     """Yield KTO rows as ranked lists: the prompts that have a good and a bad reply."""
     # Prompts in the order of the file
     groups: dict[str, tuple[Cells, dict[bool, list[Content]]]] = {}
     for row in rows:
-        key = json.dumps(row["prompt"], sort_keys=True)
-        _, replies = groups.setdefault(key, (dict(row), {True: [], False: []}))
+        _, replies = groups.setdefault(asked_of(row), (dict(row), {True: [], False: []}))
         replies[bool(row["label"])].append(row["completion"])
     for row, replies in groups.values():
         if replies[True] and replies[False]:

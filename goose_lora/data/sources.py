@@ -6,8 +6,12 @@ wrong in words of the file.
 
 import csv
 import glob
+import io
 import json
 import logging
+import math
+import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -21,6 +25,7 @@ from urllib.request import urlopen
 import fsspec
 import pandas
 import pyarrow
+import pyarrow.json
 import yaml
 from datasets import (
     Dataset,
@@ -33,6 +38,7 @@ from datasets import (
 )
 from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.json import json as json_of_datasets
 from huggingface_hub import constants, metadata_load
 
 from goose_lora.embedded import MODEL
@@ -55,6 +61,11 @@ SECONDS = 60  # without an answer of the web
 SEPARATORS = ",;\t|"
 SPLITS = frozenset(word for words in SPLIT_KEYWORDS.values() for word in words)
 WRAPPERS = ("data", "rows", "examples")  # keys under which a JSON object has its rows
+PATTERN = re.compile(r"[*?[]")  # letters of globs, which names of files and folders may have too
+# Cells of csv that are numbers: what a float reads besides (1_000, 00501, nan) is an id or a word
+WHOLE = re.compile(r"-?(0|[1-9]\d*)")
+DECIMAL = re.compile(r"-?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+EXACT = 2**53  # whole numbers up to here are themselves as floats
 
 
 _PLACE = ("dataset_config", "data_dir", "dataset_revision")  # settings, in the order of HubPlace
@@ -111,6 +122,11 @@ def _read_rows(name: str, split: str, place: HubPlace | None, split_by: str) -> 
     # In the order of what a name can be: a folder, an address, a glob, a file, the Hub
     path = Path(name).expanduser()
     if path.is_dir() and _is_hub_copy(path):
+        if PATTERN.search(str(path.absolute())):
+            raise UserError(
+                f"{name}: datasets reads *, ? and [ in the name of a copy from the Hub as a pattern. Rename"
+                " the folder."
+            )
         return _from_hub(str(path), split, place or HubPlace(), split_by)
     given = [f"{setting}={value}" for setting, value in zip(_PLACE, place or (), strict=False) if value]
     if given and (path.exists() or "://" in name or _suffix(path) in READERS):
@@ -122,8 +138,10 @@ def _read_rows(name: str, split: str, place: HubPlace | None, split_by: str) -> 
         return _folder(path, split, split_by)
     if "://" in name:
         return _address(name)
-    if any(letter in name for letter in "*?["):
-        return _parts(sorted(glob.glob(str(path))), name)
+    if PATTERN.search(name) and not path.exists():
+        # A folder that is there is meant as it is called
+        folder = glob.escape(str(path.parent)) if path.parent.is_dir() else str(path.parent)
+        return _parts(sorted(glob.glob(os.path.join(folder, path.name))), name)
     if _suffix(path) in READERS:
         if not path.is_file():
             raise UserError(f"{name}: no such file. Check the path.")
@@ -232,7 +250,7 @@ def is_of_hub(name: str) -> bool:
     if path.is_dir():
         return _is_hub_copy(path)
     is_file = path.exists() or "://" in name or _suffix(path) in READERS or name.startswith(f"{MODEL}/")
-    return not is_file and not any(letter in name for letter in "*?[")
+    return not is_file and not PATTERN.search(name)
 
 
 def _gives_one_split(name: str) -> bool:
@@ -247,18 +265,36 @@ def splits_of(path: Path) -> dict[str, list[str]]:
     The names are those that ``datasets`` knows: train, validation, dev, test and others, in the
     file's name or its folder's.
     """
-    try:
-        patterns = get_data_patterns(str(path))
-    except FileNotFoundError:  # an empty folder
-        return {}
-    found: dict[str, list[str]] = {}
-    for split, ways in patterns.items():
-        if ways == ["**"]:  # no name tells a split
+    with _plainly_named(path) as plain:
+        try:
+            patterns = get_data_patterns(str(plain))
+        except FileNotFoundError:  # an empty folder
             return {}
-        files = {file for way in ways for file in _resolved(way, path) if _suffix(Path(file)) in READERS}
-        if files:
-            found[str(split)] = sorted(files)
+        found: dict[str, list[str]] = {}
+        for split, ways in patterns.items():
+            if ways == ["**"]:  # no name tells a split
+                return {}
+            files = {file for way in ways for file in _resolved(way, plain) if _suffix(Path(file)) in READERS}
+            if files:
+                found[str(split)] = sorted(
+                    str(path.absolute() / Path(file).relative_to(plain)) for file in files
+                )
     return found
+
+
+@contextmanager
+def _plainly_named(path: Path) -> Iterator[Path]:
+    """Give a folder by an absolute name without letters of patterns, by a link where it has some.
+
+    An escaped name would do too, but ``datasets`` then searches the folder above and all in it.
+    """
+    if not PATTERN.search(str(path.absolute())):
+        yield path.absolute()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "rows"
+        link.symlink_to(path.absolute(), target_is_directory=True)
+        yield link
 
 
 def _resolved(pattern: str, path: Path) -> list[str]:
@@ -320,8 +356,11 @@ def _files(files: list[str], kind: str, name: str, *, keep: bool = False) -> Dat
         if kind == "csv":
             rows = concatenate_datasets([_table(file) for file in files])
         else:
-            with _without_its_log():
-                rows = load_dataset(kind, data_files=files, split="train", keep_in_memory=keep)
+            # The files are there, so that their names are no patterns
+            exact = [glob.escape(file) for file in files]
+            with _without_its_log(), _dates_as_text():
+                # A name of ours, since the library's cache may have what was read with times
+                rows = load_dataset(kind, "rows", data_files=exact, split="train", keep_in_memory=keep)
     except ImportError as error:  # fsspec's, for an address
         raise UserError(f"{name}: {brief(error)}. Install that, or download the file first.") from error
     except (DatasetGenerationError, ValueError, OSError) as error:
@@ -345,6 +384,57 @@ def _without_its_log() -> Iterator[None]:
         yield
     finally:
         library.setLevel(before)
+
+
+@contextmanager
+def _dates_as_text() -> Iterator[None]:
+    """Have text of JSON that looks like a time read as the text that it is, at any depth.
+
+    Arrow's reader makes times of it, and ``datasets`` has no setting that says otherwise.
+    """
+    before = json_of_datasets.paj
+    json_of_datasets.paj = _WithoutTimes
+    try:
+        yield
+    finally:
+        json_of_datasets.paj = before
+
+
+class _WithoutTimes:
+    """What ``datasets`` uses of ``pyarrow.json``, reading times as text."""
+
+    ReadOptions = pyarrow.json.ReadOptions
+
+    @staticmethod
+    def read_json(lines: io.BytesIO, read_options: pyarrow.json.ReadOptions) -> pyarrow.Table:
+        """Return the rows of lines, read a second time where the first has made times of text."""
+        table = pyarrow.json.read_json(lines, read_options=read_options)
+        schema = _text_for_times(table.schema)
+        if schema == table.schema:
+            return table
+        lines.seek(0)
+        return pyarrow.json.read_json(
+            lines,
+            read_options=read_options,
+            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema),
+        )
+
+
+def _text_for_times(schema: pyarrow.Schema) -> pyarrow.Schema:
+    """Return an Arrow schema with text for times."""
+    return pyarrow.schema([_without_times(field) for field in schema])
+
+
+def _without_times(field: pyarrow.Field) -> pyarrow.Field:
+    """Return an Arrow field with text for times, also in those of objects and lists."""
+    kind = field.type
+    if pyarrow.types.is_struct(kind):
+        return field.with_type(
+            pyarrow.struct([_without_times(kind.field(i)) for i in range(kind.num_fields)])
+        )
+    if pyarrow.types.is_list(kind):
+        return field.with_type(pyarrow.list_(_without_times(kind.value_field)))
+    return field.with_type(pyarrow.string()) if pyarrow.types.is_temporal(kind) else field
 
 
 def _json_object(path: Path, name: str) -> Dataset | DatasetDict | None:
@@ -421,11 +511,11 @@ def numbers_again(rows: Dataset, text: Mapping[str, object]) -> Dataset:
     """Return rows of csv with columns of numbers as such, but for columns that are ``text``."""
     # Ids, scores and labels; a column of any text stays text
     for column in rows.column_names:
-        cells = [cell for cell in rows[column] if cell != ""]
-        if column in text or not cells or not all(_is_number(cell) for cell in cells):
+        cells = [cell.strip() for cell in rows[column] if cell != ""]
+        number = None if column in text or not cells else _number_of(cells)
+        if number is None:
             continue
-        kind = "int64" if all(str(cell).lstrip("+-").isdigit() for cell in cells) else "float64"
-        number = int if kind == "int64" else float
+        kind = "int64" if number is int else "float64"
         filled = [None if cell == "" else number(cell) for cell in rows[column]]
         replaced = Dataset.from_dict({column: filled}, features=Features({column: Value(kind)}))
         order = rows.column_names
@@ -433,16 +523,26 @@ def numbers_again(rows: Dataset, text: Mapping[str, object]) -> Dataset:
     return rows
 
 
-def _is_number(cell: object) -> bool:
-    try:
-        return str(float(str(cell))) not in ("nan", "inf", "-inf")
-    except ValueError:
-        return False
+def _number_of(cells: Sequence[str]) -> type[int | float] | None:
+    """Return the type that these cells are written in; None if numbers would not say the same."""
+    # A whole number that does not fit, a long id, would be another one
+    if all(WHOLE.fullmatch(cell) for cell in cells):
+        fits = all(-(2**63) <= int(cell) < 2**63 for cell in cells) and "-0" not in cells
+        return int if fits else None
+    for cell in cells:
+        if not DECIMAL.fullmatch(cell) or not math.isfinite(float(cell)):
+            return None
+        if WHOLE.fullmatch(cell) and abs(int(cell)) > EXACT:
+            return None
+    return float
 
 
 def _from_hub(name: str, split: str, place: HubPlace, split_by: str) -> Dataset:
     try:
-        rows = load_dataset(name, place.config, split=split, data_dir=place.data_dir, revision=place.revision)
+        with _dates_as_text():
+            rows = load_dataset(
+                name, place.config, split=split, data_dir=place.data_dir, revision=place.revision
+            )
     except Exception as error:  # what httpx, fsspec, pyarrow and pandas raise, passed on
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             raise UserError(

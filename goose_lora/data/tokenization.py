@@ -1,11 +1,12 @@
 """Rows to token ids: prompts, texts and chat messages, and their padding."""
 
+import inspect
 import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -23,6 +24,11 @@ from goose_lora.models.endings import template_limit
 
 logger = logging.getLogger(__name__)
 
+# What apply_chat_template takes besides the template's own keywords
+_NO_KEYWORDS = {
+    "asks",
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+} - {"documents", "kwargs"}
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys under which templates look for them
 MARKS = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|eot_id|user|assistant)\|>|<start_of_turn>|<end_of_turn>"
@@ -57,9 +63,23 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **how: Any
 
 
 def chat_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a row has for the chat template besides messages: tools and keywords."""
-    tools = row.get("tools")
-    return ({"tools": tools} if tools else {}) | dict(row.get("chat_template_kwargs") or {})
+    """Return what a row has for the chat template besides messages: tools and keywords.
+
+    Raises:
+        UserError: keywords that are none of the template's.
+    """
+    tools, keywords = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if not isinstance(keywords, Mapping):
+        raise UserError(
+            f"chat_template_kwargs is {type(keywords).__name__}; expected an object of names and values, such"
+            ' as {"enable_thinking": false}.'
+        )
+    if taken := [name for name in keywords if name in _NO_KEYWORDS]:
+        raise UserError(
+            f"chat_template_kwargs: {', '.join(taken)} is set by the stage that reads the rows, not by a row."
+            " Leave it out; tools have a column of their own."
+        )
+    return ({"tools": tools} if tools else {}) | dict(keywords)
 
 
 def render_whole(
@@ -84,12 +104,12 @@ def whole_text(
             of the sixteen templates that TRL knows drop a developer's message, thirteen thoughts.
     """
     text = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=asks, **options)
-    lost = _left_out(messages, text)
+    lost = _left_out(messages, text, tokenizer, asks=asks, **options)
     # A developer's message is a system message to templates that are older than the role
     if lost is not None and lost[1] == "developer":
         messages = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages]
         text = apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=asks, **options)
-        lost = _left_out(messages, text)
+        lost = _left_out(messages, text, tokenizer, asks=asks, **options)
         if lost is None:
             _tell_once("the chat template has no role developer: such messages are read as system")
     unwritten = _unwritten_tools(messages, tokenizer, asks=asks, **options)
@@ -114,30 +134,63 @@ def _tell_once(text: str) -> None:
     logger.warning(text)
 
 
-def _left_out(messages: Sequence[Message], text: str) -> tuple[int, str, str] | None:
-    """Return the number of the first message that is not whole in ``text``, and what it lacks.
+class _Part(NamedTuple):
+    """What a message says: its number, the role or the key that says it, and the words."""
+
+    place: int
+    what: str
+    said: str
+
+
+def _left_out(
+    messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase, *, asks: bool, **options: Cell
+) -> _Part | None:
+    """Return the first part of the messages that the template has not written into ``text``."""
+    parts = _parts(messages, text)
+    for part in parts:
+        if not _stands_in(part.said, text):
+            return part
+    # Words that others say too may stand there for them alone
+    doubtful = [
+        part
+        for part in parts
+        if sum(text.count(form) for form in _forms(part.said)) < sum(p.said.count(part.said) for p in parts)
+    ]
+    if not doubtful:
+        return None
+    marks = _Marks()
+    turns = [marks.turn(turn, place) for place, turn in enumerate(messages, 1)]
+    try:
+        marked = apply_template(tokenizer, turns, tokenize=False, add_generation_prompt=asks, **options)
+    except UserError:  # as below
+        return None
+    lost = {where for mark, (where, _) in marks.said.items() if mark not in marked}
+    return next((part for part in doubtful if f"{part.what} of message {part.place}" in lost), None)
+
+
+def _parts(messages: Sequence[Message], text: str) -> list[_Part]:
+    """Return all that messages say but their tools.
 
     Thoughts inside the content of earlier turns are dropped by design, which is told.
     """
+    parts = []
     for place, message in enumerate(messages, 1):
         last = place == len(messages)
         # What the turn says, its thoughts apart
         thought, _, content = _said(message).rpartition("</think>")
-        parts = [(message["role"], content)]
+        parts.append(_Part(place, message["role"], content))
         thought = thought.replace("<think>", "")
         if last and thought:
-            parts.append(("think", thought))
+            parts.append(_Part(place, "think", thought))
         elif thought.strip() and not _stands_in(thought.strip(), text):
             _tell_once(
                 "the chat template leaves out the thoughts inside earlier turns of the assistant, so that"
                 " these are read, and learned where all turns are, without them. leave_out: [think] leaves"
                 " out all thoughts."
             )
-        parts += [(key, message[key]) for key in THOUGHTS if isinstance(message.get(key), str)]
-        for what, said in parts:
-            if said.strip() and not _stands_in(said.strip(), text):
-                return place, what, said.strip()
-    return None
+        keys = [key for key in THOUGHTS if isinstance(message.get(key), str)]
+        parts += [_Part(place, key, message[key]) for key in keys]
+    return [part._replace(said=part.said.strip()) for part in parts if part.said.strip()]
 
 
 def _said(message: Message) -> str:
@@ -177,6 +230,22 @@ class _Marks:
     def __init__(self) -> None:
         self.said: dict[str, tuple[str, str]] = {}
 
+    def turn(self, turn: Message, place: int) -> Message:
+        """Return a message with marks for what it says and thinks, between the same tags."""
+        marked, said = dict(turn), _said(turn)
+        thought, closes, content = said.rpartition("</think>")
+        if closes:
+            opens = "<think>" if "<think>" in thought else ""
+            thought = self.of(thought.replace("<think>", "").strip(), f"think of message {place}")
+            closes = f"{opens}\n{thought}\n</think>\n\n"
+        if said.strip():
+            role = turn["role"]
+            marked["content"] = closes + self.of(content.strip(), f"{role} of message {place}")
+        for key in THOUGHTS:
+            if isinstance(turn.get(key), str):
+                marked[key] = self.of(turn[key], f"{key} of message {place}")
+        return marked
+
     def call(self, call: Mapping[str, Cell], where: str) -> dict[str, Cell]:
         """Return a call with marks for its name and all of its arguments."""
         function = {**call["function"], "name": self.of(call["function"]["name"], where)}
@@ -210,8 +279,11 @@ class _Marks:
 
 def _stands_in(said: str, text: str) -> bool:
     """Return whether ``said`` is in ``text``, as it is or as a JSON string writes it."""
-    written = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
-    return any(form in text for form in written)
+    return any(form in text for form in _forms(said))
+
+
+def _forms(said: str) -> set[str]:
+    return {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]}
 
 
 def foreign_markers(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -224,11 +296,14 @@ def foreign_markers(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, ends: bool) -> list[int]:
     """Tokenize a text as TRL does, with BOS once and, where it ``ends``, EOS once.
 
-    A text that a template has been through has both already.
+    A text that a template has been through has both already; what may follow its EOS (ChatML: a
+    line break) is left out.
     """
     end = str(tokenizer.eos_token or "")
     closed = bool(end) and text.rstrip().endswith(end)
-    whole = text + end if ends and not closed else text
+    whole = text
+    if ends:
+        whole = text.rstrip() if closed else text + end
     encoded: Any = tokenizer(whole)["input_ids"]
     ids = list(encoded)
     bos = tokenizer.bos_token_id

@@ -34,8 +34,19 @@ class ReplyEnd(NamedTuple):
     source: str
 
 
+class _Closing(NamedTuple):
+    """What closes an assistant's turn, and whether the template writes it where no turn follows.
+
+    ``state`` is what the template was rendered with.
+    """
+
+    state: str
+    token: int | None
+    is_written: bool
+
+
 # The template is rendered once: rows are encoded by thousands.
-_rendered: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, int | None]] = WeakKeyDictionary()
+_rendered: WeakKeyDictionary[PreTrainedTokenizerBase, _Closing] = WeakKeyDictionary()
 
 
 def ends_with_sources(
@@ -142,23 +153,35 @@ def closing_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     None without a template, or where it closes turns with plain text or not at all. Where nothing
     follows the last turn (GLM), it is the token that opens the user's next one.
     """
-    if not tokenizer.chat_template:
-        return None
+    return _closing(tokenizer).token if tokenizer.chat_template else None
+
+
+def unwritten_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that ends a reply and that the chat template does not write after the last.
+
+    None where it writes one, or none is known.
+    """
+    closing = _closing(tokenizer) if tokenizer.chat_template else None
+    return None if closing is None or closing.is_written else closing.token
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase) -> _Closing:
     # Asked anew only where the template or the EOS that it may write has changed
     state = json.dumps([tokenizer.chat_template, tokenizer.eos_token, len(tokenizer)])
-    if tokenizer in _rendered and _rendered[tokenizer][0] == state:
-        return _rendered[tokenizer][1]
+    if tokenizer in _rendered and _rendered[tokenizer].state == state:
+        return _rendered[tokenizer]
     ask, said = {"role": "user", "content": "ask"}, _said()
     tail = _after_reply(tokenizer, [ask, said])
-    if tail == "":
+    is_written = tail != ""
+    if not is_written:
         tail = _after_reply(tokenizer, [ask, said, ask])
 
     # The longest of the tokens that text is split at: <|end|> is no part of <|end|>of
     added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     opening = [token for token in added if token.strip() and (tail or "").startswith(token.strip())]
     closing = added[max(opening, key=len)] if opening else None
-    _rendered[tokenizer] = (state, closing)
-    return closing
+    _rendered[tokenizer] = _Closing(state, closing, is_written)
+    return _rendered[tokenizer]
 
 
 def require_tokens(

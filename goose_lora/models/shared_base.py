@@ -8,6 +8,7 @@ it, and the others (``value``, ``reward``, ``reference``) to folders beside it.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -262,6 +263,11 @@ class SharedBase(PeftModel):
         return self._layers[0]
 
     @property
+    def acting(self) -> Role:
+        """The role that the model is now."""
+        return self._role or "policy"
+
+    @property
     def critic(self) -> Critic | None:
         """The kind of critic; None where there is none."""
         return self.role_plan.critic
@@ -395,7 +401,7 @@ class SharedBase(PeftModel):
         core = self.core
 
         # What will be put back
-        before = self._role or "policy"
+        before = self.acting
         modules: list[nn.Module] = []
         checkpointing: list[nn.Module] = []
         if generating:
@@ -475,17 +481,44 @@ class SharedBase(PeftModel):
                 "gradient checkpointing with use_reentrant=True cannot tell the adapters of policy and critic"
                 " apart. Use gradient_checkpointing_kwargs: {use_reentrant: false}."
             )
-        options.update(
-            use_reentrant=False, context_fn=lambda: (nullcontext(), adapters.Reentrant(self._as_now()))
-        )
+        options.update(use_reentrant=False, context_fn=self._recompute_contexts)
         core = self.core
         # By the name that it has: the first is new in transformers 5.23, and warns of the second
         newer = getattr(core, "activation_checkpointing_enable", None)
         (newer or core.gradient_checkpointing_enable)(options, **kwargs)
 
+    def adopt_checkpointing(self) -> None:
+        """Let checkpointing that was enabled on the transformers model itself know the roles.
+
+        It is then what ``activation_checkpointing_enable`` of this class makes of it.
+
+        Raises:
+            UserError: reentrant checkpointing, or contexts of its own, which would be lost.
+        """
+        for module in self.core.modules():
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
+            if checkpoint is None or not module.gradient_checkpointing:
+                continue
+            settings = partial(checkpoint).keywords
+            if settings.get("context_fn") == self._recompute_contexts:
+                continue
+            foreign = [name for name in ("use_reentrant", "context_fn") if settings.get(name)]
+            if foreign:
+                raise UserError(
+                    f"gradient checkpointing of this {type(self.core).__name__} was enabled with a"
+                    f" {foreign[0]} that cannot tell the roles of one base apart. Call"
+                    " model.gradient_checkpointing_enable({'use_reentrant': False})."
+                )
+            own = partial(checkpoint, use_reentrant=False, context_fn=self._recompute_contexts)
+            setattr(module, "_gradient_checkpointing_func", own)  # noqa: B010  (as _set_checkpointing)
+
+    def _recompute_contexts(self) -> tuple[Any, Any]:
+        """Return the contexts of a checkpointed forward and of its recompute."""
+        return nullcontext(), adapters.Reentrant(self._as_now())
+
     def _as_now(self) -> Callable[[], Any]:
         """Make a context in which the base is what it is now: role, and columns that are read."""
-        role, columns = self._role or "policy", self._columns
+        role, columns = self.acting, self._columns
 
         @contextmanager
         def again() -> Iterator[None]:
@@ -503,7 +536,7 @@ class SharedBase(PeftModel):
         if self._role == role:
             return
         if self._before_backward is None:
-            self._before_backward = self._role or "policy"
+            self._before_backward = self.acting
             # What DistributedDataParallel ends its own backward pass with
             engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
             engine.queue_callback(self._end_backward)

@@ -209,6 +209,11 @@ def reward_sources(
     """
     # By default the reward adapter alone
     listed = listed_sources(names) or ["adapter"]
+    if not has_adapter and "adapter" in listed_sources(names):
+        raise UserError(
+            "reward_function: adapter is named, and there is none. Set reward_adapter to the output of"
+            " recipes/reward.py, or leave it out."
+        )
     if not has_adapter and "adapter" in listed:
         raise UserError(
             "nothing scores the replies: set reward_adapter to the output of recipes/reward.py, or"

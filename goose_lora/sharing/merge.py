@@ -165,6 +165,11 @@ def _check(folder: Path, out: Path, dtype: str, quantized: bool) -> BaseRecord:
         )
     # The base must be loaded as it was in training, or the sum is another model's
     noted = lineage_of(folder)
+    if "base" not in noted and not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder} has no {ADAPTER_CONFIG}: no adapter. Give the output_dir of a stage, run to its end,"
+            " or user/repo on the Hub."
+        )
     if "base" not in noted:
         raise UserError(
             f"{folder} has no goose_lora.json that tells how the base was quantized in training, and it must"

@@ -97,19 +97,30 @@ def check_types(config: Mapping[str, Any], dataclasses: Sequence[type], where: s
 
 
 def check_words(words: Sequence[str], dataclasses: Sequence[type]) -> None:
-    """Raise UserError for a setting of the command line whose number is NaN or infinite.
+    """Raise UserError for a setting of the command line that would be read as something else.
 
-    Some settings become whole numbers as soon as they are read.
+    That is a number that is NaN or infinite, since some become whole numbers as soon as they are
+    read, and a list that stands twice, of which argparse takes the last alone.
     """
     hints: dict[str, object] = {}
     for dataclass in dataclasses:
         hints |= get_type_hints(dataclass)
+    seen: set[str] = set()
     for option, after in zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = option.partition("=")
         name = name.removeprefix("--").replace("-", "_")
         value = value if equals else after
         if option.startswith("--") and name in hints and _is_no_number(value, hints[name]):
             raise UserError(f"{name}={value}: must be a finite number.")
+        if option.startswith("--") and _takes_several(hints.get(name)):
+            if name in seen:
+                raise UserError(f"--{name} stands twice. Give all of it at once: --{name} ONE OTHER.")
+            seen.add(name)
+
+
+def _takes_several(hint: object) -> bool:
+    """Return whether a setting takes a list."""
+    return any(get_origin(part) is list for part in (hint, *get_args(hint)))
 
 
 def _is_no_number(value: object, hint: object) -> bool:

@@ -340,7 +340,7 @@ CASES = [
     ),
     c(
         "merge: not there",
-        ("none has no goose_lora.json that tells how the", "training, and it must be the same again."),
+        ("none has no adapter_config.json: no adapter.", "Give the output_dir of a stage, run to its end"),
         "merge",
         "./none",
         "--out",
@@ -671,6 +671,13 @@ CASES = [
         change=plan_of("policy_adapter: {folder}/prompts.jsonl\n"),
     ),
     c(
+        "plan: of another stage",
+        ("unknown setting", "goose-lora plan reads the settings of PPO alone."),
+        "plan",
+        "--config",
+        "consumer_gpu/sft",
+    ),
+    c(
         "plan: layers",
         ("lora_layers='top-99': the model has 5 layers.",),
         "plan",
@@ -696,6 +703,24 @@ CASES = [
         F + "/prompts.jsonl",
         "--max_length",
         "0",
+    ),
+    c(
+        "data: max_length 0 of tokens",
+        ("--max_length 0: must be 1 or more.",),
+        "data",
+        F + "/prompts.jsonl",
+        "--tokenizer",
+        F + "/base",
+        "--max_length",
+        "0",
+    ),
+    c(
+        "data: template without a tokenizer",
+        ("--chat_template_path is for a tokenizer: give --tokenizer too",),
+        "data",
+        F + "/prompts.jsonl",
+        "--chat_template_path",
+        "nosuch.jinja",
     ),
     c(
         "data: max_length text",

@@ -215,6 +215,13 @@ CASES = [
     line("a fraction for a count", "--lora_r", "1.5", says=("invalid int value: '1.5'",)),
     line("a word for true", "--packing", "on", says=("Truthy value expected: got on", "yes/no")),
     line(
+        "a list in two places",
+        "--column_mapping",
+        "a=b",
+        "--column-mapping=c=d",
+        says=("--column_mapping stands twice", "at once"),
+    ),
+    line(
         "a second file",
         "--config",
         "a.yaml",

@@ -196,6 +196,45 @@ def test_what_a_template_drops_is_refused_with_the_setting_that_leaves_it_out(te
         render_whole(messages, with_template(template))
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "ba"}, {"role": "user", "content": "ba de"}, GOOD],
+        [USER, CALLING, {"role": "tool", "content": "7"}, {**GOOD, "content": "7 of 7"}],
+        [USER, {**GOOD, "reasoning_content": "good"}],
+        [USER, {**GOOD, "content": "<think>\ngood\n</think>\n\ngood"}],
+        [{"role": "user", "content": "good"}, {**GOOD, "thinking": "good"}, USER, GOOD],
+    ],
+    ids=["system", "tool", "reasoning", "think", "thinking"],
+)
+def test_words_that_stand_elsewhere_are_missed_where_a_template_of_trl_drops_them(messages):
+    """What says so: TRL's template writes the same text though the words of a part are others."""
+    found, wanted = {}, {}
+    for name in sorted(path.stem for path in TEMPLATES.glob("*.jinja")):
+        tokenizer = with_template(name)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # the template takes no such roles
+            continue
+        dropped = False
+        for place, message in enumerate(messages):
+            for key in ("content", "reasoning_content", "thinking"):
+                if not message.get(key):
+                    continue
+                said = str(message[key])
+                other = said.replace("good", "XXX", 1) if "<think>" in said else "XXX"
+                changed = [*messages[:place], {**message, key: other}, *messages[place + 1 :]]
+                dropped |= tokenizer.apply_chat_template(changed, tokenize=False) == text
+        wanted[name] = not dropped and not lacks_a_call(messages, text)
+        found[name] = takes(tokenizer, messages)
+    assert found == wanted
+    assert set(found.values()) == {True, False}
+
+
+def lacks_a_call(messages, text):
+    return CALLING in messages and "fff" not in text
+
+
 @pytest.mark.parametrize("template", ["qwen3", "qwen2_5"])
 def test_a_developers_message_is_read_as_system_where_the_template_has_no_such_role(template):
     tokenizer = with_template(template)
@@ -372,3 +411,19 @@ def test_a_row_that_ends_in_a_call_is_left_out_with_its_calls(tmp_path, caplog):
     kept = load_rows(path, stage="sft", reading=Reading(leave_out=("tool_calls",)))
     assert list(kept) == [{"messages": [ASKING, {"role": "assistant", "content": "bo"}]}]
     assert "1 because the last message of messages is empty (row 1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"add_generation_prompt": True}, "add_generation_prompt is set by the stage"),
+        ({"enable_thinking": False, "tokenize": True}, "tokenize is set by the stage"),
+        ({"tools": [TOOL]}, "tools have a column of their own"),
+        ({"asks": True}, "asks is set by the stage"),
+        (["enable_thinking"], "is list; expected an object"),
+    ],
+)
+def test_keywords_that_are_not_the_templates_are_refused(keywords, words):
+    row = {"messages": [USER, GOOD], "chat_template_kwargs": keywords}
+    with pytest.raises(UserError, match=f"chat_template_kwargs.* {words}"):
+        demonstration(row, tiny.chat_tokenizer(), Learning())

@@ -82,6 +82,11 @@ def test_columns_that_a_stage_does_not_take_name_those_found_those_accepted_and_
         find_format(["q", "a"], "sft", "my")
 
 
+def test_a_judgement_is_no_reply_to_be_renamed():
+    with pytest.raises(ValueError, match=r"column_mapping: \[completion=chosen\]\.$"):
+        find_format(["prompt", "completion", "label", "score"], "reward", "my")
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [

@@ -11,7 +11,7 @@ import fsspec
 import pyarrow
 import pytest
 import tiny
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 
 from goose_lora.data import sources
 from goose_lora.data.demonstrations import Learning, tokenize_demonstrations, tokenize_texts
@@ -79,6 +79,57 @@ def test_numbers_of_a_csv_that_no_one_says_stay_numbers(tmp_path):
         {"prompt": "12", "answer": "7", "score": 0.5},
         {"prompt": "13", "answer": "8", "score": None},
     ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "read"),
+    [
+        (["7", " 8"], [7, 8]),
+        (["-7", "0.5", "1e-3", ".5"], [-7.0, 0.5, 0.001, 0.5]),
+        (["00501", "7"], None),
+        (["1_000", "7"], None),
+        (["00.5", "7"], None),
+        (["+7", "7"], None),
+        (["1e999", "7"], None),
+        (["123456789012345678901234", "7"], None),
+        (["9007199254740993", "0.5"], None),
+        (["\u0661", "7"], None),
+    ],
+)
+def test_cells_of_a_csv_are_numbers_where_they_are_written_as_numbers(cells, read, tmp_path):
+    lines = "".join(f"ba,{cell}\n" for cell in cells)
+    (tmp_path / "a.csv").write_text(f"prompt,ground_truth\n{lines}")
+    assert load_rows(str(tmp_path / "a.csv"), stage="ppo")["ground_truth"][:] == (read or cells)
+
+
+def test_text_that_looks_like_a_time_is_the_text_of_the_file_at_any_depth(tmp_path):
+    day, time = "2024-01-01", "2024-01-01 10:00:00"
+    row = {"prompt": day, "truth": time, "more": {"at": [day], "turns": [{"content": time}]}}
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [row, row])
+    # The library, read before, caches times under this file's name
+    assert not isinstance(load_dataset("json", data_files=path, split="train")[0]["prompt"], str)
+    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
+    for kind in ("jsonl", "json"):
+        assert list(load_rows(str(tmp_path / f"rows.{kind}"), stage="ppo")) == [row, row]
+
+
+def test_times_in_a_later_part_of_a_long_file_are_text_too(tmp_path):
+    # The library reads 10 MB at a time, and casts what it finds then to what it has found first
+    rows = [{"prompt": "ba" * 6_000_000, "at": "never"}, {"prompt": "ba", "at": "2024-01-01"}]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    assert load_rows(path)["at"][:] == ["never", "2024-01-01"]
+
+
+@pytest.mark.parametrize("name", ["rows[1]", "rows?", "ro*ws", "[ab]"])
+def test_letters_of_a_glob_in_the_name_of_what_is_there_are_letters(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    for place in range(2):
+        tiny.write_rows(folder / f"{name}-{place}.jsonl", [SAID[place]])
+        (folder / f"{name}.csv").write_text('prompt,completion\nba,7\n"be, bi",NA\n')
+    assert list(load_rows(str(folder / f"{name}-1.jsonl"))) == SAID[1:]
+    assert list(load_rows(str(folder / f"{name}.csv"))) == SAID
+    assert list(load_rows(str(folder / "*.jsonl"))) == SAID
 
 
 def test_a_hub_dataset_of_several_configurations_says_how_to_name_one(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import tiny
@@ -146,7 +147,66 @@ REFUSED = [
             [{"prompt": Q, "response": BAD, column: value}],
             rf"column {column} is a judgement .* \[{column}=unused_{column}\]",
         )
-        for column, value in (("thumbs_down", True), ("is_correct", False), ("upvoted", 0), ("label", "bad"))
+        for column, value in (
+            ("thumbs_down", True),
+            ("is_correct", False),
+            ("upvoted", 0),
+            ("label", "bad"),
+            ("label", "dislike"),
+            ("verdict", "undesirable"),
+            ("label", "0"),
+        )
+    ],
+    ("sft", [{**CHAT, "label": "undesirable"}], r"column label is a judgement .* \[label=unused_label\]"),
+    (
+        "reward",
+        [{"prompt": Q, "completion": GOOD, "label": "good"}],
+        r"label is 'good'\. A judgement on one reply is true, false, desirable, undesirable,",
+    ),
+    (
+        "reward",
+        [{**WHOLE, "prompt": "feeds"}],
+        r"prompt is not what chosen and rejected begin with: 'feeds'.*\[prompt=unused_prompt\]",
+    ),
+    ("reward", [{**TEXTS, "margin": -2.0}], r"margin is -2: .* worse\. .* \[margin=unused_margin\]"),
+    (
+        "sft",
+        [{**CHAT, "chat_template_kwargs": ["enable_thinking"]}],
+        r"row 1: chat_template_kwargs is \['enable_thinking'\]; expected an object",
+    ),
+    (
+        "sft",
+        [{"instruction": Q, "output": GOOD, "history": [["a", None]]}],
+        r"row 1: turn 1 of history is \['a', None\]; expected two texts",
+    ),
+    *[
+        ("sft", [{**CHAT, "system": value}], r"row 1: system is .* \[system=unused_system\]")
+        for value in (["Be kind.", "Be brief."], {"role": "user", "content": "Be."}, {"text": "Be."}, 7)
+    ],
+    *[
+        (
+            "sft",
+            [{"messages": [user(Q), {**assistant(GOOD), **keys}]}],
+            f"message 2 {what}",
+        )
+        for keys, what in (
+            ({"train": "maybe"}, "has train: 'maybe', .* Write true or false"),
+            ({"loss": 0.5}, "has loss: '0.5', .* Write true or false"),
+            ({"train": False, "weight": 1}, "has train beside another weight"),
+            ({"train_detail": [{"train": False}]}, r"has train_detail, .* leave_out: \[train_detail\]"),
+            ({"function_call": "f(x)"}, r"has a call of a tool without a name: f\(x\)"),
+            (
+                {"function_call": {"name": "f"}, "tool_calls": [{"function": {"name": "g"}}]},
+                "has both tool_calls and function_call",
+            ),
+        )
+    ],
+    *[
+        ("sft", [{"problem": Q, **dict.fromkeys(names, GOOD)}], what)
+        for names, what in (
+            (("solution", "answer"), r"answer and solution could each .* \[solution=unused_solution\] to"),
+            (("output", "response"), r"output and response could each .* \[response=unused_response\] to"),
+        )
     ],
     ("reward", [{**TEXTS, "tie": True}], r"the column tie is a judgement .* \[tie=unused_tie\]"),
     ("sft", [{"problem": Q, "thinking": "Hm.", "solution": GOOD}], "thinking is thoughts of the reply"),
@@ -255,8 +315,11 @@ def test_a_judgement_may_name_the_column_that_is_better(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["train", "training", "train_on_turn", "loss", "weight"])
-def test_a_turn_that_is_not_to_be_learned_is_so_in_all_words(key, tmp_path):
-    turns = [user("a"), {**assistant("b"), key: False}, user("c"), {**assistant("d"), key: True}]
+@pytest.mark.parametrize(("no", "yes"), [(False, True), ("false", "True"), (0, 1), ("0", "1")])
+def test_a_turn_that_is_not_to_be_learned_is_so_in_all_words(key, no, yes, tmp_path):
+    if key == "weight" and isinstance(no, str):
+        pytest.skip("OpenAI's weight is a number, and other ones are refused where it is used")
+    turns = [user("a"), {**assistant("b"), key: no}, user("c"), {**assistant("d"), key: yes}]
     (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": turns}]), stage="sft")
     assert [turn.get("weight") for turn in read["messages"]] == [None, 0, None, 1]
 
@@ -302,6 +365,164 @@ def test_columns_that_are_no_two_scores_decide_nothing(tmp_path, ends):
     rows = [{"prompt": "p", "response_a": "x", "response_b": "y", ends[0]: 2, ends[1]: 1}]
     with pytest.raises(ValueError, match="nothing says which is better"):
         load_rows(tiny.write_rows(tmp_path / "rows.jsonl", rows), stage="reward")
+
+
+SCORES = {"prompt": "p", "response_a": "kind", "response_b": "rude"}
+
+
+@pytest.mark.parametrize(
+    "name", ["toxicity_score", "gpt4_toxicity_score", "reward_of_harm", "perplexity_score"]
+)
+def test_scores_of_which_more_may_be_worse_are_refused_with_mappings_that_work(name, tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{**SCORES, f"{name}_a": 0.1, f"{name}_b": 0.9}])
+    with pytest.raises(
+        ValueError, match=rf"higher {name}_a: column_mapping: .*: \[{name}_b=score_a"
+    ) as error:
+        load_rows(path, stage="reward")
+    high, low = re.findall(r"\[(.*?)\]", str(error.value))
+    for mapping, better in ((high, "rude"), (low, "kind")):
+        (row,) = load_rows(path, stage="reward", column_mapping=mapping.split(", "))
+        assert row["chosen"][0]["content"] == better
+
+
+@pytest.mark.parametrize(
+    "name", ["overall_score", "gpt4_rating", "human_rating", "reward_model_score", "reward"]
+)
+def test_names_that_plainly_mean_quality_choose_the_higher_one(name, tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{**SCORES, f"{name}_a": 0.1, f"{name}_b": 0.9}])
+    assert load_rows(path, stage="reward")[0]["chosen"][0]["content"] == "rude"
+
+
+def test_one_of_two_kinds_of_scores_is_chosen_by_the_user(tmp_path):
+    row = {**SCORES, "score_a": 4, "score_b": 3, "toxicity_score_a": 0.1, "toxicity_score_b": 0.9}
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match="nothing says which is better"):
+        load_rows(path, stage="reward")
+    aside = ["toxicity_score_a=unused_a", "toxicity_score_b=unused_b"]
+    assert load_rows(path, stage="reward", column_mapping=aside)[0]["chosen"][0]["content"] == "kind"
+
+
+def test_scores_that_are_written_as_text_are_numbers_and_no_replies(tmp_path):
+    row = {"prompt": "p", "score_a": "4", "score_b": "10", **SCORES}
+    rows = [row, {**row, "score_a": "none"}]
+    (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", rows), stage="reward")
+    assert read["chosen"][0]["content"] == "rude" and read["rejected"][0]["content"] == "kind"
+
+
+def test_what_is_said_of_two_replies_is_none_of_them(tmp_path):
+    row = {"prompt": "p", "critique_a": "Fine.", "critique_b": "Bad.", **SCORES, "score_a": 2, "score_b": 1}
+    (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [row]), stage="reward")
+    assert read["chosen"][0]["content"] == "kind"
+
+
+@pytest.mark.parametrize("words", [("desirable", "undesirable"), ("True", "False"), (True, False)])
+def test_ktos_own_words_are_thumbs(words, tmp_path):
+    rows = [{**KTO, "label": words[0]}, {**KTO, "completion": f" {BAD}", "label": words[1]}]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    assert list(load_rows(path, stage="sft")["completion"]) == [f" {GOOD}"]
+    (read,) = load_rows(path, stage="reward")
+    assert read == {"prompt": Q, "completions": [f" {GOOD}", f" {BAD}"], "ranks": [1, 2]}
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_thumbs_of_one_prompt_under_other_tools_are_of_two_prompts(column, tmp_path, caplog):
+    of = {"tools": ["f", "g"], "chat_template_kwargs": ["h", "i"]}[column]
+    made = [[{"name": name}] if column == "tools" else {"mode": name} for name in of]
+    good, bad = KTO, {**KTO, "completion": f" {BAD}", "label": False}
+    rows = [{**good, column: made[0]}, {**bad, column: made[1]}, {**bad, column: made[0]}]
+    (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", rows), stage="reward")
+    assert read["completions"] == [f" {GOOD}", f" {BAD}"] and of[0] in str(read[column])
+    assert "does not need (row 2)" in caplog.text
+
+
+BE = {"role": "system", "content": "Be."}
+
+
+@pytest.mark.parametrize("value", ["Be.", ["Be."], BE, [BE], json.dumps([BE]), '["Be."]'])
+@pytest.mark.parametrize("row", [CHAT, {"prompt": Q, "response": GOOD}], ids=["messages", "prompt"])
+def test_a_system_column_may_hold_a_text_or_a_message_or_one_in_a_list(row, value, tmp_path):
+    (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [{**row, "system": value}]), stage="sft")
+    assert (read["messages"] if "messages" in read else read["prompt"])[0] == BE
+
+
+def test_a_system_prompt_that_is_written_as_an_object_is_text(tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{**CHAT, "system": '{"style": "brief"}'}])
+    assert load_rows(path, stage="sft")[0]["messages"][0]["content"] == '{"style": "brief"}'
+
+
+@pytest.mark.parametrize("call", [{"name": "f", "arguments": {"x": 1}}, '{"name": "f", "arguments": "{}"}'])
+def test_openais_first_form_of_a_call_is_a_call_beside_text_too(call, tmp_path):
+    turns = [user(Q), {**assistant("I call."), "function_call": call}]
+    (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": turns}]), stage="sft")
+    (found,) = read["messages"][1]["tool_calls"]
+    assert found["function"]["name"] == "f" and isinstance(found["function"]["arguments"], dict)
+    assert "function_call" not in read["messages"][1]
+
+
+def test_a_part_that_is_not_learned_may_be_left_out_and_is_nothing_to_ppo(tmp_path):
+    turns = [user(Q), {**assistant(GOOD), "train_detail": [{"train": False}]}]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    reading = Reading(leave_out=("train_detail",))
+    assert list(load_rows(path, stage="sft", reading=reading)) == [CHAT]
+    assert load_rows(path, stage="ppo")["prompt"][0] == [user(Q)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "replies", "read"),
+    [
+        ("no", ("note", "nothing"), ("note", "nothing")),
+        ("What?", ("What?No", "What?Yes"), ("No", "Yes")),
+        ("Say no", ("Say not", "Say nothing"), ("Say not", "Say nothing")),
+    ],
+)
+def test_a_reply_that_begins_with_a_word_that_begins_as_the_prompt_keeps_it(prompt, replies, read, tmp_path):
+    rows = [{"prompt": prompt, "chosen": replies[0], "rejected": replies[1]}]
+    (row,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", rows), stage="reward")
+    assert (row["chosen"], row["rejected"]) == read
+    rows = [{"prompt": prompt, "completions": list(replies), "ranks": [1, 2]}]
+    (row,) = load_rows(tiny.write_rows(tmp_path / "lists.jsonl", rows), stage="reward")
+    assert tuple(row["completions"]) == read
+
+
+def test_a_preference_whose_sign_says_which_is_better_is_a_margin_by_its_size(tmp_path):
+    rows = [{"prompt": Q, "a": GOOD, "b": BAD, "by": by} for by in (-2, 1)]
+    pairs = ("a=a", "b=b", "winner=by", "a_wins=<0", "b_wins=>0", "margin=by")
+    read = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", rows), stage="reward", reading=Reading(pairs))
+    assert read["margin"][:] == [2, 1]
+    assert len(load_rows(tiny.write_rows(tmp_path / "p.jsonl", [{**TEXTS, "margin": -1}]), stage="ppo")) == 1
+
+
+def test_columns_with_capitals_are_the_same_columns(tmp_path):
+    row = {"Instruction": Q, "Input": "Now.", "Output": GOOD, "History": [["Hi", "Ho"]], "System": "Be."}
+    (read,) = load_rows(tiny.write_rows(tmp_path / "rows.jsonl", [row]), stage="sft")
+    assert read["prompt"] == [BE, user("Hi"), assistant("Ho"), user(f"{Q}\n\nNow.")]
+
+
+def test_the_reply_that_is_meant_is_learned_where_the_other_is_set_aside(tmp_path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"problem": Q, "solution": GOOD, "answer": "2"}])
+    (read,) = load_rows(path, stage="sft", column_mapping=["answer=unused_answer"])
+    assert read["completion"] == [assistant(GOOD)]
+    # TRL's name is plain; truths are for reward functions; a number is no reply
+    other = {"prompt": Q, "completion": f" {GOOD}", "answer": "2", "solution": BAD}
+    path = tiny.write_rows(tmp_path / "trl.jsonl", [other])
+    assert load_rows(path, stage="sft")[0]["completion"] == f" {GOOD}"
+    assert load_rows(path, stage="ppo")[0] == other
+    path = tiny.write_rows(tmp_path / "number.jsonl", [{"problem": Q, "solution": GOOD, "answer": 2}])
+    assert load_rows(path, stage="sft")[0]["completion"] == [assistant(GOOD)]
+
+
+def test_a_part_to_leave_out_that_no_row_has_is_told(tmp_path, caplog):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": [BE, *CHAT["messages"]]}, CHAT])
+    data = DataArguments(path, leave_out=["sytem", "system", "think"])
+    assert list(data.train("sft").rows) == [CHAT, CHAT]
+    assert "without effect: leave_out: [sytem, think]; no row has" in caplog.text
+
+
+def test_thoughts_are_left_out_where_there_are_some(tmp_path):
+    turns = [user("  indented"), assistant("<think>Hm.</think>\n\nSo.")]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    (read,) = load_rows(path, stage="sft", reading=Reading(leave_out=("think",)))
+    assert [turn["content"] for turn in read["messages"]] == ["  indented", "So."]
 
 
 def test_turns_of_a_question_and_its_answer_are_a_conversation(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import tiny
@@ -53,6 +54,33 @@ def test_held_out_rows_of_a_folder_are_not_trained_on(tmp_path):
     data = DataArguments(folder, eval_dataset_name=folder)
     assert data.train("ppo").rows["prompt"][:] == ["of train.jsonl"]
     assert data.held_out("ppo").rows["prompt"][:] == ["of test.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["runs[1]", "ru?s", "r*", "[ab]"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_with_letters_of_a_glob_in_its_name_has_the_same_splits(layout, name, tmp_path):
+    plain = write(tmp_path / "rows", LAYOUTS[layout])
+    # What these patterns would find, were they read as such
+    write(tmp_path / "runs1", ["train.jsonl", "train/a.jsonl", "b/test.jsonl"])
+    folder = write(tmp_path / name, LAYOUTS[layout])
+    for split in sources.splits_of(Path(plain)) or ("train",):
+        found = sources.read_rows(folder, split)["prompt"]
+        assert found[:] == sources.read_rows(plain, split)["prompt"][:]
+
+
+def test_held_out_rows_of_a_table_are_not_trained_on_whatever_its_folder_is_called(tmp_path):
+    folder = tmp_path / "runs[1]"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_text(f"prompt,completion\nof {split},x\n")
+    assert load_rows(str(folder))["prompt"][:] == ["of train"]
+
+
+def test_a_copy_with_a_card_in_a_folder_that_datasets_cannot_name_is_refused(tmp_path):
+    folder = write(tmp_path / "rows[1]", ["main/train.jsonl"])
+    (tmp_path / "rows[1]" / "README.md").write_text(CARD)
+    with pytest.raises(UserError, match=r"\[ in the name of a copy .* Rename the folder"):
+        DataArguments(folder, dataset_config="main").train("ppo")
 
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):

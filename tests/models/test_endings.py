@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from goose_lora.data.demonstrations import Learning, demonstration
 from goose_lora.data.preferences import encode_reply
 from goose_lora.data.tokenization import tokenize_prompts
 from goose_lora.errors import UserError
@@ -20,6 +21,7 @@ from goose_lora.models.endings import (
     ends_with_sources,
     note_ends,
     reply_ends,
+    unwritten_end,
 )
 from goose_lora.models.loading import change_ends, load_base, load_tokenizer, tokenizer_of
 from goose_lora.models.shared_base import SharedBase
@@ -183,7 +185,23 @@ def test_reward_model_rollouts_and_base_end_at_one_set(tmp_path, stop_token_ids)
 def test_a_template_of_glms_kind_is_not_cut_before_the_reply():
     tokenizer = chatty(GLM)
     ids = encode_reply(tokenizer, ASK, SAY, append_eos=True)
-    assert tokenizer.convert_ids_to_tokens(ids)[-2:] == ["<assistant>", "good"]
+    assert tokenizer.convert_ids_to_tokens(ids)[-3:] == ["<assistant>", "good", "<user>"]
+
+
+def test_an_end_that_the_template_leaves_to_the_next_turn_is_learned_and_scored():
+    tokenizer = chatty(GLM)
+    end = unwritten_end(tokenizer)
+    assert end == tokenizer.convert_tokens_to_ids("<user>") and end in reply_ends(tokenizer)
+    for row in ({"messages": [*ASK, *SAY]}, {"prompt": ASK, "completion": SAY}):
+        tokens = demonstration(row, tokenizer, Learning())
+        assert tokens.ids[-1] == end and tokens.learned[-1] and tokens.said[-1]
+        assert tokens.ids == encode_reply(tokenizer, ASK, SAY, append_eos=True)
+    unlearned = {"messages": [*ASK, {**SAY[0], "weight": 0}]}
+    assert not any(demonstration(unlearned, tokenizer, Learning()).learned[-2:])
+    # Nothing is added where the template writes an end, and where a question comes last
+    assert unwritten_end(chatty()) is None and unwritten_end(chatty(None)) is None
+    asked = demonstration({"messages": [*ASK, *SAY, *ASK]}, tokenizer, Learning())
+    assert tokenizer.convert_ids_to_tokens(asked.ids[-2:]) == ["ba", "de"]
 
 
 def refusal(template_path, eos_token):

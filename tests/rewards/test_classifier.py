@@ -179,8 +179,8 @@ def test_sources_are_the_adapter_functions_and_models(tmp_path):
     assert reward_sources(None, has_adapter=True) == ["adapter"]
     with pytest.raises(ValueError, match="nothing scores the replies"):
         reward_sources(None, has_adapter=False)
-    with pytest.raises(ValueError, match="nothing scores the replies"):
-        reward_sources("adapter", has_adapter=False)
+    with pytest.raises(ValueError, match="adapter is named, and there is none"):
+        reward_sources([f"{__file__}:constant", "adapter"], has_adapter=False)
 
 
 def constant(completions, **columns):
