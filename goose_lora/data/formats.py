@@ -6,11 +6,13 @@ A row that is malformed is an error with its number, counted from 1; one that is
 nothing is left out, with a reason.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, Literal, NamedTuple, get_args
 
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
 from goose_lora.data.columns import (
     HISTORIES,
@@ -23,7 +25,16 @@ from goose_lora.data.columns import (
     plain_name,
     says_nothing,
 )
-from goose_lora.data.messages import Cell, check_asks, check_whole_turns, without
+from goose_lora.data.messages import (
+    ROLE_KEYS,
+    Cell,
+    Meant,
+    as_meant,
+    check_asks,
+    check_whole_turns,
+    meant_by,
+    without,
+)
 from goose_lora.data.shapes import (
     Cells,
     LeftOut,
@@ -35,8 +46,11 @@ from goose_lora.data.shapes import (
     by_prompt,
     leftover,
     shape_of,
+    without_prompts,
 )
 from goose_lora.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "chat"]
 LOOKED_AT = 1000  # rows, for the first value of each column
@@ -137,7 +151,8 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
     """
     # What the columns say, once for all rows
     reading = reading or Reading()
-    values = _first_values(rows)
+    meant = meant_by(_with_texts(rows))  # type: ignore[arg-type]
+    values = _first_values(rows, meant)
     try:
         shape = shape_of(values, stage, reading)
     except UserError as error:
@@ -153,9 +168,13 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
     reader = _Reader(shape, stage, name, reading.leave_out)
     needed = [column for column in rows.column_names if column in shape.uses or meaning(column) is not None]
     for number, row in enumerate(rows.select_columns(needed), 1):
-        reader.read(number, row)  # type: ignore[arg-type]
+        cells = {column: as_meant(value, meant, (column,)) for column, value in dict(row).items()}  # type: ignore[call-overload]
+        reader.read(number, cells)
+    _tell_mixed(name, meant, shape)
     if "label" in shape.form:
         reader.group(len(rows))
+    elif stage == "reward":
+        reader.cut_prompts()
 
     # Rows must be left
     missing = [
@@ -175,11 +194,12 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
     ignored = [
         column for column in rows.column_names if column not in shape.uses and column not in kept.column_names
     ]
+    dropped = {reason: sorted(numbers) for reason, numbers in reader.dropped.items()}
     return Taken(
         kept,
         reader.format,
         reader.kind,
-        dict(reader.dropped),
+        dropped,
         reader.numbers,
         shape.title,
         ignored,
@@ -193,7 +213,48 @@ def looks_like(rows: Dataset, stage: StageName, reading: Reading) -> Shape | Non
     Raises:
         UserError: a shape that is known and not understood.
     """
-    return shape_of(_first_values(rows), stage, reading)
+    first = rows.select(range(min(len(rows), LOOKED_AT)))
+    return shape_of(_first_values(rows, meant_by(_with_texts(first))), stage, reading)  # type: ignore[arg-type]
+
+
+def _with_texts(rows: Dataset) -> Dataset:
+    """Return the columns in which a text may stand for more, by their types and first letters."""
+    # Objects with roles are messages by their type
+    kinds = {column: kind for column, kind in rows.features.items() if column not in OF_TRAINERS}
+    texts = [column for column, kind in kinds.items() if isinstance(kind, Value) and "string" in kind.dtype]
+    deep = [
+        column
+        for column, kind in kinds.items()
+        if isinstance(kind, List | LargeList | Json | dict)
+        and not (isinstance(kind, List) and isinstance(kind.feature, dict) and {*ROLE_KEYS} & {*kind.feature})
+    ]
+    found: set[str] = set()
+    for table in rows.select_columns(texts).with_format("arrow").iter(batch_size=1000) if texts else ():
+        for column in {*texts} - found:
+            cells = table[column].to_pylist()  # type: ignore[call-overload]
+            if any(text and text.lstrip()[:1] in ("[", "{") for text in cells):
+                found.add(column)
+    return rows.select_columns([column for column in kinds if column in (*deep, *found)])
+
+
+def _tell_mixed(name: str, meant: Meant, shape: Shape) -> None:
+    """Log where text that could be chat messages is none, since most of its column is not."""
+    for spot, rows in meant.mixed.items():
+        if spot[0] in shape.uses:
+            shown = [
+                ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "") for numbers in rows
+            ]
+            way = "what is text stays so" if spot in meant.messages else "all is read as text"
+            logger.warning(
+                "%s: %s is chat messages as JSON in %d rows (%s) and none in %d (%s); %s.",
+                name,
+                spot[0],
+                len(rows[0]),
+                shown[0],
+                len(rows[1]),
+                shown[1],
+                way,
+            )
 
 
 class _Reader:
@@ -227,11 +288,29 @@ class _Reader:
             passed_over = leftover(self.shape, row, self.stage)
             if passed_over is not None:
                 raise UserError(passed_over)
-            reason = self._reason(number, made)
+            self._keep(number, made, self._reason(number, made))
         except LeftOut as error:
-            reason = str(error)
+            self.dropped[str(error)].append(number)
         except UserError as error:
             raise UserError(f"{self.name}: row {number}: {error}") from error
+
+    def cut_prompts(self) -> None:
+        """Cut prompts off replies of text, if all replies of the file begin with theirs."""
+        made = without_prompts(self.made, self.shape.asking)
+        if made is None:
+            return
+        logger.warning(
+            "%s: the replies of all %d rows begin with their prompt, which is cut off. If they are to keep"
+            " it, begin them with a space.",
+            self.name,
+            len(made),
+        )
+        # A reply that was nothing but its prompt is empty now
+        numbers, self.made, self.numbers = self.numbers, [], []
+        for number, row in zip(numbers, made, strict=True):
+            self._keep(number, row, reason_to_drop(row, self.format, self.stage, self.kind))
+
+    def _keep(self, number: int, made: Cells, reason: str | None) -> None:
         if reason is not None:
             self.dropped[reason].append(number)
             return
@@ -273,7 +352,7 @@ class _Reader:
         return reason_to_drop(made, self.format, self.stage, kind)
 
 
-def _first_values(rows: Dataset) -> dict[str, Any]:
+def _first_values(rows: Dataset, meant: Meant) -> dict[str, Any]:
     """Return each column with its first value that says something; None where there is none."""
     # Ids of another tokenizer are none of its columns: nothing may read them
     values: dict[str, Any] = dict.fromkeys(
@@ -284,7 +363,7 @@ def _first_values(rows: Dataset) -> dict[str, Any]:
         if not missing or number >= LOOKED_AT:
             break
         for column in missing:
-            values[column] = row[column]  # type: ignore[index,call-overload]
+            values[column] = as_meant(row[column], meant, (column,))  # type: ignore[index,call-overload]
     return values
 
 
@@ -445,4 +524,7 @@ def _ranked_reason(row: Row, kind: Kind) -> str | None:
         reason = _value_reason(completion, f"completion {place}", kind)
         if reason is not None:
             return "a completion is missing or empty"
+    for (one, rank), (other, its) in combinations(zip(completions, ranks, strict=True), 2):
+        if rank != its and one == other:
+            return "one reply stands there twice, with different ranks"
     return "all completions have one rank" if len(set(ranks)) == 1 else None

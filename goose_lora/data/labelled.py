@@ -7,17 +7,20 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
-from goose_lora.data.columns import first_of, plain_name
+from goose_lora.data.columns import first_of, plain_name, says_nothing
 from goose_lora.data.messages import Cell
 from goose_lora.errors import UserError
 
 BEST_FIRST = "best_first"
+BOTH = "both"  # a judgement that says two things at once
 PAIR_KEYS = ("a", "b", "winner", "a_wins", "b_wins", "tie", "margin")
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, ">": operator.gt}
 MODELS = ("model_a", "model_b")  # columns that say who wrote the two replies
 _TIES = re.compile(r"both|tie|draw|same|equal|neither|none|bad|unsure|skip")
+YES, NO = ("1", "true", "yes"), ("0", "false", "no")
 SHOWN_VALUES = 4  # of a judgement that the setting does not name
 
 
@@ -159,6 +162,13 @@ def parse_pairs(words: Sequence[str]) -> Pairs | None:
             + (f"{', '.join(missing)} is missing. " if missing else "")
             + "Give one each of a, b and winner, and the values of a_wins and b_wins."
         )
+    # What stands for two sides judges nothing
+    for one, other in combinations(("a_wins", "b_wins", "tie"), 2):
+        if shared := {*map(_word, found[one])} & {*map(_word, found[other])}:
+            raise UserError(
+                f"pairs: {one} and {other} are both {', '.join(sorted(shared))}. Give each value, or each"
+                " column of yes and no, to one of them."
+            )
     return Pairs(
         found["a"][0],
         found["b"][0],
@@ -198,18 +208,16 @@ def preset_of(columns: Sequence[str]) -> Pairs | None:
 
 
 def winner_of(row: Mapping[str, Any], pairs: Pairs) -> str | None:
-    """Return ``a``, ``b`` or ``tie``; None where there is no judgement.
+    """Return ``a``, ``b`` or ``tie``; ``both`` for several; None where there is no judgement.
 
     Raises:
         UserError: a judgement that the setting does not name.
     """
-    # Three columns of yes and no
+    # Three columns of yes and no, of which one says yes
     if not pairs.winner:
-        # The first that says yes
-        for side, columns in (("a", pairs.a_wins), ("b", pairs.b_wins), ("tie", pairs.tie)):
-            if any(_word(cell(row, column)) in ("1", "true") for column in columns):
-                return side
-        return None
+        columns = (("a", pairs.a_wins), ("b", pairs.b_wins), ("tie", pairs.tie))
+        said = [side for side, own in columns if any([_says_yes(row, column) for column in own])]
+        return BOTH if len(said) > 1 else next(iter(said), None)
     # One column; several annotators agree, or it is a tie
     judged = cell(row, pairs.winner)
     votes = judged if isinstance(judged, list) else [judged]
@@ -259,10 +267,25 @@ def suggestion(a: str, b: str, others: Sequence[str], values: Sequence[Any]) -> 
     return f"pairs: {{a: {a}, b: {b}, winner: {winner}, a_wins: {first}, b_wins: {second}}}"
 
 
+def _says_yes(row: Mapping[str, Any], column: str) -> bool:
+    value = cell(row, column)
+    word = _word(value).lower()
+    if not says_nothing(value) and word not in (*YES, *NO):
+        raise UserError(f"{column} is {value!r}; expected yes or no (1 or 0, true or false). Mend the row.")
+    return word in YES
+
+
 def _side(vote: object, pairs: Pairs, row: Mapping[str, Any]) -> str:
-    for side, values in (("a", pairs.a_wins), ("b", pairs.b_wins), ("tie", pairs.tie)):
-        if any(_is(vote, value) for value in values):
-            return side
+    named = (("a", pairs.a_wins), ("b", pairs.b_wins), ("tie", pairs.tie))
+    sides = [side for side, values in named if any(_is(vote, value) for value in values)]
+    if len(sides) > 1:
+        raise UserError(
+            f"{pairs.winner} is {vote!r}, which stands for {' and '.join(sides)}: a_wins is"
+            f" {', '.join(pairs.a_wins)}, b_wins {', '.join(pairs.b_wins)}, tie {', '.join(pairs.tie)}. Let"
+            " it stand for one of them in pairs."
+        )
+    if sides:
+        return sides[0]
     # Or the name of the column that is better, or of the model that wrote it
     for side, column in (("a", pairs.a), ("b", pairs.b)):
         if plain_name(_word(vote)) == plain_name(column):

@@ -5,8 +5,9 @@ OpenAI's, ShareGPT's and LLaMA-Factory's forms, JSON text, parts of content, too
 
 import ast
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 from goose_lora.data.columns import setting_aside
 from goose_lora.errors import UserError
@@ -34,6 +35,7 @@ ROLE_NAMES = {
     "tool_response": "tool",
 }
 CALLING = ("function_call", "tool_call")  # ShareGPT's roles whose text is the JSON of a call
+KNOWN_ROLES = (*CHAT_ROLES, *ROLE_NAMES, *CALLING)
 LEARNED_KEYS = ("train", "training", "train_on_turn", "loss")  # Axolotl's and others' for a turn's weight
 YES_AND_NO = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 ROLE_KEYS, TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
@@ -55,6 +57,90 @@ def parsed(value: object) -> Cell:
         if isinstance(found, list | dict):
             return found
     return value
+
+
+class TurnsAsJson(str):
+    """Text of a column that is lists of texts as JSON, one a turn (Chatbot Arena)."""
+
+
+Spot = tuple[str, ...]  # where a text stands: its column, then keys of objects; * for items of a list
+
+
+class Meant(NamedTuple):
+    """What the texts of a file stand for, by where they stand.
+
+    ``messages``: most are chat messages as JSON; ``turns``: most are lists of texts; ``mixed``:
+    where some are messages and others none, the numbers of both kinds of rows, from 1.
+    """
+
+    messages: frozenset[Spot]
+    turns: frozenset[Spot]
+    mixed: dict[Spot, tuple[list[int], list[int]]]
+
+
+def meant_by(rows: Iterable[Mapping[str, Any]]) -> Meant:
+    """Return what the texts of these rows stand for; a reply that is JSON is text in most files."""
+    # Cells that are messages are so whatever others are, and count with them
+    messages, others = defaultdict[Spot, list[int]](list), defaultdict[Spot, list[int]](list)
+    turns = Counter[Spot]()
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            for spot, cell in _spots(value, (column,)):
+                found = parsed(cell)
+                (messages if _holds_messages(found) else others)[spot].append(number)
+                turns[spot] += texts_of(found) is not None
+    return Meant(
+        frozenset(spot for spot in messages if len(messages[spot]) > len(others.get(spot, ()))),
+        frozenset(
+            spot for spot in others if 2 * turns[spot] > len(others[spot]) + len(messages.get(spot, ()))
+        ),
+        {spot: (messages[spot], others[spot]) for spot in messages if spot in others},
+    )
+
+
+def texts_of(value: Cell) -> list[str | None] | None:
+    """Return ``TurnsAsJson``, or a list of texts, as that list; None for all else."""
+    found = parsed(value) if isinstance(value, TurnsAsJson) else value
+    listed = isinstance(found, list) and all(text is None or isinstance(text, str) for text in found)
+    return found if listed else None
+
+
+def as_meant(value: Cell, meant: Meant, spot: Spot) -> Cell:
+    """Return a cell with its texts as what those in their place stand for."""
+    if isinstance(value, str):
+        if spot in meant.messages:
+            found = parsed(value)
+            return [found] if is_messages([found]) else found
+        return TurnsAsJson(value) if spot in meant.turns else value
+    # What messages say is text
+    if _holds_messages(value):
+        return value
+    if isinstance(value, dict):
+        return {key: as_meant(inner, meant, (*spot, key)) for key, inner in value.items()}
+    return [as_meant(inner, meant, (*spot, "*")) for inner in value] if isinstance(value, list) else value
+
+
+def _spots(value: Cell, spot: Spot) -> Iterator[tuple[Spot, Cell]]:
+    """Yield texts and messages with the places where they stand."""
+    if _holds_messages(value) or (isinstance(value, str) and value.strip() not in ("", "[]", "{}")):
+        yield spot, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _spots(inner, (*spot, key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _spots(inner, (*spot, "*"))
+
+
+def _holds_messages(value: Cell) -> bool:
+    """Return whether a value is chat messages, or one, and no other object that has such a key."""
+    if isinstance(value, dict):
+        value = value.get("messages", [value])
+    return is_messages(value) and any(
+        str(message[_key(message, ROLE_KEYS) or ""]).strip().lower() in KNOWN_ROLES
+        and _key(message, (*TEXT_KEYS, "tool_calls", "function_call")) is not None
+        for message in value
+    )
 
 
 # XTuner's keys of a turn, in their order, and the roles that they stand for.
@@ -130,15 +216,17 @@ def history_of(history: object) -> list[Message]:
         return []
     if is_messages(history):
         return messages_of(history)
-    if isinstance(history, list) and all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-        for turn in history
+    set_aside = "or set it aside: column_mapping: [history=unused_history]."
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history
     ):
-        return turns_of([text for turn in history for text in turn])
-    raise UserError(
-        "history is not a list of [question, answer] pairs. Write it so, or set it aside: column_mapping:"
-        " [history=unused_history]."
-    )
+        raise UserError(f"history is not a list of [question, answer] pairs. Write it so, {set_aside}")
+    for place, turn in enumerate(history, 1):
+        if not all(isinstance(text, str) for text in turn):
+            raise UserError(
+                f"turn {place} of history is {str(turn)[:60]}; expected two texts. Mend the row, {set_aside}"
+            )
+    return turns_of([text for turn in history for text in turn])
 
 
 def tools_of(value: object) -> list[dict[str, Any]] | None:

@@ -9,17 +9,19 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import Any, Literal, NamedTuple
 
 from goose_lora.data import columns as names
 from goose_lora.data import labelled
 from goose_lora.data.columns import first_of, meaning, plain_name, says_nothing, setting_aside
-from goose_lora.data.labelled import BEST_FIRST, Pairs, cell, ranks_from, winner_of
+from goose_lora.data.labelled import BEST_FIRST, BOTH, Pairs, cell, ranks_from, winner_of
 from goose_lora.data.messages import (
     ASKING_ROLES,
     Cell,
     Content,
     Message,
+    TurnsAsJson,
     check_asks,
     history_of,
     is_messages,
@@ -28,6 +30,7 @@ from goose_lora.data.messages import (
     parsed,
     said,
     system_of,
+    texts_of,
     tools_of,
     turns_of,
 )
@@ -38,6 +41,7 @@ StageName = Literal["sft", "reward", "ppo"]
 Row = Mapping[str, Any]
 Cells = dict[str, Any]
 
+APART = "\n\n"  # between a prompt and a reply of text that are not glued
 TURN_MARKER = "\n\nAssistant:"  # of Anthropic's hh-rlhf, whose texts hold the whole dialogue
 # A text that is a dialogue already: it is left as text
 DIALOGUE = re.compile(
@@ -116,6 +120,7 @@ class Asking:
     chat: bool  # text becomes messages
     separate: bool  # text is not glued: prompt and reply have something between
     instead: str = OWN_COLUMN  # what to do where there is no prompt
+    turns: bool = False  # prompts may be lists of texts, the first of which is asked
 
     def of(self, row: Row) -> Content | None:
         """Return the prompt of a row, without its replies; None if it has none.
@@ -124,7 +129,7 @@ class Asking:
             UserError: parts that cannot go together.
         """
         # The parts, each as text or messages
-        asked = None if self.prompt is None else value_of(row[self.prompt], self.prompt)
+        asked = None if self.prompt is None else value_of(self._first(row[self.prompt]), self.prompt)
         system = ""
         if self.system is not None and not says_nothing(row[self.system]):
             system = system_of(row[self.system], self.system)
@@ -165,7 +170,7 @@ class Asking:
                 key: value for key, value in template.items() if value is not None
             }
         # OpenAI's preference data keeps tools beside the messages
-        inner = None if self.prompt is None else parsed(row[self.prompt])
+        inner = None if self.prompt is None else row[self.prompt]
         if isinstance(inner, dict) and (tools := tools_of(inner.get("tools"))):
             found["tools"] = tools
         return found
@@ -177,8 +182,19 @@ class Asking:
             return [{"role": "assistant", "content": reply.removeprefix(" ")}]
         if isinstance(reply, str) and isinstance(prompt, str) and self.separate and prompt:
             apart = prompt[-1:].isspace() or reply[:1].isspace()
-            return reply if apart else f"\n\n{reply}"
+            return reply if apart else f"{APART}{reply}"
         return reply
+
+    def _first(self, value: Cell) -> Cell:
+        """Return the first text of a list of turns; other prompts are returned as they are."""
+        if self.turns and isinstance(value, TurnsAsJson | list) and not is_messages(value):
+            return next(iter(texts_of(value) or ()), None)
+        if isinstance(value, TurnsAsJson) and texts_of(value) is not None:
+            raise UserError(
+                f"{self.prompt} is a JSON list of texts: {value[:60]}. Write each turn as a message, or as"
+                " plain text."
+            )
+        return value
 
     @staticmethod
     def _text(row: Row, column: str | None) -> str:
@@ -191,28 +207,21 @@ class Asking:
 
 
 def value_of(value: object, column: str) -> Content | None:
-    """Return a cell as text or messages; text that is no messages is returned as it is.
+    """Return a cell as text or messages; text is text (``as_meant`` has read what stands for more).
 
     Raises:
         UserError: messages that are not sound, or neither text nor messages.
     """
-    # JSON in a cell is read as what it is
-    found = parsed(value)
-    alone = isinstance(found, dict) and (is_messages([found]) or is_messages(found.get("messages")))
-    if alone or is_messages(found) or (isinstance(value, list) and value):
+    alone = isinstance(value, dict) and (is_messages([value]) or is_messages(value.get("messages")))
+    if alone or (isinstance(value, list) and value):
         try:
-            return messages_of(found)
+            return messages_of(value)
         except UserError as error:
             raise UserError(f"{column}: {error}") from error
     # What is neither has no place in a prompt or a reply
     if value is not None and not isinstance(value, str | list):
         raise UserError(f"{column} is {type(value).__name__}; expected text or a list of chat messages.")
-    if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
-        raise UserError(
-            f"{column} is a JSON list of texts: {str(value)[:60]}. Write each turn as a message, or as plain"
-            " text."
-        )
-    return value  # type: ignore[return-value]
+    return value
 
 
 def with_system(messages: list[Message], system: str) -> list[Message]:
@@ -424,6 +433,8 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
         have.used |= set(models)
     plain = {a, b} == {"chosen", "rejected"}
     asking = _asking(have, plain=plain, replies=(have.values[a], have.values[b]))
+    turns = asking.prompt is not None and plain_name(found.a) == "response_a"
+    asking = replace(asking, turns=turns)
 
     def read(row: Row) -> Cells:
         # A row without a judgement, or with a tie, teaches no preference
@@ -432,8 +443,10 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
             raise LeftOut("there is no judgement")
         if winner == "tie" and stage == "reward":
             raise LeftOut("it is a tie, no preference")
-        if plain_name(found.a) == "response_a" and isinstance(parsed(row[a]), list):
-            row = _turns_of_the_arena(row, asking.prompt, a, b)
+        if winner == BOTH and stage == "reward":
+            raise LeftOut("it is won by several sides at once")
+        if asking.turns:
+            row = _turns_of_the_arena(row, str(asking.prompt), a, b)
         # The better one first
         better, worse = (b, a) if winner == "b" else (a, b)
         made = _pair(row, better, worse, asking)
@@ -446,19 +459,26 @@ def _labelled_pairs(have: Columns, stage: StageName) -> Shape | None:
     return Shape(found.title, ("prompt", "chosen", "rejected"), frozenset(have.used), read, True, asking)
 
 
-def _turns_of_the_arena(row: Row, prompt: str | None, a: str, b: str) -> Row:
-    """Return a row whose prompts and replies are JSON lists, one a turn, as two conversations."""
+def _turns_of_the_arena(row: Row, prompt: str, a: str, b: str) -> Row:
+    """Return a row whose prompts and replies are lists of texts, one a turn, as two conversations.
+
+    Any other row is returned as it is.
+    """
+    # Beside one prompt of text, replies of text are what they are, JSON too
+    one = isinstance(row[prompt], str) and not isinstance(row[prompt], TurnsAsJson)
+    if is_messages(row[a]) or is_messages(row[prompt]) or (one and isinstance(row[a], str)):
+        return row
     # One prompt and one reply a turn; the judgement is on both conversations
-    asked = parsed(row[str(prompt)])
-    asked = asked if isinstance(asked, list) else [asked]
-    sides = {}
-    for side in (a, b):
-        answers = parsed(row[side])
-        turns = [text for both in zip(asked, answers, strict=False) for text in both]
-        if any(text is None for text in turns):
-            raise LeftOut("a turn is missing")
-        sides[side] = turns_of(turns)
-    return {**row, **sides, str(prompt): asked[0]}
+    asked, *answers = [row[prompt]] if one else texts_of(row[prompt]), texts_of(row[a]), texts_of(row[b])
+    if not all(texts and all(texts) for texts in (asked, *answers)):
+        raise LeftOut("a turn is missing")
+    sides = []
+    for texts in answers:
+        turns = list(zip(asked or (), texts or (), strict=False))
+        if not len(turns) == len(asked or ()) == len(texts or ()):
+            raise LeftOut("there are not as many replies as prompts")
+        sides.append(turns_of([str(text) for turn in turns for text in turn]))
+    return {**row, a: sides[0], b: sides[1], prompt: str((asked or [""])[0])}
 
 
 def _pairs(have: Columns, stage: StageName) -> Shape | None:
@@ -624,21 +644,8 @@ def _pair(row: Row, better: str, worse: str, asking: Asking) -> Cells:
         if not str(prompt).strip():
             raise UserError(f"{NO_PROMPT} {asking.instead}")
         chosen, rejected = chosen[len(prompt) :], str(rejected)[len(prompt) :]
-    elif isinstance(prompt, str) and _holds(chosen, prompt):
-        # The replies hold the prompt too: it is not said twice
-        if not _holds(str(rejected), prompt):
-            raise UserError(
-                "chosen begins with the prompt and rejected does not. Write replies without their prompt."
-            )
-        chosen, rejected = chosen[len(prompt) :], str(rejected)[len(prompt) :]
     replies = {side: asking.answer(reply, prompt) for side, reply in _sides(chosen, rejected)}
     return {"prompt": asking.asked(prompt), **replies, **extras}
-
-
-def _holds(reply: str, prompt: str) -> bool:
-    """Return whether a reply begins with its prompt, and not just with a word that begins so."""
-    within_a_word = re.fullmatch(r"\w+", prompt) and re.match(r"\w", reply[len(prompt) :])
-    return bool(prompt.strip()) and reply.startswith(prompt) and not within_a_word
 
 
 def _sides(chosen: Content, rejected: Content) -> tuple[tuple[str, Content], tuple[str, Content]]:
@@ -656,7 +663,7 @@ def _split_messages(
 
     The replies may be turns of the assistant, or hold the whole conversation.
     """
-    # Turns of the assistant alone answer the prompt beside them
+    # TurnsAsJson of the assistant alone answer the prompt beside them
     whole = chosen[0]["role"] != "assistant"
     if not whole and prompt is not None:
         if isinstance(prompt, str):
@@ -741,12 +748,17 @@ def _lists(have: Columns, stage: StageName) -> Shape | None:
         if isinstance(prompt, str) and any(isinstance(answer, list) for answer in answers):
             prompt = [{"role": "user", "content": prompt}]
         made: Cells = {"prompt": asking.asked(prompt), "completions": answers, **asking.extras(row)}
+        # What judges the replies: the first counts, and others may not contradict it
+        judged: dict[str, Cell] = {}
         if ranks is not None and row[ranks] is not None:
-            made["ranks"] = _from_one(parsed(row[ranks]), len(answers))
-        elif scores is not None:
-            made["ranks"] = ranks_from(_one_each(parsed(row[scores]), answers, scores), best="high")
-        elif own is not None:
-            made["ranks"] = own
+            judged[ranks] = _from_one(parsed(row[ranks]), len(answers))
+        if scores is not None and not (judged and row[scores] is None):
+            judged[scores] = ranks_from(_one_each(parsed(row[scores]), answers, scores), best="high")
+        judged |= own
+        if judged:
+            made["ranks"] = next(iter(judged.values()))
+            if stage == "reward":
+                _check_order(judged, row)
         elif best_first:
             made["ranks"] = list(range(1, len(answers) + 1))
         elif stage == "reward":
@@ -756,13 +768,30 @@ def _lists(have: Columns, stage: StageName) -> Shape | None:
             )
         return made
 
-    own = size > 0 and isinstance(first[0], dict) and not is_messages([first[0]])
-    title = "ranked lists" + (f", by {scores}" if scores else ", each with its rank or score" if own else "")
+    inside = size > 0 and isinstance(first[0], dict) and not is_messages([first[0]])
+    title = "ranked lists" + (
+        f", by {scores}" if scores else ", each with its rank or score" if inside else ""
+    )
     return Shape(title, ("prompt", "completions"), frozenset(have.used), read, True, asking)
 
 
+def _check_order(judged: Mapping[str, Cell], row: Row) -> None:
+    """Raise UserError where a judgement puts two replies in another order than the first does."""
+    (name, first), *others = judged.items()
+    for other, ranks in others:
+        if not isinstance(first, list) or not all(map(is_number, first)) or len(first) != len(ranks):
+            return  # told where ranks are checked
+        both = list(zip(first, ranks, strict=True))
+        if any(a < b and c > d for (a, c), (b, d) in permutations(both, 2)):
+            way_out = setting_aside(other) if other in row else f"leave {other} out of the replies"
+            raise UserError(
+                f"{name} and {other} put the replies in different orders: ranks {first} and {ranks}. Mend the"
+                f" row, or keep the one that is right: {way_out}."
+            )
+
+
 def without_prompt(replies: Sequence[Content], prompt: Content, column: str) -> list[Content]:
-    """Return replies without the prompt that whole conversations begin with, and texts if all do.
+    """Return replies without the prompt that whole conversations begin with.
 
     Raises:
         UserError: a conversation that begins with another prompt.
@@ -778,12 +807,42 @@ def without_prompt(replies: Sequence[Content], prompt: Content, column: str) -> 
                 )
             reply = reply[len(asked) :]
         made.append(reply)
-    # One text may repeat what it was asked; several that do all hold the prompt
-    texts = [reply for reply in made if isinstance(reply, str)]
-    several = isinstance(prompt, str) and 1 < len(made) == len(texts)
-    if several and all(_holds(text, str(prompt)) for text in texts):
-        return [text[len(prompt) :] for text in texts]
     return made
+
+
+def without_prompts(made: Sequence[Cells], asking: Asking | None) -> list[Cells] | None:
+    """Return rows of text whose replies all hold their prompt, without it there.
+
+    None if any reply of any row does not: one may begin with the words of its prompt by chance.
+    """
+    # The prompt stands beside the replies, and says something in some row
+    if asking is None or asking.prompt is None:
+        return None
+    if not any(isinstance(row["prompt"], str) and row["prompt"].strip() for row in made):
+        return None
+    cut = []
+    for row in made:
+        replies = {side: row[side] for side in ("chosen", "rejected") if side in row}
+        listed = row["completions"] if "completions" in row else list(replies.values())
+        rest = [_after(reply, row["prompt"], asking) for reply in listed]
+        if None in rest:
+            return None
+        sides = dict(zip(replies, rest, strict=True)) if replies else {"completions": rest}
+        cut.append({**row, **sides})
+    return cut
+
+
+def _after(reply: Content, prompt: Content, asking: Asking) -> Content | None:
+    """Return a reply of text without its prompt; None if it does not begin with it as words."""
+    if not isinstance(reply, str) or not isinstance(prompt, str):
+        return None
+    if not prompt.strip():
+        return reply
+    reply = reply.removeprefix(APART) if asking.separate else reply
+    rest = reply.removeprefix(prompt)
+    around = prompt[-1] + rest[:1]
+    inside_a_word = len(around) > 1 and around.isascii() and around.isalnum()
+    return None if not reply.startswith(prompt) or inside_a_word else asking.answer(rest, prompt)
 
 
 def _from_one(ranks: Cell, count: int) -> Cell:
@@ -801,8 +860,8 @@ def _one_each(scores: Cell, replies: Sequence[object], column: str) -> list[Any]
     return scores
 
 
-def _list_of_replies(value: object) -> tuple[list[Content], list[int] | None]:
-    """Return the replies of a list, and ranks where each says its own."""
+def _list_of_replies(value: object) -> tuple[list[Content], dict[str, list[int]]]:
+    """Return the replies of a list, and ranks by each rank or score that all of them have."""
     # Texts or messages, with their ranks elsewhere
     items = parsed(value)
     if items is None:
@@ -813,7 +872,7 @@ def _list_of_replies(value: object) -> tuple[list[Content], list[int] | None]:
         raise LeftOut("a completion is missing or empty")
     if not all(isinstance(item, dict) and not is_messages([item]) for item in items):
         replies = [value_of(item, f"completion {place}") for place, item in enumerate(items, 1)]
-        return [reply for reply in replies if reply is not None], None
+        return [reply for reply in replies if reply is not None], {}
     # Objects: their text, and what ranks them
     key = next((key for key in REPLY_KEYS if items and key in items[0]), None)
     if key is None:
@@ -825,11 +884,13 @@ def _list_of_replies(value: object) -> tuple[list[Content], list[int] | None]:
     if any(says_nothing(text) for text in texts):
         raise LeftOut("a completion is missing or empty")
     replies = [text for text in texts if text is not None]
+    judged: dict[str, list[int]] = {}
     for name, best in (("rank", "low"), *((score, "high") for score in SCORE_KEYS)):
         own = [item.get(name) for item in items]
-        if all(number is not None for number in own):
-            return replies, ranks_from(own, best=best)
-    return replies, None
+        # The first must be numbers; of others, those that are
+        if all(map(is_number, own)) or (not judged and all(number is not None for number in own)):
+            judged[name] = ranks_from(own, best=best)
+    return replies, judged
 
 
 def _tldr(have: Columns, stage: StageName) -> Shape | None:
@@ -838,10 +899,19 @@ def _tldr(have: Columns, stage: StageName) -> Shape | None:
         return None
 
     def read(row: Row) -> Cells:
+        # What the prompt is worded from
         info, both, choice = parsed(row["info"]), parsed(row["summaries"]), row["choice"]
-        if choice not in (0, 1) or not info.get("post"):
-            raise LeftOut("there is no post or no choice")
-        better, worse = both[choice]["text"], both[1 - choice]["text"]
+        for key in ("post", "title", "subreddit"):
+            if not isinstance(info, dict) or says_nothing(info.get(key)):
+                raise LeftOut(f"there is no {key} in info")
+        # Two summaries, as texts or as objects, and which of them is chosen
+        if choice not in (0, 1):
+            raise LeftOut("choice is not 0 or 1")
+        listed = both if isinstance(both, list) else []
+        texts = [text.get("text") if isinstance(text, dict) else text for text in listed]
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise LeftOut("there are not two summaries")
+        better, worse = texts if choice == 0 else texts[::-1]
         return {"prompt": TLDR.format(**info), "chosen": better, "rejected": worse}
 
     uses = frozenset(("info", "summaries", "choice"))
@@ -867,14 +937,18 @@ def _label_studio(have: Columns, stage: StageName) -> Shape | None:
     pairs = Pairs(left, right, "selected", ("left", left), ("right", right))
 
     def read(row: Row) -> Cells:
+        # What annotators selected; results of other kinds are about something else
         chosen = [
-            result["value"]["selected"]
-            for annotation in parsed(row["annotations"])
+            word
+            for annotation in _objects(row["annotations"])
             if not annotation.get("was_cancelled")
-            for result in annotation["result"]
-            if result["type"] == "pairwise"
+            for result in _objects(annotation.get("result"))
+            if result.get("type") in (None, "pairwise")
+            for word in _selected(result)
         ]
-        task = parsed(row["data"])
+        if strange := [word for word in chosen if word not in ("left", "right", left, right)]:
+            raise UserError(f"an annotator selected {strange[0]!r}; expected left or right. Mend the row.")
+        task = {**dict.fromkeys(data), **next(iter(_objects([row["data"]])), {})}
         winner = winner_of({"selected": chosen}, pairs) if chosen else None
         if winner in (None, "tie"):
             raise LeftOut("there is no judgement" if winner is None else "it is a tie, no preference")
@@ -883,6 +957,20 @@ def _label_studio(have: Columns, stage: StageName) -> Shape | None:
     title = "Label Studio: two texts and what annotators selected"
     uses = frozenset(("data", "annotations"))
     return Shape(title, ("prompt", "chosen", "rejected"), uses, read, judged=True)
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    """Return the objects of a list; none where there is no list."""
+    found = parsed(value)
+    listed = [parsed(item) for item in found] if isinstance(found, list) else []
+    return [item for item in listed if isinstance(item, dict)]
+
+
+def _selected(result: Mapping[str, Any]) -> list[Any]:
+    """Return what a result of Label Studio selects, under either name."""
+    value = result.get("value")
+    found = (value.get("selected") or value.get("choices")) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def two_sides(values: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -177,7 +177,7 @@ REFUSED = [
     (
         "sft",
         [{"instruction": Q, "output": GOOD, "history": [["a", None]]}],
-        r"row 1: history is not a list of \[question, answer\] pairs",
+        r"row 1: turn 1 of history is \['a', None\]; expected two texts",
     ),
     *[
         ("sft", [{**CHAT, "system": value}], r"row 1: system is .* \[system=unused_system\]")
@@ -472,7 +472,7 @@ def test_a_part_that_is_not_learned_may_be_left_out_and_is_nothing_to_ppo(tmp_pa
     [
         ("no", ("note", "nothing"), ("note", "nothing")),
         ("What?", ("What?No", "What?Yes"), ("No", "Yes")),
-        ("Say no", ("Say not", "Say nothing"), ("t", "thing")),
+        ("Say no", ("Say not", "Say nothing"), ("Say not", "Say nothing")),
     ],
 )
 def test_a_reply_that_begins_with_a_word_that_begins_as_the_prompt_keeps_it(prompt, replies, read, tmp_path):
