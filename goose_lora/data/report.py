@@ -95,18 +95,7 @@ def describe(
         ValueError: what ``load_rows`` and ``take`` raise; messages for a tokenizer without a chat
             template; max_length or chat_template_path without a tokenizer.
     """
-    # Options that need each other
-    if max_length is not None and tokenizer is None:
-        raise UserError(
-            f"--max_length {max_length} counts tokens: give --tokenizer too, a Hub id, a folder or embedded."
-        )
-    if chat_template_path is not None and tokenizer is None:
-        raise UserError(
-            "--chat_template_path is for a tokenizer: give --tokenizer too, a Hub id, a folder or embedded."
-        )
-    for option, value in (("max_rows", max_rows), ("max_length", max_length)):
-        if value is not None and value < 1:
-            raise UserError(f"--{option} {value}: must be 1 or more.")
+    _check_options(tokenizer, max_rows, max_length, chat_template_path)
     # Rows as the stage takes them, and the tokenizer that it would use
     rows = load_rows(
         dataset,
@@ -156,6 +145,23 @@ def describe(
         lines.append(f"{_count(shorter, 'list')} without their replies over max_length={max_length}")
     lines += ["", *_dropped_lines(dropped, len(rows))]
     return "\n".join([*lines, *_settings_lines(dataset, stage, column_mapping, how)])
+
+
+def _check_options(
+    tokenizer: str | None, max_rows: int | None, max_length: int | None, chat_template_path: str | None
+) -> None:
+    """Raise UserError for options that need another one, and for counts that are none."""
+    if max_length is not None and tokenizer is None:
+        raise UserError(
+            f"--max_length {max_length} counts tokens: give --tokenizer too, a Hub id, a folder or embedded."
+        )
+    if chat_template_path is not None and tokenizer is None:
+        raise UserError(
+            "--chat_template_path is for a tokenizer: give --tokenizer too, a Hub id, a folder or embedded."
+        )
+    for option, value in (("max_rows", max_rows), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise UserError(f"--{option} {value}: must be 1 or more.")
 
 
 def _encoder(tokenizer: str, template_path: str | None, taken: Taken, name: str) -> PreTrainedTokenizerBase:

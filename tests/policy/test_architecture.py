@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"functional", "models", "ppo"},
     "sharing": {"files", "data", "models", "generation", "training", "reporting"},
     "apps": {"files", "data", "models", "generation", "rewards", "ppo", "sharing"},
-    "instruct": {"functional", "models", "generation"},
+    "instruct": {"files", "functional", "models", "generation"},
     "cli": {
         "files",
         "terminal",
