@@ -440,6 +440,7 @@ def _require_adapters(optimizer: Optimizer) -> None:
 
     It is one that was made before the agent. Its steps would move nothing, without a word.
     """
+    # Looked at once, and again when it got further parameters
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if _LOOKED_AT.get(optimizer) == count:
         return

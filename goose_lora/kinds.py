@@ -60,6 +60,7 @@ def settle_types(settings: "DataclassInstance") -> None:
     Raises:
         UserError: as ``check_types`` does, and text where a number belongs.
     """
+    # A frozen dataclass is settled too
     values = {field.name: plain(vars(settings)[field.name]) for field in fields(settings)}
     for name, value in values.items():
         object.__setattr__(settings, name, value)
@@ -102,6 +103,7 @@ def check_types(
         for field in fields(dataclass):
             if field.name != "loss_type":  # of which there are fewer here
                 choices[field.name] = list(field.metadata.get("choices") or [])
+    # In the order in which a reader would mend them: the kind first, then the value
     for name, value in config.items():
         if name in hints and _is_no_number(value, hints[name]):
             raise UserError(f"{where}{name}={value}: must be a finite number.")
@@ -114,7 +116,7 @@ def check_types(
             if "text" in _words(hints[name]) and isinstance(value, (int, float)):
                 quotes = " Put it in quotes."
             raise UserError(f"{where}{name}: {found} is not {_words(hints[name])}.{quotes}")
-        # The parser lets transformers say it
+        # Of enumerations of transformers, which the parser lets transformers check
         known = _values_of_enum(hints.get(name)) if from_python else []
         if known and isinstance(value, str) and value not in known:
             near = difflib.get_close_matches(value, known, n=8, cutoff=0.4) or known[:8]
@@ -136,6 +138,7 @@ def check_words(words: Sequence[str], dataclasses: Sequence[type]) -> None:
     hints: dict[str, object] = {}
     for dataclass in dataclasses:
         hints |= get_type_hints(dataclass)
+    # Each option with the word behind it, which is its value unless it has one behind =
     seen: set[str] = set()
     for option, after in zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = option.partition("=")

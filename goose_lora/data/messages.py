@@ -86,6 +86,7 @@ def meant_by(rows: Iterable[Mapping[str, Any]]) -> Meant:
     for number, row in enumerate(rows, 1):
         for column, value in row.items():
             for spot, cell in _spots(value, (column,)):
+                # Most cells are plain text, of which nothing is parsed
                 found = parsed(cell)
                 (messages if _holds_messages(found) else others)[spot].append(number)
                 turns[spot] += texts_of(found) is not None
@@ -107,6 +108,7 @@ def texts_of(value: Cell) -> list[str | None] | None:
 
 def as_meant(value: Cell, meant: Meant, spot: Spot) -> Cell:
     """Return a cell with its texts as what those in their place stand for."""
+    # A text is what most of its kind are
     if isinstance(value, str):
         if spot in meant.messages:
             found = parsed(value)

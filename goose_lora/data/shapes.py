@@ -820,6 +820,7 @@ def without_prompts(made: Sequence[Cells], asking: Asking | None) -> list[Cells]
         return None
     if not any(isinstance(row["prompt"], str) and row["prompt"].strip() for row in made):
         return None
+    # Both sides of a pair, or all of a list: one that does not begin so ends it for the file
     cut = []
     for row in made:
         replies = {side: row[side] for side in ("chosen", "rejected") if side in row}
@@ -840,6 +841,7 @@ def _after(reply: Content, prompt: Content, asking: Asking) -> Content | None:
         return reply
     reply = reply.removeprefix(APART) if asking.separate else reply
     rest = reply.removeprefix(prompt)
+    # "Yes" is no beginning of "Yesterday"
     around = prompt[-1] + rest[:1]
     inside_a_word = len(around) > 1 and around.isascii() and around.isalnum()
     return None if not reply.startswith(prompt) or inside_a_word else asking.answer(rest, prompt)

@@ -158,6 +158,7 @@ def _left_out(
     ]
     if not doubtful:
         return None
+    # So the template is given words of which each is said once
     marks = _Marks()
     turns = [marks.turn(turn, place) for place, turn in enumerate(messages, 1)]
     try:
