@@ -121,7 +121,8 @@ def check_types(
         if known and isinstance(value, str) and value not in known:
             near = difflib.get_close_matches(value, known, n=8, cutoff=0.4) or known[:8]
             raise UserError(
-                f"{where}{name}: {short.repr(value)} is none of its values. Near it: {', '.join(near)}."
+                f"{where}{name}: {short.repr(value)} is none of the values of its setting. Near it:"
+                f" {', '.join(near)}."
             )
         # argparse compares words of the command line with them, and no default from a file
         if value is not None and choices.get(name) and value not in choices[name]:

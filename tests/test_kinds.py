@@ -38,7 +38,10 @@ def config(folder, **changes):
         ({"num_ppo_epochs": 2.0}, "num_ppo_epochs: 2.0 is not a whole number"),
         ({"response_length": np.float64(5)}, "response_length: 5.0 is not a whole number"),
         ({"stop_token_ids": ["5"]}, r"stop_token_ids: \['5'\] is not a list of whole numbers"),
-        ({"eval_strategy": "setps"}, "eval_strategy: 'setps' is none of its values. Near it: steps"),
+        (
+            {"eval_strategy": "setps"},
+            "eval_strategy: 'setps' is none of the values of its setting. Near it: steps",
+        ),
         ({"lr_scheduler_type": "constnt"}, "lr_scheduler_type=constnt: must be one of .*constant"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

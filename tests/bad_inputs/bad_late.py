@@ -63,7 +63,7 @@ CASES = [
     setting("ppo", "debug", "underflow_overflow", "debug=underflow_overflow", "Leave it out"),
     setting("sft", "debug", True, "debug=True: is none of underflow_overflow"),
     setting("reward", "debug", 3, "debug=3: is none of underflow_overflow"),
-    setting("ppo", "debug", ["nope"], "debug: ['nope'] is not text or a list of DebugOptions"),
+    setting("ppo", "debug", ["nope"], "debug=['nope']: is none of", "leave it out"),
     setting("ppo", "train_sampling_strategy", "x", "train_sampling_strategy: 'x' is none of random"),
     setting("sft", "train_sampling_strategy", "x", "train_sampling_strategy: 'x' is none of random"),
     setting(
