@@ -4,6 +4,7 @@ Nothing of the project is imported here but its errors.
 """
 
 import difflib
+import glob
 import hashlib
 import importlib
 import importlib.util
@@ -34,6 +35,13 @@ def brief(error: BaseException) -> str:
     """Return the message of a library's error in one line, cut after 300 characters."""
     text = " ".join(str(error).split())
     return textwrap.shorten(text, _MOST_CHARACTERS, placeholder=" ...").rstrip(".") or type(error).__name__
+
+
+def globbed(name: str) -> list[str]:
+    """Return the files of a glob; its folder, if that is there, is meant as it is called."""
+    path = Path(name).expanduser()
+    folder = glob.escape(str(path.parent)) if path.parent.is_dir() else str(path.parent)
+    return sorted(glob.glob(os.path.join(folder, path.name)))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ stands in the way keeps its content under another name. One process at a time ma
 """
 
 import atexit
-import glob
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from goose_lora.files import (
     WRITE_ERRORS,
     first_line,
     free_room,
+    globbed,
     read_json,
     share_weights,
     sync,
@@ -286,7 +286,7 @@ def _paths(value: str) -> list[Path]:
     path = Path(value.removeprefix("file://")).expanduser()
     if value and path.exists():
         return [path]
-    return [Path(found) for found in glob.glob(str(path))] if glob.has_magic(value) else []
+    return [Path(found) for found in globbed(str(path))] if value else []
 
 
 # Rows are read from all files below a folder; below an adapter's, these are parts of it.

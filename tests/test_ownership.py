@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from goose_lora import ownership
+from goose_lora.data.sources import read_rows
 from goose_lora.models.roles import ADAPTERS, WITH_HEAD
 
 PARTS = ("adapter_config.json", "adapter_model.safetensors", "value/adapter_model.safetensors")
@@ -371,6 +372,16 @@ def test_rows_of_the_run_are_refused_by_whatever_name(name, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"^dataset_name: .* lies in output_dir"):
         ownership.refuse_inputs_inside("run", named)
     ownership.refuse_inputs_inside("other", named)
+
+
+def test_a_glob_in_a_folder_with_brackets_is_what_the_reader_takes_it_for(tmp_path):
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text('{"prompt": "ba"}\n')
+    name = str(folder / "sample*.jsonl")
+    assert read_rows(name, "train")["prompt"][:] == ["ba"]
+    with pytest.raises(ValueError, match=r"^dataset_name: .* lies in output_dir"):
+        ownership.refuse_inputs_inside(folder, ownership.named_inputs(Settings(dataset_name=name)))
 
 
 def test_a_hard_link_to_a_file_of_the_run_is_refused(tmp_path):

@@ -100,6 +100,11 @@ def says_nothing(value: object) -> bool:
     return value is None or value in ("", [], {}, "[]", "{}")
 
 
-def setting_aside(column: str) -> str:
-    """Return the setting that leaves a column out."""
-    return f"column_mapping: [{column}=unused_{plain_name(column)}]"
+def set_aside(columns: Iterable[str]) -> list[str]:
+    """Return what of ``column_mapping`` leaves columns out."""
+    return [f"{column}=unused_{plain_name(column)}" for column in columns]
+
+
+def setting_aside(*columns: str) -> str:
+    """Return the setting that leaves columns out."""
+    return f"column_mapping: [{', '.join(set_aside(columns))}]"

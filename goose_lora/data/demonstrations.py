@@ -101,8 +101,8 @@ def demonstration(
     weights = _weights(row, ids, tokenizer, options)
     learned = [one and other for one, other in zip(learned, weights, strict=True)]
     # A reply ends as PPO's do, also where the template leaves that to the next turn
-    missing = unwritten_end(tokenizer)
-    if missing is not None and _ends_with_reply(row) and ids[-1] != missing:
+    missing = unwritten_end(tokenizer) if _ends_with_reply(row) else None
+    if missing is not None and ids[-1] != missing:
         ids, said, learned = [*ids, missing], [*said, said[-1]], [*learned, learned[-1]]
     # The cut
     kept = slice(None)

@@ -151,7 +151,7 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
     """
     # What the columns say, once for all rows
     reading = reading or Reading()
-    meant = meant_by(_with_texts(rows))  # type: ignore[arg-type]
+    meant = _meant(rows)
     values = _first_values(rows, meant)
     try:
         shape = shape_of(values, stage, reading)
@@ -168,8 +168,8 @@ def take(rows: Dataset, stage: StageName, name: str, reading: Reading | None = N
     reader = _Reader(shape, stage, name, reading.leave_out)
     needed = [column for column in rows.column_names if column in shape.uses or meaning(column) is not None]
     for number, row in enumerate(rows.select_columns(needed), 1):
-        cells = {column: as_meant(value, meant, (column,)) for column, value in dict(row).items()}  # type: ignore[call-overload]
-        reader.read(number, cells)
+        cells: Cells = dict(row)  # type: ignore[arg-type]
+        reader.read(number, {column: as_meant(cells[column], meant, (column,)) for column in cells})
     _tell_mixed(name, meant, shape)
     if "label" in shape.form:
         reader.group(len(rows))
@@ -214,7 +214,11 @@ def looks_like(rows: Dataset, stage: StageName, reading: Reading) -> Shape | Non
         UserError: a shape that is known and not understood.
     """
     first = rows.select(range(min(len(rows), LOOKED_AT)))
-    return shape_of(_first_values(rows, meant_by(_with_texts(first))), stage, reading)  # type: ignore[arg-type]
+    return shape_of(_first_values(rows, _meant(first)), stage, reading)
+
+
+def _meant(rows: Dataset) -> Meant:
+    return meant_by(_with_texts(rows))  # type: ignore[arg-type]
 
 
 def _with_texts(rows: Dataset) -> Dataset:

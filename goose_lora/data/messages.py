@@ -218,15 +218,15 @@ def history_of(history: object) -> list[Message]:
         return []
     if is_messages(history):
         return messages_of(history)
-    set_aside = "or set it aside: column_mapping: [history=unused_history]."
+    way_out = f"or set it aside: {setting_aside('history')}."
     if not isinstance(history, list) or not all(
         isinstance(turn, list) and len(turn) == 2 for turn in history
     ):
-        raise UserError(f"history is not a list of [question, answer] pairs. Write it so, {set_aside}")
+        raise UserError(f"history is not a list of [question, answer] pairs. Write it so, {way_out}")
     for place, turn in enumerate(history, 1):
         if not all(isinstance(text, str) for text in turn):
             raise UserError(
-                f"turn {place} of history is {str(turn)[:60]}; expected two texts. Mend the row, {set_aside}"
+                f"turn {place} of history is {str(turn)[:60]}; expected two texts. Mend the row, {way_out}"
             )
     return turns_of([text for turn in history for text in turn])
 
@@ -247,7 +247,7 @@ def tools_of(value: object) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(
             "tools is no list of JSON schemas. Write each tool as {type: function, function: {name:,"
-            " parameters:}}, or set them aside: column_mapping: [tools=unused_tools]."
+            f" parameters:}}}}, or set them aside: {setting_aside('tools')}."
         )
     # A bare schema, as LLaMA-Factory and ShareGPT have it, in the wrapping that templates expect
     bare = [_filled(tool) for tool in tools]

@@ -14,7 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 from goose_lora.data import columns as names
 from goose_lora.data import labelled
-from goose_lora.data.columns import first_of, meaning, plain_name, says_nothing, setting_aside
+from goose_lora.data.columns import (
+    first_of,
+    meaning,
+    plain_name,
+    says_nothing,
+    set_aside,
+    setting_aside,
+)
 from goose_lora.data.labelled import BEST_FIRST, BOTH, Pairs, cell, ranks_from, winner_of
 from goose_lora.data.messages import (
     ASKING_ROLES,
@@ -236,8 +243,7 @@ def with_system(messages: list[Message], system: str) -> list[Message]:
     if messages and messages[0]["role"] in ("system", "developer"):
         if said(messages[0]) != system:
             raise UserError(
-                "the system column and the first message differ. Keep one: column_mapping:"
-                " [system=unused_system]."
+                f"the system column and the first message differ. Keep one: {setting_aside('system')}."
             )
         return messages
     return [{"role": "system", "content": system}, *messages]
@@ -594,8 +600,7 @@ def _check_scores(row: Row, chosen: str, rejected: str) -> None:
     if better < worse:
         raise UserError(
             f"{chosen} is {better:g} and {rejected} {worse:g}: the reply that is chosen has the lower score."
-            f" Mend the row, or leave the scores out: column_mapping: [{chosen}=unused_{plain_name(chosen)},"
-            f" {rejected}=unused_{plain_name(rejected)}]."
+            f" Mend the row, or leave the scores out: {setting_aside(chosen, rejected)}."
         )
 
 
@@ -663,7 +668,7 @@ def _split_messages(
 
     The replies may be turns of the assistant, or hold the whole conversation.
     """
-    # TurnsAsJson of the assistant alone answer the prompt beside them
+    # Turns of the assistant alone answer the prompt beside them
     whole = chosen[0]["role"] != "assistant"
     if not whole and prompt is not None:
         if isinstance(prompt, str):
@@ -685,7 +690,7 @@ def _split_messages(
     if strange is not None:
         raise UserError(
             f"{column or 'prompt'} is not what chosen and rejected begin with: {strange[:60]!r}. If they hold"
-            f" the whole conversation, leave it out: column_mapping: [{column}=unused_{column}]."
+            f" the whole conversation, leave it out: {setting_aside(str(column))}."
         )
     length = len(implicit_prompt(chosen, rejected))
     return common, chosen[length:], rejected[length:]
@@ -1030,7 +1035,7 @@ def _refuse_scores(sides: tuple[str, str], found: Sequence[tuple[str, str]]) -> 
     # Plain names say that the higher one is, and swapped ones the lower one
     one, two = found[0]
     scores = " and ".join(", ".join(pair) for pair in found)
-    aside = [f"{name}=unused_{plain_name(name)}" for pair in found[1:] for name in pair]
+    aside = set_aside(name for pair in found[1:] for name in pair)
     high, low = (
         ", ".join([f"{first}=score_a", f"{second}=score_b", *aside])
         for first, second in ((one, two), (two, one))
@@ -1120,10 +1125,9 @@ def _demonstrations(have: Columns, stage: StageName) -> Shape | None:
         and len(replies) > 1
         and plain_name(replies[0]) != "completion"
     ):
-        aside = ", ".join(f"{column}=unused_{plain_name(column)}" for column in replies[1:])
         raise UserError(
             f"{' and '.join(replies)} could each be the reply to {asking.prompt}. Set aside what is not, for"
-            f" example column_mapping: [{aside}] to learn {reply}."
+            f" example {setting_aside(*replies[1:])} to learn {reply}."
         )
     # Messages say more than a prompt of text beside them
     if (

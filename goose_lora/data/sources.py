@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -43,7 +42,7 @@ from huggingface_hub import constants, metadata_load
 
 from goose_lora.embedded import MODEL
 from goose_lora.errors import UserError
-from goose_lora.files import brief
+from goose_lora.files import brief, globbed
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +138,7 @@ def _read_rows(name: str, split: str, place: HubPlace | None, split_by: str) -> 
     if "://" in name:
         return _address(name)
     if PATTERN.search(name) and not path.exists():
-        # A folder that is there is meant as it is called
-        folder = glob.escape(str(path.parent)) if path.parent.is_dir() else str(path.parent)
-        return _parts(sorted(glob.glob(os.path.join(folder, path.name))), name)
+        return _parts(globbed(name), name)
     if _suffix(path) in READERS:
         if not path.is_file():
             raise UserError(f"{name}: no such file. Check the path.")

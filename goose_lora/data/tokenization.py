@@ -151,10 +151,11 @@ def _left_out(
         if not _stands_in(part.said, text):
             return part
     # Words that others say too may stand there for them alone
+    everything = "\0".join(part.said for part in parts)
     doubtful = [
         part
         for part in parts
-        if sum(text.count(form) for form in _forms(part.said)) < sum(p.said.count(part.said) for p in parts)
+        if sum(text.count(form) for form in _forms(part.said)) < everything.count(part.said)
     ]
     if not doubtful:
         return None
